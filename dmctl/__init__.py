@@ -1,0 +1,1 @@
+"""dmctl: the control plane of bitmapd volumes."""

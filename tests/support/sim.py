@@ -1,0 +1,243 @@
+"""A simulated machine: a clock, an event loop and disks that forget, tear and reorder.
+
+`SimLoop` is a `Scheduler` whose time moves only when told.  `SimDisk` is a `Device` with a volatile
+cache: a completed write is visible to reads at once, but durable only after a flush or with FUA.
+Nothing completes by itself: `pending` operations are finished one by one, in whatever order the
+test chooses.  `crash` gives the medium after a power cut: each write that was not made durable
+(completed or in flight) is kept, lost or torn at 512-byte sectors, as the given chooser says.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bitmapd.media.base import AllocationDone, Done
+
+SECTOR = 512
+
+Volatile = tuple[int, int, bytes]  # serial number, offset, data
+
+
+class Chooser(Protocol):
+    """The part of `random.Random` that a power cut needs."""
+
+    def random(self) -> float: ...
+
+
+@dataclass(order=True)
+class SimTimer:
+    due_s: float
+    serial: int
+    callback: Callable[..., Any] = field(compare=False)
+    args: tuple[Any, ...] = field(compare=False)
+    cancelled: bool = field(default=False, compare=False)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class SimLoop:
+    """A `Scheduler` with simulated time."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._soon: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._timers: list[SimTimer] = []
+        self._serial = itertools.count()
+
+    def time(self) -> float:
+        return self.now_s
+
+    def call_soon(self, callback: Callable[..., Any], *args: Any) -> None:
+        self._soon.append((callback, args))
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
+        timer = SimTimer(self.now_s + delay, next(self._serial), callback, args)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def run_soon(self) -> None:
+        """Run everything that is ready, without moving time."""
+        while self._soon:
+            callback, args = self._soon.popleft()
+            callback(*args)
+
+    def advance(self, seconds: float) -> None:
+        """Move time, running timers as they come due."""
+        end = self.now_s + seconds
+        self.run_soon()
+        while self._timers and self._timers[0].due_s <= end:
+            timer = heapq.heappop(self._timers)
+            self.now_s = max(self.now_s, timer.due_s)
+            if not timer.cancelled:
+                timer.callback(*timer.args)
+                self.run_soon()
+        self.now_s = end
+
+
+@dataclass
+class SimOp:
+    kind: str
+    offset_bytes: int
+    data: bytes
+    length_bytes: int
+    buffer: memoryview | None
+    done: Done
+    fua: bool
+    serial: int = 0  # flush: makes durable the writes completed before this serial number
+
+
+class SimDisk:
+    """A `Target` (and so a `Device`) in memory; see the module docstring."""
+
+    block_size_bytes = SECTOR
+
+    def __init__(self, name: str, size_bytes: int, content: bytes | None = None) -> None:
+        self.name = name
+        self.size_bytes = size_bytes
+        self.durable = bytearray(content if content is not None else bytes(size_bytes))
+        self.visible = bytearray(self.durable)
+        self.volatile: list[Volatile] = []  # completed, not durable, oldest first
+        self._serial = 0
+        self.pending: list[SimOp] = []
+        self.fail_next: dict[str, list[int]] = {}  # kind -> errno for the next operations
+        self.connected = True
+        self.history: list[tuple[str, int, int]] = []
+
+    # -- Device ---------------------------------------------------------------------------
+    def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        self._submit("read", offset_bytes, b"", len(buffer), buffer, done)
+
+    def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        self._submit("write", offset_bytes, bytes(buffer), len(buffer), None, done, fua)
+
+    def zero(
+        self,
+        offset_bytes: int,
+        length_bytes: int,
+        done: Done,
+        *,
+        fua: bool = False,
+        unmap: bool = True,
+        fast: bool = False,
+    ) -> None:
+        self._submit("write", offset_bytes, bytes(length_bytes), length_bytes, None, done, fua)
+
+    def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
+        self._submit("write", offset_bytes, bytes(length_bytes), length_bytes, None, done, fua)
+
+    def flush(self, done: Done) -> None:
+        self._submit("flush", 0, b"", 0, None, done)
+        self.pending[-1].serial = self._serial
+
+    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
+        self._submit(
+            "allocation",
+            offset_bytes,
+            b"",
+            length_bytes,
+            None,
+            lambda error: done(error, [(length_bytes, 0)]),
+        )
+
+    def open(self, done: Done) -> None:
+        self._submit("open", 0, b"", 0, None, done)
+
+    def close(self) -> None:
+        self.connected = False
+
+    # -- the test's side ------------------------------------------------------------------
+    def _submit(
+        self,
+        kind: str,
+        offset: int,
+        data: bytes,
+        length: int,
+        buffer: memoryview | None,
+        done: Done,
+        fua: bool = False,
+    ) -> None:
+        if offset < 0 or offset + length > self.size_bytes or offset % SECTOR or length % SECTOR:
+            raise AssertionError(f"{self.name}: {kind} {offset}+{length} breaks the contract")
+        self.pending.append(SimOp(kind, offset, data, length, buffer, done, fua))
+
+    def finish(self, index: int = 0) -> None:
+        """Complete one pending operation and call its `done`."""
+        op = self.pending.pop(index)
+        self.history.append((op.kind, op.offset_bytes, op.length_bytes))
+        errors = self.fail_next.get(op.kind)
+        if errors:
+            number = errors.pop(0)
+            if number:
+                op.done(OSError(number, f"simulated {errno.errorcode.get(number, number)}"))
+                return
+        if op.kind == "read":
+            assert op.buffer is not None
+            end = op.offset_bytes + op.length_bytes
+            op.buffer[:] = self.visible[op.offset_bytes : end]
+        elif op.kind == "write":
+            end = op.offset_bytes + op.length_bytes
+            self.visible[op.offset_bytes : end] = op.data
+            if op.fua:
+                # Older volatile writes to the same place must not come back over this one.
+                self.volatile = [
+                    piece for old in self.volatile for piece in _outside(old, op.offset_bytes, end)
+                ]
+                self.durable[op.offset_bytes : end] = op.data
+            else:
+                self.volatile.append((self._serial, op.offset_bytes, op.data))
+                self._serial += 1
+        elif op.kind == "flush":
+            for serial, offset, data in self.volatile:
+                if serial < op.serial:
+                    self.durable[offset : offset + len(data)] = data
+            self.volatile = [write for write in self.volatile if write[0] >= op.serial]
+        elif op.kind == "open":
+            self.connected = True
+        op.done(None)
+
+    def crash(self, chooser: Chooser) -> bytes:
+        """The medium after a power cut; the disk object is of no use afterwards."""
+        image = bytearray(self.durable)
+        writes = [(offset, data) for _, offset, data in self.volatile]
+        writes += [(op.offset_bytes, op.data) for op in self.pending if op.kind == "write"]
+        for offset, data in writes:
+            fate = chooser.random()
+            if fate < 0.4:
+                continue
+            if fate < 0.8:
+                image[offset : offset + len(data)] = data
+                continue
+            for at in range(0, len(data), SECTOR):
+                if chooser.random() < 0.5:
+                    image[offset + at : offset + at + SECTOR] = data[at : at + SECTOR]
+        return bytes(image)
+
+
+def _outside(write: Volatile, start: int, end: int) -> list[Volatile]:
+    """The parts of a write that lie outside [start, end)."""
+    serial, offset, data = write
+    if offset + len(data) <= start or offset >= end:
+        return [write]
+    parts = []
+    if offset < start:
+        parts.append((serial, offset, data[: start - offset]))
+    if offset + len(data) > end:
+        parts.append((serial, end, data[end - offset :]))
+    return parts
+
+
+def drain(loop: SimLoop, *disks: SimDisk) -> None:
+    """Complete everything in order of submission until nothing is pending at this time."""
+    loop.run_soon()
+    while any(disk.pending for disk in disks):
+        for disk in disks:
+            while disk.pending:
+                disk.finish()
+                loop.run_soon()
