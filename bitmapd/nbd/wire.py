@@ -22,3 +22,8 @@ ERROR_CHUNK = struct.Struct(">IH")  # error, length of message; message follows
 ERROR_OFFSET_CHUNK_TAIL = struct.Struct(">Q")
 
 REQUEST_BYTES = REQUEST.size
+EXPORT_NAME_ZEROES = bytes(124)
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol; the connection is dropped.  The text is for the log."""

@@ -171,6 +171,9 @@ class SimDisk:
         """Complete one pending operation and call its `done`."""
         op = self.pending.pop(index)
         self.history.append((op.kind, op.offset_bytes, op.length_bytes))
+        if not self.connected and op.kind != "open":
+            op.done(OSError(errno.ENOTCONN, "not connected"))
+            return
         errors = self.fail_next.get(op.kind)
         if errors:
             number = errors.pop(0)
@@ -201,6 +204,15 @@ class SimDisk:
         elif op.kind == "open":
             self.connected = True
         op.done(None)
+
+    def disappear(self, chooser: Chooser) -> None:
+        """Lose power and come back: nothing works until `open`, and what was volatile is gone."""
+        image = self.crash(chooser)
+        pending, self.pending = self.pending, []
+        self.durable, self.visible, self.volatile = bytearray(image), bytearray(image), []
+        self.connected = False
+        for op in pending:
+            op.done(OSError(errno.ENOTCONN, "the connection was lost"))
 
     def crash(self, chooser: Chooser) -> bytes:
         """The medium after a power cut; the disk object is of no use afterwards."""

@@ -1,0 +1,70 @@
+# Every target works in a fresh clone; `make help` lists them.
+SHELL := /bin/sh
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+STAMP := .venv/.ready
+JOBS ?= auto
+# First the tests that prove the pure modules, under coverage; then those that run real programs.
+PURE_TESTS := tests/unit tests/property
+REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
+SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
+
+.PHONY: help setup demo test lint coverage test-fast test-real bench soak fuzz docs install clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## install Debian packages (as root) and make .venv; quick when nothing changed
+
+$(STAMP): packages.txt pyproject.toml tools/setup.sh
+	./tools/setup.sh
+	@touch $@
+
+demo: setup  ## mirror a real file system, kill the daemon in mid-write, recover, compare
+	$(PYTHON) examples/demo.py
+
+test: lint coverage test-real  ## lint, every test, coverage report and its gate
+
+lint: setup  ## ruff, mypy --strict, import contracts, shellcheck
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy --strict bitmapd dmctl
+	.venv/bin/lint-imports
+	shellcheck $(SHELL_SCRIPTS)
+
+coverage: setup  ## unit and property tests, coverage report, gate on the pure modules
+	$(PYTHON) -m coverage erase --rcfile=tools/coverage.ini
+	$(PYTHON) -m coverage run --rcfile=tools/coverage.ini -m pytest -n $(JOBS) --durations=10 \
+	  $(PURE_TESTS)
+	@$(PYTHON) -m coverage combine --rcfile=tools/coverage.ini --quiet
+	@$(PYTHON) -m coverage report --rcfile=tools/coverage.ini
+	@$(PYTHON) tools/pure_gate.py
+
+test-fast: setup  ## unit and property tests only, under a minute
+	$(PYTEST) -n $(JOBS) $(PURE_TESTS)
+
+test-real: setup  ## foreign clients and servers, faults, fuzzing, demo and benchmark smoke
+	$(PYTEST) -n $(JOBS) --durations=20 $(wildcard $(REAL_TESTS))
+
+bench: setup  ## side by side with nbdkit, qemu-nbd, nbdcopy, dd; writes docs/benchmarks.md
+	$(PYTHON) -m tests.bench.bench $(BENCH_ARGS)
+
+soak: setup  ## kill -9 under verify load; CYCLES=200
+	$(PYTHON) -m tests.soak.soak --cycles $(or $(CYCLES),200)
+
+fuzz: setup  ## a longer run of the fuzz tests; EXAMPLES=20000
+	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) --timeout 3600 tests/fuzz
+
+docs: setup  ## generate the man pages into docs/man
+	$(PYTHON) docs/make_man.py
+
+install:  ## install dmctl and bitmapd for the whole machine; PREFIX=/usr/local
+	/usr/bin/python3 -m venv $(or $(PREFIX),/usr/local)/lib/dmctl
+	$(or $(PREFIX),/usr/local)/lib/dmctl/bin/pip install --quiet .
+	ln -sf $(or $(PREFIX),/usr/local)/lib/dmctl/bin/dmctl $(or $(PREFIX),/usr/local)/bin/dmctl
+	ln -sf $(or $(PREFIX),/usr/local)/lib/dmctl/bin/bitmapd $(or $(PREFIX),/usr/local)/bin/bitmapd
+
+clean:  ## remove what the other targets made
+	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  .import_linter_cache build dist *.egg-info demo-run
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

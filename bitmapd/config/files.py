@@ -1,0 +1,286 @@
+"""Configuration files: where they are, reading all of them, writing one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import toml
+
+from bitmapd.config.kinds import check_name
+from bitmapd.config.problems import ConfigError, Problem, nearest
+from bitmapd.config.tables import build_volume, layer, parse_table, render
+from bitmapd.config.volume import VolumeConfig, keys
+from bitmapd.errors import ExistsError, NotFoundError, UsageError
+from bitmapd.nbd.uri import MAX_SOCKET_PATH_BYTES, NbdUri, format_uri
+
+DEFAULT_CONFIG_DIR = "/etc/dmctl"
+DEFAULT_RUN_DIR = "/run/dmctl"
+MAX_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where the files of this host's volumes are."""
+
+    config_dir: Path
+    run_dir: Path
+
+    @classmethod
+    def find(
+        cls,
+        environment: Mapping[str, str],
+        config_dir: str | None = None,
+        run_dir: str | None = None,
+    ) -> Paths:
+        """An argument wins over the environment, which wins over the built-in default."""
+        config = config_dir or environment.get("DMCTL_CONFIG_DIR") or DEFAULT_CONFIG_DIR
+        run = run_dir or environment.get("DMCTL_RUN_DIR") or DEFAULT_RUN_DIR
+        paths = cls(Path(os.path.abspath(config)), Path(os.path.abspath(run)))
+        longest = len(os.fsencode(paths.control_socket("n" * 32)))
+        if longest > MAX_SOCKET_PATH_BYTES:
+            raise UsageError(
+                f"the run directory {paths.run_dir} makes socket paths of up to {longest} bytes;"
+                f" the system allows {MAX_SOCKET_PATH_BYTES}",
+                hint="choose a shorter --run-dir",
+            )
+        return paths
+
+    @property
+    def defaults_file(self) -> Path:
+        return self.config_dir / "dmctl.toml"
+
+    @property
+    def volumes_dir(self) -> Path:
+        return self.config_dir / "volumes"
+
+    def volume_file(self, name: str) -> Path:
+        return self.volumes_dir / f"{name}.toml"
+
+    def state_file(self, uuid: UUID) -> Path:
+        return self.config_dir / "state" / f"{uuid}.json"
+
+    def control_socket(self, name: str) -> Path:
+        return self.run_dir / f"{name}.ctl"
+
+    def nbd_socket(self, name: str) -> Path:
+        return self.run_dir / f"{name}.nbd"
+
+    def pid_file(self, name: str) -> Path:
+        return self.run_dir / f"{name}.pid"
+
+    def error_file(self, name: str) -> Path:
+        """Where a bitmapd that could not start leaves its error, as one JSON object."""
+        return self.run_dir / f"{name}.err"
+
+    def default_listen(self, name: str) -> str:
+        return format_uri(NbdUri(False, name, socket_path=str(self.nbd_socket(name))))
+
+
+def read_table(path: Path) -> tuple[dict[str, Any], list[Problem]]:
+    """The file's table; FileNotFoundError passes through, whatever else is wrong is a problem."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as stream:
+            data = stream.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
+            return {}, [Problem(str(path), None, f"is larger than {MAX_FILE_BYTES} bytes")]
+        return tomllib.loads(data.decode()), []
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return {}, [Problem(str(path), None, "is a symbolic link", "put the file itself there")]
+        return {}, [Problem(str(path), None, f"cannot be read: {error.strerror}")]
+    except UnicodeDecodeError:
+        return {}, [Problem(str(path), None, "is not UTF-8 text")]
+    except tomllib.TOMLDecodeError as error:
+        return {}, [Problem(str(path), None, f"is not TOML: {error}")]
+
+
+def load_defaults(paths: Paths) -> tuple[dict[str, Any], list[Problem]]:
+    """Values of dmctl.toml by field name; a missing file is an empty one."""
+    file = str(paths.defaults_file)
+    try:
+        table, problems = read_table(paths.defaults_file)
+    except FileNotFoundError:
+        return {}, []
+    defaults = table.pop("defaults", {})
+    problems += [Problem(file, name, "unknown key", nearest(name, ["defaults"])) for name in table]
+    if not isinstance(defaults, dict):
+        return {}, [*problems, Problem(file, "defaults", "is not a table")]
+    values, found = parse_table(defaults, file, shared=True)
+    return values, problems + found
+
+
+def volume_names(paths: Paths) -> list[str]:
+    """Names of the volumes that have a file, in order; names that cannot be volumes included."""
+    try:
+        found = os.listdir(paths.volumes_dir)
+    except FileNotFoundError:
+        return []
+    return sorted(
+        file.removesuffix(".toml")
+        for file in found
+        if file.endswith(".toml") and not file.startswith(".")
+    )
+
+
+def load_volume(paths: Paths, name: str) -> VolumeConfig:
+    """Raises NotFoundError, or ConfigError with all problems of dmctl.toml and the volume."""
+    check_name(name)
+    defaults, problems = load_defaults(paths)
+    try:
+        config, found = _load(paths, name, defaults)
+    except FileNotFoundError:
+        names = volume_names(paths)
+        raise NotFoundError(
+            f"there is no volume '{name}' in {paths.config_dir}",
+            hint=nearest(name, names)
+            or (f"there are: {', '.join(names)}" if names else "make one with 'dmctl create'"),
+        ) from None
+    if config is None or problems:
+        raise ConfigError(problems + found)
+    return config
+
+
+def _load(
+    paths: Paths, name: str, defaults: Mapping[str, Any]
+) -> tuple[VolumeConfig | None, list[Problem]]:
+    path = paths.volume_file(name)
+    table, problems = read_table(path)
+    if problems:
+        return None, problems
+    return build_volume(name, table, defaults, str(path), paths.default_listen(name))
+
+
+def volume_origins(paths: Paths, name: str) -> dict[str, str]:
+    """Where the value of each key of a volume that loads comes from: `volume`, `dmctl.toml` or
+    `default`."""
+    own, _problems = parse_table(read_table(paths.volume_file(name))[0], "")
+    shared, _problems = load_defaults(paths)
+    inherited = layer(shared, own)
+    return {
+        key.name: "volume"
+        if field in own
+        else "dmctl.toml"
+        if field in shared and inherited[field] == shared[field]
+        else "default"
+        for field, key in keys().items()
+    }
+
+
+def load_all(paths: Paths) -> dict[str, VolumeConfig]:
+    """Every volume; ConfigError with all problems of all files."""
+    defaults, problems = load_defaults(paths)
+    configs: dict[str, VolumeConfig] = {}
+    for name in volume_names(paths):
+        try:
+            check_name(name)
+            config, found = _load(paths, name, defaults)
+        except FileNotFoundError:
+            continue  # removed since the directory was read
+        except UsageError as error:
+            file = str(paths.volume_file(name))
+            config, found = None, [Problem(file, None, error.message, error.hint)]
+        problems += found
+        if config is not None:
+            configs[name] = config
+    problems += _shared_things(paths, configs)
+    if problems:
+        raise ConfigError(problems)
+    return configs
+
+
+def _shared_things(paths: Paths, configs: Mapping[str, VolumeConfig]) -> list[Problem]:
+    """Two volumes that use the same identity, medium or address."""
+    owners: dict[str, str] = {}
+    problems = []
+    for name, config in configs.items():
+        for key_name in ("uuid", "primary", "secondary", "record", "listen", "metrics_listen"):
+            value = getattr(config, key_name)
+            if value is None:
+                continue
+            owner = owners.setdefault(str(value), name)
+            if owner != name:
+                problems.append(
+                    Problem(
+                        str(paths.volume_file(name)), key_name, f"is used by volume '{owner}' too"
+                    )
+                )
+    return problems
+
+
+def create_volume(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
+    """Write a new volume's file; ExistsError if there is one."""
+    head = f"# Volume {name}.  'dmctl config show --explain {name}' explains every key.\n"
+    try:
+        atomic_write(paths.volume_file(name), head + toml.dumps(dict(table)), new=True)
+    except FileExistsError:
+        raise ExistsError(f"volume '{name}' exists already") from None
+
+
+def change_volume(paths: Paths, config: VolumeConfig, names: Iterable[str]) -> None:
+    """Put the values that these keys (TOML names) have in `config` into the volume's file.
+
+    Lines that set other keys, comments among them, stay as they are.
+    """
+    path = paths.volume_file(config.name)
+    table, problems = read_table(path)
+    if problems:
+        raise ConfigError(problems)
+    changes = render(config, names)
+    wanted = {key: value for key, value in table.items() if key not in changes} | changes
+    kept = [
+        line
+        for line in path.read_text().splitlines()
+        if line.partition("=")[0].strip() not in changes
+    ]
+    text = "\n".join([*kept, toml.dumps(changes)])
+    try:
+        whole = tomllib.loads(text) == wanted
+    except tomllib.TOMLDecodeError:
+        whole = False
+    # The edit by lines fails on a value of several lines; the comments are then given up.
+    atomic_write(path, text if whole else toml.dumps(wanted))
+
+
+def remove_volume(paths: Paths, name: str, uuid: UUID | None) -> None:
+    """Forget a volume: its file first, then what this host knows of its record."""
+    paths.volume_file(name).unlink()
+    _sync_folder(paths.volumes_dir)
+    if uuid is not None:
+        paths.state_file(uuid).unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, data: bytes | str, *, new: bool = False, mode: int = 0o600) -> None:
+    """Replace a file, or with `new` make one that must not exist; durable on return."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with open(os.open(temporary, flags, mode), "wb") as stream:
+            stream.write(data if isinstance(data, bytes) else data.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        if new:
+            os.link(temporary, path)
+        else:
+            temporary.rename(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

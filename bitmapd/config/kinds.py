@@ -1,0 +1,200 @@
+"""The kinds of values that a configuration holds: how each is written, read and refused (pure)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from bitmapd.config.problems import nearest
+from bitmapd.errors import UsageError
+from bitmapd.nbd.uri import parse_uri
+from bitmapd.units import (
+    format_duration,
+    format_rate,
+    format_size,
+    parse_duration,
+    parse_rate,
+    parse_size,
+)
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}", re.ASCII)
+_WORD = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
+_LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}", re.ASCII)
+
+
+def check_name(name: str) -> str:
+    """The name itself, if it may be a volume's name."""
+    if _NAME.fullmatch(name) is None:
+        raise UsageError(
+            f"{name!r} cannot be the name of a volume",
+            hint="use 1 to 32 of a-z 0-9 _ - and begin with a letter or digit",
+        )
+    return name
+
+
+def is_loopback(host: str) -> bool:
+    return _LOOPBACK.fullmatch(host) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a value is written: `parse` raises UsageError, `render` gives what TOML holds."""
+
+    syntax: str
+    parse: Callable[[Any], Any]
+    render: Callable[[Any], str | int | bool]
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{value!r} is not a string", hint='write it in quotes: "…"')
+    if not value.isprintable() or not value:
+        raise UsageError(f"{value!r} is empty or holds control characters")
+    return value
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    return parse_size(_text(value))
+
+
+def _positive_size(value: Any) -> int:
+    size_bytes = _size(value)
+    if size_bytes == 0:
+        raise UsageError(f"{value!r} is zero")
+    return size_bytes
+
+
+def _interval(value: Any) -> float:
+    interval_s = parse_duration(_text(value))
+    if not 0.1 <= interval_s <= 600:
+        raise UsageError(f"{value!r} is not between 100ms and 10min")
+    return interval_s
+
+
+def _positive_duration(value: Any) -> float:
+    duration_s = parse_duration(_text(value))
+    if duration_s == 0:
+        raise UsageError(f"{value!r} is zero")
+    return duration_s
+
+
+def _rate(value: Any) -> int:
+    return parse_rate(str(value) if type(value) is int else _text(value))
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{value!r} is neither true nor false")
+    return value
+
+
+def _path(value: Any) -> str:
+    path = _text(value)
+    if not path.startswith("/"):
+        raise UsageError(f"{path!r} is not an absolute path")
+    return path
+
+
+def _uuid(value: Any) -> UUID:
+    try:
+        return UUID(_text(value))
+    except ValueError:
+        raise UsageError(f"{value!r} is not a UUID") from None
+
+
+def _word(value: Any) -> str:
+    word = _text(value)
+    if _WORD.fullmatch(word) is None:
+        raise UsageError(f"{word!r} is not a name of a-z 0-9 -")
+    return word
+
+
+def _target(value: Any) -> str:
+    target = _text(value)
+    if "://" in target:
+        parse_uri(target)
+        return target
+    return _path(target)
+
+
+def _listen(value: Any) -> str:
+    listen = _text(value)
+    parse_uri(listen)
+    return listen
+
+
+def _attach(value: Any) -> str:
+    attach = choice("auto", "nbd", "dm").parse(value)
+    if attach == "dm":
+        raise UsageError(
+            "this build attaches volumes over NBD only",
+            hint="use nbd, or auto for the best that there is",
+        )
+    return "nbd"
+
+
+def parse_metrics_listen(text: str) -> Path | tuple[str, int]:
+    """A socket path for `unix:PATH`, or a loopback host and port for `HOST:PORT`."""
+    if text.startswith("unix:"):
+        return Path(_path(text.removeprefix("unix:")))
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not re.fullmatch("[0-9]{1,5}", port, re.ASCII) or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"{text!r} is not an address for metrics",
+            hint="write unix:/PATH, 127.0.0.1:PORT or [::1]:PORT",
+        )
+    if not is_loopback(host):
+        raise UsageError(
+            f"{text!r}: metrics are served on loopback addresses only",
+            hint="use 127.0.0.1 and a proxy of your own that authenticates",
+        )
+    return host, int(port)
+
+
+def _metrics(value: Any) -> str:
+    text = _text(value)
+    parse_metrics_listen(text)
+    return text
+
+
+def choice(*words: str) -> Kind:
+    def parse(value: Any) -> str:
+        word = _text(value)
+        if word not in words:
+            raise UsageError(
+                f"{word!r} is not one of {', '.join(words)}", hint=nearest(word, words)
+            )
+        return word
+
+    return Kind(" | ".join(words), parse, str)
+
+
+def or_word(word: str, kind: Kind) -> Kind:
+    """A kind that has a word for None."""
+    return Kind(
+        f"{kind.syntax} | {word}",
+        lambda value: None if value == word else kind.parse(value),
+        lambda value: word if value is None else kind.render(value),
+    )
+
+
+TEXT_UUID = Kind("UUID", _uuid, str)
+PATH = Kind("path", _path, str)
+FOLDER = Kind("path", lambda value: Path(_path(value)), str)
+TARGET = Kind("path | NBD URI", _target, str)
+LISTEN = Kind("NBD URI", _listen, str)
+ATTACH = Kind("auto | nbd", _attach, str)
+SIZE = Kind("size", _positive_size, format_size)
+RATE = Kind("size per second", _rate, format_rate)
+DURATION = Kind("duration", _positive_duration, format_duration)
+INTERVAL = Kind("duration", _interval, format_duration)
+WORD = Kind("name", _word, str)
+BOOLEAN = Kind("true | false", _boolean, bool)
+METRICS = Kind("unix:PATH | LOOPBACK:PORT", _metrics, str)

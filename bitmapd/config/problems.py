@@ -1,0 +1,48 @@
+"""What can be wrong with a configuration, and how it is told (pure)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bitmapd.errors import BitmapdError, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with the configuration."""
+
+    file: str
+    key: str | None
+    message: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        place = self.file if self.key is None else f"{self.file}: {self.key}"
+        return f"{place}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+class ConfigError(UsageError):
+    """The configuration cannot be used; carries every problem that was found."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            only = self.problems[0]
+            super().__init__(str(dataclasses.replace(only, hint=None)), only.hint)
+        else:
+            lines = "".join(f"\n  {problem}" for problem in self.problems)
+            super().__init__(f"{len(self.problems)} errors in the configuration:{lines}")
+
+    def to_json(self) -> dict[str, Any]:
+        problems = [dataclasses.asdict(problem) for problem in self.problems]
+        return BitmapdError.to_json(self) | {"problems": problems}
+
+
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """A hint that names the nearest of the words, if one is near."""
+    close = difflib.get_close_matches(word.replace("-", "_"), list(words), n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else None

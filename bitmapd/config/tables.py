@@ -1,0 +1,164 @@
+"""TOML tables into values: merging, and judging values against one another (pure)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from bitmapd.config.kinds import is_loopback
+from bitmapd.config.problems import ConfigError, Problem, nearest
+from bitmapd.config.volume import VolumeConfig, keys
+from bitmapd.errors import UsageError
+from bitmapd.nbd.uri import NbdUri, is_uri, parse_uri
+from bitmapd.record.geometry import Geometry
+
+_EXCLUSIVE = ("record_limit", "resync_target")
+
+
+def parse_table(
+    table: Mapping[str, Any], file: str, *, shared: bool = False
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Values by field name; with `shared`, a table that may hold shared keys only."""
+    fields = {key.name: field for field, key in keys().items() if key.shared or not shared}
+    values: dict[str, Any] = {}
+    problems = []
+    for name, raw in table.items():
+        if name not in fields:
+            known = any(key.name == name for key in keys().values())
+            message = "belongs into the file of a volume" if known else "unknown key"
+            hint = None if known else nearest(name, fields)
+            problems.append(Problem(file, name, message, hint))
+            continue
+        try:
+            values[fields[name]] = keys()[fields[name]].kind.parse(raw)
+        except UsageError as error:
+            problems.append(Problem(file, name, error.message, error.hint))
+    if all(values.get(_field(name)) is not None for name in _EXCLUSIVE):
+        problems.append(Problem(file, "resync_target", "excludes record_limit", "keep one of them"))
+    return values, problems
+
+
+def _field(name: str) -> str:
+    return next(field for field, key in keys().items() if key.name == name)
+
+
+def build_volume(
+    name: str,
+    table: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    file: str,
+    listen: str,
+) -> tuple[VolumeConfig | None, list[Problem]]:
+    """A volume from its table; `defaults` are the values of dmctl.toml by field name, `listen` is
+    where it is exported if nothing else is said."""
+    own, problems = parse_table(table, file)
+    values: dict[str, Any] = {"name": name, "listen": listen}
+    for field, key in keys().items():
+        if key.default is not None:
+            values[field] = key.kind.parse(key.default)
+    values = layer(layer(values, defaults), own)
+    for field, key in keys().items():
+        if field not in values and key.name not in table:
+            problems.append(Problem(file, key.name, "is missing"))
+    if problems:
+        return None, problems
+    config = VolumeConfig(**values)
+    problems = [
+        Problem(file, key_name, error.message, error.hint) for key_name, error in _judge(config)
+    ]
+    return (None if problems else config), problems
+
+
+def layer(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` wins; one of two keys that exclude each other withdraws the other one below."""
+    merged = dict(below)
+    limit, target = (_field(name) for name in _EXCLUSIVE)
+    if above.get(limit) is not None:
+        merged[target] = None
+    if above.get(target) is not None:
+        merged[limit] = None
+    return merged | dict(above)
+
+
+def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
+    """What is wrong with values that are right one by one: (key, error) pairs."""
+    try:
+        Geometry(config.extent_size_bytes, config.extent_size_bytes, config.block_size_bytes)
+    except UsageError as error:
+        yield "extent_size, block_size", error
+    yield from _judge_listen(config, parse_uri(config.listen))
+    if is_uri(config.secondary):
+        uri = parse_uri(config.secondary)
+        if uri.tls and not (config.tls_certificates or uri.tls_certificates):
+            yield "secondary", _no_certificates()
+        if config.secondary == config.listen:
+            yield "secondary", UsageError("is the volume's own export")
+    seen: dict[str, str] = {}
+    for key_name in ("primary", "secondary", "record"):
+        value = getattr(config, key_name)
+        if value in seen:
+            yield key_name, UsageError(f"is the same as {seen[value]}")
+        seen.setdefault(value, key_name)
+
+
+def _judge_listen(config: VolumeConfig, uri: NbdUri) -> Iterable[tuple[str, UsageError]]:
+    if uri.tls and not (config.tls_certificates or uri.tls_certificates):
+        yield "listen", _no_certificates()
+    if uri.tls or uri.socket_path is not None:
+        return
+    if not is_loopback(uri.host or ""):
+        yield (
+            "listen",
+            UsageError(
+                f"would offer the volume in plain text on {uri.host or 'every address'}",
+                hint="use nbds:// with tls_certificates, or a unix socket",
+            ),
+        )
+    elif not config.allow_plaintext_loopback:
+        yield (
+            "listen",
+            UsageError(
+                "plain TCP lets every local user write to the volume",
+                hint="use a unix socket, or set allow_plaintext_loopback = true",
+            ),
+        )
+
+
+def _no_certificates() -> UsageError:
+    return UsageError("needs TLS certificates", hint="set tls_certificates to their folder")
+
+
+def changed(config: VolumeConfig, changes: Mapping[str, Any]) -> VolumeConfig:
+    """A configuration with the live keys in `changes` (TOML name -> raw value) replaced."""
+    live = [key.name for key in keys().values() if key.live]
+    source = f"volume '{config.name}'"
+    problems = [
+        Problem(
+            source,
+            name,
+            "cannot be changed while the volume runs"
+            if any(key.name == name for key in keys().values())
+            else "unknown key",
+            nearest(name, live) or f"one of {', '.join(live)}",
+        )
+        for name in changes
+        if name not in live
+    ]
+    values, found = parse_table({k: v for k, v in changes.items() if k in live}, source)
+    if problems or found:
+        raise ConfigError([*problems, *found])
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return VolumeConfig(**layer(fields, values))
+
+
+def render(config: VolumeConfig, names: Iterable[str]) -> dict[str, str | int | bool]:
+    """What TOML holds for these keys; of keys that exclude each other, always both."""
+    wanted = set(names)
+    if wanted.intersection(_EXCLUSIVE):
+        wanted.update(_EXCLUSIVE)
+    return {
+        key.name: key.kind.render(getattr(config, field))
+        for field, key in keys().items()
+        if key.name in wanted
+    }

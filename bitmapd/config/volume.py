@@ -1,0 +1,205 @@
+"""One volume's configuration, which is its own manual (pure)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, get_type_hints
+from uuid import UUID
+
+from bitmapd.config import kinds
+from bitmapd.config.kinds import Kind
+
+DEFAULT_RECORD_LIMIT_BYTES = 1 << 30
+DEFAULT_RECORD_LIMIT_FRACTION = 10
+MIN_RECORD_LIMIT_EXTENTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What the manual says of one field: its name in TOML, kind, explanation, default.
+
+    Without a default the key is required, unless `derived`: then it follows from the others.
+    `shared` keys may stand in dmctl.toml; `live` ones may be changed with `dmctl set`.
+    """
+
+    name: str
+    kind: Kind
+    doc: str
+    default: str | bool | None = None
+    derived: bool = False
+    shared: bool = False
+    live: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeConfig:
+    """One volume, complete: no field is left to be looked up elsewhere."""
+
+    name: str
+    uuid: Annotated[
+        UUID, Key("uuid", kinds.TEXT_UUID, "Identity of the volume; its record carries it too.")
+    ]
+    primary: Annotated[
+        str, Key("primary", kinds.PATH, "Block device or file that the hosts' data live on.")
+    ]
+    secondary: Annotated[
+        str, Key("secondary", kinds.TARGET, "Where the copy is: block device, file or NBD export.")
+    ]
+    record: Annotated[
+        str, Key("record", kinds.PATH, "Block device or file of the stored record; fast, durable.")
+    ]
+    attach: Annotated[
+        str,
+        Key("attach", kinds.ATTACH, "How hosts reach the volume.", "auto", shared=True),
+    ]
+    listen: Annotated[
+        str,
+        Key(
+            "listen",
+            kinds.LISTEN,
+            "Where the volume is exported; by default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd.",
+            derived=True,
+        ),
+    ]
+    extent_size_bytes: Annotated[
+        int,
+        Key(
+            "extent_size",
+            kinds.SIZE,
+            "Unit of the record, a power of two; fixed when the volume is created.",
+            "1MiB",
+            shared=True,
+        ),
+    ]
+    block_size_bytes: Annotated[
+        int,
+        Key(
+            "block_size",
+            kinds.SIZE,
+            "Unit of dirty tracking and copying, a power of two that divides the extent; fixed"
+            " when the volume is created.",
+            "64KiB",
+            shared=True,
+        ),
+    ]
+    record_limit_bytes: Annotated[
+        int | None,
+        Key(
+            "record_limit",
+            kinds.or_word("auto", kinds.SIZE),
+            "How much the record may name, and so how much a crash makes us copy; only clean"
+            " extents are given up to keep to it. auto: 1GiB or a tenth of the volume, whichever"
+            " is smaller. Never less than 64 extents. Excludes resync_target.",
+            "auto",
+            shared=True,
+            live=True,
+        ),
+    ]
+    resync_target_s: Annotated[
+        float | None,
+        Key(
+            "resync_target",
+            kinds.or_word("none", kinds.DURATION),
+            "How long the copying after a crash may take: sets the record limit from the measured"
+            " speed of copying. Excludes record_limit.",
+            "none",
+            shared=True,
+            live=True,
+        ),
+    ]
+    era_interval_s: Annotated[
+        float,
+        Key(
+            "era_interval",
+            kinds.INTERVAL,
+            "How often written blocks are handed to the copier, 100ms to 10min.",
+            "1s",
+            shared=True,
+            live=True,
+        ),
+    ]
+    initial_sync: Annotated[
+        str,
+        Key(
+            "initial_sync",
+            kinds.choice("full", "checksum", "skip"),
+            "How the secondary is made equal at first: copy everything, copy what differs by"
+            " checksum, or trust that it is equal.",
+            "full",
+            shared=True,
+        ),
+    ]
+    predictor: Annotated[
+        str,
+        Key(
+            "predictor",
+            kinds.WORD,
+            "Policy that says which extents enter the record together, and which leave it.",
+            "superset",
+            shared=True,
+            live=True,
+        ),
+    ]
+    copy_rate_bytes_per_s: Annotated[
+        int | None,
+        Key(
+            "copy_rate",
+            kinds.or_word("none", kinds.RATE),
+            "Upper bound for copying, such as 100MiB/s.",
+            "none",
+            shared=True,
+            live=True,
+        ),
+    ]
+    tls_certificates: Annotated[
+        Path | None,
+        Key(
+            "tls_certificates",
+            kinds.or_word("none", kinds.FOLDER),
+            "Folder with ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem and"
+            " client-key.pem, for nbds:// on either side.",
+            "none",
+            shared=True,
+        ),
+    ]
+    allow_plaintext_loopback: Annotated[
+        bool,
+        Key(
+            "allow_plaintext_loopback",
+            kinds.BOOLEAN,
+            "Whether the volume may be exported without TLS on a loopback address, where every"
+            " local user can write to it.",
+            False,
+            shared=True,
+        ),
+    ]
+    metrics_listen: Annotated[
+        str | None,
+        Key(
+            "metrics_listen",
+            kinds.or_word("none", kinds.METRICS),
+            "Where metrics are served in Prometheus text format.",
+            "none",
+        ),
+    ]
+
+
+@functools.cache
+def keys() -> dict[str, Key]:
+    """The manual: field name -> key, in order of the fields."""
+    hints = get_type_hints(VolumeConfig, include_extras=True)
+    return {
+        field: hint.__metadata__[0]
+        for field, hint in hints.items()
+        if hasattr(hint, "__metadata__")
+    }
+
+
+def effective_record_limit_bytes(config: VolumeConfig, size_bytes: int) -> int:
+    """The limit that `record_limit` stands for in a volume of that size (see its manual)."""
+    wanted = config.record_limit_bytes
+    if wanted is None:
+        wanted = min(DEFAULT_RECORD_LIMIT_BYTES, size_bytes // DEFAULT_RECORD_LIMIT_FRACTION)
+    return max(wanted, MIN_RECORD_LIMIT_EXTENTS * config.extent_size_bytes)

@@ -1,0 +1,129 @@
+"""The client of a volume's control socket: synchronous, for the command line.
+
+`ControlClient.call` sends one request and returns its result or raises the error that the server
+sent, with its class.  A volume that does not run is `WrongStateError`: no socket, or a socket that
+nobody listens on.
+
+1. `timeout_s` is the time without any sign of life: every event begins it anew.  None waits as
+   long as the connection lasts, which is right for verbs that take as long as they take.
+2. A connection that ends before the answer is `BitmapdError`: nobody knows what became of the
+   request.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bitmapd.control.protocol import (
+    Answer,
+    Failure,
+    Json,
+    LineBuffer,
+    Result,
+    decode_answer,
+    encode_request,
+)
+from bitmapd.errors import BitmapdError, PermissionError_, TimeOutError, WrongStateError
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+class ControlClient:
+    """One connection; a context manager."""
+
+    def __init__(self, path: Path, volume: str, timeout_s: float = CONNECT_TIMEOUT_S) -> None:
+        self._volume = volume
+        self._buffer = LineBuffer()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise self._cannot_connect(error, path) from None
+
+    def _cannot_connect(self, error: OSError, path: Path) -> BitmapdError:
+        if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            return WrongStateError(
+                f"volume '{self._volume}' is not running",
+                hint=f"start it with 'dmctl start {self._volume}'",
+            )
+        if isinstance(error, PermissionError):
+            return PermissionError_(
+                f"this user may not control volume '{self._volume}' ({path})",
+                hint="be root, or the user that runs bitmapd",
+            )
+        if isinstance(error, TimeoutError | BlockingIOError):
+            return self._timed_out("accept a connection")
+        return BitmapdError(f"cannot connect to {path}: {error.strerror or error}")
+
+    def _timed_out(self, what: str) -> TimeOutError:
+        return TimeOutError(f"bitmapd of volume '{self._volume}' did not {what} in time")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    @property
+    def socket(self) -> socket.socket:
+        return self._socket
+
+    def call(
+        self,
+        verb: str,
+        args: dict[str, Json] | None = None,
+        *,
+        timeout_s: float | None = CONNECT_TIMEOUT_S,
+        on_event: Callable[[dict[str, Json]], object] | None = None,
+    ) -> Any:
+        """The verb's result; `on_event` is called with every event before it."""
+        self.send(verb, args)
+        self._socket.settimeout(timeout_s)
+        while (answers := self.receive()) is not None:
+            for answer in answers:
+                if isinstance(answer, Result):
+                    return answer.value
+                if isinstance(answer, Failure):
+                    raise answer.error
+                if on_event is not None:
+                    on_event(answer.fields)
+        raise BitmapdError(
+            f"bitmapd of volume '{self._volume}' ended the connection without an answer",
+            hint="its log says why",
+        )
+
+    def send(self, verb: str, args: dict[str, Json] | None = None) -> None:
+        try:
+            self._socket.sendall(encode_request(verb, args or {}))
+        except TimeoutError:
+            raise self._timed_out("take a request") from None
+        except ConnectionError:
+            # A server that refuses a client says why before it closes; `receive` finds that.
+            return
+
+    def receive(self) -> list[Answer] | None:
+        """What the next bytes bring, which may be no whole answer yet; None at the end."""
+        try:
+            data = self._socket.recv(1 << 16)
+        except TimeoutError:
+            raise self._timed_out("answer") from None
+        except ConnectionError:
+            data = b""
+        return [decode_answer(line) for line in self._buffer.feed(data)] if data else None

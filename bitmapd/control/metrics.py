@@ -1,0 +1,190 @@
+"""Metrics in the Prometheus text format, on a unix socket or a loopback address.
+
+Off unless `metrics_listen` is set, and needs the optional package prometheus-client.  The figures
+are those of `dmctl status --json`: names with the prefix `bitmapd_`, base units, `_total` for
+counters, the volume as the only label besides the state's name.  What is not known is left out.
+
+1. The server answers `GET /metrics` and nothing else, one request a connection, at most
+   `CONNECTION_LIMIT` at a time, each within `TIMEOUT_S`, from at most `REQUEST_BYTES`.
+2. It never listens on an address that other hosts reach: there is no authentication.
+3. A unix socket has mode 0600; give a proxy access by running it as the same user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitmapd.config.kinds import parse_metrics_listen
+from bitmapd.control.sockets import listen_unix
+from bitmapd.errors import UsageError
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+CONNECTION_LIMIT = 16
+REQUEST_BYTES = 8 << 10
+TIMEOUT_S = 5.0
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+STATES = (
+    "in-sync",
+    "copying",
+    "resyncing",
+    "paused",
+    "link-down",
+    "degraded",
+    "split-brain",
+    "stopped",
+    "failed",
+)
+
+Status = Mapping[str, Any]
+
+# Key of the status -> what it is.
+GAUGES = {
+    "size_bytes": "Size of the volume.",
+    "dirty_bytes": "Written and not yet durable on the secondary.",
+    "lag_seconds": "Age of the oldest write that is not yet durable on the secondary.",
+    "record_bytes": "What the record names, and a crash would make us copy.",
+    "record_extents": "Extents in the record.",
+    "record_limit_bytes": "How much the record may name.",
+    "era": "Number of the era.",
+}
+COUNTERS = {
+    "writes_total": "Writes of hosts.",
+    "hits_total": "Writes whose extents were all in the record.",
+    "misses_total": "Writes that put extents into the record.",
+    "record_updates_total": "Durable writes to the stored record that a host's write waited for.",
+    "record_clears_total": "Lazy writes to the stored record that took extents out.",
+    "copied_bytes_total": "Bytes written to the secondary.",
+}
+RESYNC_GAUGES = {
+    "total_bytes": "What this resync set out to copy.",
+    "remaining_bytes": "What is left of it.",
+}
+
+
+def families(status: Status) -> Iterator[Metric]:
+    """The metrics that a volume's status gives."""
+    from prometheus_client.core import (  # noqa: PLC0415  (optional package)
+        CounterMetricFamily,
+        GaugeMetricFamily,
+    )
+
+    volume = [str(status["name"])]
+    for key, text in GAUGES.items():
+        if status.get(key) is not None:
+            gauge = GaugeMetricFamily(f"bitmapd_{key}", text, labels=["volume"])
+            gauge.add_metric(volume, float(status[key]))
+            yield gauge
+    for key, text in COUNTERS.items():
+        if status.get(key) is not None:
+            name = f"bitmapd_{key.removesuffix('_total')}"
+            counter = CounterMetricFamily(name, text, labels=["volume"])
+            counter.add_metric(volume, float(status[key]))
+            yield counter
+    for key, text in RESYNC_GAUGES.items():
+        resync = status.get("resync")
+        gauge = GaugeMetricFamily(f"bitmapd_resync_{key}", text, labels=["volume"])
+        gauge.add_metric(volume, float(resync[key]) if resync else 0.0)
+        yield gauge
+    state = GaugeMetricFamily(
+        "bitmapd_state", "1 for the state that the volume is in.", labels=["volume", "state"]
+    )
+    for name in STATES:
+        state.add_metric([*volume, name], float(status["state"] == name))
+    yield state
+
+
+class _Snapshot:
+    """What prometheus-client calls a collector: gives the metrics of this moment."""
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+
+    def collect(self) -> Iterator[Metric]:
+        return families(self._status)
+
+
+def render(status: Status) -> bytes:
+    from prometheus_client import CollectorRegistry, generate_latest  # noqa: PLC0415
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Snapshot(status))
+    return generate_latest(registry)
+
+
+class MetricsServer:
+    """Serves `render(status())` at the address of `metrics_listen`; see the module docstring."""
+
+    def __init__(self, listen: str, status: Callable[[], Status]) -> None:
+        try:
+            import prometheus_client  # noqa: F401, PLC0415
+        except ImportError:
+            raise UsageError(
+                "metrics_listen is set, but the package prometheus-client is not installed",
+                hint="install it (pip install 'dmctl[metrics]') or unset metrics_listen",
+            ) from None
+        self._address = parse_metrics_listen(listen)
+        self._status = status
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def start(self) -> None:
+        if isinstance(self._address, Path):
+            self._server = await asyncio.start_unix_server(
+                self._connected, sock=listen_unix(self._address), limit=REQUEST_BYTES
+            )
+        else:
+            host, port = self._address
+            self._server = await asyncio.start_server(
+                self._connected, host, port, limit=REQUEST_BYTES, reuse_address=True
+            )
+
+    async def close(self) -> None:
+        if self._server is None:
+            return
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if isinstance(self._address, Path):
+            self._address.unlink(missing_ok=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a connection is served outside of a task")
+        self._tasks.add(task)
+        try:
+            if len(self._tasks) <= CONNECTION_LIMIT:
+                async with asyncio.timeout(TIMEOUT_S):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    writer.write(self._answer(head))
+                    await writer.drain()
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
+            # Not a request; there is nobody to whom it would be worth explaining.
+            writer.transport.abort()
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    def _answer(self, head: bytes) -> bytes:
+        method, _, rest = head.partition(b"\r\n")[0].partition(b" ")
+        target = rest.partition(b" ")[0].partition(b"?")[0]
+        if target != b"/metrics":
+            return _response("404 Not Found", b"metrics are at /metrics\n")
+        if method != b"GET":
+            return _response("405 Method Not Allowed", b"use GET\n")
+        return _response("200 OK", render(self._status()))
+
+
+def _response(status: str, body: bytes) -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {CONTENT_TYPE}\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body

@@ -1,0 +1,213 @@
+"""Compare primary and secondary of a volume in use, and repair what differs unexpectedly.
+
+The volume is read once in pieces.  Blocks that differ are suspects, because a write or a copy may
+have come between the two reads.  A suspect that is dirty by now is explained, and will be copied.
+Any other is read again, by itself, when the gate says that it cannot differ; it is *unexpected*
+only if it still differs and, from before the reads until after them, the gate said so without a
+settle in between.  A write that arrived meanwhile would have left its mark: marks go away only
+with a settle.  A suspect in an extent that is never quiet is given up after `MAX_TRIES`.
+
+Nothing is written here.  A repair marks the block at the gate, which records its extent first;
+the copier does the rest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import xxhash
+
+from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Device, Scheduler
+from bitmapd.media.buffers import BufferPool
+from bitmapd.record.geometry import Geometry
+
+DEPTH = 4
+PIECE_BYTES = 1 << 20
+RETRY_S = 0.25
+MAX_TRIES = 240  # a minute
+MAX_LISTED = 1000
+
+
+@dataclass(slots=True)
+class VerifyResult:
+    """Figures of one run; `unexpected` lists at most `MAX_LISTED` (offset, length) runs."""
+
+    compared_bytes: int = 0
+    unexpected_bytes: int = 0
+    repaired_bytes: int = 0
+    rechecked_blocks: int = 0
+    undecided_blocks: int = 0
+    unexpected: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Verify:
+    """One comparison of the whole volume; `done(error, result)` is called once."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        gate: Gate,
+        primary: Device,
+        secondary: Device,
+        scheduler: Scheduler,
+        pool: BufferPool,
+        *,
+        repair: bool,
+        done: Callable[[OSError | None, VerifyResult], None],
+    ) -> None:
+        self._geometry = geometry
+        self._gate = gate
+        self._primary = primary
+        self._secondary = secondary
+        self._scheduler = scheduler
+        self._pool = pool
+        self._repair = repair
+        self._done = done
+        self._per_piece = max(1, PIECE_BYTES // geometry.block_bytes)
+        self._cursor = 0
+        self._in_flight = 0
+        self._suspects: deque[tuple[int, int]] = deque()  # block, tries so far
+        self._error: OSError | None = None
+        self._finished = False
+        self._timer_set = False
+        self.result = VerifyResult()
+
+    def start(self) -> None:
+        self._scheduler.call_soon(self._pump)
+
+    def cancel(self, error: OSError) -> None:
+        """End early; `done` is called with this error once nothing is in flight."""
+        self._error = self._error or error
+        self._scheduler.call_soon(self._pump)
+
+    @property
+    def progress(self) -> float:
+        """Share of the volume that has been read, 0 to 1."""
+        return self._cursor / self._geometry.blocks
+
+    def _pump(self) -> None:
+        if self._finished:
+            return
+        while self._error is None and self._in_flight < DEPTH:
+            if not self._start_piece() and not self._start_recheck():
+                break
+        if self._in_flight:
+            return
+        complete = self._cursor >= self._geometry.blocks and not self._suspects
+        if self._error is not None or complete:
+            self._finished = True
+            self._done(self._error, self.result)
+        elif not self._timer_set:
+            self._timer_set = True
+            self._scheduler.call_later(RETRY_S, self._retry)
+
+    def _retry(self) -> None:
+        self._timer_set = False
+        self._pump()
+
+    def _start_piece(self) -> bool:
+        if self._cursor >= self._geometry.blocks:
+            return False
+        first = self._cursor
+        stop = min(first + self._per_piece, self._geometry.blocks)
+
+        def compared(mine: memoryview, theirs: memoryview) -> None:
+            self.result.compared_bytes += len(mine)
+            if xxhash.xxh3_64_intdigest(mine) == xxhash.xxh3_64_intdigest(theirs):
+                return
+            size = self._geometry.block_bytes
+            for block in range(first, stop):
+                low = (block - first) * size
+                if bytearray(mine[low : low + size]) != theirs[low : low + size]:
+                    self._suspects.append((block, 0))
+
+        if not self._read_both(first, stop, compared):
+            return False
+        self._cursor = stop
+        return True
+
+    def _start_recheck(self) -> bool:
+        """Read one suspect again that cannot differ now, if there is one."""
+        for _ in range(len(self._suspects)):
+            block, tries = self._suspects.popleft()
+            if self._gate.is_dirty(block, block + 1):
+                continue
+            if not self._gate.may_differ(block, block + 1) and self._recheck(block, tries):
+                return True
+            self._try_later(block, tries)
+        return False
+
+    def _try_later(self, block: int, tries: int) -> None:
+        if tries < MAX_TRIES:
+            self._suspects.append((block, tries + 1))
+        else:
+            self.result.undecided_blocks += 1
+
+    def _recheck(self, block: int, tries: int) -> bool:
+        settles = self._gate.settles
+
+        def compared(mine: memoryview, theirs: memoryview) -> None:
+            self.result.rechecked_blocks += 1
+            if bytearray(mine) == theirs:
+                return
+            if self._gate.settles != settles or self._gate.may_differ(block, block + 1):
+                self._try_later(block, tries)
+            else:
+                self._unexpected(block)
+
+        return self._read_both(block, block + 1, compared)
+
+    def _read_both(
+        self, first: int, stop: int, compared: Callable[[memoryview, memoryview], None]
+    ) -> bool:
+        offset, length = self._geometry.block_bytes_range(first, stop)
+        mine = self._pool.take(length)
+        theirs = self._pool.take(length) if mine is not None else None
+        if mine is None or theirs is None:
+            if mine is not None:
+                self._pool.give(mine)
+            self._pool.when_free(self._pump)
+            return False
+        self._in_flight += 1
+        waiting = 2
+
+        def was_read(error: OSError | None) -> None:
+            nonlocal waiting
+            waiting -= 1
+            self._error = self._error or error
+            if waiting:
+                return
+            if self._error is None:
+                compared(mine, theirs)
+            self._pool.give(mine)
+            self._pool.give(theirs)
+            self._in_flight -= 1
+            self._pump()
+
+        self._primary.read(offset, mine, was_read)
+        self._secondary.read(offset, theirs, was_read)
+        return True
+
+    def _unexpected(self, block: int) -> None:
+        offset, length = self._geometry.block_bytes_range(block, block + 1)
+        self.result.unexpected_bytes += length
+        listed = self.result.unexpected
+        if listed and sum(listed[-1]) == offset:
+            listed[-1] = (listed[-1][0], listed[-1][1] + length)
+        elif len(listed) < MAX_LISTED:
+            listed.append((offset, length))
+        if not self._repair:
+            return
+        self._in_flight += 1
+
+        def marked(error: OSError | None) -> None:
+            self._in_flight -= 1
+            self._error = self._error or error
+            if error is None:
+                self.result.repaired_bytes += length
+            self._pump()
+
+        self._gate.mark(block, block + 1, marked)

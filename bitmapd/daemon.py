@@ -1,0 +1,293 @@
+"""The life of a bitmapd process: one process serves one volume.
+
+    bitmapd NAME [--foreground] [--config-dir DIR] [--run-dir DIR]
+
+In the foreground it tells the service manager when the volume can be used (sd_notify) and logs to
+standard error.  Otherwise it becomes a daemon (python-daemon) and logs to syslog; whether the start
+succeeded is learnt from the control socket, or from `RUN_DIR/NAME.err`, which holds the error that
+ended it as one JSON object.
+
+1. The lock on the record device is what makes it the only one; the pid file is for people.
+2. Memory is locked and the process marked as one that writes back for others (PR_SET_IO_FLUSHER)
+   before a thread starts: a host's page cache may wait for this process while memory is short.
+3. SIGTERM and SIGINT stop without copying what is left; SIGHUP reads the configuration again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import syslog
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bitmapd import __version__
+from bitmapd.config import (
+    Paths,
+    atomic_write,
+    change_volume,
+    changed,
+    load_volume,
+)
+from bitmapd.control.events import EventLog, LineSink, format_line
+from bitmapd.control.metrics import MetricsServer
+from bitmapd.control.notify import notify
+from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
+from bitmapd.errors import BitmapdError, UsageError
+from bitmapd.record.predictors import make_policy
+from bitmapd.volume import Volume
+
+_PR_SET_IO_FLUSHER = 57
+_MCL_CURRENT = 1
+_MCL_FUTURE = 2
+_MCL_ONFAULT = 4
+_STACK_BYTES = 512 << 10  # of a thread; locked memory, and 8 MiB by default
+
+Emit = Callable[..., None]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bitmapd", description="Serve one mirrored volume.")
+    parser.add_argument("name", metavar="NAME", help="the volume")
+    parser.add_argument(
+        "--foreground", action="store_true", help="stay in the foreground, log to standard error"
+    )
+    parser.add_argument("--config-dir", metavar="DIR", help="default /etc/dmctl")
+    parser.add_argument("--run-dir", metavar="DIR", help="default /run/dmctl")
+    parser.add_argument("--version", action="version", version=f"bitmapd {__version__}")
+    return parser.parse_args(argv)
+
+
+def protect_memory(emit: Emit) -> None:
+    """Never wait for memory that only our own progress can free; see docs/recovery.md.
+
+    Without the privilege, as in a container, this is told and the volume is served all the same.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINVAL:  # kernels before 5.6 do not know it
+            emit(
+                "not-io-flusher",
+                message=f"PR_SET_IO_FLUSHER: {os.strerror(number)}; grant CAP_SYS_RESOURCE",
+            )
+    threading.stack_size(_STACK_BYTES)
+    # What is mapped now is brought in and locked; what is mapped later is locked as it is used.
+    if (
+        libc.mlockall(_MCL_CURRENT) != 0
+        or libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0
+    ):
+        emit(
+            "memory-not-locked",
+            message=f"mlockall: {os.strerror(ctypes.get_errno())}; raise RLIMIT_MEMLOCK",
+        )
+
+
+class Daemon:
+    """Volume, control socket, metrics and signals on one loop."""
+
+    def __init__(self, paths: Paths, name: str, log: EventLog) -> None:
+        self._paths = paths
+        self._name = name
+        self._log = log
+        self._ended = asyncio.Event()
+        self._stop_task: asyncio.Task[dict[str, Any]] | None = None
+        self._metrics: MetricsServer | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        config = load_volume(self._paths, self._name)
+        self.volume = Volume(config, self._paths, loop, self._log.emit)
+        if config.metrics_listen is not None:
+            # Before anything is opened, so that a missing package is an early error.
+            self._metrics = MetricsServer(config.metrics_listen, self.volume.status)
+        control = ControlServer(self._paths.control_socket(self._name), self._handlers())
+        await self.volume.start()
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._begin_stop, True)
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
+            await control.start()
+            if self._metrics is not None:
+                await self._metrics.start()
+        except BaseException:
+            await self._begin_stop(True)
+            raise
+        self._log.emit("started", version=__version__, pid=os.getpid())
+        notify("READY=1")
+        await self._ended.wait()
+        notify("STOPPING=1")
+        if self._metrics is not None:
+            await self._metrics.close()
+        await control.close()
+
+    # -- stopping -------------------------------------------------------------------------
+    def _begin_stop(self, now: bool) -> asyncio.Task[dict[str, Any]]:
+        """One stop for everybody who asks; a stop with `now` hurries one that copies."""
+        if self._stop_task is None:
+            self._stop_task = asyncio.ensure_future(self.volume.stop(now))
+            self._stop_task.add_done_callback(self._stopped)
+        elif now:
+            self.volume.hurry()
+        return self._stop_task
+
+    def _stopped(self, task: asyncio.Task[dict[str, Any]]) -> None:
+        self._ended.set()
+        if not task.cancelled() and task.exception() is not None:
+            self._log.emit("failed", message=f"the stop did not end in order: {task.exception()}")
+
+    def _reload(self) -> None:
+        try:
+            self.volume.reconfigure(load_volume(self._paths, self._name))
+        except BitmapdError as error:
+            self._log.emit("settings-refused", message=error.message)
+
+    # -- verbs ----------------------------------------------------------------------------
+    def _handlers(self) -> dict[str, Handler]:
+        return {
+            "ping": self._ping,
+            "status": self._status,
+            "stop": self._stop,
+            "wait": self._wait,
+            "resync": self._resync,
+            "verify": self._verify,
+            "pause": self._pause,
+            "resume": self._resume,
+            "set": self._set,
+            "resize": self._resize,
+            "events": events_handler(self._log),
+        }
+
+    async def _ping(self, args: dict[str, Any], progress: Progress) -> Any:
+        return {"state": "ready", "pid": os.getpid(), "version": __version__}
+
+    async def _status(self, args: dict[str, Any], progress: Progress) -> Any:
+        return self.volume.status()
+
+    async def _stop(self, args: dict[str, Any], progress: Progress) -> Any:
+        task = self._begin_stop(bool(args.get("now", False)))
+        while not task.done():
+            # The stop goes on when the client that asked for it goes away.
+            await asyncio.wait([task], timeout=0.5)
+            if not task.done():
+                await progress({"dirty_bytes": self.volume.status()["dirty_bytes"]})
+        return await task
+
+    async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
+        await self.volume.wait(str(args.get("for", "in-sync")))
+        return {"state": self.volume.state}
+
+    async def _resync(self, args: dict[str, Any], progress: Progress) -> Any:
+        return await self.volume.resync(bool(args.get("checksum", False)))
+
+    async def _verify(self, args: dict[str, Any], progress: Progress) -> Any:
+        return await self.volume.verify(bool(args.get("repair", False)), progress)
+
+    async def _pause(self, args: dict[str, Any], progress: Progress) -> Any:
+        self.volume.pause()
+        return {"state": self.volume.state}
+
+    async def _resume(self, args: dict[str, Any], progress: Progress) -> Any:
+        self.volume.resume()
+        return {"state": self.volume.state}
+
+    async def _set(self, args: dict[str, Any], progress: Progress) -> Any:
+        changes = {str(key).replace("-", "_"): value for key, value in args.items()}
+        if not changes:
+            raise UsageError("nothing to change", hint="give KEY=VALUE")
+        config = changed(self.volume.config, changes)
+        make_policy(config.predictor, self.volume.geometry)  # refuses an unknown name
+        change_volume(self._paths, config, changes)
+        self.volume.reconfigure(config)
+        return {"changed": sorted(changes)}
+
+    async def _resize(self, args: dict[str, Any], progress: Progress) -> Any:
+        return await self.volume.resize()
+
+
+def _write_error(paths: Paths, name: str, error: BitmapdError) -> None:
+    line = json.dumps(error.to_json()) + "\n"
+    with contextlib.suppress(OSError):  # the error itself goes to the log as well
+        atomic_write(paths.error_file(name), line.encode())
+
+
+def serve(paths: Paths, name: str, *, foreground: bool) -> int:
+    """Serve the volume until it is stopped; the exit status."""
+    journal = "JOURNAL_STREAM" in os.environ
+    sink: Any = LineSink(sys.stderr.write, journal=journal) if foreground else _to_syslog
+    log = EventLog(name, wall_clock=time.time, clock=time.monotonic, sink=sink)
+    status = 0
+    try:
+        paths.error_file(name).unlink(missing_ok=True)
+        protect_memory(log.emit)
+        asyncio.run(Daemon(paths, name, log).run())
+    except BitmapdError as error:
+        _write_error(paths, name, error)
+        log.emit("failed", code=error.code, message=error.message, hint=error.hint)
+        status = error.exit_status
+    except OSError as error:
+        failure = BitmapdError(f"volume '{name}': {error}")
+        _write_error(paths, name, failure)
+        log.emit("failed", code=failure.code, message=failure.message)
+        status = failure.exit_status
+    if isinstance(sink, LineSink):
+        sink.close()
+    return status
+
+
+def _to_syslog(level: int, fields: Any) -> None:
+    """A daemon's log; the socket of syslog is written without waiting."""
+    line = format_line(level, fields, journal=True).removeprefix(f"<{level}>")
+    syslog.syslog(level, line)
+
+
+def _daemonise(paths: Paths, name: str) -> int:
+    import daemon  # noqa: PLC0415  (costs 40 ms that the foreground need not pay)
+    from daemon.pidfile import TimeoutPIDLockFile  # noqa: PLC0415
+
+    lock = TimeoutPIDLockFile(str(paths.pid_file(name)), acquire_timeout=0)
+    if lock.read_pid() is not None and lock.i_am_locking() is False:
+        # What proves that another process serves the volume is the lock on the record, which a
+        # stale file does not hold.
+        lock.break_lock()
+    syslog.openlog("bitmapd", syslog.LOG_PID, syslog.LOG_DAEMON)
+    with daemon.DaemonContext(
+        working_directory="/",
+        umask=0o077,
+        pidfile=lock,
+        signal_map={},
+    ):
+        return serve(paths, name, foreground=False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    paths = Paths.find(os.environ, arguments.config_dir, arguments.run_dir)
+    paths = Paths(paths.config_dir.absolute(), paths.run_dir.absolute())
+    try:
+        paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+        load_volume(paths, arguments.name)  # a mistake here is told to whoever typed the command
+    except (BitmapdError, OSError) as problem:
+        error = problem if isinstance(problem, BitmapdError) else BitmapdError(str(problem))
+        _write_error(paths, arguments.name, error)
+        print(f"bitmapd: error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_status
+    if arguments.foreground:
+        return serve(paths, arguments.name, foreground=True)
+    return _daemonise(paths, arguments.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,403 @@
+"""The gate: sees every request of a host before it is answered, and says what may be cleared.
+
+Order of a write, which is what makes the record a superset after a crash at any instant:
+1. All extents it touches are durably in the record, or `RecordStore.add` makes them so.  On an
+   error the write fails and the primary is not touched.  When the record write is done the
+   extents are checked again, because they may have been dropped meanwhile.
+2. Its blocks are marked in `current`, it is counted as in flight in its era, and the data go to
+   the primary, all in one event; nothing can come between.
+3. The primary answers; the era's count falls; the host is answered.
+
+Invariants:
+1. A block whose content on the primary may differ from what the secondary durably holds is in
+   `current`, in `taken`, or its extent is in `_copied` (copied, not flushed) or being settled.
+2. A write in flight has its blocks in `current`, or in `taken` with a barrier that has not passed.
+3. An extent leaves the record only through `_drop_clean`, which takes none that invariant 1 or 2
+   names.  So rule 3 of the design holds: no write reaches it as a hit, its blocks are copied,
+   both sides have been flushed since.
+4. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
+5. Errors of the primary go to the host and leave the blocks dirty.
+
+A crash loses `current` and `taken`; the record names every extent they touched, and `take_recorded`
+marks all their blocks at the next start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from bitmapd.gate.blockset import BlockSet
+from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.policy import Policy
+from bitmapd.record.store import RecordStore
+
+Submit = Callable[[Done], None]
+
+
+class _Era:
+    """Writes in flight that began in one era."""
+
+    __slots__ = ("in_flight", "when_landed")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.when_landed: Callable[[], None] | None = None
+
+
+class Gate:
+    """See the module docstring.  It is the `Device` that the NBD server exports."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        primary: Device,
+        store: RecordStore,
+        policy: Policy,
+        scheduler: Scheduler,
+        *,
+        limit_extents: int,
+    ) -> None:
+        self._geometry = geometry
+        self._primary = primary
+        self._store = store
+        self._policy = policy
+        self._scheduler = scheduler
+        self._extent_shift = geometry.extent_bytes.bit_length() - 1
+        self._block_shift = geometry.block_bytes.bit_length() - 1
+        self.limit_extents = limit_extents
+        self.era = 1
+        self.current = BlockSet()
+        self.taken = BlockSet()
+        self._in_flight = _Era()
+        self._copied: set[int] = set()
+        self._settling: set[int] = set()
+        self._current_since: float | None = None
+        self._taken_since: float | None = None
+        self._settling_since: float | None = None
+        self.writes = 0
+        self.hits = 0
+        self.misses = 0
+        self.reads = 0
+        self.written_bytes = 0
+        self.settles = 0
+
+    # -- Device: what the host sees --------------------------------------------------------
+    @property
+    def name(self) -> str:
+        return self._primary.name
+
+    @property
+    def size_bytes(self) -> int:
+        return self._geometry.size_bytes
+
+    @property
+    def block_size_bytes(self) -> int:
+        return self._primary.block_size_bytes
+
+    def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        self.reads += 1
+        self._primary.read(offset_bytes, buffer, done)
+
+    def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        length = len(buffer)
+        end = offset_bytes + length - 1
+        shift = self._extent_shift
+        first, stop = offset_bytes >> shift, (end >> shift) + 1
+        now = self._scheduler.time()
+        self.writes += 1
+        self.written_bytes += length
+        if not self._store.covers(first, stop):
+            self._miss(
+                first,
+                stop,
+                now,
+                lambda error: (
+                    done(error)
+                    if error is not None
+                    else self._land(
+                        offset_bytes,
+                        length,
+                        lambda landed: self._primary.write(offset_bytes, buffer, landed, fua),
+                        done,
+                    )
+                ),
+            )
+            return
+        # A hit, written out: this is the path that has to be short.
+        self.hits += 1
+        self._policy.wrote(first, stop, now, True)
+        if self._current_since is None:
+            self._current_since = now
+        shift = self._block_shift
+        self.current.add(offset_bytes >> shift, (end >> shift) + 1)
+        era = self._in_flight
+        era.in_flight += 1
+
+        def landed(error: OSError | None) -> None:
+            era.in_flight -= 1
+            if era.when_landed is not None and not era.in_flight:
+                era.when_landed()
+            done(error)
+
+        self._primary.write(offset_bytes, buffer, landed, fua)
+
+    def zero(
+        self,
+        offset_bytes: int,
+        length_bytes: int,
+        done: Done,
+        *,
+        fua: bool = False,
+        unmap: bool = True,
+        fast: bool = False,
+    ) -> None:
+        self._change(
+            offset_bytes,
+            length_bytes,
+            lambda landed: self._primary.zero(
+                offset_bytes, length_bytes, landed, fua=fua, unmap=unmap, fast=fast
+            ),
+            done,
+        )
+
+    def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
+        self._change(
+            offset_bytes,
+            length_bytes,
+            lambda landed: self._primary.trim(offset_bytes, length_bytes, landed, fua=fua),
+            done,
+        )
+
+    def flush(self, done: Done) -> None:
+        self._primary.flush(done)
+
+    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
+        self._primary.allocation(offset_bytes, length_bytes, done)
+
+    def close(self) -> None:
+        """Nothing to release: the primary belongs to the volume."""
+
+    # -- writing --------------------------------------------------------------------------
+    def _change(self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done) -> None:
+        """A change of the primary of any kind; `submit` starts it and is given the completion."""
+        first, stop = self._geometry.extent_span(offset_bytes, length_bytes)
+        now = self._scheduler.time()
+        self.writes += 1
+
+        def covered(error: OSError | None) -> None:
+            if error is not None:
+                done(error)
+            else:
+                self._land(offset_bytes, length_bytes, submit, done)
+
+        if self._store.covers(first, stop):
+            self.hits += 1
+            self._policy.wrote(first, stop, now, True)
+            covered(None)
+        else:
+            self._miss(first, stop, now, covered)
+
+    def _miss(self, first: int, stop: int, now: float, covered: Done) -> None:
+        """Record extents [first, stop) and what the policy predicts, then go on."""
+        self.misses += 1
+        policy, store = self._policy, self._store
+        policy.wrote(first, stop, now, False)
+        # Predictions may go an eighth beyond the limit: what they displace is evicted right after,
+        # and a record that is full would else never predict.
+        room = self.limit_extents - store.recorded_extents - store.missing(first, stop)
+        extra = policy.predict(first, stop, now, max(0, room + self.limit_extents // 8))
+
+        def recorded(error: OSError | None) -> None:
+            dropped_meanwhile = error is None and not store.covers(first, stop)
+            if not dropped_meanwhile or not store.add([(first, stop)], (), recorded):
+                covered(error)
+
+        waiting = store.add([(first, stop)], extra, recorded)
+        policy.added(first, stop, now)
+        for begin, end in extra:
+            for run_first, run_stop in store.recorded_runs(begin, end):
+                policy.added(run_first, run_stop, now)
+        excess = store.recorded_extents - self.limit_extents
+        if excess > 0:
+            self._evict(excess, first, stop, now)
+        if not waiting:
+            covered(None)
+
+    def _land(self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done) -> None:
+        """Mark the blocks, count the write in its era and submit it: one event."""
+        if self._current_since is None:
+            self._current_since = self._scheduler.time()
+        self.current.add(*self._geometry.block_span(offset_bytes, length_bytes))
+        era = self._in_flight
+        era.in_flight += 1
+
+        def landed(error: OSError | None) -> None:
+            era.in_flight -= 1
+            if era.when_landed is not None and not era.in_flight:
+                era.when_landed()
+            done(error)
+
+        submit(landed)
+
+    # -- eras -----------------------------------------------------------------------------
+    def take_era(self, ready: Callable[[], None]) -> None:
+        """Move `current` into `taken`, begin a new era, call back after the barrier.
+
+        To be called only while no copy is in flight: a block that is copied now and written now
+        would else be taken out of `taken` by a copy that read it too early.  One call at a time.
+        """
+        old, self._in_flight = self._in_flight, _Era()
+        self.era += 1
+        if self.taken:
+            self.taken.update(self.current)
+        else:
+            self.taken = self.current
+        self.current = BlockSet()
+        if self._taken_since is None:
+            self._taken_since = self._current_since
+        self._current_since = None
+        if old.in_flight:
+            old.when_landed = lambda: self._scheduler.call_soon(ready)
+        else:
+            self._scheduler.call_soon(ready)
+
+    def take_recorded(self) -> None:
+        """Mark every block of every recorded extent as to be copied: recovery, or a resync."""
+        for first, stop in self._store.recorded_runs():
+            self.taken.add(*self._geometry.extent_blocks(first, stop))
+        if self._taken_since is None:
+            self._taken_since = self._scheduler.time()
+
+    def mark(self, first: int, stop: int, done: Done) -> None:
+        """Have blocks [first, stop) copied although nobody wrote them: repair, or a resync."""
+        per = self._geometry.blocks_per_extent
+        extents = (first // per, (stop - 1) // per + 1)
+
+        def recorded(error: OSError | None) -> None:
+            if error is None:
+                if self._current_since is None:
+                    self._current_since = self._scheduler.time()
+                self.current.add(first, stop)
+            done(error)
+
+        if not self._store.add([extents], (), recorded):
+            recorded(None)
+
+    def is_hot(self, first: int, stop: int) -> bool:
+        """Whether some of these blocks were written again since the last barrier."""
+        return self.current.any(first, stop)
+
+    def copied(self, first: int, stop: int) -> None:
+        """Blocks [first, stop) of `taken` are on the secondary, perhaps in its volatile cache."""
+        self.taken.discard(first, stop)
+        per = self._geometry.blocks_per_extent
+        self._copied.update(range(first // per, (stop - 1) // per + 1))
+        if not self.taken and self._settling_since is None:
+            self._settling_since, self._taken_since = self._taken_since, None
+
+    # -- settling -------------------------------------------------------------------------
+    def begin_settle(self) -> set[int]:
+        """Extents with blocks copied since the last call; both sides are to be flushed now."""
+        self._settling, self._copied = self._copied, set()
+        return self._settling
+
+    def settle(self, extents: Iterable[int]) -> None:
+        """Both sides have been flushed since `begin_settle` returned these extents."""
+        now = self._scheduler.time()
+        self.settles += 1
+        self._settling = set()
+        if not self._copied:
+            self._settling_since = None
+        self._drop_clean((extent for extent in extents if not self._policy.wants(extent, now)), now)
+
+    def unsettle(self, extents: Iterable[int]) -> None:
+        """A flush failed, so anything copied to these extents may be lost: copy them again."""
+        self._take_again(extents)
+        self._settling = set()
+
+    def forget_copied(self) -> None:
+        """The secondary went away, and with it perhaps what was copied and not flushed."""
+        self._take_again(self._copied)
+        self._copied = set()
+
+    def _take_again(self, extents: Iterable[int]) -> None:
+        for extent in extents:
+            self.taken.add(*self._geometry.extent_blocks(extent, extent + 1))
+        if self._taken_since is None:
+            self._taken_since = self._settling_since
+        self._settling_since = None
+
+    def is_clean(self, extent: int) -> bool:
+        """Whether a recorded extent is known to be equal and durable on both sides."""
+        if not self._store.covers(extent, extent + 1):
+            return False
+        return not self.may_differ(*self._geometry.extent_blocks(extent, extent + 1))
+
+    def is_dirty(self, first: int, stop: int) -> bool:
+        """Whether some of blocks [first, stop) wait to be copied."""
+        return self.current.any(first, stop) or self.taken.any(first, stop)
+
+    def may_differ(self, first: int, stop: int) -> bool:
+        """Whether blocks [first, stop) are dirty, or copied and not flushed on both sides."""
+        per = self._geometry.blocks_per_extent
+        extents = range(first // per, (stop - 1) // per + 1)
+        return (
+            self.is_dirty(first, stop)
+            or not self._copied.isdisjoint(extents)
+            or not self._settling.isdisjoint(extents)
+        )
+
+    def _drop_clean(self, extents: Iterable[int], now: float) -> None:
+        gone = [extent for extent in extents if self.is_clean(extent)]
+        if gone:
+            self._store.drop(gone)
+            self._policy.dropped(gone, now)
+
+    def _evict(self, count: int, first: int, stop: int, now: float) -> None:
+        """Make room for a miss; the clears ride along with the miss's own page where they can."""
+        victims = self._policy.victims(
+            count, lambda extent: not first <= extent < stop and self.is_clean(extent), now
+        )
+        self._drop_clean(victims, now)
+
+    def tick(self) -> None:
+        """Once a second: cooling, the limit, lazy clears."""
+        now = self._scheduler.time()
+        self._drop_clean(self._policy.expired(now), now)
+        excess = self._store.recorded_extents - self.limit_extents
+        if excess > 0:
+            self._drop_clean(self._policy.victims(excess, self.is_clean, now), now)
+        self._store.flush_clears()
+
+    def set_policy(self, policy: Policy) -> None:
+        """Exchange the policy; the new one has been told what is recorded."""
+        self._policy = policy
+
+    def drop_all_clean(self) -> None:
+        """Empty the record of everything that is clean: before a clean stop."""
+        now = self._scheduler.time()
+        recorded = [e for first, stop in self._store.recorded_runs() for e in range(first, stop)]
+        self._drop_clean(recorded, now)
+
+    # -- figures --------------------------------------------------------------------------
+    def dirty_blocks(self) -> int:
+        """Blocks that are not on the secondary yet; a block in both sets counts once per set."""
+        return self.current.count() + self.taken.count()
+
+    @property
+    def has_copied(self) -> bool:
+        """Whether something was copied and waits for a settle."""
+        return bool(self._copied)
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether nothing waits to be copied or flushed."""
+        return not (self.current or self.taken or self._copied or self._settling)
+
+    def oldest_dirty_s(self) -> float | None:
+        """Loop time of the oldest write that may not be durable on the secondary."""
+        for since in (self._settling_since, self._taken_since, self._current_since):
+            if since is not None:
+                return since
+        return None

@@ -1,0 +1,288 @@
+"""Kernel AIO for one event loop: queue, submit in batches, complete on the loop's thread.
+
+Reads, writes and fdatasync go through `io_submit`, so that any number of them are in flight
+from one thread; system calls without an asynchronous form run on a few worker threads.  Kernel
+AIO is used rather than io_uring because container run-times and hardened kernels switch the
+latter off, and rather than threads because of the measurement in docs/decisions/0001.
+
+1. `done` is called on the loop's thread, from `kick` or the event file descriptor, never from a
+   submitting call.
+2. Operations queue up until `kick`; if nobody kicks, the loop does at its next turn.
+3. At most `depth` operations are at the kernel; the rest wait in order of submission.
+4. A short transfer is carried on where it stopped; no progress at all is EIO.
+
+AIO on a file that was not opened for direct I/O completes inside `io_submit`: correct, but the
+loop waits for it.  Numbers and structures are those of <linux/aio_abi.h>.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from bitmapd.errors import BitmapdError
+from bitmapd.media.base import Done
+from bitmapd.media.buffers import address_of
+
+PREAD = 0
+PWRITE = 1
+FDSYNC = 3
+RWF_DSYNC = 2
+_RESFD = 1
+_RING_MAGIC = 0xA10A10A1
+_IOCB_BYTES = 64
+_EVENT_BYTES = 32
+_ROUNDS = 8  # of reaping in one kick, so that instant completions cannot hold the loop for ever
+
+# io_setup, io_destroy, io_getevents, io_submit
+_SYSCALLS = {
+    "x86_64": (206, 207, 208, 209),
+    "aarch64": (0, 1, 4, 2),
+    "riscv64": (0, 1, 4, 2),
+    "loongarch64": (0, 1, 4, 2),
+    "ppc64le": (227, 228, 229, 230),
+}
+
+# data, key, rw_flags, opcode, priority, fd, buffer, length, offset, reserved, flags, eventfd
+_IOCB = struct.Struct("<QIIHhIQQqQII")
+
+T = TypeVar("T")
+_Queued = tuple[int, int, memoryview | None, int, int, int, Done]
+
+
+class AioEngine:
+    """One AIO context bound to one asyncio loop; see the module docstring."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, depth: int = 256) -> None:
+        numbers = _SYSCALLS.get(platform.machine())
+        if numbers is None or sys.byteorder != "little":
+            raise BitmapdError(f"asynchronous I/O is not supported on {platform.machine()}")
+        setup, self._destroy, getevents, submit = numbers
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.syscall.restype = ctypes.c_long
+        self._syscall = libc.syscall
+        context = ctypes.c_ulong(0)
+        if libc.syscall(ctypes.c_long(setup), ctypes.c_long(depth), ctypes.byref(context)) != 0:
+            number = ctypes.get_errno()
+            raise BitmapdError(
+                f"the kernel refused an AIO context of {depth} operations: {os.strerror(number)}",
+                hint="raise the sysctl fs.aio-max-nr" if number == errno.EAGAIN else None,
+            )
+        self.loop = loop
+        self.depth = depth
+        self.after_reap: list[Callable[[], None]] = []
+        self._context = ctypes.c_ulong(context.value)
+        self._iocbs = mmap.mmap(-1, depth * _IOCB_BYTES)
+        self._iocbs_at = address_of(memoryview(self._iocbs))
+        self._pointers = (ctypes.c_uint64 * depth)()
+        self._pointers_at = ctypes.addressof(self._pointers)
+        self._events = mmap.mmap(-1, depth * _EVENT_BYTES)
+        self._event_words = memoryview(self._events).cast("q")
+        self._arg_submit = ctypes.c_long(submit)
+        self._arg_getevents = ctypes.c_long(getevents)
+        self._arg_zero = ctypes.c_long(0)
+        self._arg_depth = ctypes.c_long(depth)
+        self._arg_events = ctypes.c_void_p(address_of(memoryview(self._events)))
+        # The context's address is that of a ring which user space may read; comparing head and
+        # tail saves a system call whenever nothing has completed.
+        self._ring = memoryview((ctypes.c_uint32 * 8).from_address(context.value)).cast("B")
+        self._ring = self._ring.cast("I")
+        self._ring_usable = self._ring[4] == _RING_MAGIC
+        self._free = list(range(depth - 1, -1, -1))
+        self._slots: list[_Queued | None] = [None] * depth
+        self._queue: deque[_Queued] = deque()
+        self._kick_scheduled = False
+        self._inside = False
+        self._executor = ThreadPoolExecutor(4, thread_name_prefix="media")
+        self._offloaded = 0
+        self._fdsync_works = True
+        self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        loop.add_reader(self._eventfd, self._on_eventfd)
+
+    @property
+    def in_flight(self) -> int:
+        """Operations that were submitted and have not called back yet."""
+        return self.depth - len(self._free) + len(self._queue) + self._offloaded
+
+    # -- submitting -----------------------------------------------------------------------
+    def read(self, fd: int, offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        self._enqueue((PREAD, fd, buffer, len(buffer), offset_bytes, 0, done))
+
+    def write(
+        self, fd: int, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False
+    ) -> None:
+        flags = RWF_DSYNC if fua else 0
+        self._enqueue((PWRITE, fd, buffer, len(buffer), offset_bytes, flags, done))
+
+    def flush(self, fd: int, done: Done) -> None:
+        if self._fdsync_works:
+            self._enqueue((FDSYNC, fd, None, 0, 0, 0, done))
+        else:
+            self.offload(lambda: os.fdatasync(fd), lambda error, _: done(error))
+
+    def offload(
+        self, call: Callable[[], T], done: Callable[[OSError | None, T | None], None]
+    ) -> None:
+        """Run a blocking call on a worker thread; only OSError counts as its failure."""
+        self._offloaded += 1
+        future = self._executor.submit(call)
+        future.add_done_callback(
+            lambda finished: self.loop.call_soon_threadsafe(self._offload_done, finished, done)
+        )
+
+    def _offload_done(
+        self, future: Future[T], done: Callable[[OSError | None, T | None], None]
+    ) -> None:
+        self._offloaded -= 1
+        error = future.exception()
+        if error is None:
+            done(None, future.result())
+        elif isinstance(error, OSError):
+            done(error, None)
+        else:
+            raise error
+
+    def _enqueue(self, operation: _Queued) -> None:
+        self._queue.append(operation)
+        if not self._inside and not self._kick_scheduled:
+            self._kick_scheduled = True
+            self.loop.call_soon(self._scheduled_kick)
+
+    def cork(self) -> None:
+        """Promise that `kick` will be called before the loop's next turn."""
+        self._inside = True
+
+    def _scheduled_kick(self) -> None:
+        self._kick_scheduled = False
+        self.kick()
+
+    def kick(self) -> None:
+        """Submit what is queued and complete what is finished."""
+        self._inside = True
+        for _ in range(_ROUNDS):
+            if self._queue and self._free:
+                self._submit()
+            if self._ring_usable and self._ring[2] == self._ring[3]:
+                break
+            if not self._reap():
+                break
+        self._inside = False
+        if self._queue and self._free and not self._kick_scheduled:
+            self._kick_scheduled = True
+            self.loop.call_soon(self._scheduled_kick)
+
+    def _submit(self) -> None:
+        queue, free, slots = self._queue, self._free, self._slots
+        pack, iocbs, eventfd = _IOCB.pack_into, self._iocbs, self._eventfd
+        pointers, base = self._pointers, self._iocbs_at
+        count = 0
+        while queue and free:
+            operation = queue.popleft()
+            opcode, fd, buffer, length, offset, flags, _ = operation
+            slot = free.pop()
+            slots[slot] = operation
+            at = 0 if buffer is None else address_of(buffer)
+            place = slot * _IOCB_BYTES
+            pack(
+                iocbs, place, slot, 0, flags, opcode, 0, fd, at, length, offset, 0, _RESFD, eventfd
+            )
+            pointers[count] = base + place
+            count += 1
+        start = 0
+        while start < count:
+            accepted = self._syscall(
+                self._arg_submit,
+                self._context,
+                ctypes.c_long(count - start),
+                ctypes.c_void_p(self._pointers_at + 8 * start),
+            )
+            if accepted > 0:
+                start += accepted
+                continue
+            number = ctypes.get_errno()
+            if number == errno.EINTR:
+                continue
+            if number == errno.EAGAIN and len(free) + count - start < self.depth:
+                # The kernel is out of room for now; completions will make some.
+                self._requeue(start, count)
+                return
+            slot = (pointers[start] - base) // _IOCB_BYTES
+            start += 1
+            self.loop.call_soon(self._complete, slot, -number)
+
+    def _requeue(self, start: int, count: int) -> None:
+        for position in range(count - 1, start - 1, -1):
+            slot = (self._pointers[position] - self._iocbs_at) // _IOCB_BYTES
+            operation = self._slots[slot]
+            self._slots[slot] = None
+            self._free.append(slot)
+            if operation is not None:
+                self._queue.appendleft(operation)
+
+    # -- completing -----------------------------------------------------------------------
+    def _on_eventfd(self) -> None:
+        try:
+            os.eventfd_read(self._eventfd)
+        except BlockingIOError:
+            return
+        self.kick()
+
+    def _reap(self) -> int:
+        count = int(
+            self._syscall(
+                self._arg_getevents,
+                self._context,
+                self._arg_zero,
+                self._arg_depth,
+                self._arg_events,
+                None,
+            )
+        )
+        words = self._event_words
+        finished = [(words[4 * i], words[4 * i + 2]) for i in range(max(count, 0))]
+        for slot, result in finished:
+            self._complete(slot, result)
+        if finished:
+            for hook in self.after_reap:
+                hook()
+        return len(finished)
+
+    def _complete(self, slot: int, result: int) -> None:
+        operation = self._slots[slot]
+        if operation is None:
+            raise RuntimeError(f"the kernel completed an operation that was not in flight: {slot}")
+        self._slots[slot] = None
+        self._free.append(slot)
+        opcode, fd, buffer, length, offset, flags, done = operation
+        if result == length:
+            done(None)
+        elif result < 0:
+            if opcode == FDSYNC and result == -errno.EINVAL:
+                # Kernels before 4.18 do not know the operation.
+                self._fdsync_works = False
+                self.flush(fd, done)
+                return
+            done(OSError(-result, os.strerror(-result)))
+        elif result == 0 or buffer is None:
+            done(OSError(errno.EIO, f"no progress at byte {offset}"))
+        else:
+            rest = buffer[result:]
+            self._enqueue((opcode, fd, rest, length - result, offset + result, flags, done))
+
+    def close(self) -> None:
+        """Free the context; blocks until the kernel has finished what is in flight."""
+        self.loop.remove_reader(self._eventfd)
+        self._executor.shutdown(wait=True)
+        self._syscall(ctypes.c_long(self._destroy), self._context)
+        self._ring.release()
+        os.close(self._eventfd)

@@ -1,0 +1,80 @@
+"""Page-aligned buffers for direct I/O, from a pool with a limit.
+
+Every buffer is its own private anonymous mapping, so its address is a multiple of the page size
+as O_DIRECT wants it on every kernel (since 6.0 some devices ask for less, none for more).  Sizes
+are rounded up to a power of two, and returned mappings are kept by size for the next taker.
+
+1. The sum of the buffers that are out never exceeds the limit, with one exception: a buffer is
+   always handed out when none is out, so the largest request can proceed whatever the limit.
+2. Buffers kept for reuse hold at most `KEEP_BYTES`; anything above goes back to the system.
+3. A buffer's content is whatever its last user left in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+
+from bitmapd.media.base import Scheduler
+
+PAGE_BYTES = 4096
+KEEP_BYTES = 8 << 20
+
+
+def aligned(length_bytes: int) -> memoryview:
+    """A buffer of its own, zero-filled, that lives as long as it is referenced."""
+    rounded = -(-length_bytes // PAGE_BYTES) * PAGE_BYTES
+    mapping = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return memoryview(mapping)[:length_bytes]
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where the buffer's bytes are; it must be writable and contiguous."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+class BufferPool:
+    """See the module docstring; used on the loop's thread only."""
+
+    def __init__(self, scheduler: Scheduler, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.out_bytes = 0
+        self._scheduler = scheduler
+        self._kept: dict[int, list[mmap.mmap]] = {}
+        self._kept_bytes = 0
+        self._waiting: list[Callable[[], None]] = []
+
+    def take(self, length_bytes: int) -> memoryview | None:
+        """A buffer of exactly this many bytes (at least one), or None if the limit is reached."""
+        size = PAGE_BYTES if length_bytes <= PAGE_BYTES else 1 << (length_bytes - 1).bit_length()
+        if self.out_bytes and self.out_bytes + size > self.limit_bytes:
+            return None
+        self.out_bytes += size
+        kept = self._kept.get(size)
+        if kept:
+            mapping = kept.pop()
+            self._kept_bytes -= size
+        else:
+            mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        view = memoryview(mapping)
+        return view if size == length_bytes else view[:length_bytes]
+
+    def give(self, buffer: memoryview) -> None:
+        """Return a buffer that `take` handed out; it must not be used afterwards."""
+        mapping = buffer.obj
+        if not isinstance(mapping, mmap.mmap):
+            raise TypeError("only buffers of this pool can be given back")
+        size = len(mapping)
+        self.out_bytes -= size
+        if self._kept_bytes + size <= KEEP_BYTES:
+            self._kept.setdefault(size, []).append(mapping)
+            self._kept_bytes += size
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for callback in waiting:
+                self._scheduler.call_soon(callback)
+
+    def when_free(self, callback: Callable[[], None]) -> None:
+        """Call back once, from the loop, after something has been given back."""
+        self._waiting.append(callback)

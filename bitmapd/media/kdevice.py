@@ -1,0 +1,299 @@
+"""A file or block device of this machine, opened for direct I/O.
+
+Reads and writes bypass the page cache, so nothing that was acknowledged hides in memory of this
+machine, a mirror reads what is on the medium, and a loop device or network block device below
+cannot dead-lock on dirty pages.  Where a file system has no direct I/O (tmpfs before Linux 6.6)
+the file is opened without it and `direct` is false.
+
+Zeroing and discarding use `fallocate`, which for block devices means (block/fops.c):
+PUNCH_HOLE = zero with unmap, never by writing; ZERO_RANGE = zero without unmap, by writing if
+need be.  Where neither exists zeros are written.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    NotFoundError,
+    PermissionError_,
+    UsageError,
+)
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO, AllocationDone, Done
+from bitmapd.media.buffers import aligned
+
+_BLKSSZGET = 0x1268
+_BLKDISCARD = 0x1277
+_KEEP_SIZE = 1
+_PUNCH_HOLE = 2
+_ZERO_RANGE = 16
+_ZERO_CHUNK = 1 << 20
+_ALLOCATION_LIMIT = 4096  # pieces in one answer
+_NO_SUCH_OPERATION = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def _fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> None:
+    while _libc.fallocate(fd, mode, offset_bytes, length_bytes) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def open_error(path: str, error: OSError) -> BitmapdError:
+    """The error to show a user for a medium that could not be opened."""
+    text = f"cannot open {path}: {error.strerror or error}"
+    if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOTDIR):
+        return NotFoundError(text)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PermissionError_(text)
+    if error.errno == errno.EBUSY:
+        return BusyError(f"{path} is in use by something else", "see lsblk and fuser -vm")
+    return BitmapdError(text)
+
+
+class KernelDevice:
+    """A `Device`, and a `Target` whose `open` opens the path again."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        engine: AioEngine,
+        *,
+        read_only: bool = False,
+        exclusive: bool = False,
+        defer: bool = False,
+    ) -> None:
+        """`exclusive` claims a block device, so that nobody mounts or formats it meanwhile.
+        `defer` leaves the opening to `open`: until then there is no size and nothing works."""
+        self.name = str(path)
+        self._engine = engine
+        self._read_only = read_only
+        self._exclusive = exclusive
+        self._zeros: memoryview | None = None
+        self._fd = -1
+        self.size_bytes = 0
+        self.block_size_bytes = 512
+        self.direct = True
+        if not defer:
+            self._open()
+
+    # -- life -----------------------------------------------------------------------------
+    def _open(self) -> None:
+        flags = (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC
+        try:
+            if self._exclusive and stat.S_ISBLK(os.stat(self.name).st_mode):
+                flags |= os.O_EXCL
+        except OSError as error:
+            raise open_error(self.name, error) from error
+        self.direct = True
+        try:
+            fd = os.open(self.name, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise open_error(self.name, error) from error
+            self.direct = False
+            try:
+                fd = os.open(self.name, flags)
+            except OSError as again:
+                raise open_error(self.name, again) from again
+        try:
+            self._examine(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+
+    def _examine(self, fd: int) -> None:
+        status = os.fstat(fd)
+        self.is_block = stat.S_ISBLK(status.st_mode)
+        if not self.is_block and not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{self.name} is neither a block device nor a regular file")
+        if self.is_block:
+            answer = array.array("i", [0])
+            fcntl.ioctl(fd, _BLKSSZGET, answer)
+            self.block_size_bytes = answer[0]
+            queue = Path(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
+            self._fast_zero = _sysfs_number(queue, "write_zeroes_max_bytes") > 0
+        else:
+            self.block_size_bytes = self._file_block_size(fd)
+            self._fast_zero = True
+        self.size_bytes = os.lseek(fd, 0, os.SEEK_END) // self.block_size_bytes
+        self.size_bytes *= self.block_size_bytes
+
+    def _file_block_size(self, fd: int) -> int:
+        """512 unless direct I/O of that size is refused, as on a disk with 4 KiB sectors."""
+        if not self.direct:
+            return 512
+        try:
+            os.preadv(fd, [aligned(512)], 512)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return 4096
+            raise open_error(self.name, error) from error
+        return 512
+
+    @property
+    def fd(self) -> int:
+        return self._fd
+
+    @property
+    def connected(self) -> bool:
+        return self._fd >= 0
+
+    def open(self, done: Done) -> None:
+        """Open the path again, for instance after the medium had gone away."""
+
+        def reopen() -> None:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            try:
+                self._open()
+            except BitmapdError as error:
+                raise OSError(errno.EIO, error.message) from error
+
+        self._engine.offload(reopen, lambda error, _: done(error))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # -- data -----------------------------------------------------------------------------
+    def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        self._engine.read(self._fd, offset_bytes, buffer, done)
+
+    def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        self._engine.write(self._fd, offset_bytes, buffer, done, fua)
+
+    def flush(self, done: Done) -> None:
+        self._engine.flush(self._fd, done)
+
+    def zero(
+        self,
+        offset_bytes: int,
+        length_bytes: int,
+        done: Done,
+        *,
+        fua: bool = False,
+        unmap: bool = True,
+        fast: bool = False,
+    ) -> None:
+        fd = self._fd
+
+        def work() -> bool:
+            for mode in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE):
+                if mode & _PUNCH_HOLE and not unmap:
+                    continue
+                if mode & _ZERO_RANGE and fast and not self._fast_zero:
+                    continue
+                try:
+                    _fallocate(fd, mode, offset_bytes, length_bytes)
+                except OSError as error:
+                    if error.errno not in _NO_SUCH_OPERATION:
+                        raise
+                else:
+                    if fua:
+                        os.fdatasync(fd)
+                    return True
+            if fast:
+                raise OSError(errno.EOPNOTSUPP, "zeroing is not faster than writing here")
+            return False
+
+        def worked(error: OSError | None, complete: bool | None) -> None:
+            if error is not None or complete:
+                done(error)
+            else:
+                self._write_zeros(offset_bytes, offset_bytes + length_bytes, fua, done)
+
+        self._engine.offload(work, worked)
+
+    def _write_zeros(self, offset_bytes: int, end_bytes: int, fua: bool, done: Done) -> None:
+        if self._zeros is None:
+            self._zeros = aligned(_ZERO_CHUNK)
+        length = min(_ZERO_CHUNK, end_bytes - offset_bytes)
+        following = offset_bytes + length
+
+        def written(error: OSError | None) -> None:
+            if error is not None or following >= end_bytes:
+                done(error)
+            else:
+                self._write_zeros(following, end_bytes, fua, done)
+
+        self.write(offset_bytes, self._zeros[:length], written, fua)
+
+    def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
+        fd = self._fd
+
+        def work() -> None:
+            try:
+                if self.is_block:
+                    span = array.array("Q", [offset_bytes, length_bytes])
+                    fcntl.ioctl(fd, _BLKDISCARD, span)
+                else:
+                    _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset_bytes, length_bytes)
+            except OSError as error:
+                if error.errno not in _NO_SUCH_OPERATION:
+                    raise
+            if fua:
+                os.fdatasync(fd)
+
+        self._engine.offload(work, lambda error, _: done(error))
+
+    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
+        if self.is_block:
+            self._engine.loop.call_soon(done, None, [(length_bytes, 0)])
+            return
+        fd, end = self._fd, offset_bytes + length_bytes
+        self._engine.offload(
+            lambda: _holes(fd, offset_bytes, end), lambda error, found: done(error, found or [])
+        )
+
+
+def _holes(fd: int, offset_bytes: int, end_bytes: int) -> list[tuple[int, int]]:
+    """Data and holes of a file in order, as lengths with NBD allocation flags."""
+    pieces: list[tuple[int, int]] = []
+    seek: tuple[Callable[[int], int], ...] = (
+        lambda at: os.lseek(fd, at, os.SEEK_DATA),
+        lambda at: os.lseek(fd, at, os.SEEK_HOLE),
+    )
+    at = offset_bytes
+    while at < end_bytes and len(pieces) < _ALLOCATION_LIMIT:
+        for find, flags in ((seek[0], ALLOC_HOLE | ALLOC_ZERO), (seek[1], 0)):
+            try:
+                stop = min(find(at), end_bytes)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # the file system cannot tell
+                    return [*pieces, (end_bytes - at, 0)]
+                if error.errno != errno.ENXIO:
+                    raise
+                stop = end_bytes  # nothing but a hole up to the end
+            if stop > at:
+                pieces.append((stop - at, flags))
+                at = stop
+            if at >= end_bytes:
+                break
+    return pieces
+
+
+def _sysfs_number(device: Path, attribute: str) -> int:
+    """A number of the request queue; a partition's queue is that of its parent."""
+    for folder in (device / "queue", device / ".." / "queue"):
+        try:
+            return int((folder / attribute).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+    return 0

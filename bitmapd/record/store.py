@@ -1,0 +1,334 @@
+"""The record in use: the volatile copy, the stored copy, and what is known of their difference.
+
+Three bitmaps over the extents, one bit each:
+
+- `wanted`: what the record should hold.
+- `durable`: what the stored copy holds for certain, whatever happens next.  While a page is being
+  written it may come back from a power cut as the old page or as the new one, so a bit is durable
+  during that time only if both have it.
+- `covered` = wanted and durable: a write to these extents needs no record I/O.
+
+Invariants:
+1. `add` calls back without error only when every extent it was given is durable in the stored
+   copy, unless it was dropped meanwhile: whoever relies on it asks `covers` again.
+2. `drop` takes `covered` away at once, so no later write to the extent passes as a hit; the stored
+   copy follows lazily, with the next write of that page or with `flush_clears`.  Until then
+   an `add` of the extent costs nothing: the stored copy never lost it.
+3. A page is written to the slot that does not hold the newest content, one write at a time per
+   page.  Everything that asks for the page meanwhile shares the next write (group commit).
+4. After a failed write the slot's content is unknown: the same slot is written again with a higher
+   sequence number, and read back before the page counts as durable again.
+
+What a crash leaves: each page in its old or its new state, or torn, in which case the other slot
+holds the old one (record/layout.py).  In every case all of `durable` at that moment is in it.
+
+The record device is written with FUA only; nothing here relies on a flush.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from bitarray import bitarray
+
+from bitmapd.media.base import Device, Done, Scheduler
+from bitmapd.media.buffers import aligned
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.layout import (
+    EXTENTS_PER_PAGE,
+    PAGE_BYTES,
+    Loaded,
+    PageState,
+    encode_page_into,
+    page_offset,
+)
+
+Emit = Callable[..., None]
+Ranges = Sequence[tuple[int, int]]
+
+
+class _Page:
+    """One page of the stored copy."""
+
+    __slots__ = (
+        "buffer",
+        "first",
+        "highest",
+        "index",
+        "lazy",
+        "newest_slot",
+        "sequence",
+        "stop",
+        "suspect",
+        "waiters",
+        "writing",
+    )
+
+    def __init__(self, index: int, extents: int, state: PageState) -> None:
+        self.index = index
+        self.first = index * EXTENTS_PER_PAGE
+        self.stop = min(self.first + EXTENTS_PER_PAGE, extents)
+        self.newest_slot = state.newest_slot
+        self.sequence = state.sequence
+        self.highest = state.highest  # highest sequence that was ever tried
+        self.waiters: list[_Batch] = []
+        self.writing = False
+        self.lazy = False
+        self.suspect = False
+        self.buffer: memoryview | None = None
+
+
+class _Batch:
+    """One `add` that waits for some pages."""
+
+    __slots__ = ("done", "error", "pages")
+
+    def __init__(self, done: Done) -> None:
+        self.done = done
+        self.pages = 0
+        self.error: OSError | None = None
+
+    def page_done(self, error: OSError | None) -> None:
+        self.error = self.error or error
+        self.pages -= 1
+        if self.pages == 0:
+            self.done(self.error)
+
+
+class RecordStore:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        loaded: Loaded,  # healed: no page of it is damaged
+        device: Device,
+        scheduler: Scheduler,
+        emit: Emit,
+    ) -> None:
+        self._geometry = geometry
+        self._volume = loaded.superblock.volume_uuid.bytes
+        self._device = device
+        self._scheduler = scheduler
+        self._emit = emit
+        self._wanted = loaded.bits.copy()
+        self._durable = loaded.bits.copy()
+        self._covered = loaded.bits.copy()
+        self._pages = [
+            _Page(index, geometry.extents, state) for index, state in enumerate(loaded.pages)
+        ]
+        self._ready: list[_Page] = []
+        self._commit_scheduled = False
+        self._idle_waiters: list[Done] = []
+        self._writing = 0
+        self._last_error: OSError | None = None
+        self.recorded_extents = self._wanted.count()
+        self.updates = 0
+        self.clears = 0
+        self.errors = 0
+
+    # -- questions ------------------------------------------------------------------------
+    def covers(self, first: int, stop: int) -> bool:
+        """Whether extents [first, stop) are in the record and durably so."""
+        if stop - first == 1:
+            return bool(self._covered[first])
+        return self._covered.find(False, first, stop) < 0
+
+    def is_wanted(self, extent: int) -> bool:
+        return bool(self._wanted[extent])
+
+    def missing(self, first: int, stop: int) -> int:
+        """How many of extents [first, stop) are not in the record."""
+        return stop - first - self._wanted.count(True, first, stop)
+
+    @property
+    def recorded(self) -> bitarray:
+        """The record as it should be; a copy."""
+        return self._wanted.copy()
+
+    def recorded_runs(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Maximal runs of recorded extents in [start, end), in order."""
+        limit = len(self._wanted) if end is None else end
+        stop = start
+        while (first := self._wanted.find(True, stop, limit)) >= 0:
+            stop = self._wanted.find(False, first, limit)
+            if stop < 0:
+                stop = limit
+            yield first, stop
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last write of some page failed."""
+        return any(page.suspect for page in self._pages)
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is being written or waits to be."""
+        return not self._writing and not self._ready and not any(p.lazy for p in self._pages)
+
+    # -- changes --------------------------------------------------------------------------
+    def add(self, needed: Ranges, extra: Ranges, done: Done) -> bool:
+        """Put extents into the record and call back when `needed` are durable there.
+
+        Extents of `extra` ride along where their page is written anyway and are ignored where it is
+        not.  Returns False, and never calls back, if no write is needed.
+        """
+        batch = _Batch(done)
+        asked: set[int] = set()
+        for first, stop in needed:
+            for page in self._pages_of(first, stop):
+                low, high = max(first, page.first), min(stop, page.stop)
+                self._want(low, high)
+                if self._durable.find(False, low, high) < 0:
+                    self._covered[low:high] = True
+                elif page.index not in asked:
+                    asked.add(page.index)
+                    page.waiters.append(batch)
+                    batch.pages += 1
+                    self._make_ready(page)
+        for first, stop in extra:
+            for page in self._pages_of(first, stop):
+                if page.index in asked:
+                    self._want(max(first, page.first), min(stop, page.stop))
+        return bool(asked)
+
+    def drop(self, extents: Iterable[int]) -> None:
+        """Take extents out of the record; the stored copy follows lazily.
+
+        The caller has made sure that they are clean: durable and equal on both sides, with no
+        write to them in flight.
+        """
+        for extent in extents:
+            if self._wanted[extent]:
+                self._wanted[extent] = False
+                self._covered[extent] = False
+                self.recorded_extents -= 1
+                self._pages[extent // EXTENTS_PER_PAGE].lazy = True
+
+    def flush_clears(self) -> None:
+        """Begin to write the pages whose stored copy holds more than it should."""
+        for page in self._pages:
+            if page.lazy and not page.writing:
+                self._make_ready(page)
+
+    def when_idle(self, done: Done) -> None:
+        """Call back once no page is being written, with the last error if one occurred since."""
+        self._idle_waiters.append(done)
+        self._scheduler.call_soon(self._check_idle)
+
+    # -- writing pages --------------------------------------------------------------------
+    def _pages_of(self, first: int, stop: int) -> Sequence[_Page]:
+        return self._pages[first // EXTENTS_PER_PAGE : (stop - 1) // EXTENTS_PER_PAGE + 1]
+
+    def _want(self, first: int, stop: int) -> None:
+        self.recorded_extents += self.missing(first, stop)
+        self._wanted[first:stop] = True
+
+    def _make_ready(self, page: _Page) -> None:
+        if page not in self._ready:
+            self._ready.append(page)
+        if not self._commit_scheduled:
+            self._commit_scheduled = True
+            self._scheduler.call_soon(self.commit)
+
+    def commit(self) -> None:
+        """Begin the writes that are due; called by the loop, or earlier at the end of a batch."""
+        self._commit_scheduled = False
+        if not self._ready:
+            return
+        ready, self._ready = self._ready, []
+        for page in ready:
+            if page.writing:
+                self._ready.append(page)  # comes up again when the write under way is done
+            else:
+                self._write(page)
+
+    def _write(self, page: _Page) -> None:
+        low, high = page.first, page.stop
+        bits = self._wanted[low:high]
+        batches, page.waiters = page.waiters, []
+        page.writing = True
+        page.lazy = False
+        self._writing += 1
+        if page.buffer is None:
+            page.buffer = aligned(PAGE_BYTES)
+        slot, sequence = 1 - page.newest_slot, page.highest + 1
+        # From here on a power cut may bring back either content.
+        self._durable[low:high] &= bits
+        page.highest = sequence
+        encode_page_into(
+            page.buffer, self._volume, page.index, sequence, page.sequence, bits.tobytes()
+        )
+        if batches:
+            self.updates += 1
+        else:
+            self.clears += 1
+
+        def written(error: OSError | None) -> None:
+            if error is None and page.suspect:
+                self._read_back(page, slot, finished)
+            else:
+                finished(error)
+
+        def finished(error: OSError | None) -> None:
+            self._finished(page, slot, sequence, bits, batches, error)
+
+        self._device.write(page_offset(page.index, slot), page.buffer, written, True)
+
+    def _read_back(self, page: _Page, slot: int, done: Done) -> None:
+        expected = page.buffer
+        found = aligned(PAGE_BYTES)
+
+        def compare(error: OSError | None) -> None:
+            if error is None and found != expected:
+                error = OSError(errno.EIO, f"page {page.index} reads back other than written")
+            done(error)
+
+        self._device.read(page_offset(page.index, slot), found, compare)
+
+    def _finished(
+        self,
+        page: _Page,
+        slot: int,
+        sequence: int,
+        bits: bitarray,
+        batches: list[_Batch],
+        error: OSError | None,
+    ) -> None:
+        page.writing = False
+        self._writing -= 1
+        if error is None:
+            page.suspect = False
+            page.newest_slot = slot
+            page.sequence = sequence
+            low, high = page.first, page.stop
+            self._durable[low:high] = bits
+            self._covered[low:high] = self._wanted[low:high] & bits
+        else:
+            page.suspect = True
+            page.lazy = True
+            self.errors += 1
+            self._last_error = error
+            self._emit(
+                "record-error",
+                device=self._device.name,
+                page=page.index,
+                message=f"cannot write the record: {error.strerror or error}",
+            )
+        if page.waiters and page not in self._ready:
+            self._make_ready(page)
+        for batch in batches:
+            batch.page_done(error)
+        if self._ready:
+            self.commit()
+        if self._idle_waiters:
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        if self._writing or self._ready:
+            return
+        waiters, self._idle_waiters = self._idle_waiters, []
+        error, self._last_error = self._last_error, None
+        for done in waiters:
+            done(error)

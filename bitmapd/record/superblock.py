@@ -1,0 +1,356 @@
+"""The superblock: whose record this is (pure).
+
+It stands in two copies, written one after the other; docs/format.md has the offsets.
+
+1. Magic, version, feature bits and the checksum keep their places in every version of the format,
+   so a newer format is told from damage; it is refused, never guessed at.
+2. A copy with a valid checksum that contradicts itself is damaged.  Two valid copies that
+   contradict one another are refused; one bad copy is a warning; no copy and no trace of one means
+   that there is no record here.
+3. `sequence` grows with every update, and an update is complete only when both copies are
+   durable.  A crash in between leaves the old or the new superblock, so nothing may rely on
+   a change before its update is complete.
+4. `session` grows with every start of the volume: a record that was restored from a copy is known
+   by its lower number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Any, Final
+from uuid import UUID
+
+from crc32c import crc32c
+
+from bitmapd.errors import FormatTooNewError, RecordDamagedError, UsageError
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.pages import MAX_SEQUENCE, PAGES_OFFSET, Raw, page_count
+
+SUPERBLOCK_BYTES: Final = 4096
+SUPERBLOCK_OFFSETS: Final = (0, 65536)
+
+MAGIC: Final = b"\x93bitmapd-record\n"
+FORMAT_VERSION: Final = 1
+# No feature is defined yet; a bit that is not in these masks is unknown.
+KNOWN_INCOMPATIBLE: Final = 0
+KNOWN_COMPATIBLE_READ_ONLY: Final = 0
+KNOWN_COMPATIBLE: Final = 0
+MAX_GENERATIONS: Final = 4
+MAX_NAME_BYTES: Final = 64
+MAX_IDENTITY_BYTES: Final = 255
+
+_SUPERBLOCK: Final = struct.Struct("<16sIIQQQ16sQQ16s16s16s16sQIIIIQQQQQBBB5x64s256s256s")
+_PREFIX: Final = struct.Struct("<16sIIQQQ")
+_CRC: Final = struct.Struct("<I")
+_SEED: Final = int(crc32c(b"bitmapd superblock"))
+_U32: Final = (1 << 32) - 1
+_U63: Final = (1 << 63) - 1
+_U64: Final = (1 << 64) - 1
+_NIL: Final = bytes(16)
+
+
+class RecordFlag(enum.IntFlag):
+    CLEAN = 1  # stopped in order: the record was empty and both media were flushed
+    SYNC_SKIPPED = 2  # the administrator said that both media were equal at the start
+
+
+NO_FLAGS: Final = RecordFlag(0)
+
+
+class InitialSync(enum.IntEnum):
+    """What copying the extents of the present record means until the first sync is done."""
+
+    NONE = 0  # an ordinary recovery
+    FULL = 1  # everything is copied
+    CHECKSUM = 2  # everything is compared, differences are copied
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """Whose record this is; times are Unix seconds.  An instance can always be encoded."""
+
+    volume_uuid: UUID
+    name: str
+    geometry: Geometry
+    generations: tuple[UUID, ...]  # current first, then up to three older ones
+    primary: str
+    primary_size_bytes: int
+    secondary: str
+    secondary_size_bytes: int
+    created_s: int
+    updated_s: int
+    sequence: int = 1  # grows with every update of the superblock
+    session: int = 0  # grows with every start of the volume
+    flags: RecordFlag = NO_FLAGS
+    initial_sync: InitialSync = InitialSync.NONE
+    version: int = FORMAT_VERSION
+    incompatible: int = 0
+    compatible_read_only: int = 0
+    compatible: int = 0
+
+    def __post_init__(self) -> None:
+        _fits_text("volume name", self.name, MAX_NAME_BYTES)
+        _fits_text("identity of the primary", self.primary, MAX_IDENTITY_BYTES)
+        _fits_text("identity of the secondary", self.secondary, MAX_IDENTITY_BYTES)
+        if not self.name:
+            raise UsageError("the volume has no name")
+        if not 1 <= len(self.generations) <= MAX_GENERATIONS:
+            raise UsageError(
+                f"{len(self.generations)} data generations; a record holds 1 to {MAX_GENERATIONS}"
+            )
+        for value in (self.volume_uuid, *self.generations):
+            if value.bytes == _NIL:
+                raise UsageError("the nil UUID names neither a volume nor a data generation")
+        for label, number, limit in (
+            ("sequence", self.sequence, MAX_SEQUENCE),
+            ("session", self.session, _U63),
+            ("size of the primary", self.primary_size_bytes, _U63),
+            ("size of the secondary", self.secondary_size_bytes, _U63),
+            ("time of creation", self.created_s, _U63),
+            ("time of update", self.updated_s, _U63),
+            ("flags", int(self.flags), _U32),
+            ("version", self.version, _U32),
+            ("incompatible features", self.incompatible, _U64),
+            ("read-only compatible features", self.compatible_read_only, _U64),
+            ("compatible features", self.compatible, _U64),
+        ):
+            if not 0 <= number <= limit:
+                raise UsageError(f"{label} {number} is outside 0..{limit}")
+
+    @property
+    def clean(self) -> bool:
+        return bool(self.flags & RecordFlag.CLEAN)
+
+    @property
+    def page_count(self) -> int:
+        return page_count(self.geometry.extents)
+
+    def updated(self, now_s: int, **changes: Any) -> Superblock:
+        """The superblock that follows this one.
+
+        Unknown compatible feature bits go: what belongs to them is not carried along.
+        """
+        return dataclasses.replace(
+            self,
+            sequence=self.sequence + 1,
+            updated_s=now_s,
+            compatible=self.compatible & KNOWN_COMPATIBLE,
+            **changes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SuperblockChoice:
+    superblock: Superblock
+    warnings: tuple[str, ...]  # something is damaged
+    notes: tuple[str, ...] = ()  # what a crash leaves behind
+
+
+def encode_superblock(superblock: Superblock) -> bytes:
+    name = superblock.name.encode()
+    primary = superblock.primary.encode()
+    secondary = superblock.secondary.encode()
+    generations = [value.bytes for value in superblock.generations]
+    generations += [_NIL] * (MAX_GENERATIONS - len(generations))
+    raw = bytearray(SUPERBLOCK_BYTES)
+    _SUPERBLOCK.pack_into(
+        raw,
+        0,
+        MAGIC,
+        superblock.version,
+        superblock.flags,
+        superblock.incompatible,
+        superblock.compatible_read_only,
+        superblock.compatible,
+        superblock.volume_uuid.bytes,
+        superblock.sequence,
+        superblock.session,
+        *generations,
+        superblock.geometry.size_bytes,
+        superblock.geometry.extent_bytes,
+        superblock.geometry.block_bytes,
+        superblock.page_count,
+        superblock.initial_sync,
+        PAGES_OFFSET,
+        superblock.created_s,
+        superblock.updated_s,
+        superblock.primary_size_bytes,
+        superblock.secondary_size_bytes,
+        len(name),
+        len(primary),
+        len(secondary),
+        name,
+        primary,
+        secondary,
+    )
+    _CRC.pack_into(raw, SUPERBLOCK_BYTES - 4, crc32c(raw[:-4], _SEED))
+    return bytes(raw)
+
+
+def has_magic(raw: Raw) -> bool:
+    return raw is not None and bytes(raw[: len(MAGIC)]) == MAGIC
+
+
+def decode_superblock(raw: Raw) -> Superblock:
+    """RecordDamagedError for what is not a superblock, FormatTooNewError for one of a newer
+    program: magic, version, feature bits and the checksum keep their places in every version."""
+    if raw is None:
+        raise RecordDamagedError("the superblock cannot be read")
+    if len(raw) != SUPERBLOCK_BYTES:
+        raise RecordDamagedError(f"the superblock is cut short after {len(raw)} bytes")
+    if not has_magic(raw):
+        raise RecordDamagedError("there is no superblock")
+    (stored,) = _CRC.unpack_from(raw, SUPERBLOCK_BYTES - 4)
+    actual = crc32c(raw[:-4], _SEED)
+    if stored != actual:
+        raise RecordDamagedError(
+            f"the superblock's checksum is {stored:08x} and should be {actual:08x}"
+        )
+    _, version, _, incompatible, _, _ = _PREFIX.unpack_from(raw)
+    if version > FORMAT_VERSION:
+        raise FormatTooNewError(
+            f"the record has format version {version}; this program knows {FORMAT_VERSION}",
+            hint="use the program that wrote it, or a newer one",
+        )
+    unknown = incompatible & ~KNOWN_INCOMPATIBLE
+    if unknown:
+        raise FormatTooNewError(
+            f"the record uses features {unknown:#x} that this program does not know",
+            hint="use the program that wrote it, or a newer one",
+        )
+    return _parse_superblock(raw)
+
+
+def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
+    (
+        _magic,
+        version,
+        flags,
+        incompatible,
+        compatible_read_only,
+        compatible,
+        volume,
+        sequence,
+        session,
+        *rest,
+    ) = _SUPERBLOCK.unpack_from(raw)
+    generations = rest[:MAX_GENERATIONS]
+    (
+        size_bytes,
+        extent_bytes,
+        block_bytes,
+        pages,
+        initial_sync,
+        pages_offset,
+        created_s,
+        updated_s,
+        primary_size_bytes,
+        secondary_size_bytes,
+        name_length,
+        primary_length,
+        secondary_length,
+        name,
+        primary,
+        secondary,
+    ) = rest[MAX_GENERATIONS:]
+    if version < 1:
+        raise RecordDamagedError(f"the superblock contradicts itself: format version {version}")
+    if name_length > MAX_NAME_BYTES:
+        raise RecordDamagedError(f"the superblock contradicts itself: name of {name_length} bytes")
+    try:
+        superblock = Superblock(
+            volume_uuid=UUID(bytes=volume),
+            name=name[:name_length].decode(),
+            geometry=Geometry(size_bytes, extent_bytes, block_bytes),
+            generations=tuple(UUID(bytes=value) for value in generations if value != _NIL),
+            primary=primary[:primary_length].decode(),
+            primary_size_bytes=primary_size_bytes,
+            secondary=secondary[:secondary_length].decode(),
+            secondary_size_bytes=secondary_size_bytes,
+            created_s=created_s,
+            updated_s=updated_s,
+            sequence=sequence,
+            session=session,
+            flags=RecordFlag(flags),
+            initial_sync=InitialSync(initial_sync),
+            version=version,
+            incompatible=incompatible,
+            compatible_read_only=compatible_read_only,
+            compatible=compatible,
+        )
+    except (UsageError, ValueError) as error:
+        raise RecordDamagedError(f"the superblock contradicts itself: {error}") from error
+    if pages != superblock.page_count or pages_offset != PAGES_OFFSET:
+        raise RecordDamagedError(
+            f"the superblock contradicts itself: {pages} pages at byte {pages_offset}, but the"
+            f" volume needs {superblock.page_count} at byte {PAGES_OFFSET}"
+        )
+    return superblock
+
+
+def choose_superblock(first: Raw, second: Raw) -> SuperblockChoice | None:
+    """The superblock that counts; None if there never was a record here (both copies readable,
+    neither has the magic)."""
+    valid: list[Superblock] = []
+    faults: list[str] = []
+    for label, raw in (("A", first), ("B", second)):
+        try:
+            valid.append(decode_superblock(raw))
+        except RecordDamagedError as error:
+            faults.append(f"superblock copy {label}: {error.message}")
+    if not valid:
+        if not (first is None or second is None or has_magic(first) or has_magic(second)):
+            return None
+        raise RecordDamagedError(
+            "both copies of the superblock are bad: " + "; ".join(faults),
+            hint="the record cannot be trusted: create it anew with a full or checksum sync",
+        )
+    if len(valid) == 1:
+        return SuperblockChoice(valid[0], tuple(faults))
+    one, other = valid
+    if one.volume_uuid != other.volume_uuid:
+        raise RecordDamagedError(
+            f"the two copies of the superblock belong to different volumes, {one.name!r} (uuid"
+            f" {one.volume_uuid}) and {other.name!r} (uuid {other.volume_uuid})"
+        )
+    if one == other:
+        return SuperblockChoice(one, ())
+    if one.sequence == other.sequence:
+        raise RecordDamagedError(
+            f"the two copies of the superblock differ at the same sequence {one.sequence}"
+        )
+    newest = max(one, other, key=lambda copy: copy.sequence)
+    oldest = min(one.sequence, other.sequence)
+    return SuperblockChoice(
+        newest,
+        (),
+        (
+            f"superblock copies are at sequences {newest.sequence} and {oldest}: an update was"
+            " interrupted; the newer one is used",
+        ),
+    )
+
+
+def require_writable(superblock: Superblock) -> None:
+    """FormatTooNewError if this program may read the record but must not change it."""
+    unknown = superblock.compatible_read_only & ~KNOWN_COMPATIBLE_READ_ONLY
+    if unknown:
+        raise FormatTooNewError(
+            f"the record of volume {superblock.name!r} uses features {unknown:#x} that this"
+            " program does not know: it can be read, not written",
+            hint="use the program that wrote it, or a newer one",
+        )
+
+
+def _fits_text(label: str, text: str, limit: int) -> None:
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"{label} {text!r} is not valid text") from None
+    if length > limit:
+        raise UsageError(f"{label} {text!r} has {length} bytes; at most {limit} fit")
+    if "\0" in text:
+        raise UsageError(f"{label} {text!r} contains a zero byte")

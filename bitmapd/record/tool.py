@@ -1,0 +1,518 @@
+"""Work on a record device outside the running volume: format, load, heal, check, repair.
+
+Everything is synchronous and goes past the page cache where the medium allows it.
+
+1. `load` reads, then flushes the medium: what it returned survives a power cut, even if the write
+   that brought it was cut off by the death of the process that made it.
+2. `format_record` takes the old superblocks away first, then writes the pages, then the new
+   superblocks, each durably before the next.  A crash in between leaves no record, or one without
+   valid superblock: nothing that lies.
+3. `write_superblock` returns when both copies are durable; only then may anything rely on it.
+4. `heal` makes damaged pages whole again, as ones.  It comes before anything relies on the record.
+5. `repair` writes to another medium, never to the one it reads.
+6. Who changes a record holds its lock (`RecordMedium.lock`): an open-file-description lock, which
+   ends with the process.  Its asynchronous I/O is over by then, so a successor sees its last
+   writes.  flock would be in the way of udev, which takes one while it looks at a disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, TypeAlias
+from uuid import UUID
+
+from bitarray import bitarray
+
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    ExistsError,
+    ForeignRecordError,
+    FormatTooNewError,
+    NoSpaceError,
+    NotFoundError,
+    PermissionError_,
+    RecordDamagedError,
+    UsageError,
+)
+from bitmapd.media.identity import in_use, same_medium, signature
+from bitmapd.record.layout import (
+    PAGE_BYTES,
+    PAGES_OFFSET,
+    SUPERBLOCK_BYTES,
+    SUPERBLOCK_OFFSETS,
+    Loaded,
+    Raw,
+    RecordFlag,
+    Superblock,
+    SuperblockChoice,
+    assemble,
+    choose_superblock,
+    encode_page_into,
+    encode_superblock,
+    healed,
+    page_bits,
+    page_offset,
+    record_size_bytes,
+    require_writable,
+    with_superblock,
+)
+from bitmapd.record.pages import SECTOR_BYTES
+from bitmapd.record.report import CheckReport, Finding, Severity, dump, examine, unusable
+
+__all__ = [
+    "CheckReport",
+    "Finding",
+    "RecordMedium",
+    "Severity",
+    "check",
+    "dump",
+    "format_record",
+    "heal",
+    "load",
+    "probe",
+    "repair",
+    "with_superblock",
+    "write_pages",
+    "write_superblock",
+]
+
+Source: TypeAlias = "str | Path | RecordMedium"
+Read = Callable[[int, list[memoryview], int], int]
+
+CHUNK_BYTES: Final = 1 << 20
+_PAGES_PER_CHUNK: Final = CHUNK_BYTES // (2 * PAGE_BYTES)
+_FLOCK: Final = struct.Struct("@hhqqi")  # struct flock with 64-bit offsets
+_NO_CACHE: Final = frozenset({errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP})
+
+
+# -- the medium ------------------------------------------------------------------------
+
+
+class RecordMedium:
+    """An open record device or file; direct I/O, or buffered where the file system has none."""
+
+    def __init__(self, name: str, fd: int) -> None:
+        self.name = name
+        self.fd = fd
+
+    @classmethod
+    def open(cls, path: str | Path) -> RecordMedium:
+        """For reading and writing.  A block device is claimed: BusyError if it is mounted, part of
+        another device, or claimed by another process."""
+        return cls(str(path), _open(str(path), os.O_RDWR | os.O_EXCL))
+
+    @classmethod
+    def open_read_only(cls, path: str | Path) -> RecordMedium:
+        return cls(str(path), _open(str(path), os.O_RDONLY))
+
+    def __enter__(self) -> RecordMedium:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives up the lock, too.  May be called again."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @property
+    def size_bytes(self) -> int:
+        return os.lseek(self.fd, 0, os.SEEK_END)
+
+    def lock(self) -> None:
+        """Claim the record until `close`; BusyError names the volume whose server has it."""
+        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, request)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise _explained(error, f"cannot lock {self.name}") from error
+            try:
+                superblock = probe(self)
+            except BitmapdError:
+                superblock = None
+            owner = f"the record of volume {superblock.name!r}, " if superblock else ""
+            raise BusyError(
+                f"{self.name}, {owner}is in use: another process serves or changes it",
+                hint="stop the volume first",
+            ) from error
+
+    def write(self, offset_bytes: int, view: memoryview, flags: int = 0) -> None:
+        """All of `view`; RWF_DSYNC in `flags` makes it durable."""
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwritev(self.fd, [view[done:]], offset_bytes + done, flags)
+            except OSError as error:
+                what = f"cannot write {len(view)} bytes at byte {offset_bytes} of {self.name}"
+                raise _explained(error, what) from error
+
+    def sync(self) -> None:
+        try:
+            os.fsync(self.fd)
+        except OSError as error:
+            raise _explained(error, f"cannot flush {self.name}") from error
+
+
+def _open(name: str, flags: int) -> int:
+    try:
+        mode = os.stat(name).st_mode
+        if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
+            raise UsageError(f"{name} is neither a block device nor a regular file")
+        if not stat.S_ISBLK(mode):
+            flags &= ~os.O_EXCL
+        try:
+            return os.open(name, flags | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.open(name, flags | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        raise _explained(error, f"cannot open {name!r}") from error
+
+
+def _explained(error: OSError | ValueError, what: str) -> BitmapdError:
+    if not isinstance(error, OSError):
+        return UsageError(f"{what}: {error}")
+    message = f"{what}: {error.strerror}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV):
+        return NotFoundError(message)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return PermissionError_(message)
+    if error.errno == errno.EBUSY:
+        return BusyError(message, hint="it is mounted, or another program claims it")
+    if error.errno in (errno.ENOSPC, errno.EFBIG):
+        return NoSpaceError(message)
+    return BitmapdError(message)
+
+
+@contextmanager
+def _medium(source: Source) -> Iterator[RecordMedium]:
+    if isinstance(source, RecordMedium):
+        yield source
+    else:
+        with RecordMedium.open_read_only(source) as medium:
+            yield medium
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+class _Reader:
+    """Reads whole units of 4 KiB and keeps what could not be read in `notes`."""
+
+    def __init__(self, medium: RecordMedium, read: Read) -> None:
+        self._fd = medium.fd
+        self._read = read
+        self._buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+        self.notes: list[str] = []
+
+    def units(self, offset_bytes: int, count: int) -> Iterator[Raw]:
+        """`count` units from `offset_bytes` on; None for one that cannot be read."""
+        length = count * PAGE_BYTES
+        for done in range(0, length, CHUNK_BYTES):
+            yield from self._chunk(offset_bytes + done, min(CHUNK_BYTES, length - done))
+
+    def _chunk(self, offset_bytes: int, length: int) -> list[Raw]:
+        try:
+            got = self._fill(offset_bytes, self._buffer[:length])
+        except OSError:
+            return [self._unit(offset_bytes + at) for at in range(0, length, PAGE_BYTES)]
+        return [
+            bytes(self._buffer[at : min(at + PAGE_BYTES, got)]) if at < got else None
+            for at in range(0, length, PAGE_BYTES)
+        ]
+
+    def _unit(self, offset_bytes: int) -> Raw:
+        """One unit; sectors that cannot be read are zeros, which are valid nowhere."""
+        view = self._buffer[:PAGE_BYTES]
+        try:
+            got = self._fill(offset_bytes, view)
+            return bytes(view[:got]) if got else None
+        except OSError as error:
+            self.notes.append(
+                f"the 4 KiB at byte {offset_bytes} cannot be read in full: {error.strerror}"
+            )
+        unit = bytearray(PAGE_BYTES)
+        found = False
+        for at in range(0, PAGE_BYTES, SECTOR_BYTES):
+            try:
+                got = self._fill(offset_bytes + at, self._buffer[:SECTOR_BYTES])
+            except OSError:
+                continue  # noted above; the unit's checksums tell which sectors are missing
+            unit[at : at + got] = self._buffer[:got]
+            found = True
+        return bytes(unit) if found else None
+
+    def _fill(self, offset_bytes: int, view: memoryview) -> int:
+        """Bytes read; fewer than asked for only at the end of the medium."""
+        got = 0
+        while got < len(view):
+            more = self._read(self._fd, [view[got:]], offset_bytes + got)
+            if more <= 0:
+                break
+            got += more
+            if got % SECTOR_BYTES:  # an odd end of a file; direct I/O could not go on from here
+                break
+        return got
+
+
+def _superblock(reader: _Reader, medium: RecordMedium) -> SuperblockChoice | None:
+    first, second = (next(reader.units(offset, 1)) for offset in SUPERBLOCK_OFFSETS)
+    try:
+        return choose_superblock(first, second)
+    except (RecordDamagedError, FormatTooNewError) as error:
+        raise type(error)(f"{medium.name}: {error.message}", error.hint) from error
+
+
+def probe(source: Source, read: Read = os.preadv) -> Superblock | None:
+    """The superblock, or None if there is no record; two small reads."""
+    with _medium(source) as medium:
+        choice = _superblock(_Reader(medium, read), medium)
+    return choice.superblock if choice else None
+
+
+def load(source: Source, read: Read = os.preadv) -> Loaded:
+    """The whole record.  NotFoundError if there is none, RecordDamagedError if no superblock can be
+    trusted; damaged pages count as ones and are named in `messages`."""
+    with _medium(source) as medium:
+        reader = _Reader(medium, read)
+        choice = _superblock(reader, medium)
+        if choice is None:
+            raise NotFoundError(
+                f"{medium.name}: there is no record here",
+                hint="if there was one, it is lost: create it anew, with a full or checksum sync",
+            )
+        units = reader.units(PAGES_OFFSET, 2 * choice.superblock.page_count)
+        loaded = assemble(choice, zip(units, units, strict=True))
+        try:
+            os.fdatasync(medium.fd)
+        except OSError as error:
+            if error.errno not in _NO_CACHE:
+                raise RecordDamagedError(
+                    f"{medium.name}: cannot be flushed: {error.strerror}"
+                ) from error
+        have = medium.size_bytes
+    warnings = [*loaded.warnings, *reader.notes]
+    need = record_size_bytes(choice.superblock.geometry.extents)
+    if have < need:
+        warnings.append(f"the medium ends at byte {have}, the record at byte {need}")
+    return replace(loaded, warnings=tuple(warnings))
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+def write_superblock(medium: RecordMedium, superblock: Superblock) -> None:
+    """Copy A, then copy B, each durable.  `superblock.sequence` must be above the last one's."""
+    require_writable(superblock)
+    view = memoryview(mmap.mmap(-1, SUPERBLOCK_BYTES))
+    view[:] = encode_superblock(superblock)
+    for offset_bytes in SUPERBLOCK_OFFSETS:
+        medium.write(offset_bytes, view, os.RWF_DSYNC)
+
+
+def write_pages(
+    medium: RecordMedium,
+    superblock: Superblock,
+    bits: bitarray,
+    first: int,
+    stop: int,
+    sequence: int = 1,
+) -> None:
+    """Write both slots of pages [first, stop) durably: `sequence` to slot 1, the next to slot 0.
+
+    For places that hold nothing of this record: a new record, or pages that a larger volume needs
+    in addition (before the superblock says so).
+    """
+    volume = superblock.volume_uuid.bytes
+    buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    for start in range(first, stop, _PAGES_PER_CHUNK):
+        count = min(_PAGES_PER_CHUNK, stop - start)
+        for position in range(count):
+            index = start + position
+            content = page_bits(bits, index)
+            at = 2 * position * PAGE_BYTES
+            slot0 = buffer[at : at + PAGE_BYTES]
+            slot1 = buffer[at + PAGE_BYTES : at + 2 * PAGE_BYTES]
+            encode_page_into(slot1, volume, index, sequence, 0, content)
+            encode_page_into(slot0, volume, index, sequence + 1, sequence, content)
+        medium.write(page_offset(start, 0), buffer[: count * 2 * PAGE_BYTES])
+    medium.sync()
+
+
+def heal(medium: RecordMedium, loaded: Loaded) -> Loaded:
+    """Rewrite both slots of every damaged page as ones, durably; what to go on with.
+
+    Nothing may rely on `loaded` before this has returned: a sector that could not be read may be
+    readable next time, and holds less than ones.
+    """
+    require_writable(loaded.superblock)
+    if not loaded.damaged:
+        return loaded
+    volume = loaded.superblock.volume_uuid.bytes
+    sequence = loaded.heal_sequence
+    view = memoryview(mmap.mmap(-1, PAGE_BYTES))
+    for index in loaded.damaged:
+        content = page_bits(loaded.bits, index)
+        for slot, previous in ((0, 0), (1, sequence)):
+            encode_page_into(view, volume, index, sequence + slot, previous, content)
+            medium.write(page_offset(index, slot), view, os.RWF_DSYNC)
+    return healed(loaded, sequence)
+
+
+def format_record(
+    path: str | Path, superblock: Superblock, ones: bool, force: bool = False
+) -> None:
+    """Make a new record: all extents in it (`ones`), or none.
+
+    Refused, whatever `force` says, where the device is in use or too small.  Without `force`
+    also where there is a record of another volume (ForeignRecordError), one of this volume that
+    was not stopped cleanly, or anything else that is recognised (ExistsError).
+    """
+    _refuse_in_use(path)
+    need = record_size_bytes(superblock.geometry.extents)
+    with RecordMedium.open(path) as medium:
+        medium.lock()
+        have = medium.size_bytes
+        if have < need:
+            raise NoSpaceError(
+                f"{path} has {have} bytes; the record of a volume of"
+                f" {superblock.geometry.size_bytes} bytes with extents of"
+                f" {superblock.geometry.extent_bytes} bytes needs {need}",
+                hint="use a larger device, or larger extents",
+            )
+        if not force:
+            _refuse_overwrite(medium, superblock.volume_uuid, "--force overwrites it")
+        _write_record(medium, superblock, _filled(superblock, ones), 1)
+
+
+def _filled(superblock: Superblock, ones: bool) -> bitarray:
+    bits = bitarray(superblock.geometry.extents, endian="little")
+    bits.setall(ones)
+    return bits
+
+
+def _refuse_in_use(path: str | Path) -> None:
+    user = in_use(path)
+    if user is None:
+        return
+    try:
+        found = probe(path)
+    except BitmapdError:
+        found = None
+    owner = f", which holds the record of volume {found.name!r}," if found else ""
+    raise BusyError(f"{path}{owner} is in use: {user}")
+
+
+def _refuse_overwrite(medium: RecordMedium, volume: UUID | None, hint: str) -> None:
+    try:
+        found = probe(medium)
+    except (RecordDamagedError, FormatTooNewError) as error:
+        raise type(error)(error.message, hint) from error
+    if found is None:
+        content = signature(medium.name)
+        if content:
+            raise ExistsError(f"{medium.name} holds something: {content}", hint)
+        return
+    holds = f"{medium.name} holds the record of volume {found.name!r} (uuid {found.volume_uuid})"
+    if found.volume_uuid != volume:
+        raise ForeignRecordError(holds, hint)
+    if not found.clean:
+        raise ExistsError(
+            f"{holds}, which was not stopped cleanly: it names what the secondary may lack", hint
+        )
+
+
+def _write_record(
+    medium: RecordMedium, superblock: Superblock, bits: bitarray, sequence: int
+) -> None:
+    nothing = memoryview(mmap.mmap(-1, SUPERBLOCK_BYTES))
+    for offset_bytes in SUPERBLOCK_OFFSETS:
+        medium.write(offset_bytes, nothing, os.RWF_DSYNC)
+    write_pages(medium, superblock, bits, 0, superblock.page_count, sequence)
+    write_superblock(medium, superblock)
+    medium.sync()
+
+
+# -- check and repair ---------------------------------------------------------------------------
+
+
+def check(source: Source, volume_uuid: UUID | None = None, read: Read = os.preadv) -> CheckReport:
+    """What is wrong with a record; with `volume_uuid`, also whether it is that volume's.
+
+    Raises only what keeps it from looking: no such device, no permission, no record there.
+    """
+    try:
+        return examine(load(source, read), volume_uuid)
+    except (RecordDamagedError, FormatTooNewError) as error:
+        return unusable(error)
+
+
+def repair(source: str | Path, output: str | Path, now_s: int) -> Loaded:
+    """Write a healed copy of a record to another device, or to a file that does not exist yet.
+
+    Damaged pages become ones; both superblocks are written anew.  Returns what was found.
+    """
+    target = Path(output)
+    if target.exists():
+        if same_medium(source, target):
+            raise UsageError(
+                f"{output} is the record that is to be repaired",
+                hint="a record is never repaired in place: name another device or a new file",
+            )
+        if target.is_file():
+            raise ExistsError(f"{output} exists", hint="name a new file")
+        _refuse_in_use(target)
+    loaded = load(source)
+    require_writable(loaded.superblock)
+    flags = loaded.superblock.flags
+    if loaded.bits.any():
+        flags &= ~RecordFlag.CLEAN
+    superblock = loaded.superblock.updated(now_s, flags=flags)
+    need = record_size_bytes(superblock.geometry.extents)
+    created = not target.exists()
+    if created:
+        _create(target, need)
+    try:
+        with RecordMedium.open(target) as medium:
+            medium.lock()
+            have = medium.size_bytes
+            if have < need:
+                raise NoSpaceError(f"{output} has {have} bytes; the record needs {need}")
+            if not created:
+                _refuse_overwrite(medium, None, "name an empty device or a new file")
+            _write_record(medium, superblock, loaded.bits, loaded.heal_sequence)
+    except BaseException:
+        if created:
+            target.unlink(missing_ok=True)
+        raise
+    return loaded
+
+
+def _create(path: Path, size_bytes: int) -> None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(fd, 0, size_bytes)
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+    except FileExistsError as error:
+        raise ExistsError(f"{path} exists", hint="name a new file") from error
+    except OSError as error:
+        raise _explained(error, f"cannot make {path}") from error

@@ -1,0 +1,559 @@
+"""One volume, put together: record, gate, copier, export, and what an administrator may ask of it.
+
+Start: record session (lock, load, checks), primary, secondary (may be absent), gate with every
+recorded extent to be copied, copier, export.  Hosts are served as soon as the record has
+been read; the copying of what it names goes on meanwhile.
+
+Clean stop: the export first (requests that were received are carried out and answered), then
+copy what is left, flush both sides, empty the record, mark it clean.  A stop with `now`, or one
+while the secondary is away, leaves in the record what is not copied.
+
+A crash at any point of either leaves a record that names whatever differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bitmapd.config import Paths, VolumeConfig, effective_record_limit_bytes
+from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.copier.verify import Verify, VerifyResult
+from bitmapd.errors import (
+    BusyError,
+    DifferencesError,
+    ForeignRecordError,
+    UnreachableError,
+    UsageError,
+    WrongStateError,
+)
+from bitmapd.gate.gate import Gate
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.base import Done, Target
+from bitmapd.media.buffers import BufferPool
+from bitmapd.media.kdevice import KernelDevice
+from bitmapd.nbd.client import NbdTarget
+from bitmapd.nbd.server import NbdServer
+from bitmapd.nbd.tls import server_context
+from bitmapd.nbd.uri import is_uri, parse_uri
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.layout import InitialSync
+from bitmapd.record.predictors import make_policy
+from bitmapd.record.store import RecordStore
+from bitmapd.session import RecordSession
+
+HOST_POOL_BYTES = 32 << 20
+COPY_POOL_BYTES = 16 << 20
+TICK_S = 1.0
+MIN_LIMIT_EXTENTS = 64
+
+Emit = Callable[..., None]
+
+
+async def completion(submit: Callable[[Done], None]) -> None:
+    """Await an operation with a `done` callback; its OSError is raised."""
+    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done(error: OSError | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+
+    submit(done)
+    await future
+
+
+class Volume:
+    """See the module docstring.  All methods are called on the loop's thread."""
+
+    def __init__(
+        self,
+        config: VolumeConfig,
+        paths: Paths,
+        loop: asyncio.AbstractEventLoop,
+        emit: Emit,
+    ) -> None:
+        self.config = config
+        self._paths = paths
+        self._loop = loop
+        self._emit_event = emit
+        self._last_error: dict[str, str] | None = None
+        self._last_recovery: dict[str, Any] | None = None
+        self._recovery_reason = "clean"
+        self._recovery_extents = 0
+        self._recovery_started = 0.0
+        self._changed = asyncio.Event()
+        self._was_in_sync: bool | None = None
+        self._verify: Verify | None = None
+        self._stopping = False
+        self._hurried = False
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._metrics: Any = None
+
+    # -- start ----------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Recover and export; on an error everything that was opened is closed again."""
+        self._session = RecordSession(self.config, self._paths, self._emit)
+        opened: list[Callable[[], None]] = [self._session.close]
+        try:
+            await self._assemble(opened)
+        except BaseException:
+            for close in reversed(opened):
+                close()
+            raise
+
+    async def _assemble(self, opened: list[Callable[[], None]]) -> None:
+        config, loop = self.config, self._loop
+        self._engine = AioEngine(loop)
+        opened.append(self._engine.close)
+        self._primary = KernelDevice(config.primary, self._engine, exclusive=True)
+        opened.append(self._primary.close)
+        self._record = KernelDevice(config.record, self._engine)
+        opened.append(self._record.close)
+        self._warn_if_buffered()
+        self._secondary = self._make_secondary()
+        opened.append(self._secondary.close)
+        await self._open_secondary()
+
+        self._session.begin()
+        superblock = self._session.superblock
+        geometry = superblock.geometry
+        self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
+        self._policy = make_policy(config.predictor, geometry)
+        self.gate = Gate(
+            geometry,
+            self._primary,
+            self._store,
+            self._policy,
+            loop,
+            limit_extents=self._limit_extents(None),
+        )
+        self._copy_pool = BufferPool(loop, COPY_POOL_BYTES)
+        self.copier = Copier(
+            geometry,
+            self.gate,
+            self._primary,
+            self._secondary,
+            loop,
+            self._copy_pool,
+            Throttle(config.copy_rate_bytes_per_s),
+            Backoff(),
+            self._emit,
+            check_secondary=self._check_secondary,
+            era_interval_s=config.era_interval_s,
+        )
+        self.copier.on_change = self._on_change
+        self.copier.on_pass_done = self._on_pass_done
+        self._begin_recovery()
+        self._export(opened)
+        self.copier.start()
+        self._tick_timer = loop.call_later(TICK_S, self._tick)
+
+    def _warn_if_buffered(self) -> None:
+        for device in (self._primary, self._record):
+            if not device.direct:
+                self._emit(
+                    "not-direct",
+                    device=device.name,
+                    message="the file system has no direct I/O: a power cut may lose what the"
+                    " page cache holds until it is flushed",
+                )
+
+    def _make_secondary(self) -> Target:
+        target = self.config.secondary
+        if is_uri(target):
+            return NbdTarget(
+                self._loop, parse_uri(target), tls_certificates=self.config.tls_certificates
+            )
+        return KernelDevice(target, self._engine, exclusive=True, defer=True)
+
+    async def _open_secondary(self) -> None:
+        """A secondary that is away does not keep hosts from working; a wrong one does."""
+        try:
+            await completion(self._secondary.open)
+        except OSError as error:
+            self._emit(
+                "link-down",
+                secondary=self.config.secondary,
+                message=f"cannot open the secondary: {error.strerror or error}",
+            )
+            return
+        mismatch = self._session.secondary_mismatch(self._secondary.size_bytes)
+        if mismatch is not None:
+            raise ForeignRecordError(
+                mismatch, hint="nothing was written; give the volume its own secondary back"
+            )
+
+    def _check_secondary(self) -> OSError | None:
+        mismatch = self._session.secondary_mismatch(self._secondary.size_bytes)
+        return None if mismatch is None else OSError(errno.ENODEV, mismatch)
+
+    def _begin_recovery(self) -> None:
+        loaded = self._session.loaded
+        extents = self._store.recorded_extents
+        initial = loaded.superblock.initial_sync
+        if initial is not InitialSync.NONE:
+            self._recovery_reason = "initial"
+        else:
+            self._recovery_reason = "clean" if not extents else "crash"
+        self._recovery_extents = extents
+        self._recovery_started = self._loop.time()
+        self._bytes_total = self._recorded_bytes()
+        self.gate.take_recorded()
+        self._emit(
+            "recovery-started",
+            reason=self._recovery_reason,
+            extents=extents,
+            bytes_total=self._bytes_total,
+        )
+        if extents:
+            self.copier.begin_pass(compare=initial is InitialSync.CHECKSUM)
+        else:
+            self._on_pass_done()
+
+    def _on_pass_done(self) -> None:
+        """Everything that the record named at the start, or at a resync, is on the secondary."""
+        if self._recovery_reason == "":
+            return
+        self._last_recovery = {
+            "reason": self._recovery_reason,
+            "extents": self._recovery_extents,
+            "bytes_total": self._bytes_total,
+            "bytes_copied": self.copier.pass_copied_bytes,
+            "seconds": round(self._loop.time() - self._recovery_started, 3),
+        }
+        self._recovery_reason = ""
+        self._emit("recovery-finished", **self._last_recovery)
+        if self._session.superblock.initial_sync is not InitialSync.NONE:
+            self._session.update(initial_sync=InitialSync.NONE)
+
+    def _export(self, opened: list[Callable[[], None]]) -> None:
+        config = self.config
+        uri = parse_uri(config.listen)
+        context = None
+        if uri.tls:
+            folder = uri.tls_certificates or config.tls_certificates
+            if folder is None:
+                raise UsageError(
+                    f"listen = {config.listen} asks for TLS, but there are no certificates",
+                    hint="set tls_certificates to their folder",
+                )
+            context = server_context(Path(folder))
+        self._host_pool = BufferPool(self._loop, HOST_POOL_BYTES)
+        self.server = NbdServer(
+            self._loop,
+            self.gate,
+            self._host_pool,
+            self._engine.kick,
+            export_name=uri.export,
+            description=f"bitmapd volume {config.name}",
+            tls=context,
+            emit=self._emit,
+        )
+        if uri.socket_path is not None:
+            self.server.listen_unix(uri.socket_path)
+        elif context is None and not config.allow_plaintext_loopback:
+            raise UsageError(
+                f"listen = {config.listen} would export the volume without encryption",
+                hint="use nbds:// with certificates, or a unix socket, or a loopback address with"
+                " allow_plaintext_loopback = true",
+            )
+        else:
+            self.server.listen_tcp(uri.host or "127.0.0.1", uri.port)
+        opened.append(self.server.close_listeners)
+
+    # -- running --------------------------------------------------------------------------
+    def _emit(self, event: str, **fields: Any) -> None:
+        if event.endswith(("-error", "-down", "-damaged", "-difference")):
+            self._last_error = {
+                "code": event,
+                "message": str(fields.get("message", event)),
+                "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            }
+        self._emit_event(event, **fields)
+
+    def _tick(self) -> None:
+        self._tick_timer = self._loop.call_later(TICK_S, self._tick)
+        self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
+        self.gate.tick()
+        self._on_change()
+
+    def _limit_extents(self, speed: float | None) -> int:
+        config, geometry = self.config, self.geometry
+        if config.resync_target_s is None:
+            limit = effective_record_limit_bytes(config, geometry.size_bytes)
+        else:
+            # Until a speed has been measured, that of a gigabit link.
+            limit = int(config.resync_target_s * (speed or 110e6))
+        return max(MIN_LIMIT_EXTENTS, limit // geometry.extent_bytes)
+
+    def _on_change(self) -> None:
+        in_sync = self._in_sync
+        if in_sync != self._was_in_sync:
+            if in_sync:
+                self._emit("in-sync")
+            self._was_in_sync = in_sync
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._session.superblock.geometry
+
+    @property
+    def _in_sync(self) -> bool:
+        return self.gate.in_sync and self.copier.pass_blocks is None
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            changed = self._changed
+            await changed.wait()
+
+    # -- stop -----------------------------------------------------------------------------
+    async def stop(self, now: bool) -> dict[str, Any]:
+        """Stop; true `clean` in the answer if nothing is left to copy."""
+        if self._stopping:
+            raise WrongStateError(f"volume '{self.config.name}' is stopping already")
+        self._stopping = True
+        if self._verify is not None:
+            self._verify.cancel(OSError(errno.ECANCELED, "the volume is being stopped"))
+        self.server.close_listeners()
+        await self.server.drain(timeout_s=5.0)
+        if not now:
+            await self._drain()
+        stopped = asyncio.Event()
+        self.copier.stop(stopped.set)
+        await stopped.wait()
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        clean = await self._empty_record()
+        self._emit("stopped", clean=clean, record_extents=self._store.recorded_extents)
+        while self._engine.in_flight:
+            await asyncio.sleep(0)
+        for close in (
+            self._secondary.close,
+            self._primary.close,
+            self._record.close,
+            self._session.close,
+            self._engine.close,
+        ):
+            close()
+        return {"clean": clean, "record_extents": self._store.recorded_extents}
+
+    def hurry(self) -> None:
+        """Let a stop that is copying what is left end without it."""
+        self._hurried = True
+        self._on_change()
+
+    async def _drain(self) -> None:
+        """Copy what is left, as long as the secondary can be reached."""
+        if self.copier.state is CopyState.PAUSED:
+            self.copier.resume()
+
+        def drained() -> bool:
+            if self._hurried or self.copier.state is not CopyState.RUNNING:
+                return True
+            if self.gate.in_sync:
+                return True
+            self.copier.wake()
+            return False
+
+        await self._until(drained)
+
+    async def _empty_record(self) -> bool:
+        """Drop what is clean and write the record; true if nothing is left and all is durable."""
+        try:
+            await completion(self._primary.flush)
+            self.gate.drop_all_clean()
+            self._store.flush_clears()
+            await completion(self._store.when_idle)
+        except OSError as error:
+            self._emit("record-error", message=f"cannot end the session in order: {error}")
+            return False
+        clean = self.gate.in_sync and not self._store.recorded_extents
+        if clean:
+            self._session.finish()
+        return clean
+
+    # -- commands -------------------------------------------------------------------------
+    def pause(self) -> None:
+        self.copier.pause()
+
+    def resume(self) -> None:
+        self.copier.resume()
+
+    async def wait(self, state: str) -> None:
+        """Return when the volume is `in-sync` (or `started`, which it is)."""
+        if state == "in-sync":
+            await self._until(lambda: self._in_sync)
+        elif state != "started":
+            raise UsageError(f"cannot wait for {state!r} here")
+
+    async def resync(self, checksum: bool) -> dict[str, Any]:
+        """Have everything in the record copied; with `checksum`, compared and copied if different.
+
+        Without `checksum` a volume in sync is left alone.
+        """
+        if self.copier.state is CopyState.PAUSED:
+            raise WrongStateError(
+                f"volume '{self.config.name}' is paused", hint=f"dmctl resume {self.config.name}"
+            )
+        extents = 0
+        if checksum and self.copier.pass_blocks is None:
+            extents = self._store.recorded_extents
+            if extents:
+                self._recovery_reason = ""
+                self.gate.take_recorded()
+                self.copier.begin_pass(compare=True)
+        elif not self._in_sync:
+            self.copier.wake()
+        return {"extents": extents, "state": self.state}
+
+    async def verify(
+        self, repair: bool, progress: Callable[[dict[str, Any]], Awaitable[None]]
+    ) -> dict[str, Any]:
+        """Compare both sides while in use; differences that should not be there are reported."""
+        if self._verify is not None:
+            raise BusyError(f"volume '{self.config.name}' is being verified already")
+        if self.copier.state is CopyState.LINK_DOWN:
+            raise UnreachableError(f"secondary {self.config.secondary} cannot be reached")
+        finished: asyncio.Future[tuple[OSError | None, VerifyResult]] = self._loop.create_future()
+        verify = Verify(
+            self.geometry,
+            self.gate,
+            self._primary,
+            self._secondary,
+            self._loop,
+            BufferPool(self._loop, COPY_POOL_BYTES),
+            repair=repair,
+            done=lambda error, result: finished.set_result((error, result)),
+        )
+        self._verify = verify
+        try:
+            verify.start()
+            while not finished.done():
+                await asyncio.wait([finished], timeout=0.5)
+                await progress({"progress": round(verify.progress, 4)})
+            error, result = finished.result()
+        finally:
+            if not finished.done():
+                verify.cancel(OSError(errno.ECANCELED, "the request was withdrawn"))
+            self._verify = None
+        if error is not None:
+            raise UnreachableError(f"verify ended early: {error.strerror or error}")
+        for offset, length in result.unexpected:
+            self._emit(
+                "unexpected-difference",
+                offset_bytes=offset,
+                length_bytes=length,
+                message=f"primary and secondary differ at byte {offset}, outside the record",
+            )
+        if repair and result.repaired_bytes:
+            self.copier.wake()
+            await self._until(lambda: self._in_sync)
+        return {
+            "compared_bytes": result.compared_bytes,
+            "unexpected_bytes": result.unexpected_bytes,
+            "repaired_bytes": result.repaired_bytes,
+            "undecided_blocks": result.undecided_blocks,
+            "unexpected": [list(run) for run in result.unexpected],
+        }
+
+    def reconfigure(self, config: VolumeConfig) -> None:
+        """Take up the settings that may change while running."""
+        if config.predictor != self.config.predictor:
+            policy = make_policy(config.predictor, self.geometry)
+            for first, stop in self._store.recorded_runs():
+                policy.added(first, stop, self._loop.time())
+            self._policy = policy
+            self.gate.set_policy(policy)
+        self.config = config
+        self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
+        self.copier.era_interval_s = config.era_interval_s
+        self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
+        self._emit("settings-changed")
+
+    # -- status ---------------------------------------------------------------------------
+    @property
+    def state(self) -> str:
+        if self._store.failing:
+            return "degraded"
+        if self.copier.state is CopyState.LINK_DOWN:
+            return "link-down"
+        if self.copier.state is CopyState.PAUSED:
+            return "paused"
+        if self.copier.pass_blocks is not None:
+            return "resyncing"
+        return "in-sync" if self.gate.in_sync else "copying"
+
+    def _recorded_bytes(self) -> int:
+        geometry = self.geometry
+        return min(self._store.recorded_extents * geometry.extent_bytes, geometry.size_bytes)
+
+    def status(self) -> dict[str, Any]:
+        """One element of `volumes` in `dmctl status --json`."""
+        config, gate, store, copier = self.config, self.gate, self._store, self.copier
+        geometry = self.geometry
+        oldest = gate.oldest_dirty_s()
+        speed = copier.meter.bytes_per_s
+        resync = None
+        if copier.pass_blocks is not None:
+            remaining = copier.pass_remaining_bytes
+            resync = {
+                "total_bytes": copier.pass_total_bytes,
+                "remaining_bytes": remaining,
+                "rate_bytes_per_second": None if speed is None else round(speed),
+                "eta_seconds": None if not speed else round(remaining / speed, 1),
+            }
+        return {
+            "name": config.name,
+            "uuid": str(config.uuid),
+            "attach": "nbd",
+            "state": self.state,
+            "device": config.listen,
+            "primary": config.primary,
+            "secondary": config.secondary,
+            "record": config.record,
+            "size_bytes": geometry.size_bytes,
+            "extent_size_bytes": geometry.extent_bytes,
+            "block_size_bytes": geometry.block_bytes,
+            "dirty_bytes": min(gate.dirty_blocks() * geometry.block_bytes, geometry.size_bytes),
+            "lag_seconds": 0.0 if oldest is None else round(self._loop.time() - oldest, 3),
+            "record_bytes": self._recorded_bytes(),
+            "record_extents": store.recorded_extents,
+            "record_limit_bytes": gate.limit_extents * geometry.extent_bytes,
+            "writes_total": gate.writes,
+            "hits_total": gate.hits,
+            "misses_total": gate.misses,
+            "record_updates_total": store.updates,
+            "record_clears_total": store.clears,
+            "copied_bytes_total": copier.copied_bytes,
+            "era": gate.era,
+            "resync": resync,
+            "last_recovery": self._last_recovery,
+            "last_error": self._last_error,
+            "written_bytes_total": gate.written_bytes,
+            "sent_bytes_total": copier.sent_bytes,
+            "zero_bytes_total": copier.zero_bytes,
+            "record_errors_total": store.errors,
+            "read_errors_total": copier.read_errors,
+            "connections": self.server.stats.connections,
+            "session": self._session.superblock.session,
+        }
+
+
+def check_verify(result: dict[str, Any], name: str) -> None:
+    """DifferencesError if a verify found what should not be there and it was not repaired."""
+    if result["unexpected_bytes"] > result["repaired_bytes"]:
+        raise DifferencesError(
+            f"volume '{name}': {result['unexpected_bytes']} bytes differ outside the record",
+            hint=f"dmctl verify {name} --repair",
+        )

@@ -1,0 +1,81 @@
+"""config show, config check."""
+
+from __future__ import annotations
+
+import textwrap
+from argparse import Namespace
+
+from bitmapd.config import (
+    ConfigError,
+    Key,
+    VolumeConfig,
+    keys,
+    load_all,
+    load_volume,
+    render,
+    volume_names,
+)
+from bitmapd.config.files import volume_origins
+from dmctl.cli.context import Context, selected, worst
+
+
+def check(context: Context, _args: Namespace) -> int:
+    configs = load_all(context.paths)
+    context.output.say(f"no errors in {context.paths.config_dir}; {len(configs)} volumes")
+    if context.output.as_json:
+        context.output.json("config check", {"volumes": sorted(configs), "errors": []})
+    return 0
+
+
+def show(context: Context, args: Namespace) -> int:
+    output = context.output
+    names = selected(context, args, default_all=True)
+    configs: list[VolumeConfig] = []
+    errors: list[ConfigError] = []
+    for name in names:
+        try:
+            configs.append(load_volume(context.paths, name))
+        except ConfigError as error:
+            errors.append(error)
+    origins = {config.name: volume_origins(context.paths, config.name) for config in configs}
+    every = [key.name for key in keys().values()]
+    if output.as_json:
+        volumes = [
+            {"name": config.name, "values": render(config, every), "origins": origins[config.name]}
+            for config in configs
+        ]
+        body: dict[str, object] = {"volumes": volumes}
+        if errors:
+            body["error"] = errors[0].to_json()
+        output.json("config show", body)
+        return worst(error.exit_status for error in errors)
+    for problem in errors:
+        output.error(problem)
+    for config in configs:
+        output.line(f"# {context.paths.volume_file(config.name)}")
+        values = render(config, every)
+        for key in keys().values():
+            if args.explain:
+                _explain(context, key)
+            origin = origins[config.name][key.name]
+            mark = "" if origin == "volume" else f"  # {origin}"
+            output.line(f"{key.name} = {_toml(values[key.name])}{mark}")
+        output.line()
+    if not configs and args.explain and not volume_names(context.paths):
+        for key in keys().values():
+            _explain(context, key)
+            output.line(f"# {key.name} = {_toml(key.default) if key.default is not None else '…'}")
+    return worst(error.exit_status for error in errors)
+
+
+def _explain(context: Context, key: Key) -> None:
+    where = "volume or dmctl.toml" if key.shared else "volume"
+    live = ", dmctl set" if key.live else ""
+    for line in textwrap.wrap(f"{key.doc} ({key.kind.syntax}; {where}{live})", 96):
+        context.output.line(f"# {line}")
+
+
+def _toml(value: str | int | bool) -> str:
+    import toml  # noqa: PLC0415  (its encoder knows how strings are quoted)
+
+    return str(toml.dumps({"x": value})).partition("= ")[2].strip()

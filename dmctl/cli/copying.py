@@ -1,0 +1,106 @@
+"""resync, verify, pause, resume, set, resize: what a running volume is asked to do."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from bitmapd.config import load_volume
+from bitmapd.errors import DifferencesError, UsageError, WrongStateError
+from bitmapd.units import human_size
+from dmctl.cli.context import Context, each, selected
+
+VERB_TIMEOUT_S = 60.0
+
+
+def _ask(context: Context, name: str, verb: str, args: dict[str, Any]) -> Any:
+    """The result of a verb; NotFoundError rather than "not running" for an unknown volume."""
+    try:
+        with context.control(name) as client:
+            return client.call(verb, args, timeout_s=VERB_TIMEOUT_S)
+    except WrongStateError:
+        load_volume(context.paths, name)
+        raise
+
+
+def resync(context: Context, args: Namespace) -> int:
+    named = bool(args.names)
+
+    def one(name: str) -> dict[str, Any]:
+        try:
+            answer = _ask(context, name, "resync", {"checksum": args.checksum})
+        except WrongStateError as error:
+            if named:
+                raise
+            context.output.detail(f"passed over: {error.message}")
+            return {"result": "passed over", "state": None}
+        context.output.detail(f"volume '{name}' is {answer.get('state')}")
+        return {"result": "done", **answer}
+
+    return each(context, "resync", selected(context, args, default_all=True), "resync", one)
+
+
+def verify(context: Context, args: Namespace) -> int:
+    load_volume(context.paths, args.name)
+    with (
+        context.control(args.name) as client,
+        context.output.progress(f"verifying {args.name}") as bar,
+    ):
+        result: dict[str, Any] = client.call(
+            "verify",
+            {"repair": args.repair},
+            timeout_s=None,
+            on_event=lambda event: bar(float(event.get("progress") or 0.0)),
+        )
+    found, repaired = result["unexpected_bytes"], result["repaired_bytes"]
+    compared = human_size(result["compared_bytes"])
+    error: DifferencesError | None = None
+    if found > repaired:
+        error = DifferencesError(
+            f"volume '{args.name}': {found - repaired} bytes differ that the record does not name"
+            f" ({compared} compared)",
+            hint=f"'dmctl verify {args.name} --repair' copies them from the primary",
+        )
+    if context.output.as_json:
+        trouble = {} if error is None else {"error": error.to_json()}
+        context.output.json("verify", {"name": args.name, **result, **trouble})
+        return 0 if error is None else error.exit_status
+    for offset, length in result["unexpected"]:
+        context.output.line(f"unexpected difference: {length} bytes at byte {offset}")
+    if error is not None:
+        raise error
+    fixed = f"; {repaired} bytes were repaired" if repaired else ""
+    context.output.say(f"volume '{args.name}': {compared} compared{fixed}, both sides agree")
+    return 0
+
+
+def _simple(context: Context, name: str, verb: str, args: dict[str, Any], said: str) -> int:
+    result = _ask(context, name, verb, args)
+    context.output.say(f"volume '{name}': {said}")
+    if context.output.as_json:
+        context.output.json(verb, {"name": name, **result})
+    return 0
+
+
+def pause(context: Context, args: Namespace) -> int:
+    return _simple(context, args.name, "pause", {}, "copying is paused")
+
+
+def resume(context: Context, args: Namespace) -> int:
+    return _simple(context, args.name, "resume", {}, "copying goes on")
+
+
+def change(context: Context, args: Namespace) -> int:
+    changes: dict[str, str] = {}
+    for word in args.changes:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{word!r} is not of the form KEY=VALUE")
+        if changes.setdefault(key.replace("-", "_"), value) != value:
+            raise UsageError(f"{key} is given twice")
+    said = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in changes.items())
+    return _simple(context, args.name, "set", dict(changes), said)
+
+
+def resize(context: Context, args: Namespace) -> int:
+    return _simple(context, args.name, "resize", {}, "the new size is taken up")

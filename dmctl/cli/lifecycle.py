@@ -1,0 +1,186 @@
+"""start, stop, wait, remove."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import time
+from argparse import Namespace
+from typing import Any
+
+from bitmapd.config import ConfigError, VolumeConfig, check_name, load_volume, remove_volume
+from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
+from dmctl.cli.context import Context, each, selected
+from dmctl.cli.processes import POLL_S, Watched, is_running, launch, start_lock
+
+
+def start(context: Context, args: Namespace) -> int:
+    def one(name: str) -> dict[str, Any]:
+        load_volume(context.paths, name)
+        with start_lock(context.paths, name):
+            config = load_volume(context.paths, name)  # it may have been removed meanwhile
+            result = "running"
+            if not is_running(context.paths, name):
+                launch(context.paths, name, args.timeout)
+                result = "started"
+        already = " already" if result == "running" else ""
+        context.output.say(f"volume '{name}' runs{already}: {config.listen}")
+        return {"result": result, "device": config.listen}
+
+    return each(context, "start", selected(context, args, default_all=False), "start", one)
+
+
+def stop(context: Context, args: Namespace) -> int:
+    def one(name: str) -> dict[str, Any]:
+        try:
+            answer = _stop(context, name, now=args.now, timeout_s=args.timeout)
+        except WrongStateError:
+            if is_running(context.paths, name):
+                raise
+            _must_exist(context, name)
+            context.output.say(f"volume '{name}' is stopped already")
+            return {"result": "not running", "clean": None, "record_extents": None}
+        left = answer.get("record_extents")
+        rest = "" if answer.get("clean") else f"; {left} extents are left in its record"
+        context.output.say(f"volume '{name}' is stopped{rest}")
+        return {"result": "stopped", **answer}
+
+    return each(context, "stop", selected(context, args, default_all=False), "stop", one)
+
+
+def _stop(context: Context, name: str, *, now: bool, timeout_s: float | None) -> dict[str, Any]:
+    """Ask for the stop, and wait for the end of the process."""
+    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    most = 0
+
+    def left_s() -> float | None:
+        return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
+
+    with (
+        context.control(name) as client,
+        contextlib.closing(Watched(client)) as process,
+        context.output.progress(f"stopping {name}") as bar,
+    ):
+
+        def told(event: dict[str, Any]) -> None:
+            nonlocal most
+            dirty = int(event.get("dirty_bytes") or 0)
+            most = max(most, dirty)
+            bar(1 - dirty / most if most else 1.0)
+            if left_s() == 0:
+                raise _still_stopping(name)
+
+        try:
+            answer = client.call("stop", {"now": now}, timeout_s=left_s(), on_event=told)
+        except TimeOutError:
+            raise _still_stopping(name) from None
+        if not process.wait(left_s()):
+            raise _still_stopping(name)
+    return dict(answer)
+
+
+def _still_stopping(name: str) -> TimeOutError:
+    return TimeOutError(
+        f"volume '{name}' did not stop in time; it goes on stopping",
+        hint=f"'dmctl stop {name} --now' leaves what is not copied in the record",
+    )
+
+
+def _must_exist(context: Context, name: str) -> None:
+    # A mistake in its configuration is no reason not to say that it is stopped.
+    with contextlib.suppress(ConfigError):
+        load_volume(context.paths, name)
+
+
+def wait(context: Context, args: Namespace) -> int:
+    deadline_s = None if args.timeout is None else time.monotonic() + args.timeout
+    _must_exist(context, args.name)
+    waiters = {"in-sync": _wait_in_sync, "started": _wait_started, "stopped": _wait_stopped}
+    if not waiters[args.state](context, args.name, deadline_s):
+        raise TimeOutError(f"volume '{args.name}' was not {args.state} in time")
+    if context.output.as_json:
+        context.output.json("wait", {"name": args.name, "state": args.state})
+    return 0
+
+
+def _left_s(deadline_s: float | None) -> float | None:
+    return None if deadline_s is None else max(0.001, deadline_s - time.monotonic())
+
+
+def _wait_in_sync(context: Context, name: str, deadline_s: float | None) -> bool:
+    with context.control(name) as client:
+        try:
+            client.call("wait", {"for": "in-sync"}, timeout_s=_left_s(deadline_s))
+        except TimeOutError:
+            return False
+        except BitmapdError:
+            if is_running(context.paths, name):
+                raise
+            raise WrongStateError(f"volume '{name}' was stopped before it was in sync") from None
+    return True
+
+
+def _wait_started(context: Context, name: str, deadline_s: float | None) -> bool:
+    # No event tells that another process begins to listen on a socket.
+    while not is_running(context.paths, name):
+        if deadline_s is not None and time.monotonic() >= deadline_s:
+            return False
+        select.select([], [], [], POLL_S)
+    return True
+
+
+def _wait_stopped(context: Context, name: str, deadline_s: float | None) -> bool:
+    try:
+        client = context.control(name)
+    except WrongStateError:
+        return True
+    with client, contextlib.closing(Watched(client)) as process:
+        return process.wait(_left_s(deadline_s))
+
+
+def remove(context: Context, args: Namespace) -> int:
+    name = check_name(args.name)
+    config: VolumeConfig | None = None
+    try:
+        config = load_volume(context.paths, name)
+    except ConfigError:
+        if args.wipe_record:
+            raise  # nobody knows which record is meant
+    _must_be_stopped(context, name)
+    context.output.confirm(
+        _loses(config, name, wipe=args.wipe_record), f"Remove volume '{name}'?", yes=args.yes
+    )
+    with start_lock(context.paths, name) as lock:
+        _must_be_stopped(context, name)
+        if config is not None and args.wipe_record:
+            from dmctl.cli.record import wipe  # noqa: PLC0415  (imports the whole format)
+
+            wipe(config)
+        remove_volume(context.paths, name, config.uuid if config is not None else None)
+        for leftover in (context.paths.error_file(name), context.paths.pid_file(name), lock):
+            leftover.unlink(missing_ok=True)
+    context.output.say(f"volume '{name}' is removed; primary and secondary are as they were")
+    if context.output.as_json:
+        body = {"name": name, "result": "removed", "record_wiped": bool(args.wipe_record)}
+        context.output.json("remove", body)
+    return 0
+
+
+def _must_be_stopped(context: Context, name: str) -> None:
+    if is_running(context.paths, name):
+        raise WrongStateError(f"volume '{name}' is running", hint=f"first: dmctl stop {name}")
+
+
+def _loses(config: VolumeConfig | None, name: str, *, wipe: bool) -> str:
+    what = f"the configuration of volume '{name}' would be lost"
+    if config is None or not wipe:
+        return what
+    from dmctl.cli.record import recorded_extents  # noqa: PLC0415
+
+    extents = recorded_extents(config)
+    if extents is None:
+        return f"{what}, and its record {config.record}"
+    return (
+        f"{what}, and its record {config.record}, which names {extents} extents that the secondary"
+        " may lack"
+    )

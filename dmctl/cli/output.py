@@ -1,0 +1,124 @@
+"""What the command line prints: tables and JSON on stdout, everything else on stderr.
+
+Colour and progress bars appear only on a terminal and never with NO_COLOR.  Answers to questions
+are read from the terminal; without one a question that was not answered by `--yes` is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TextIO
+
+from bitmapd.errors import BitmapdError, UsageError
+
+_COLOURS = {"red": "31", "yellow": "33", "green": "32"}
+
+
+class Bar(Protocol):
+    """Progress of one operation, told as a fraction between 0 and 1."""
+
+    def __call__(self, fraction: float) -> None: ...
+
+
+class Output:
+    """Streams and how much is said on them."""
+
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        *,
+        as_json: bool = False,
+        quiet: bool = False,
+        verbose: int = 0,
+        stdout: TextIO | None = None,
+        stderr: TextIO | None = None,
+        stdin: TextIO | None = None,
+    ) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.verbose = verbose
+        self._out = stdout or sys.stdout
+        self._err = stderr or sys.stderr
+        self._in = stdin or sys.stdin
+        self._plain = bool(environment.get("NO_COLOR")) or environment.get("TERM") == "dumb"
+
+    # -- stdout ---------------------------------------------------------------------------
+    def line(self, text: str = "") -> None:
+        print(text, file=self._out)
+
+    def event(self, fields: Mapping[str, Any]) -> None:
+        """One JSON object on a line of its own, at once."""
+        print(json.dumps(fields), file=self._out, flush=True)
+
+    def json(self, command: str, body: Mapping[str, Any]) -> None:
+        version = {"command": command, "major": 1, "minor": 0}
+        print(json.dumps({"output_version": version, **body}, indent=1), file=self._out)
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Columns as wide as they have to be; a cell may carry a colour as `colour:text`."""
+        cells = [[_split(cell) for cell in row] for row in rows]
+        widths = [max(len(row[i][1]) for row in [[("", h) for h in head], *cells])
+                  for i in range(len(head))]  # fmt: skip
+        self.line("  ".join(h.ljust(w) for h, w in zip(head, widths, strict=True)).rstrip())
+        for row in cells:
+            padded = [
+                self._paint(colour, text, self._out) + " " * (width - len(text))
+                for (colour, text), width in zip(row, widths, strict=True)
+            ]
+            self.line("  ".join(padded).rstrip())
+
+    def _paint(self, colour: str, text: str, stream: TextIO) -> str:
+        if not colour or self._plain or not stream.isatty():
+            return text
+        return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+    # -- stderr ---------------------------------------------------------------------------
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=self._err)
+
+    def detail(self, text: str) -> None:
+        if self.verbose and not self.quiet:
+            print(text, file=self._err)
+
+    def error(self, error: BitmapdError, doing: str | None = None) -> None:
+        """The error's message and hint; with JSON, `json_error` is used instead."""
+        text = f"{doing}: {error.message}" if doing else error.message
+        label = self._paint("red", "error", self._err)
+        print(f"dmctl: {label}: {text}", file=self._err)
+        if error.hint:
+            print(f"hint: {error.hint}", file=self._err)
+
+    def json_error(self, error: BitmapdError) -> None:
+        print(json.dumps({"error": error.to_json()}, indent=1), file=self._out)
+
+    @contextmanager
+    def progress(self, text: str) -> Iterator[Bar]:
+        """A bar on a terminal, nothing elsewhere."""
+        if self.quiet or self._plain or not self._err.isatty():
+            yield lambda fraction: None
+            return
+        from rich.console import Console  # noqa: PLC0415  (slow to import, rarely needed)
+        from rich.progress import Progress  # noqa: PLC0415
+
+        with Progress(console=Console(file=self._err), transient=True) as bars:
+            task = bars.add_task(text, total=1.0)
+            yield lambda fraction: bars.update(task, completed=min(fraction, 1.0))
+
+    def confirm(self, loses: str, question: str, *, yes: bool) -> None:
+        """Say what would be lost and ask; UsageError unless the answer is yes."""
+        if yes:
+            return
+        if not self._in.isatty():
+            raise UsageError(f"{loses}; there is no terminal to ask on", hint="add --yes to do it")
+        print(f"{loses}.\n{question} [y/N] ", end="", file=self._err, flush=True)
+        if self._in.readline().strip().lower() not in ("y", "yes"):
+            raise BitmapdError("not confirmed; nothing was changed")
+
+
+def _split(cell: str) -> tuple[str, str]:
+    colour, mark, text = cell.partition(":")
+    return (colour, text) if mark and colour in _COLOURS else ("", cell)

@@ -1,0 +1,452 @@
+"""The one parser tree: every command, option and help text.
+
+Commands name the function that runs them as `module:function`, so that building the parser imports
+none of them.  Man pages and shell completion are made from this tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from bitmapd import __version__
+from bitmapd.errors import UsageError
+from bitmapd.units import parse_duration
+
+EXIT_CODES = """\
+exit status:
+  0 done or nothing to do      1 failed                    2 usage or configuration
+  10 not found                 11 exists already           12 busy
+  13 no space                  14 wrong state              15 secondary or partner unreachable
+  16 split brain               20 record damaged           21 format too new
+  22 record of another volume  30 permission               40 time-out
+  100 degraded                 101 not in sync, or differences found
+  128+N ended by signal N
+Of several volumes the lowest status that is not 0 counts.
+"""
+
+CHECK_CODES = """\
+with --check the state becomes the exit status:
+  0 in-sync, copying     101 resyncing, paused, link-down     100 degraded
+  14 stopped             16 split-brain                       1 failed
+"""
+
+FILE = {"bash": "_shtab_compgen_files", "zsh": "_files"}
+FOLDER = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
+
+Commands = Any  # argparse keeps the type of a subparsers action to itself
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are raised instead of printed, so that --json covers them too."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"see '{self.prog} --help'"
+        for action in self._subparsers._group_actions if self._subparsers else []:
+            if message.startswith("argument COMMAND: invalid choice") and action.choices:
+                word = message.split("'")[1]
+                near = difflib.get_close_matches(word, list(action.choices), n=1)
+                message = f"there is no command '{word}'"
+                hint = f"did you mean '{near[0]}'? {hint}" if near else hint
+        raise UsageError(message, hint)
+
+
+class PrintCompletion(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        import shtab  # noqa: PLC0415  (slow to import, needed here only)
+
+        print(shtab.complete(parser, str(values)))
+        parser.exit()
+
+
+def duration(text: str) -> float:
+    return parse_duration(text)
+
+
+def _global_options(parser: argparse.ArgumentParser, *, again: bool) -> None:
+    """The options that every command takes; `again` on a command, where they have no defaults so
+    as not to undo what was said before the command."""
+
+    def default(value: Any) -> Any:
+        return argparse.SUPPRESS if again else value
+
+    group = parser.add_argument_group("global options")
+    _completed(
+        group.add_argument(
+            "--config-dir",
+            metavar="DIR",
+            default=default(None),
+            help="configuration (default $DMCTL_CONFIG_DIR or /etc/dmctl)",
+        ),
+        FOLDER,
+    )
+    _completed(
+        group.add_argument(
+            "--run-dir",
+            metavar="DIR",
+            default=default(None),
+            help="sockets and pid files (default $DMCTL_RUN_DIR or /run/dmctl)",
+        ),
+        FOLDER,
+    )
+    group.add_argument(
+        "--json", action="store_true", default=default(False), help="print JSON on stdout"
+    )
+    group.add_argument(
+        "-q", "--quiet", action="count", default=default(0), help="say nothing but errors"
+    )
+    group.add_argument("-v", "--verbose", action="count", default=default(0), help="say more")
+    group.add_argument(
+        "--debug",
+        action="store_true",
+        default=default(False),
+        help="show where in the program an error arose",
+    )
+
+
+def _completed(action: argparse.Action, how: dict[str, str]) -> None:
+    action.complete = how  # type: ignore[attr-defined]  # what shtab looks for
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dmctl",
+        description="Asynchronous mirrors of block devices: create, run, watch and repair them.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _global_options(parser, again=False)
+    parser.add_argument("--version", action="version", version=f"dmctl {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=("bash", "zsh"),
+        help="print a completion script for the shell",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    _volumes(commands)
+    _copying(commands)
+    _watching(commands)
+    _records(commands)
+    _configuration(commands)
+    _later(commands)
+    return parser
+
+
+def _command(
+    commands: Commands, name: str, run: str, text: str, more: str = "", epilog: str = ""
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.{' ' if more else ''}{more}",
+        epilog=epilog,
+        formatter_class=(
+            argparse.RawDescriptionHelpFormatter if epilog else argparse.HelpFormatter
+        ),
+        allow_abbrev=False,
+    )
+    _global_options(parser, again=True)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the volume")
+
+
+def _names(parser: argparse.ArgumentParser, *, all_option: bool = True) -> None:
+    parser.add_argument("names", metavar="NAME", nargs="*", help="the volumes")
+    if all_option:
+        parser.add_argument("--all", action="store_true", help="every configured volume")
+
+
+def _yes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--yes", action="store_true", help="answer the question with yes")
+
+
+def _device(parser: argparse.ArgumentParser, text: str) -> None:
+    _completed(parser.add_argument("device", metavar="DEV", help=text), FILE)
+
+
+def _timeout(parser: argparse.ArgumentParser, text: str, default: float | None = None) -> None:
+    parser.add_argument("--timeout", metavar="DURATION", type=_type(duration), default=default,
+                        help=text)  # fmt: skip
+
+
+def _type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of ours for argparse, which wants to name the option in the message itself."""
+
+    def typed(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            raise argparse.ArgumentTypeError(f"{error.message}{hint}") from None
+
+    return typed
+
+
+def _volumes(commands: Commands) -> None:
+    create = _command(
+        commands,
+        "create",
+        "create:create",
+        "create a volume, without starting it",
+        "Everything is checked before anything is changed, and every reason against it is listed."
+        " Then the record is formatted and the configuration is written. The secondary is"
+        " overwritten when the volume is started, unless --initial-sync says otherwise. Sizes are"
+        " whole numbers with B KiB MiB GiB TiB or k m g t, durations such as 250ms 5s 2min 1h.",
+    )
+    _name(create)
+    for option, metavar, text in (
+        ("--primary", "DEV", "block device or file with the data"),
+        ("--secondary", "TARGET", "block device, file, nbd://HOST[:PORT]/EXPORT, nbds://… (TLS) or"
+         " nbd+unix:///EXPORT?socket=PATH"),
+        ("--record", "DEV", "block device or file for the record"),
+    ):  # fmt: skip
+        _completed(create.add_argument(option, metavar=metavar, required=True, help=text), FILE)
+    for option, metavar, text in (
+        ("--attach", "auto|dm|nbd", "how hosts reach the volume; this build attaches over NBD,"
+         " which is also what auto means"),
+        ("--listen", "URI", "where to export (default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd)"),
+        ("--extent-size", "SIZE", "unit of the record (default 1MiB)"),
+        ("--block-size", "SIZE", "unit of copying (default 64KiB)"),
+        ("--record-limit", "SIZE", "how much a crash may make us copy (default: 1GiB or a tenth of"
+         " the volume, whichever is smaller; never less than 64 extents)"),
+        ("--resync-target", "DURATION", "how long copying after a crash may take, instead of"
+         " --record-limit"),
+        ("--era-interval", "DURATION", "how often writes are handed to the copier (default 1s)"),
+        ("--initial-sync", "full|checksum|skip", "copy everything, copy what differs, or trust"
+         " that both are equal; skip is refused where samples differ (default full)"),
+        ("--predictor", "NAME", "policy for what the record names (default superset)"),
+        ("--copy-rate", "RATE", "upper bound for copying, such as 100MiB/s (default none)"),
+        ("--tls-certificates", "DIR", "folder with certificates for nbds://"),
+        ("--metrics-listen", "ADDRESS", "serve metrics at unix:PATH or 127.0.0.1:PORT"),
+    ):  # fmt: skip
+        create.add_argument(option, metavar=metavar, help=text)
+    create.add_argument(
+        "--allow-plaintext-loopback",
+        action="store_true",
+        default=None,
+        help="export without TLS on a loopback address",
+    )
+    create.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
+    create.add_argument(
+        "--force",
+        action="store_true",
+        help="overwrite a record that belongs to another volume or is not clean, and what else was"
+        " found on record or secondary; there is no further question",
+    )
+
+    start = _command(
+        commands,
+        "start",
+        "lifecycle:start",
+        "start volumes",
+        "Returns when hosts can use them; copying goes on. A started volume is left alone.",
+    )
+    _names(start)
+    _timeout(start, "give up after this time with status 40 (default 2min)", 120.0)
+    stop = _command(
+        commands,
+        "stop",
+        "lifecycle:stop",
+        "stop volumes cleanly",
+        "Requests are finished, what is left is copied, the record is marked clean. A stopped"
+        " volume is left alone. If the secondary is away, what is left stays in the record.",
+    )
+    _names(stop)
+    stop.add_argument("--now", action="store_true", help="leave what is not copied in the record")
+    _timeout(stop, "give up waiting after this time with status 40; the stop goes on")
+
+    resize = _command(
+        commands,
+        "resize",
+        "copying:resize",
+        "take up a new size of primary and secondary, while running",
+    )
+    _name(resize)
+    remove = _command(
+        commands,
+        "remove",
+        "lifecycle:remove",
+        "forget a stopped volume",
+        "Its configuration goes; primary and secondary are never touched.",
+    )
+    _name(remove)
+    remove.add_argument(
+        "--wipe-record", action="store_true", help="also make the record unrecognisable"
+    )
+    _yes(remove)
+
+
+def _copying(commands: Commands) -> None:
+    resync = _command(
+        commands,
+        "resync",
+        "copying:resync",
+        "have volumes that are not in sync copy what their record names",
+        "Without names all running volumes; those that are stopped or paused are then passed over."
+        " Returns at once; safe to run at any moment and any number of times.",
+    )
+    _names(resync)
+    resync.add_argument(
+        "--checksum", action="store_true", help="compare first, and copy only what differs"
+    )
+    verify = _command(
+        commands,
+        "verify",
+        "copying:verify",
+        "compare primary and secondary while in use",
+        "Differences that the record does not name are unexpected: they are listed, and the exit"
+        " status is 101 unless all were repaired.",
+    )
+    _name(verify)
+    verify.add_argument("--repair", action="store_true", help="copy what differs unexpectedly")
+    pause = _command(
+        commands,
+        "pause",
+        "copying:pause",
+        "stop copying",
+        "Hosts go on writing, and the record grows.",
+    )
+    _name(pause)
+    resume = _command(commands, "resume", "copying:resume", "go on copying after a pause")
+    _name(resume)
+    change = _command(
+        commands,
+        "set",
+        "copying:change",
+        "change settings of a running volume",
+        "Keys: copy-rate, record-limit, resync-target, era-interval, predictor. The new values"
+        " are also written to the volume's configuration.",
+    )
+    _name(change)
+    change.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="what to change")
+
+
+def _watching(commands: Commands) -> None:
+    status = _command(
+        commands,
+        "status",
+        "status:status",
+        "show the state of volumes",
+        epilog=CHECK_CODES,
+    )
+    _names(status, all_option=False)
+    status.add_argument(
+        "--check", action="store_true", help="turn the state into the exit status, see below"
+    )
+    wait = _command(commands, "wait", "lifecycle:wait", "wait until a volume is in a state")
+    _name(wait)
+    wait.add_argument(
+        "--for",
+        dest="state",
+        required=True,
+        choices=("in-sync", "started", "stopped"),
+        help="the state",
+    )
+    _timeout(wait, "give up after this time with status 40")
+    events = _command(
+        commands,
+        "events",
+        "watch:events",
+        "print what happened, and then what happens, one JSON object a line",
+    )
+    events.add_argument("name", metavar="NAME", nargs="?", help="one volume (default: all running)")
+    events.add_argument("--now", action="store_true", help="end with what has happened so far")
+
+
+def _records(commands: Commands) -> None:
+    record = commands.add_parser(
+        "record", help="read a stored record", description="Read a stored record.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    actions = record.add_subparsers(metavar="COMMAND", dest="action", required=True)
+    dump = _command(actions, "dump", "record:dump", "show everything that a record says")
+    _device(dump, "device or file of the record")
+    _completed(dump.add_argument("--output", metavar="FILE", help="write JSON to a new file"), FILE)
+    check = _command(
+        actions,
+        "check",
+        "record:check",
+        "say what is wrong with a record",
+        "Exit status 0 sound, 20 damaged, 21 of a newer format.",
+    )
+    _device(check, "device or file of the record")
+    repair = _command(
+        actions,
+        "repair",
+        "record:repair",
+        "write a healed copy of a record elsewhere",
+        "What cannot be read counts as to be copied. The record itself is not changed.",
+    )
+    _device(repair, "device or file of the damaged record")
+    _completed(
+        repair.add_argument(
+            "--output", metavar="FILE", required=True, help="a new file, or an empty device"
+        ),
+        FILE,
+    )
+    probe = _command(
+        commands,
+        "probe",
+        "record:probe",
+        "identify a record device",
+        "Exit status 10 if there is no record on it.",
+    )
+    _device(probe, "device or file to look at")
+    probe.add_argument("--export", action="store_true", help="print KEY=value, for udev")
+
+
+def _configuration(commands: Commands) -> None:
+    config = commands.add_parser(
+        "config", help="show or check the configuration",
+        description="Show or check the configuration.", allow_abbrev=False,
+    )  # fmt: skip
+    actions = config.add_subparsers(metavar="COMMAND", dest="action", required=True)
+    show = _command(actions, "show", "configuration:show", "show the merged configuration")
+    _names(show, all_option=False)
+    show.add_argument("--explain", action="store_true", help="explain every key and its default")
+    _command(actions, "check", "configuration:check", "list all errors, each with its file and key")
+
+
+def _later(commands: Commands) -> None:
+    for name, text, feature in (
+        ("promote", "use the secondary in place of a lost primary", "failover"),
+        ("demote", "give the secondary back its place", "failover"),
+        ("failback", "copy back what changed, and use the primary again", "failover"),
+        ("takeover", "take a volume over from the partner", "partner"),
+        ("partner", "show the link to the partner", "partner"),
+    ):
+        parser = _command(
+            commands,
+            name,
+            "later:refuse",
+            f"{text} (comes with the {feature} feature)",
+            "This build does not have it yet: the command changes nothing and ends with status 14.",
+        )
+        parser.set_defaults(feature=f"the {feature} feature")
+        _name(parser)
+    simulate = _command(
+        commands,
+        "simulate",
+        "later:refuse",
+        "run record policies over block traces (comes with the simulator)",
+        "This build does not have it yet: the command ends with status 14.",
+    )
+    simulate.set_defaults(feature="the simulator")
+    _completed(simulate.add_argument("traces", metavar="TRACE", nargs="+", help="the traces"), FILE)
+    simulate.add_argument("--policy", metavar="P", action="append", help="a policy")
+    simulate.add_argument("--record-limit", metavar="SIZE", action="append", help="a limit")
+    simulate.add_argument("--plot", metavar="FILE", help="draw the results")

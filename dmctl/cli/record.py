@@ -1,0 +1,135 @@
+"""record dump, check, repair; probe; wiping a record."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import time
+from argparse import Namespace
+
+from bitmapd.config import VolumeConfig
+from bitmapd.errors import BitmapdError, ExistsError, ForeignRecordError, NotFoundError
+from bitmapd.record import tool
+from bitmapd.record.layout import SUPERBLOCK_BYTES, SUPERBLOCK_OFFSETS, record_size_bytes
+from bitmapd.units import human_size
+from dmctl.cli.context import Context
+
+_SAFE = re.compile(r"[A-Za-z0-9_.:+-]*", re.ASCII)
+
+
+def dump(context: Context, args: Namespace) -> int:
+    loaded = tool.load(args.device)
+    content = tool.dump(loaded)
+    if args.output is not None:
+        try:
+            with open(args.output, "x", encoding="utf-8") as stream:
+                json.dump(content, stream, indent=1)
+                stream.write("\n")
+        except FileExistsError:
+            raise ExistsError(f"{args.output} exists", hint="name a new file") from None
+        context.output.say(f"written to {args.output}")
+    if context.output.as_json:
+        context.output.json("record dump", {"device": args.device, **content})
+        return 0
+    if args.output is not None:
+        return 0
+    out = context.output
+    for key, value in content["superblock"].items():
+        out.line(f"{key:<24} {json.dumps(value) if isinstance(value, list | dict) else value}")
+    extents = content["extents"]
+    size = human_size(extents["recorded_bytes"])
+    out.line(f"{'extents':<24} {extents['recorded']} of {extents['total']} ({size})")
+    for first, count in extents["runs"]:
+        out.line(f"  {first} +{count}")
+    for page in content["pages"]:
+        if page["message"]:
+            out.line(f"page {page['index']}: {page['message']}")
+    for text in [*content["warnings"], *content["notes"]]:
+        out.line(text)
+    return 0
+
+
+def check(context: Context, args: Namespace) -> int:
+    report = tool.check(args.device)
+    if context.output.as_json:
+        context.output.json("record check", {"device": args.device, **report.to_json()})
+    else:
+        for finding in report.findings:
+            context.output.line(f"{finding.severity.value}: {finding.message}")
+        if report.exit_status == 0:
+            context.output.say(f"{args.device}: the record is sound")
+    return report.exit_status
+
+
+def repair(context: Context, args: Namespace) -> int:
+    loaded = tool.repair(args.device, args.output, int(time.time()))
+    context.output.say(
+        f"a healed copy of the record of volume '{loaded.superblock.name}' is in {args.output};"
+        f" damaged pages: {len(loaded.damaged)}"
+    )
+    if context.output.as_json:
+        body = {
+            "device": args.device,
+            "output": args.output,
+            "damaged_pages": list(loaded.damaged),
+            "recorded_extents": loaded.bits.count(),
+        }
+        context.output.json("record repair", body)
+    return 0
+
+
+def probe(context: Context, args: Namespace) -> int:
+    superblock = tool.probe(args.device)
+    if superblock is None:
+        raise NotFoundError(f"{args.device}: there is no record here")
+    values = {
+        "type": "record",
+        "format": superblock.version,
+        "volume_uuid": str(superblock.volume_uuid),
+        "volume_name": superblock.name,
+        "clean": superblock.clean,
+        "session": superblock.session,
+        "size_bytes": superblock.geometry.size_bytes,
+        "record_size_bytes": record_size_bytes(superblock.geometry.extents),
+    }
+    if args.export:
+        for key, value in values.items():
+            text = str(int(value)) if isinstance(value, bool) else str(value)
+            # A superblock may come from anywhere; udev and shells see harmless characters only.
+            if _SAFE.fullmatch(text):
+                context.output.line(f"DMCTL_{key.upper()}={text}")
+    elif context.output.as_json:
+        context.output.json("probe", {"device": args.device, **values})
+    else:
+        state = "clean" if superblock.clean else "not clean"
+        context.output.line(
+            f"{args.device}: record of volume '{superblock.name}' (uuid {superblock.volume_uuid}),"
+            f" {state}"
+        )
+    return 0
+
+
+def recorded_extents(config: VolumeConfig) -> int | None:
+    """How many extents a stopped volume's record names; None if it cannot be read."""
+    try:
+        return int(tool.load(config.record).bits.count())
+    except BitmapdError:
+        return None
+
+
+def wipe(config: VolumeConfig) -> None:
+    """Take the superblocks off the record of this volume, and of no other."""
+    with tool.RecordMedium.open(config.record) as medium:
+        medium.lock()
+        found = tool.probe(medium)
+        if found is not None and found.volume_uuid != config.uuid:
+            raise ForeignRecordError(
+                f"{config.record} holds the record of volume '{found.name}'"
+                f" (uuid {found.volume_uuid}); it was not wiped",
+                hint="remove the volume without --wipe-record",
+            )
+        nothing = memoryview(mmap.mmap(-1, SUPERBLOCK_BYTES))
+        for offset_bytes in SUPERBLOCK_OFFSETS:
+            medium.write(offset_bytes, nothing, os.RWF_DSYNC)

@@ -1,0 +1,157 @@
+"""status: of running volumes from their bitmapd, of stopped ones from their record."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from typing import Any
+
+from bitmapd.config import VolumeConfig, effective_record_limit_bytes, load_volume
+from bitmapd.control.events import iso_time
+from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
+from bitmapd.units import human_duration, human_size
+from dmctl.cli.context import Context, explain, selected, worst
+from dmctl.cli.processes import last_error
+
+CHECK_STATUS = {
+    "in-sync": 0,
+    "copying": 0,
+    "resyncing": 101,
+    "paused": 101,
+    "link-down": 101,
+    "degraded": 100,
+    "stopped": 14,
+    "split-brain": 16,
+    "failed": 1,
+}
+ANSWER_TIMEOUT_S = 5.0
+COLOURS = {0: "green", 101: "yellow", 100: "yellow"}
+
+
+def status(context: Context, args: Namespace) -> int:
+    output = context.output
+    volumes: list[dict[str, Any]] = []
+    errors: list[BitmapdError] = []
+    for name in selected(context, args, default_all=True):
+        try:
+            volumes.append(volume_status(context, load_volume(context.paths, name)))
+        except BitmapdError as error:
+            errors.append(error)
+        except OSError as error:
+            errors.append(explain(error))
+    if output.as_json:
+        body: dict[str, Any] = {"volumes": volumes}
+        if errors:
+            body["error"] = min(errors, key=lambda error: error.exit_status).to_json()
+        output.json("status", body)
+    else:
+        for problem in errors:
+            output.error(problem)
+        if volumes and not output.quiet:
+            _show(context, volumes)
+        elif not errors:
+            output.say("there are no volumes; 'dmctl create' makes one")
+    statuses = [error.exit_status for error in errors]
+    if args.check:
+        statuses += [CHECK_STATUS.get(volume["state"], 1) for volume in volumes]
+    return worst(statuses)
+
+
+def volume_status(context: Context, config: VolumeConfig) -> dict[str, Any]:
+    """One element of `volumes`."""
+    try:
+        with context.control(config.name) as client:
+            answer: dict[str, Any] = client.call("status", timeout_s=ANSWER_TIMEOUT_S)
+            return answer
+    except WrongStateError:
+        return _stopped(config, last_error(context.paths, config.name))
+    except TimeOutError as error:
+        hung = {"code": error.code, "message": error.message, "at": iso_time(time.time())}
+        return _unknown(config, "failed", hung)
+
+
+def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> dict[str, Any]:
+    numbers = (
+        "size_bytes", "dirty_bytes", "lag_seconds", "record_bytes", "record_extents",
+        "record_limit_bytes", "writes_total", "hits_total", "misses_total",
+        "record_updates_total", "record_clears_total", "copied_bytes_total", "era", "resync",
+        "last_recovery",
+    )  # fmt: skip
+    return {
+        "name": config.name,
+        "uuid": str(config.uuid),
+        "attach": config.attach,
+        "state": state,
+        "device": config.listen,
+        "primary": config.primary,
+        "secondary": config.secondary,
+        "record": config.record,
+        "extent_size_bytes": config.extent_size_bytes,
+        "block_size_bytes": config.block_size_bytes,
+        **dict.fromkeys(numbers),
+        "last_error": error,
+    }
+
+
+def _stopped(config: VolumeConfig, error: dict[str, str] | None) -> dict[str, Any]:
+    """What the record of a volume that does not run says; null where nobody knows."""
+    from bitmapd.record import tool  # noqa: PLC0415  (needed for stopped volumes only)
+
+    result = _unknown(config, "stopped", error)
+    try:
+        loaded = tool.load(config.record)
+    except BitmapdError as problem:
+        at = iso_time(time.time())
+        result["last_error"] = {"code": problem.code, "message": problem.message, "at": at}
+        return result
+    geometry = loaded.superblock.geometry
+    extents = loaded.bits.count()
+    result |= {
+        "size_bytes": geometry.size_bytes,
+        "extent_size_bytes": geometry.extent_bytes,
+        "block_size_bytes": geometry.block_bytes,
+        "record_extents": extents,
+        "record_bytes": min(extents * geometry.extent_bytes, geometry.size_bytes),
+    }
+    if config.resync_target_s is None:
+        result["record_limit_bytes"] = effective_record_limit_bytes(config, geometry.size_bytes)
+    if extents == 0:
+        result |= {"dirty_bytes": 0, "lag_seconds": 0.0}
+    return result
+
+
+def _show(context: Context, volumes: list[dict[str, Any]]) -> None:
+    output = context.output
+    head = ["VOLUME", "STATE", "SIZE", "DIRTY", "LAG", "RECORD", "HITS", "DEVICE"]
+    output.table(head, [_row(volume) for volume in volumes])
+    for volume in volumes:
+        if output.verbose:
+            output.line()
+            for key, value in volume.items():
+                output.line(f"  {key:<24} {'-' if value is None else value}")
+        elif volume["last_error"] is not None:
+            output.say(f"{volume['name']}: {volume['last_error']['message']}")
+
+
+def _row(volume: dict[str, Any]) -> list[str]:
+    state = volume["state"]
+    colour = COLOURS.get(CHECK_STATUS.get(state, 1), "red")
+    shown = state
+    if volume["resync"]:
+        total, left = (volume["resync"][key] or 0 for key in ("total_bytes", "remaining_bytes"))
+        shown += f" {100 * (total - left) // total}%" if total else ""
+    writes, hits = volume["writes_total"], volume["hits_total"]
+    return [
+        volume["name"],
+        f"{colour}:{shown}",
+        _size(volume["size_bytes"]),
+        _size(volume["dirty_bytes"]),
+        "-" if volume["lag_seconds"] is None else human_duration(volume["lag_seconds"]),
+        _size(volume["record_bytes"]),
+        f"{100 * hits // writes}%" if writes else "-",
+        volume["device"],
+    ]
+
+
+def _size(size_bytes: int | None) -> str:
+    return "-" if size_bytes is None else human_size(size_bytes)

@@ -1,0 +1,330 @@
+"""Side by side with nbdkit, qemu-nbd, nbdcopy and dd: `make bench`.
+
+Prints tables of ratios, writes everything to `results/` as JSON and the tables to
+docs/benchmarks.md.  `--quick` runs every part once with small numbers: it shows that the command
+works, its figures mean nothing and docs/benchmarks.md is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tests.bench import copies, loads, machine, report, servers
+from tests.bench.loads import KIB, MIB, Load, Outcome
+from tests.bench.servers import Server
+from tests.support.volumes import Volume, make_file
+
+ROOT = Path(__file__).resolve().parents[2]
+TIB = 1 << 40
+TMPFS = Path("/dev/shm")
+DISK_NOTE = (
+    "Files on the machine's disk (ext4). bitmapd's secondary is in memory here, since nobody"
+    " mirrors a disk to itself; its primary and record share the disk."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured."""
+
+    repeats: int
+    seconds: int
+    device_bytes: int
+    region_bytes: int
+    copy_bytes: int
+    miss_device_bytes: int
+    miss_requests: int
+    big_bytes: int
+
+
+FULL = Scale(
+    repeats=3,
+    seconds=3,
+    device_bytes=1024 * MIB,
+    region_bytes=64 * MIB,
+    copy_bytes=1024 * MIB,
+    miss_device_bytes=2048 * MIB,
+    miss_requests=3000,
+    big_bytes=16 * TIB,
+)
+QUICK = Scale(
+    repeats=1,
+    seconds=0,
+    device_bytes=64 * MIB,
+    region_bytes=16 * MIB,
+    copy_bytes=32 * MIB,
+    miss_device_bytes=64 * MIB,
+    miss_requests=200,
+    big_bytes=TIB,
+)
+
+
+def say(text: str) -> None:
+    print(f"  {text}", flush=True)
+
+
+@contextmanager
+def folder_in(parent: Path) -> Iterator[Path]:
+    parent.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix="bench", dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def folders(parent: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """For the media, for configuration and sockets, and in memory for secondaries."""
+    temporary = Path(tempfile.gettempdir())
+    with folder_in(parent) as media, folder_in(temporary) as state, folder_in(TMPFS) as away:
+        yield media, state, away
+
+
+def counters(server: Server) -> tuple[int, int] | None:
+    if server.volume is None:
+        return None
+    status = server.volume.status()
+    return status["writes_total"], status["hits_total"]
+
+
+def settle(server: Server) -> None:
+    """Let the copier finish, so that the next contender has the machine to itself."""
+    if server.volume is not None:
+        server.volume.wait_in_sync()
+
+
+@contextmanager
+def contenders(media: Path, state: Path, away: Path, size_bytes: int) -> Iterator[list[Server]]:
+    """All servers, their files written once; the secondary is in the folder `away`."""
+    with ExitStack() as stack:
+        secondary = make_file(away / "secondary", size_bytes)
+        ours = servers.bitmapd(media, state, size_bytes, secondary=secondary)
+        found = [stack.enter_context(ours)]
+        for name in ("nbdkit", "qemu", "qemu-direct"):
+            backing = media / f"{name}.img"
+            make_file(backing, size_bytes)
+            if name == "nbdkit":
+                found.append(stack.enter_context(servers.nbdkit_file(backing, state)))
+            else:
+                direct = name == "qemu-direct"
+                found.append(stack.enter_context(servers.qemu_nbd(backing, state, direct)))
+        for server in found:
+            loads.fill(server.uri, size_bytes)
+            settle(server)
+        yield found
+
+
+def measure_serving(media: Path, state: Path, away: Path, scale: Scale) -> dict[str, Any]:
+    measured = []
+    with contenders(media, state, away, scale.device_bytes) as found:
+        for load in loads.loads(scale.region_bytes, scale.device_bytes):
+            iops: dict[str, list[float]] = {server.name: [] for server in found}
+            latency: dict[str, list[float]] = {server.name: [] for server in found}
+            shares = []
+            for repeat in range(scale.repeats):
+                # The order turns, so that nobody always runs right behind the copier.
+                turn = repeat % len(found)
+                for server in found[turn:] + found[:turn]:
+                    before = counters(server)
+                    outcome = loads.over_nbd(server.uri, load, scale.seconds, repeat)
+                    after = counters(server)
+                    iops[server.name].append(outcome.iops)
+                    latency[server.name].append(outcome.mean_us)
+                    if before and after and after[0] > before[0]:
+                        shares.append((after[1] - before[1]) / (after[0] - before[0]))
+                    settle(server)
+            say(f"{load.name}: " + ", ".join(f"{n} {max(v):.0f}" for n, v in iops.items()))
+            measured.append(
+                {
+                    "name": load.name,
+                    "block_bytes": load.block_bytes,
+                    "depth": load.depth,
+                    "iops": iops,
+                    "mean_us": latency,
+                    "hit_share": report.median(shares) if shares else None,
+                }
+            )
+        volume = found[0].volume
+        resident = machine.resident_bytes(volume.pid) if volume else (0, 0)
+        return {"servers": [s.name for s in found], "loads": measured, "resident": resident}
+
+
+def measure_misses(
+    media: Path, state: Path, away: Path, scale: Scale, data_server: str
+) -> dict[str, Any]:
+    """Random writes into extents of 64 KiB that are not in the record, at depth 1."""
+    size, requests = scale.miss_device_bytes, scale.miss_requests
+    one = Load("miss", "randwrite", 4 * KIB, 1, size, align_bytes=64 * KIB, requests=requests)
+    again = Load("hit", "randwrite", 4 * KIB, 1, scale.region_bytes)
+    small = Load("record", "randwrite", 4 * KIB, 1, MIB, requests=requests)
+    found: dict[str, Any] = {
+        name: [] for name in ("record_us", "data_us", "hit_us", "miss_us", "miss_share")
+    }
+    options = ("--extent-size", "64KiB", "--record-limit", f"{size // 2}B")
+    scratch, backing = media / "record.scratch", media / "data.img"
+    loads.make_written(scratch, MIB)
+    make_file(backing, size)
+    with ExitStack() as stack:
+        secondary = make_file(away / "secondary", size)
+        ours = stack.enter_context(
+            servers.bitmapd(media, state, size, "miss", options, secondary=secondary)
+        )
+        if data_server == "nbdkit":
+            other = stack.enter_context(servers.nbdkit_file(backing, state))
+        else:
+            other = stack.enter_context(servers.qemu_nbd(backing, state, direct=True))
+        for server in (ours, other):
+            loads.fill(server.uri, size)
+            settle(server)
+        for repeat in range(scale.repeats):
+            forget_record(ours)
+            before = counters(ours) or (0, 0)
+            mixed = loads.over_nbd(ours.uri, one, 0, 1000 + repeat)
+            after = counters(ours) or (0, 0)
+            share = 1 - (after[1] - before[1]) / max(1, after[0] - before[0])
+            settle(ours)
+            hit = loads.over_nbd(ours.uri, again, scale.seconds, repeat)
+            settle(ours)
+            found["record_us"].append(
+                loads.on_file(scratch, small, 0, repeat, durable=True).mean_us
+            )
+            data = loads.over_nbd(other.uri, one, 0, 1000 + repeat)
+            found["data_us"].append(data.mean_us)
+            found["hit_us"].append(hit.mean_us)
+            found["miss_us"].append(only_misses(mixed, hit, share))
+            found["miss_share"].append(share)
+    say("misses: " + ", ".join(f"{name} {report.median(v):.2f}" for name, v in found.items()))
+    return {**found, "data_server": other.name}
+
+
+def only_misses(mixed: Outcome, hit: Outcome, share: float) -> float:
+    """Mean latency of the misses in a load of which a known share were misses."""
+    return (mixed.mean_us - (1 - share) * hit.mean_us) / share if share else 0.0
+
+
+def forget_record(server: Server) -> None:
+    """A clean stop leaves an empty record: the next writes all miss."""
+    if server.volume is not None:
+        server.volume.stop()
+        server.volume.start()
+
+
+def measure_copies(parent: Path, scale: Scale) -> list[dict[str, Any]]:
+    found = []
+    for name, fraction in (("full copy", 1.0), ("10 % random 64 KiB blocks", 0.1)):
+        with folders(parent) as (media, state, _):
+            seconds = copies.compare_copies(media, state, scale.copy_bytes, fraction, scale.repeats)
+        data = len(copies.pick_blocks(scale.copy_bytes, fraction, 0)) * copies.BLOCK
+        found.append({"name": name, "data_bytes": data, "seconds": seconds})
+        say(f"{name}: " + ", ".join(f"{n} {report.median(s):.3f} s" for n, s in seconds.items()))
+    return found
+
+
+def measure_big_volume(media: Path, state: Path, scale: Scale) -> dict[str, Any]:
+    """Memory and start of a large, clean volume of sparse files."""
+    with Volume(
+        state, scale.big_bytes, "big", options=["--initial-sync", "skip"], media_folder=media
+    ) as volume:
+        volume.create()
+        volume.start()
+        volume.stop()
+        took = []
+        for _ in range(scale.repeats):
+            began = time.perf_counter()
+            volume.start()
+            took.append(time.perf_counter() - began)
+            resident = machine.resident_bytes(volume.pid)
+            volume.stop()
+    return memory_entry(resident, scale.big_bytes, report.median(took))
+
+
+def memory_entry(
+    resident: tuple[int, int], size_bytes: int, start_s: float | None
+) -> dict[str, Any]:
+    return {
+        "resident_mib": resident[0] / MIB,
+        "peak_mib": resident[1] / MIB,
+        "allowed_mib": 80 + 20 * size_bytes / TIB,
+        "start_s": start_s,
+    }
+
+
+def raw_note(media: Path, scale: Scale) -> str:
+    """What the medium itself does at depth 1, as a sentence."""
+    path = media / "raw.img"
+    said = []
+    for name, pattern, durable in (
+        ("read", "randread", False),
+        ("write", "randwrite", False),
+        ("durable write", "randwrite", True),
+    ):
+        loads.make_written(path, scale.region_bytes)
+        load = Load(name, pattern, 4 * KIB, 1, scale.region_bytes)
+        outcome = loads.on_file(path, load, scale.seconds, 0, durable)
+        said.append(f"{name} {outcome.mean_us:.0f} us")
+    path.unlink()
+    return f"The medium itself with O_DIRECT, 4 KiB, depth 1: {', '.join(said)}."
+
+
+def measure_backing(name: str, note: str, parent: Path, scale: Scale, only: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": name, "note": note, "copies": []}
+    print(f"bench: {name}", flush=True)
+    with folders(parent) as (media, state, away):
+        found["raw_note"] = raw_note(media, scale)
+        say(found["raw_note"])
+        found |= measure_serving(media, state, away, scale)
+    if only != "serving":
+        with folders(parent) as (media, state, away):
+            peer = "nbdkit" if parent == TMPFS else "qemu-nbd direct"
+            found["miss"] = measure_misses(media, state, away, scale, peer)
+        found["copies"] = measure_copies(parent, scale)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="compare bitmapd with nbdkit, qemu-nbd, nbdcopy, dd"
+    )
+    parser.add_argument("--quick", action="store_true", help="a run that only shows it works")
+    parser.add_argument("--only", choices=["all", "serving"], default="all")
+    parser.add_argument("--disk", type=Path, default=ROOT / "bench-run", help="folder on a disk")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    options = parser.parse_args()
+    scale = QUICK if options.quick else FULL
+    results: dict[str, Any] = {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "make bench",
+        "quick": options.quick,
+        "repeats": scale.repeats,
+        "machine": machine.describe(),
+        "backings": [
+            measure_backing("tmpfs", "All files in memory.", TMPFS, scale, options.only),
+            measure_backing("disk", DISK_NOTE, options.disk, scale, options.only),
+        ],
+    }
+    served = results["backings"][0]
+    memory = {"1 GiB, after the loads": memory_entry(served["resident"], scale.device_bytes, None)}
+    with folders(TMPFS) as (media, state, _):
+        name = f"{scale.big_bytes // TIB} TiB, clean"
+        memory[name] = measure_big_volume(media, state, scale)
+    results["memory"] = memory
+    document = None if options.quick or options.only != "all" else ROOT / "docs" / "benchmarks.md"
+    path = report.write(results, options.results, document)
+    print(report.to_terminal(results))
+    print(f"\nbench: results in {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

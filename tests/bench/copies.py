@@ -1,0 +1,147 @@
+"""The copier beside nbdcopy and dd: the whole device, and scattered 64 KiB blocks.
+
+bitmapd copies what is dirty, so the load is made by pausing the volume, writing, and resuming;
+the time runs from `resume` to in-sync, with everything durable on the secondary.  nbdcopy and dd
+get a source in which the same bytes are data and the rest is a hole, and must flush at the end.
+The page cache of the sources is dropped first: bitmapd reads the primary itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from tests.bench import servers
+from tests.support import rawnbd
+from tests.support.rawnbd import RawNbd
+from tests.support.volumes import MIB, Volume, make_file, run
+
+BLOCK = 64 << 10
+DEPTH = 16
+
+
+def pick_blocks(size_bytes: int, fraction: float, seed: int) -> list[int]:
+    total = size_bytes // BLOCK
+    if fraction >= 1:
+        return list(range(total))
+    return sorted(random.Random(seed).sample(range(total), int(total * fraction)))
+
+
+def control(volume: Volume, verb: str, **arguments: Any) -> dict[str, Any]:
+    """One request on the control socket; without the start-up time of a command."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(600)
+        sock.connect(str(volume.folder / "run" / f"{volume.name}.ctl"))
+        sock.sendall(json.dumps({"verb": verb, "args": arguments}).encode() + b"\n")
+        with sock.makefile("rb") as lines:
+            for line in lines:
+                answer = json.loads(line)
+                if "error" in answer:
+                    raise RuntimeError(f"{verb}: {answer['error']}")
+                if "result" in answer:
+                    return dict(answer["result"] or {})
+    raise ConnectionError(f"{verb}: no answer from the daemon")
+
+
+def write_blocks(volume: Volume, blocks: list[int], seed: int) -> None:
+    """Fresh data for the given blocks, through the export."""
+    noise = random.Random(seed).randbytes(BLOCK + len(blocks) % 4096)
+    with RawNbd(volume.socket, volume.name) as client:
+        for number, block in enumerate(blocks):
+            shift = number % (len(noise) - BLOCK + 1)
+            client.submit(rawnbd.WRITE, block * BLOCK, BLOCK, noise[shift : shift + BLOCK])
+            while client.in_flight >= DEPTH:
+                _answer(client)
+        while client.in_flight:
+            _answer(client)
+        client.call(rawnbd.FLUSH)
+        client.disconnect()
+
+
+def _answer(client: RawNbd) -> None:
+    reply = client.reply()
+    if reply.error:
+        raise OSError(reply.error, "a write of the benchmark failed")
+
+
+def forget_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sparse_source(path: Path, size_bytes: int, blocks: list[int], seed: int) -> None:
+    noise = random.Random(seed)
+    make_file(path, size_bytes)
+    with path.open("r+b") as file:
+        for block in blocks:
+            file.seek(block * BLOCK)
+            file.write(noise.randbytes(BLOCK))
+    forget_cache(path)
+
+
+def time_bitmapd(volume: Volume, blocks: list[int], seed: int) -> float:
+    """Seconds from resume to in-sync with exactly these blocks dirty."""
+    control(volume, "pause")
+    write_blocks(volume, blocks, seed)
+    began = time.perf_counter()
+    control(volume, "resume")
+    control(volume, "wait", **{"for": "in-sync"})
+    return time.perf_counter() - began
+
+
+def time_command(command: list[str], source: Path) -> float:
+    forget_cache(source)
+    began = time.perf_counter()
+    run(command, timeout_s=600)
+    return time.perf_counter() - began
+
+
+def compare_copies(
+    media: Path, state: Path, size_bytes: int, fraction: float, repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of each contender, interleaved; the target is a file, or nbdkit serving one."""
+    seconds: dict[str, list[float]] = {}
+    source, target = media / "copy.source", media / "copy.target"
+    served = media / "copy.served"
+    for number in range(repeats):
+        blocks = pick_blocks(size_bytes, fraction, number)
+        sparse_source(source, size_bytes, blocks, number)
+        for secondary in ("file", "nbd"):
+            with (
+                servers.nbdkit_file(make_file(served, size_bytes), state, "copyserved") as remote,
+                Volume(
+                    state,
+                    size_bytes,
+                    f"copy{number}{secondary}",
+                    options=["--initial-sync", "skip", "--record-limit", f"{size_bytes}B"],
+                    secondary_target=remote.uri if secondary == "nbd" else None,
+                    media_folder=media,
+                ) as volume,
+            ):
+                volume.create()
+                volume.start()
+                took = time_bitmapd(volume, blocks, number)
+                seconds.setdefault(f"bitmapd to {secondary}", []).append(took)
+                volume.stop()
+            for path in (volume.primary, volume.secondary, volume.record):
+                path.unlink()
+            with servers.nbdkit_file(make_file(served, size_bytes), state, "copyserved") as remote:
+                make_file(target, size_bytes)
+                where = remote.uri if secondary == "nbd" else str(target)
+                command = ["nbdcopy", "--flush", "--destination-is-zero", str(source), where]
+                took = time_command(command, source)
+                seconds.setdefault(f"nbdcopy to {secondary}", []).append(took)
+        make_file(target, size_bytes)
+        command = ["dd", f"if={source}", f"of={target}", f"bs={MIB if fraction >= 1 else BLOCK}"]
+        command += ["iflag=direct", "oflag=direct", "status=none"]
+        command.append("conv=notrunc,fsync" + ("" if fraction >= 1 else ",sparse"))
+        seconds.setdefault("dd to file", []).append(time_command(command, source))
+    for path in (source, target, served):
+        path.unlink()
+    return seconds

@@ -1,0 +1,162 @@
+"""Results as JSON, as a table on the terminal, and as docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; the first column is text, the others numbers."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(row: list[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(cells)} |"
+
+    rule = "| " + " | ".join(["-" * widths[0], *[f"{'-' * (w - 1)}:" for w in widths[1:]]]) + " |"
+    return [line(head), rule, *[line(row) for row in rows]]
+
+
+def _amount(value: float, block_bytes: int) -> str:
+    return f"{value / 1000:.1f}k/s" if block_bytes <= 1 << 16 else f"{value:.0f} MiB/s"
+
+
+def serving_rows(backing: Results) -> tuple[list[str], list[list[str]]]:
+    names: list[str] = backing["servers"]
+    head = ["load", *names, "of nbdkit", "of qemu-nbd", "of qemu-nbd direct", "hits"]
+    rows = []
+    for load in backing["loads"]:
+        scale = 1.0 if load["block_bytes"] <= 1 << 16 else load["block_bytes"] / (1 << 20)
+        middle = {name: median(load["iops"][name]) * scale for name in names}
+        row = [load["name"], *[_amount(middle[name], load["block_bytes"]) for name in names]]
+        for other in ("nbdkit", "qemu-nbd", "qemu-nbd direct"):
+            row.append(f"{middle['bitmapd'] / middle[other]:.2f}" if other in middle else "-")
+        share = load.get("hit_share")
+        row.append("-" if share is None else f"{100 * share:.1f} %")
+        rows.append(row)
+    return head, rows
+
+
+def miss_rows(miss: Results) -> tuple[list[str], list[list[str]]]:
+    record_us, data_us = median(miss["record_us"]), median(miss["data_us"])
+    miss_us, hit_us = median(miss["miss_us"]), median(miss["hit_us"])
+    rows = [
+        ["durable 4 KiB write to the record device (fio, O_DIRECT + O_DSYNC)", f"{record_us:.0f}"],
+        [f"4 KiB write through {miss['data_server']}", f"{data_us:.0f}"],
+        ["4 KiB write through bitmapd, hit", f"{hit_us:.0f}"],
+        ["4 KiB write through bitmapd, miss", f"{miss_us:.0f}"],
+        ["miss / (record write + data write)", f"{miss_us / (record_us + data_us):.2f}"],
+        ["miss / (record write + hit)", f"{miss_us / (record_us + hit_us):.2f}"],
+        ["share of misses in that load", f"{100 * median(miss['miss_share']):.0f} %"],
+    ]
+    return ["depth 1", "us, or ratio"], rows
+
+
+def copy_rows(copies: Results) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for name, took in copies["seconds"].items():
+        speed = copies["data_bytes"] / (1 << 20) / median(took)
+        kind = name.split(" to ")[1]
+        peer = median(copies["seconds"][f"nbdcopy to {kind}"])
+        rows.append(
+            [name, f"{median(took):.3f}", f"{speed:.0f}", f"{peer / median(took):.2f}"],
+        )
+    return [copies["name"], "seconds", "MiB/s of data", "of nbdcopy"], rows
+
+
+def sections(results: Results) -> list[tuple[str, str, list[str]]]:
+    """(heading, explanation, table) in the order in which they are shown."""
+    parts = []
+    for backing in results["backings"]:
+        note = backing["note"] + " " + backing["raw_note"]
+        parts.append((f"Serving: {backing['name']}", note, table(*serving_rows(backing))))
+        if backing.get("miss"):
+            note = (
+                "Random 4 KiB writes, each into another extent; what predictions turned into hits"
+                " is taken out of the figure by the share of misses that bitmapd counted."
+            )
+            parts.append((f"Misses: {backing['name']}", note, table(*miss_rows(backing["miss"]))))
+        for copies in backing["copies"]:
+            note = (
+                "From `resume` to in-sync, durable on the secondary; the others flush at the end."
+            )
+            rows = table(*copy_rows(copies))
+            parts.append((f"Copying, {copies['name']}: {backing['name']}", note, rows))
+    memory = results["memory"]
+    memories = [
+        [
+            name,
+            f"{one['resident_mib']:.0f}",
+            f"{one['peak_mib']:.0f}",
+            f"{one['allowed_mib']:.0f}",
+            f"{one['start_s']:.2f}" if one.get("start_s") is not None else "-",
+        ]
+        for name, one in memory.items()
+    ]
+    head = ["volume", "resident MiB", "peak MiB", "bar MiB", "`dmctl start` s"]
+    note = "Bar: 80 MiB plus 20 MiB per TiB of volume; a clean 16 TiB volume starts in under 2 s."
+    parts.append(("Memory and start", note, table(head, memories)))
+    return parts
+
+
+def to_terminal(results: Results) -> str:
+    lines = []
+    for heading, _, rows in sections(results):
+        lines += ["", heading, *rows]
+    return "\n".join(lines)
+
+
+def to_markdown(results: Results) -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Generated by `make bench`; do not edit. Every server runs over a file of its own in the"
+        " same place, fio's NBD engine over a unix socket is the load, the measurements of the"
+        f" contenders are interleaved, and each figure is the median of {results['repeats']}."
+        " bitmapd mirrors all the while: the copier works during the measurement, the others"
+        " copy nothing.",
+        "",
+        f"Command: `{results['command']}`",
+        "",
+        *table(["machine", ""], [[key, value] for key, value in results["machine"].items()]),
+    ]
+    for heading, note, rows in sections(results):
+        lines += ["", f"## {heading}", "", note, "", *rows]
+    return "\n".join([*lines, "", *READING, ""])
+
+
+READING = [
+    "## How to read this",
+    "",
+    "- nbdkit's file plugin and qemu-nbd's default go through the page cache: on a disk their"
+    " writes end in memory and reach the disk later. bitmapd and `qemu-nbd direct`"
+    " (`--cache=none --aio=native`) answer when the disk has answered; on a disk only these two"
+    " do the same work, and the ratio to `qemu-nbd direct` is the one that means something.",
+    "- On tmpfs every server ends in memory, so the ratios show what a request costs in CPU.",
+    "- The generator, the server and bitmapd's copier share the cores listed above. bitmapd runs on"
+    " one thread of Python; at depth 16 it answers many requests per wake-up, at depth 1 each"
+    " request pays the interpreter's price and, where the kernel lets it, a short busy-wait hides"
+    " the wake-up.",
+    "- `hits` is the share of writes that found their extents in the record; a hit does no record"
+    " I/O.",
+]
+
+
+def write(results: Results, folder: Path, document: Path | None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "bench-quick" if results["quick"] else "bench"
+    path = folder / f"{stem}-{results['at'].replace(':', '')}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    if document is not None:
+        document.write_text(to_markdown(results))
+    return path

@@ -1,0 +1,47 @@
+"""The benchmark command works from end to end; nothing is asserted about time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_quick_run_measures_every_part(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.bench.bench",
+            "--quick",
+            *("--disk", str(tmp_path / "disk")),
+            *("--results", str(tmp_path / "results")),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=290,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tmp_path / "results").iterdir()
+    results = json.loads(path.read_text())
+    assert [backing["name"] for backing in results["backings"]] == ["tmpfs", "disk"]
+    for backing in results["backings"]:
+        assert len(backing["loads"]) == 6
+        for load in backing["loads"]:
+            assert set(load["iops"]) == {"bitmapd", "nbdkit", "qemu-nbd", "qemu-nbd direct"}
+            assert all(value > 0 for values in load["iops"].values() for value in values)
+        # The two loads measure what they say: the working set is in the record, or it is not.
+        random_writes = [one for one in backing["loads"] if "random write" in one["name"]]
+        assert all(one["hit_share"] > 0.9 for one in random_writes)
+        assert backing["miss"]["miss_share"][0] > 0.5
+        assert len(backing["copies"]) == 2
+    assert all(one["resident_mib"] > 0 for one in results["memory"].values())

@@ -1,0 +1,301 @@
+"""Gate, store and copier together on disks that forget, tear, reorder and fail.
+
+The model: every write that was acknowledged and flushed survives a power cut; after a power cut at
+any moment every extent that differs between primary and secondary is in the stored record; after
+recovery, with nothing going wrong, both sides are equal.  Every completion of every disk operation
+is a step of its own, so a crash can come after each single effect.
+"""
+
+from __future__ import annotations
+
+import errno
+from random import Random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.copier.verify import Verify, VerifyResult
+from bitmapd.gate.gate import Gate
+from bitmapd.media.buffers import BufferPool, aligned
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+from tests.support.policies import MischievousPolicy
+from tests.support.records import blank_image, load_image
+from tests.support.sim import SECTOR, SimDisk, SimLoop, drain
+
+BLOCK = 4096
+EXTENT = 2 * BLOCK
+EXTENTS = 6
+SIZE = EXTENTS * EXTENT - BLOCK - 3 * SECTOR  # the last extent and the last block are short
+GEOMETRY = Geometry(SIZE, EXTENT, BLOCK)
+
+offsets = st.integers(0, SIZE // SECTOR - 1).map(lambda sector: sector * SECTOR)
+seeds = st.integers(0, 1 << 30)
+
+
+class MirrorMachine(RuleBasedStateMachine):
+    @initialize(seed=seeds, compare=st.booleans())
+    def first_boot(self, seed: int, compare: bool) -> None:
+        self.compare = compare
+        self.serial = 0
+        self.rng = Random(seed)
+        # Power cuts before the first sync are as good as any: start equal, record empty.
+        self.boot(blank_image(GEOMETRY), bytes(SIZE), bytes(SIZE))
+
+    def boot(self, record: bytes, primary: bytes, secondary: bytes) -> None:
+        self.loop = SimLoop()
+        self.record = SimDisk("record", len(record), record)
+        self.primary = SimDisk("primary", SIZE, primary)
+        self.secondary = SimDisk("secondary", SIZE, secondary)
+        self.disks = (self.record, self.primary, self.secondary)
+        self.store = RecordStore(
+            GEOMETRY, load_image(record), self.record, self.loop, lambda *a, **k: None
+        )
+        self.policy = MischievousPolicy(EXTENTS, self.rng)
+        self.gate = Gate(
+            GEOMETRY, self.primary, self.store, self.policy, self.loop, limit_extents=3
+        )
+        self.copier = Copier(
+            GEOMETRY,
+            self.gate,
+            self.primary,
+            self.secondary,
+            self.loop,
+            BufferPool(self.loop, 1 << 20),
+            Throttle(None),
+            Backoff(jitter=lambda: 0.5),
+            lambda *a, **k: None,
+            check_secondary=lambda: None,
+            era_interval_s=1.0,
+            piece_bytes=2 * BLOCK,
+        )
+        self.gate.take_recorded()
+        if self.gate.taken:
+            self.copier.begin_pass(compare=self.compare)
+        self.copier.start()
+        self.pending_writes: list[tuple[int, bytes]] = []  # sent, not acknowledged
+        self.acknowledged: dict[int, bytes] = {}  # sector -> content, since the last boot
+        self.flushed: dict[int, bytes] = {}  # sector -> content that a flush made durable
+        self.unsure: set[int] = set()  # sectors that concurrent or failed writes have touched
+
+    # -- the host -------------------------------------------------------------------------
+    def sectors_of(self, offset: int, length: int) -> range:
+        return range(offset // SECTOR, (offset + length) // SECTOR)
+
+    @rule(offset=offsets, sectors=st.integers(1, 20), fua=st.booleans(), kind=st.integers(0, 5))
+    def write(self, offset: int, sectors: int, fua: bool, kind: int) -> None:
+        length = min(sectors * SECTOR, SIZE - offset)
+        self.serial += 1
+        zeroing = kind == 0
+        data = bytes(length) if zeroing else self.serial.to_bytes(2, "big") * (length // 2)
+        touched = set(self.sectors_of(offset, length))
+        for other, other_data in self.pending_writes:
+            overlap = touched & set(self.sectors_of(other, len(other_data)))
+            self.unsure |= overlap
+        entry = (offset, data)
+        self.pending_writes.append(entry)
+
+        def done(error: OSError | None) -> None:
+            self.pending_writes.remove(entry)
+            for sector in touched:
+                if error is not None:
+                    self.unsure.add(sector)
+                piece = data[sector * SECTOR - offset :][:SECTOR]
+                self.acknowledged[sector] = piece
+                self.flushed.pop(sector, None)
+                if fua and error is None:
+                    self.flushed[sector] = piece
+
+        if zeroing:
+            self.gate.zero(offset, length, done, fua=fua)
+        else:
+            buffer = aligned(length)
+            buffer[:] = data
+            self.gate.write(offset, buffer, done, fua)
+
+    @rule()
+    def flush(self) -> None:
+        promised = dict(self.acknowledged)
+
+        def done(error: OSError | None) -> None:
+            if error is None:
+                for sector, data in promised.items():
+                    if self.acknowledged.get(sector) == data:
+                        self.flushed[sector] = data
+
+        self.gate.flush(done)
+
+    # -- time and disks -------------------------------------------------------------------
+    @rule(seconds=st.sampled_from([0.0, 0.1, 1.1, 6.0]))
+    def advance(self, seconds: float) -> None:
+        self.loop.advance(seconds)
+
+    @rule()
+    def tick(self) -> None:
+        self.gate.tick()
+        self.loop.run_soon()
+
+    @precondition(lambda self: any(disk.pending for disk in self.disks))
+    @rule(data=st.data(), count=st.integers(1, 6))
+    def finish(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            busy = [disk for disk in self.disks if disk.pending]
+            if not busy:
+                break
+            disk = data.draw(st.sampled_from(busy))
+            disk.finish(data.draw(st.integers(0, len(disk.pending) - 1)))
+            self.loop.run_soon()
+
+    @rule(seconds=st.sampled_from([0.0, 1.1]), leave=st.sampled_from([None, 0, 1, 2]))
+    def run(self, seconds: float, leave: int | None) -> None:
+        """Everything happens in order, but for one disk that answers nothing."""
+        self.loop.advance(seconds)
+        drain(self.loop, *(disk for index, disk in enumerate(self.disks) if index != leave))
+
+    @precondition(lambda self: any(disk.pending for disk in self.disks))
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """An operation ends in an error; a failed write may have been carried out in part."""
+        disk = data.draw(st.sampled_from([d for d in self.disks if d.pending]))
+        index = data.draw(st.integers(0, len(disk.pending) - 1))
+        disk.fail_next = {disk.pending[index].kind: [errno.EIO]}
+        disk.finish(index)
+        disk.fail_next = {}
+        self.loop.run_soon()
+
+    @rule(rarely=st.integers(0, 3))
+    def pause_or_resume(self, rarely: int) -> None:
+        if rarely:
+            return
+        if self.copier.state is CopyState.PAUSED:
+            self.copier.resume()
+        else:
+            self.copier.pause()
+        self.loop.run_soon()
+
+    @rule(seed=seeds, rarely=st.integers(0, 2))
+    def lose_secondary_cache(self, seed: int, rarely: int) -> None:
+        """The secondary's server restarts: what it had not made durable may be gone."""
+        if rarely:
+            return
+        self.secondary.disappear(Random(seed))
+        self.loop.run_soon()
+
+    # -- judging --------------------------------------------------------------------------
+    def differing(self, primary: bytes, secondary: bytes) -> set[int]:
+        return {
+            extent
+            for extent in range(EXTENTS)
+            if primary[extent * EXTENT : (extent + 1) * EXTENT]
+            != secondary[extent * EXTENT : (extent + 1) * EXTENT]
+        }
+
+    @rule(seed=seeds, rarely=st.integers(0, 5))
+    def power_cut(self, seed: int, rarely: int) -> None:
+        if rarely:
+            return
+        rng = Random(seed)
+        record, primary, secondary = (disk.crash(rng) for disk in self.disks)
+        loaded = load_image(record)
+        assert not loaded.damaged
+        stored = {extent for extent in range(EXTENTS) if loaded.bits[extent]}
+        unrecorded = self.differing(primary, secondary) - stored
+        assert not unrecorded, f"extents {unrecorded} differ and are not in the record {stored}"
+        in_flight = {
+            sector
+            for offset, data in self.pending_writes
+            for sector in self.sectors_of(offset, len(data))
+        }
+        for sector, data in self.flushed.items():
+            if sector not in self.unsure and sector not in in_flight:
+                found = primary[sector * SECTOR : (sector + 1) * SECTOR]
+                assert found == data, f"sector {sector} was flushed and is lost"
+        self.boot(record, primary, secondary)
+
+    def possible(self, disk: SimDisk) -> dict[int, set[bytes]]:
+        """Sector -> what a power cut at this moment may leave there, where that is not certain."""
+        contents: dict[int, set[bytes]] = {}
+        writes = [(offset, data) for _, offset, data in disk.volatile]
+        writes += [(op.offset_bytes, op.data) for op in disk.pending if op.kind == "write"]
+        for offset, data in writes:
+            for at in range(0, len(data), SECTOR):
+                sector = (offset + at) // SECTOR
+                durable = bytes(disk.durable[sector * SECTOR : (sector + 1) * SECTOR])
+                contents.setdefault(sector, {durable}).add(data[at : at + SECTOR])
+        return contents
+
+    @invariant()
+    def superset_now(self) -> None:
+        """Whatever a power cut leaves on either disk: what may differ is in every such record."""
+        if not hasattr(self, "record"):
+            return
+        image = bytearray(self.record.durable)
+        certain = load_image(bytes(image)).bits
+        for op in self.record.pending:
+            if op.kind == "write":
+                written = image.copy()
+                written[op.offset_bytes : op.offset_bytes + op.length_bytes] = op.data
+                certain &= load_image(bytes(written)).bits
+        primary, secondary = self.possible(self.primary), self.possible(self.secondary)
+        for extent in range(EXTENTS):
+            if certain[extent]:
+                continue
+            start, end = extent * EXTENT, min((extent + 1) * EXTENT, SIZE)
+            assert self.primary.durable[start:end] == self.secondary.durable[start:end]
+            for sector in range(start // SECTOR, end // SECTOR):
+                one = primary.get(sector, set()) | secondary.get(sector, set())
+                assert len(one) <= 1, f"sector {sector} may come to differ, unrecorded"
+
+    def settle_everything(self) -> None:
+        if self.copier.state is CopyState.PAUSED:
+            self.copier.resume()
+        for _ in range(80):
+            drain(self.loop, *self.disks)
+            self.gate.tick()
+            self.loop.advance(2.0)
+            if self.gate.in_sync and not self.pending_writes and not self.loop_busy():
+                break
+        drain(self.loop, *self.disks)
+
+    def loop_busy(self) -> bool:
+        return any(disk.pending for disk in self.disks)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "record"):
+            return
+        self.settle_everything()
+        assert not self.pending_writes, "a write was never answered"
+        assert self.gate.in_sync
+        assert self.copier.pass_blocks is None
+        assert self.primary.visible == self.secondary.durable
+        self.secondary.connected = True  # it may have gone unnoticed while there was no work
+        results: list[tuple[OSError | None, VerifyResult]] = []
+        verify = Verify(
+            GEOMETRY,
+            self.gate,
+            self.primary,
+            self.secondary,
+            self.loop,
+            BufferPool(self.loop, 1 << 20),
+            repair=False,
+            done=lambda error, result: results.append((error, result)),
+        )
+        verify.start()
+        drain(self.loop, *self.disks)
+        ((error, result),) = results
+        assert error is None
+        assert result.compared_bytes == SIZE
+        assert result.unexpected_bytes == 0
+        # What an idle volume costs: nothing, once the policy lets go.
+        self.policy.generous = False
+        self.gate.drop_all_clean()
+        self.store.flush_clears()
+        drain(self.loop, *self.disks)
+        assert load_image(bytes(self.record.durable)).bits.count() == 0
+
+
+MirrorMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+TestMirror = MirrorMachine.TestCase

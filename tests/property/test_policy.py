@@ -1,0 +1,173 @@
+"""The protocol of calls of a policy, in any order of events, as the gate makes them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from bitmapd.record.geometry import MIB, Geometry
+from bitmapd.record.lru import LruPolicy
+from bitmapd.record.policy import Policy
+from bitmapd.record.stays import BULK_EXTENTS
+from bitmapd.record.streams import Options, StreamsPolicy
+
+EXTENTS = BULK_EXTENTS + 176
+SMALL = Options(stays=12, past=6, successors=5, sources=7)
+
+# Most extents lie close together, so that streams, neighbours and rewriting come about.
+extents = st.one_of(st.integers(0, 40), st.integers(0, EXTENTS - 1))
+
+
+class Protocol(RuleBasedStateMachine):
+    """`recorded` and `dirty` are what the gate would know."""
+
+    policy: Policy
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: set[int] = set()
+        self.dirty: set[int] = set()
+        self.named: set[int] = set()  # since when neither written nor entered again
+        self.now_s = 1000.0
+
+    def make(self, small: bool) -> Policy:
+        raise NotImplementedError
+
+    @initialize(small=st.booleans())
+    def start(self, small: bool) -> None:
+        self.policy = self.make(small)
+
+    def drop(self, extents: list[int]) -> None:
+        self.recorded.difference_update(extents)
+        self.policy.dropped(extents, self.now_s)
+
+    def enter(self, first: int, stop: int) -> None:
+        self.named.difference_update(range(first, stop))
+        self.recorded.update(range(first, stop))
+        self.policy.added(first, stop, self.now_s)
+
+    def write(self, first: int, stop: int, room: int, record_fails: bool) -> None:
+        span = range(first, stop)
+        hit = self.recorded.issuperset(span)
+        self.policy.wrote(first, stop, self.now_s, hit)
+        self.named.difference_update(span)
+        if not hit:
+            extra = list(self.policy.predict(first, stop, self.now_s, room))
+            assert all(0 <= low < high <= EXTENTS for low, high in extra)
+            assert sum(high - low for low, high in extra) <= max(room, 0)
+            if record_fails:
+                return
+            self.enter(first, stop)
+            for low, high in extra:
+                self.enter(low, high)
+        self.dirty.update(span)
+
+    @rule(
+        first=extents,
+        length=st.integers(1, 4),
+        room=st.integers(-3, 200),
+        record_fails=st.booleans(),
+    )
+    def write_some(self, first: int, length: int, room: int, record_fails: bool) -> None:
+        self.write(first, min(first + length, EXTENTS), room, record_fails)
+
+    @rule(first=extents, length=st.integers(2, 12), direction=st.sampled_from([1, -1]))
+    def write_stream(self, first: int, length: int, direction: int) -> None:
+        for step in range(length):
+            extent = first + direction * step
+            if 0 <= extent < EXTENTS:
+                self.write(extent, extent + 1, 100, False)
+
+    @rule()
+    def write_all(self) -> None:
+        self.write(0, EXTENTS, 100, False)
+
+    @rule(first=extents, length=st.integers(1, EXTENTS))
+    def enter_unasked(self, first: int, length: int) -> None:
+        """Recovery, a resize, an initial sync."""
+        stop = min(first + length, EXTENTS)
+        self.enter(first, stop)
+        self.dirty.update(range(first, stop))
+
+    @rule(seconds=st.sampled_from([0.0, 0.2, 1.0, 7.0, 29.0, 31.0, 100.0, 400.0, 5000.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    @rule(keep=st.integers(0, 6))
+    def copy(self, keep: int) -> None:
+        """All but a few extents become clean."""
+        for extent in sorted(self.dirty)[keep:]:
+            self.dirty.discard(extent)
+            if not self.policy.wants(extent, self.now_s):
+                self.drop([extent])
+
+    @rule()
+    def expire(self) -> None:
+        named = list(self.policy.expired(self.now_s))
+        assert len(set(named)) == len(named)
+        assert self.recorded.issuperset(named)
+        assert self.named.isdisjoint(named)
+        self.named.update(named)
+        self.drop([extent for extent in named if extent not in self.dirty])
+
+    @precondition(lambda self: self.recorded)
+    @rule(count=st.integers(0, 50))
+    def evict(self, count: int) -> None:
+        victims = list(self.policy.victims(count, lambda e: e not in self.dirty, self.now_s))
+        assert len(set(victims)) == len(victims) <= count
+        assert set(victims) <= self.recorded - self.dirty
+        self.drop(victims)
+
+    @rule(which=st.lists(extents, max_size=5))
+    def drop_anything_clean(self, which: list[int]) -> None:
+        self.drop([e for e in which if e in self.recorded and e not in self.dirty])
+
+    @rule()
+    def rest(self) -> None:
+        """At rest every extent is named or, once clean, not wanted: the record gets empty."""
+        for _ in range(60):
+            self.now_s += 1.0
+            self.expire()
+        self.copy(0)
+        assert not self.recorded
+
+    @invariant()
+    def memory_is_bounded(self) -> None:
+        policy = getattr(self, "policy", None)
+        if isinstance(policy, StreamsPolicy):
+            sizes = policy._options
+            assert len(policy._stays) <= sizes.stays
+            assert len(policy._past) <= sizes.past
+            assert len(policy._successors) <= sizes.successors
+            assert len(policy._source) <= sizes.sources
+            assert len(policy._streams) <= 64
+            assert len(policy._recent) <= 4
+            assert len(policy._fresh) <= sizes.stays
+        elif isinstance(policy, LruPolicy):
+            assert len(policy._stays) <= policy._stays.capacity
+
+
+class StreamsProtocol(Protocol):
+    def make(self, small: bool) -> Policy:
+        return StreamsPolicy(Geometry(EXTENTS * MIB), SMALL if small else None)
+
+
+class LruProtocol(Protocol):
+    def make(self, small: bool) -> Policy:
+        return LruPolicy(Geometry(EXTENTS * MIB), *((12,) if small else ()))
+
+
+@pytest.mark.parametrize("machine", [StreamsProtocol, LruProtocol])
+def test_any_order_of_events(machine: type[Protocol]) -> None:
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
+    )

@@ -1,0 +1,42 @@
+"""Real block devices for tests: loop devices over files in a test's own folder."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def run(*command: str) -> str:
+    """Standard output; the error names the command and what it said."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip() or result.returncode}")
+    return result.stdout.strip()
+
+
+@contextmanager
+def loop_device(path: Path, sector_bytes: int = 512, *options: str) -> Iterator[str]:
+    """A loop device over `path`; skips the test, loudly, where there can be none."""
+    if shutil.which("losetup") is None:
+        pytest.skip("NEEDS losetup (package mount or util-linux)")
+    try:
+        name = run(
+            "losetup", "--find", "--show", "--sector-size", str(sector_bytes), *options, str(path)
+        )
+    except RuntimeError as error:
+        pytest.skip(f"NEEDS loop devices, for which one has to be root: {error}")
+    try:
+        yield name
+    finally:
+        run("losetup", "--detach", name)
+
+
+def sparse_file(path: Path, size_bytes: int) -> Path:
+    with open(path, "wb") as file:
+        file.truncate(size_bytes)
+    return path
