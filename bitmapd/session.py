@@ -22,7 +22,9 @@ from bitmapd.config import Paths, VolumeConfig, atomic_write
 from bitmapd.errors import BitmapdError, ForeignRecordError
 from bitmapd.media.identity import Identity, identify
 from bitmapd.record import tool
-from bitmapd.record.layout import RecordFlag, Superblock
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.layout import RecordFlag, Superblock, page_count
+from bitmapd.resize import all_ones
 
 Emit = Callable[..., None]
 
@@ -119,6 +121,16 @@ class RecordSession:
         tool.write_superblock(self._medium, superblock)
         self.loaded = dataclasses.replace(self.loaded, superblock=superblock)
 
+    def prepare_growth(self, geometry: Geometry) -> None:
+        """Write the pages that a larger volume needs in addition, as ones; not in force yet."""
+        tool.write_pages(
+            self._medium,
+            self.superblock,
+            all_ones(geometry),
+            page_count(self.superblock.geometry.extents),
+            page_count(geometry.extents),
+        )
+
     def new_generation(self) -> None:
         """The data part ways with every other copy: a new current generation."""
         self.update(generations=(uuid4(), *self.superblock.generations)[:4])
@@ -146,4 +158,3 @@ class RecordSession:
     def _write_state(self) -> None:
         text = json.dumps({"name": self._config.name, "session": self.superblock.session})
         atomic_write(self._state_file, text.encode() + b"\n")
-

@@ -45,6 +45,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import InitialSync
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.store import RecordStore
+from bitmapd.resize import new_page_states, resize
 from bitmapd.session import RecordSession
 
 HOST_POOL_BYTES = 32 << 20
@@ -127,12 +128,11 @@ class Volume:
         superblock = self._session.superblock
         geometry = superblock.geometry
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
-        self._policy = make_policy(config.predictor, geometry)
         self.gate = Gate(
             geometry,
             self._primary,
             self._store,
-            self._policy,
+            make_policy(config.predictor, geometry),
             loop,
             limit_extents=self._limit_extents(None),
         )
@@ -467,14 +467,64 @@ class Volume:
             "unexpected": [list(run) for run in result.unexpected],
         }
 
+    async def resize(self) -> dict[str, Any]:
+        """Take up a larger size of primary and secondary."""
+        return await resize(self)
+
+    async def primary_size_bytes(self) -> int:
+        return self._primary.refresh_size()
+
+    async def secondary_size_bytes(self) -> int:
+        """The secondary's present size; a server is asked over a connection of its own."""
+        if isinstance(self._secondary, KernelDevice):
+            return self._secondary.refresh_size() if self._secondary.connected else 0
+        probe = self._make_secondary()
+        try:
+            await completion(probe.open)
+            return probe.size_bytes
+        except OSError as error:
+            raise UnreachableError(
+                f"secondary {self.config.secondary} cannot be reached: {error.strerror or error}"
+            ) from error
+        finally:
+            probe.close()
+
+    async def grow(self, geometry: Geometry) -> None:
+        """Go over to a larger geometry; `resize` has checked it."""
+        old, loop = self.geometry, self._loop
+        await loop.run_in_executor(None, self._session.prepare_growth, geometry)
+        self._store.grow(geometry, new_page_states(old, geometry))
+        first = old.size_bytes // geometry.extent_bytes
+        await completion(
+            lambda done: (
+                self._store.add([(first, geometry.extents)], (), done) or loop.call_soon(done, None)
+            )
+        )
+        self._session.update(
+            geometry=geometry,
+            primary_size_bytes=geometry.size_bytes,
+            secondary_size_bytes=max(
+                geometry.size_bytes, self._session.superblock.secondary_size_bytes
+            ),
+        )
+        self.copier.grow(geometry)
+        self.gate.grow(geometry)
+        self._exchange_policy(self.config.predictor)
+        if not isinstance(self._secondary, KernelDevice):
+            # A server tells its size when a connection begins.
+            self.copier.reconnect()
+        self._emit("resized", size_bytes=geometry.size_bytes)
+
+    def _exchange_policy(self, name: str) -> None:
+        policy = make_policy(name, self.geometry)
+        for first, stop in self._store.recorded_runs():
+            policy.added(first, stop, self._loop.time())
+        self.gate.set_policy(policy)
+
     def reconfigure(self, config: VolumeConfig) -> None:
         """Take up the settings that may change while running."""
         if config.predictor != self.config.predictor:
-            policy = make_policy(config.predictor, self.geometry)
-            for first, stop in self._store.recorded_runs():
-                policy.added(first, stop, self._loop.time())
-            self._policy = policy
-            self.gate.set_policy(policy)
+            self._exchange_policy(config.predictor)
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
         self.copier.era_interval_s = config.era_interval_s

@@ -152,6 +152,12 @@ class Copier:
         self._draining.append(done)
         self._check_stopped()
 
+    def reconnect(self) -> None:
+        """Give the secondary's connection up, when it is idle, and make a new one."""
+        if self.state is CopyState.RUNNING:
+            self._set_state(CopyState.LINK_DOWN)
+            self._reopen()
+
     def wake(self) -> None:
         """There may be something to do before the next era ends: used while draining."""
         self._next_era = 0.0
@@ -165,6 +171,10 @@ class Copier:
         self.pass_copied_bytes = 0
         self.compare = compare
         self._scheduler.call_soon(self._pump)
+
+    def grow(self, geometry: Geometry) -> None:
+        """The volume is larger from now on."""
+        self._geometry = geometry
 
     @property
     def pass_remaining_bytes(self) -> int:
@@ -419,6 +429,8 @@ class Copier:
             # Requests of the old connection must have ended before a new one begins.
             self._scheduler.call_later(self._backoff.first_s, self._try_open)
         else:
+            if self._secondary.connected:
+                self._secondary.close()
             self._secondary.open(self._was_opened)
 
     def _was_opened(self, error: OSError | None) -> None:
@@ -431,6 +443,8 @@ class Copier:
             self.last_error = error
             self._reopen()
             return
+        # Copies that succeeded between the failure and now were not seen by `_secondary_failed`.
+        self._gate.forget_copied()
         self._backoff.reset()
         self._emit("link-up", secondary=self._secondary.name)
         self._set_state(CopyState.RUNNING)

@@ -374,6 +374,14 @@ class Gate:
         """Exchange the policy; the new one has been told what is recorded."""
         self._policy = policy
 
+    def grow(self, geometry: Geometry) -> None:
+        """The volume is larger from now on; the new part is in the record and is to be copied."""
+        first = self._geometry.size_bytes // geometry.block_bytes
+        self._geometry = geometry
+        self.current.add(first, geometry.blocks)
+        if self._current_since is None:
+            self._current_since = self._scheduler.time()
+
     def drop_all_clean(self) -> None:
         """Empty the record of everything that is clean: before a clean stop."""
         now = self._scheduler.time()

@@ -130,8 +130,16 @@ class KernelDevice:
         else:
             self.block_size_bytes = self._file_block_size(fd)
             self._fast_zero = True
-        self.size_bytes = os.lseek(fd, 0, os.SEEK_END) // self.block_size_bytes
-        self.size_bytes *= self.block_size_bytes
+        self.size_bytes = self._size(fd)
+
+    def _size(self, fd: int) -> int:
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+        return size_bytes - size_bytes % self.block_size_bytes
+
+    def refresh_size(self) -> int:
+        """Take up the medium's present size."""
+        self.size_bytes = self._size(self._fd)
+        return self.size_bytes
 
     def _file_block_size(self, fd: int) -> int:
         """512 unless direct I/O of that size is refused, as on a disk with 4 KiB sectors."""

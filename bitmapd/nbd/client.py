@@ -159,12 +159,12 @@ class NbdTarget:
                     raise Refused(errno.EPROTO, "the export differs between two connections")
                 if not export.has(ExportFlag.CAN_MULTI_CONN):
                     break
+            if any(link.lost for link in links):
+                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
         except BaseException:
             for link in links:
                 link.close()
             raise
-        if any(link.lost for link in links):
-            raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
         self._use(links[0].export)
         self._links = links
 
@@ -276,10 +276,12 @@ class NbdTarget:
         if not self._can_tell_allocation:
             self._loop.call_soon(done, None, [(length_bytes, 0)])
             return
-        request = Request(
-            0, _BLOCK_STATUS, offset_bytes, min(length_bytes, MAX_STATUS_BYTES), _never
-        )
-        request.done = lambda error: done(error, request.descriptors if error is None else [])
+
+        def told(error: OSError | None) -> None:
+            done(error, request.descriptors if error is None else [])
+
+        length = min(length_bytes, MAX_STATUS_BYTES)
+        request = Request(0, _BLOCK_STATUS, offset_bytes, length, told)
         self._submit(_BLOCK_STATUS, 0, request)
 
     # -- helpers --------------------------------------------------------------------------
@@ -364,7 +366,3 @@ class _Group:
         self._count -= 1
         if self._count == 0:
             self._done(self._error)
-
-
-def _never(_error: OSError | None) -> None:
-    raise RuntimeError("a request was answered before it was complete")

@@ -199,6 +199,8 @@ async def _send(loop: asyncio.AbstractEventLoop, connection: socket.socket, data
             await _ready(loop, connection, writing=True)
         except ssl.SSLWantReadError:
             await _ready(loop, connection, writing=False)
+        except BrokenPipeError:
+            return  # the peer may have said why before it hung up; receiving will tell
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> bytes:

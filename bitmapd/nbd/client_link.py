@@ -161,13 +161,14 @@ class Link:
         except OSError as error:
             self._lose_by(error)
             return
-        if finished != self._writer_armed:
-            return
-        self._writer_armed = not finished
-        if finished:
-            self._loop.remove_writer(self._fd)
-        else:
+        self._arm_writer(not finished)
+
+    def _arm_writer(self, wanted: bool) -> None:
+        if wanted and not self._writer_armed:
             self._loop.add_writer(self._fd, self._on_writable)
+        elif self._writer_armed and not wanted:
+            self._loop.remove_writer(self._fd)
+        self._writer_armed = wanted
 
     def _send_pieces(self) -> bool:
         """Send until everything is sent (True) or the kernel takes no more (False)."""
@@ -235,8 +236,10 @@ class Link:
                 if self._tls:
                     # Decrypted bytes may be waiting, of which the kernel knows nothing.
                     self._loop.call_soon(self._on_readable)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+        except (BlockingIOError, ssl.SSLWantReadError):
             pass
+        except ssl.SSLWantWriteError:
+            self._arm_writer(True)
         except ProtocolError as error:
             reason = f"{self._label}: the server broke the protocol: {error}"
             self.lose(OSError(errno.EPROTO, reason))

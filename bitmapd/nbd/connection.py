@@ -160,7 +160,9 @@ class Connection:
 
     # -- receiving ----------------------------------------------------------------------
     def receive(self) -> bool:
-        """Take in what the socket has; False if it had nothing."""
+        """Take in what the socket has; False if it had nothing, or nothing is wanted."""
+        if not self._has_reader:
+            return False
         if self.phase is Phase.SERVING:
             return self._receive_requests()
         if self.phase is Phase.HANDSHAKE:
@@ -257,6 +259,9 @@ class Connection:
         if self._message.active:
             self._message.advance(self._hub.loop.time(), count)
         self._parse()
+        if self._payload is not None and self._secure is None:
+            # Clients tend to send header and payload one after the other.
+            self._receive_payload()
         self._read_on_if_pending()
         return True
 

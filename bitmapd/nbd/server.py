@@ -12,8 +12,8 @@ engine's `after_reap`, or at the loop's next turn.
    no connection whose client has hung up has unread requests.  So a client that comes back finds
    all its earlier writes either done or never to be done.  A connection that the network has cut
    without the server's knowledge cannot be told from a live one.
-3. At most `max_connections` are open.  When they are used up the oldest one that has not finished
-   its handshake makes room, else the new one is closed at once.
+3. At most `max_connections` are open.  When they are used up the oldest one that has not been let
+   in makes room, else the new one is closed at once.
 4. Buffers come from the pool only.  Connections that find it empty get their turn in the order in
    which they asked, and nobody overtakes them; a client that holds buffers without making progress
    is dropped when somebody waits for them.
@@ -223,7 +223,7 @@ class NbdServer:
         self.stats.connections_total += 1
         peer = _peer_name(sock, address)
         if len(self._connections) >= self._max_connections:
-            newcomers = (Phase.HANDSHAKE, Phase.TLS)
+            newcomers = (Phase.HANDSHAKE, Phase.TLS, Phase.ADMISSION)
             oldest = next((c for c in self._connections if c.phase in newcomers), None)
             if oldest is None:
                 self.stats.refused_total += 1
@@ -270,6 +270,8 @@ class NbdServer:
             return
         entering, self._at_the_door = self._at_the_door, []
         for connection in entering:
+            if connection.phase is not Phase.ADMISSION:
+                continue
             self._emit(
                 "client-connected", peer=connection.peer, certificate=connection.certificate_name
             )

@@ -217,6 +217,26 @@ class RecordStore:
         self._idle_waiters.append(done)
         self._scheduler.call_soon(self._check_idle)
 
+    def grow(self, geometry: Geometry, added: Sequence[PageState]) -> None:
+        """The volume has more extents from now on.
+
+        `added` are the pages that it needs besides the present ones; both slots of each were
+        written as ones.  New extents on the page that was the last one are not recorded yet.
+        """
+        last = self._pages[-1]
+        for bits in (self._wanted, self._durable, self._covered):
+            bits.extend(bitarray(geometry.extents - len(bits)))
+        self._geometry = geometry
+        for bits in (self._wanted, self._durable, self._covered):
+            bits[last.stop :] = False
+        last.stop = min(last.first + EXTENTS_PER_PAGE, geometry.extents)
+        for state in added:
+            page = _Page(len(self._pages), geometry.extents, state)
+            self._pages.append(page)
+            for bits in (self._wanted, self._durable, self._covered):
+                bits[page.first : page.stop] = True
+            self.recorded_extents += page.stop - page.first
+
     # -- writing pages --------------------------------------------------------------------
     def _pages_of(self, first: int, stop: int) -> Sequence[_Page]:
         return self._pages[first // EXTENTS_PER_PAGE : (stop - 1) // EXTENTS_PER_PAGE + 1]
@@ -302,7 +322,8 @@ class RecordStore:
             page.suspect = False
             page.newest_slot = slot
             page.sequence = sequence
-            low, high = page.first, page.stop
+            # The page may have grown meanwhile (`grow`); what was written ends where it ended.
+            low, high = page.first, page.first + len(bits)
             self._durable[low:high] = bits
             self._covered[low:high] = self._wanted[low:high] & bits
         else:

@@ -28,13 +28,35 @@ Of several volumes the lowest status that is not 0 counts.
 """
 
 CHECK_CODES = """\
-with --check the state becomes the exit status:
+exit status of status --check:
   0 in-sync, copying     101 resyncing, paused, link-down     100 degraded
   14 stopped             16 split-brain                       1 failed
 """
 
 FILE = {"bash": "_shtab_compgen_files", "zsh": "_files"}
+VOLUME = {"bash": "_dmctl_volumes", "zsh": "_dmctl_volumes"}
 FOLDER = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}
+
+# Functions of the shells that offer the configured volumes.
+_LIST = """\
+  local file
+  for file in "${DMCTL_CONFIG_DIR:-/etc/dmctl}"/volumes/*.toml; do
+    file="${file##*/}"
+"""
+_VOLUMES = {
+    "bash": f"""\
+_dmctl_volumes() {{
+{_LIST}    compgen -W "${{file%.toml}}" -- "$1"
+  done
+}}
+""",
+    "zsh": f"""\
+_dmctl_volumes() {{
+{_LIST}    compadd -- "${{file%.toml}}"
+  done
+}}
+""",
+}
 
 Commands = Any  # argparse keeps the type of a subparsers action to itself
 
@@ -63,7 +85,7 @@ class PrintCompletion(argparse.Action):
     ) -> None:
         import shtab  # noqa: PLC0415  (slow to import, needed here only)
 
-        print(shtab.complete(parser, str(values)))
+        print(shtab.complete(parser, str(values), preamble=_VOLUMES[str(values)]))
         parser.exit()
 
 
@@ -161,11 +183,11 @@ def _command(
 
 
 def _name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="the volume")
+    _completed(parser.add_argument("name", metavar="NAME", help="the volume"), VOLUME)
 
 
 def _names(parser: argparse.ArgumentParser, *, all_option: bool = True) -> None:
-    parser.add_argument("names", metavar="NAME", nargs="*", help="the volumes")
+    _completed(parser.add_argument("names", metavar="NAME", nargs="*", help="the volumes"), VOLUME)
     if all_option:
         parser.add_argument("--all", action="store_true", help="every configured volume")
 
@@ -344,9 +366,7 @@ def _watching(commands: Commands) -> None:
         epilog=CHECK_CODES,
     )
     _names(status, all_option=False)
-    status.add_argument(
-        "--check", action="store_true", help="turn the state into the exit status, see below"
-    )
+    status.add_argument("--check", action="store_true", help="turn the state into the exit status")
     wait = _command(commands, "wait", "lifecycle:wait", "wait until a volume is in a state")
     _name(wait)
     wait.add_argument(
@@ -363,7 +383,12 @@ def _watching(commands: Commands) -> None:
         "watch:events",
         "print what happened, and then what happens, one JSON object a line",
     )
-    events.add_argument("name", metavar="NAME", nargs="?", help="one volume (default: all running)")
+    _completed(
+        events.add_argument(
+            "name", metavar="NAME", nargs="?", help="one volume (default: all running)"
+        ),
+        VOLUME,
+    )
     events.add_argument("--now", action="store_true", help="end with what has happened so far")
 
 

@@ -13,15 +13,13 @@ import pytest
 from bitmapd.errors import UsageError
 from bitmapd.nbd.client import NbdTarget
 from bitmapd.nbd.uri import NbdUri
+from tests.support.nbdcerts import issue, make_certificates
 from tests.support.nbdpeers import (
     MIB,
     Peer,
     exercise,
     fail,
     image,
-    make_authority,
-    make_certificate,
-    make_certificates,
     nbdkit,
     opened,
     qemu_nbd,
@@ -32,11 +30,23 @@ from tests.support.nbdpeers import (
 )
 
 SIZE = 2 * MIB
+EXPIRED = (
+    "cn = localhost\ndns_name = localhost\nip_address = 127.0.0.1\ntls_www_server\nsigning_key\n"
+    'activation_date = "2020-01-01 00:00:00"\nexpiration_date = "2020-02-01 00:00:00"\n'
+)
 
 
 @pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_certificates(tmp_path_factory.mktemp("tls") / "good")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`good`, `foreign`, … and `other`, where another authority has signed everything."""
+    root = tmp_path_factory.mktemp("tls")
+    make_certificates(root / "other")
+    return make_certificates(root)
+
+
+@pytest.fixture
+def certificates(folders: Path) -> Path:
+    return folders / "good"
 
 
 @pytest.fixture
@@ -120,33 +130,29 @@ async def _opens(uri: NbdUri, certificates: Path | None = None) -> None:
     target.close()
 
 
-def test_a_server_of_another_authority(folder: Path, certificates: Path, tmp_path: Path) -> None:
-    other = make_certificates(tmp_path / "other")
+def test_a_server_of_another_authority(folder: Path, folders: Path) -> None:
+    other, certificates = folders / "other" / "good", folders / "good"
     with nbdkit(folder, *tls_nbdkit_options(other), "memory", SIZE) as peer:
         text = asyncio.run(refused(peer.uri(tls=True), errno.EPROTO, certificates))
         assert "the server's certificate is not accepted" in text
 
 
-def test_an_expired_server(folder: Path, certificates: Path, tmp_path: Path) -> None:
-    expired = tmp_path / "expired"
-    make_authority(expired)
-    make_certificate(expired, "server", "DNS:localhost,IP:127.0.0.1", days=-1)
-    make_certificate(expired, "client")
-    with nbdkit(folder, *tls_nbdkit_options(expired), "memory", SIZE) as peer:
-        text = asyncio.run(refused(peer.uri(tls=True), errno.EPROTO, expired))
+def test_an_expired_server(folder: Path, folders: Path, tmp_path: Path) -> None:
+    issue(folders / "authority", tmp_path, "server", EXPIRED)
+    with nbdkit(folder, *tls_nbdkit_options(tmp_path), "memory", SIZE) as peer:
+        text = asyncio.run(refused(peer.uri(tls=True), errno.EPROTO, folders / "good"))
         assert "expired" in text
 
 
-def test_a_client_that_the_server_does_not_know(
-    folder: Path, certificates: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["foreign", "nocert", "expired"])
+def test_a_client_that_the_server_does_not_accept(folder: Path, folders: Path, kind: str) -> None:
     """In TLS 1.3 the server's refusal comes after the client's handshake."""
-    stranger = make_certificates(tmp_path / "stranger")
-    (stranger / "ca-cert.pem").write_bytes((certificates / "ca-cert.pem").read_bytes())
-    with nbdkit(folder, *tls_nbdkit_options(certificates), "memory", SIZE) as peer:
-        target_error = asyncio.run(_open_error(peer.uri(tls=True), stranger))
-        assert target_error.errno in (errno.EPROTO, errno.ECONNRESET, errno.EPIPE)
-        asyncio.run(_opens(peer.uri(tls=True), certificates))
+    good = folders / "good"
+    with nbdkit(folder, *tls_nbdkit_options(good), "memory", SIZE) as peer:
+        error = asyncio.run(_open_error(peer.uri(tls=True), folders / kind))
+        assert error.errno in (errno.EPROTO, errno.ECONNRESET)
+        assert "TLS failed" in str(error.strerror) or "closed the connection" in str(error.strerror)
+        asyncio.run(_opens(peer.uri(tls=True), good))
 
 
 async def _open_error(uri: NbdUri, certificates: Path) -> OSError:

@@ -462,6 +462,27 @@ def test_clients_that_were_let_in_keep_their_place(make: Any) -> None:
     assert served.thread.server.stats.refused_total == 2
 
 
+def test_a_client_at_the_door_makes_room_too(make: Any) -> None:
+    """A disk that hangs must not let the places fill up with clients that have long given up."""
+    served = make(max_connections=2)
+    dying = served.client()
+    served.hold()
+    dying.send(write(1, 0, bytes(512)) + request(Cmd.READ, magic=1))
+    served.wait_for(1)
+    assert dying.dropped()
+    waiting = []
+    for _ in range(3):
+        client = served.client(enter=False)
+        client.greet()
+        client.send(option(Opt.GO, info_data("")))
+        waiting.append(client)
+    assert waiting[0].dropped()
+    served.release()
+    for client in waiting[1:]:
+        client.receive(20 + 12 + 20 + 14 + 20)
+        assert client.read(0, 512) == bytes(512)
+
+
 def test_a_client_cannot_fill_the_log(make: Any) -> None:
     served = make()
     for _ in range(50):

@@ -27,7 +27,7 @@ def run_demo(folder: Path, **environment: str) -> str:
 
 
 def figure(output: str, label: str) -> float:
-    found = re.search(rf"{re.escape(label)}\s+([\d,.]+)", output)
+    found = re.search(rf"^ *{re.escape(label)} +([\d,.]+)", output, re.MULTILINE)
     assert found, f"no line '{label}' in:\n{output}"
     return float(found[1].replace(",", ""))
 

@@ -1,4 +1,4 @@
-"""Foreign NBD servers, certificates, and a way to drive an `NbdTarget` from a test.
+"""Foreign NBD servers, and a way to drive an `NbdTarget` from a test.
 
 A server listens on a unix socket of its own, or on a TCP port of the loopback interface that the
 test has bound for it (systemd's socket activation, so that no port can be lost to somebody else).
@@ -141,52 +141,6 @@ def qemu_nbd(folder: Path, *arguments: object, tcp: bool = False) -> Iterator[Pe
         yield peer
     finally:
         peer.close()
-
-
-# -- certificates -------------------------------------------------------------------------
-def _openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=WAIT_S)
-
-
-def make_authority(folder: Path) -> None:
-    """`ca-cert.pem` and `ca-key.pem`."""
-    need("openssl")
-    folder.mkdir(exist_ok=True)
-    _openssl(
-        *("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
-        *("-keyout", str(folder / "ca-key.pem"), "-out", str(folder / "ca-cert.pem")),
-        *("-days", "2", "-subj", "/CN=test authority"),
-        *("-addext", "keyUsage=critical,keyCertSign"),
-    )
-
-
-def make_certificate(folder: Path, side: str, alternative_names: str = "", days: int = 2) -> None:
-    """`SIDE-cert.pem` and `SIDE-key.pem`, signed by the authority of the same folder."""
-    key, request, cert = (folder / f"{side}-{what}.pem" for what in ("key", "req", "cert"))
-    usage = "serverAuth" if side == "server" else "clientAuth"
-    extensions = folder / f"{side}.ext"
-    extensions.write_text(
-        "basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n"
-        f"extendedKeyUsage={usage}\n"
-        + (f"subjectAltName={alternative_names}\n" if alternative_names else "")
-    )
-    _openssl(
-        *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"),
-        *("-keyout", str(key), "-out", str(request), "-subj", f"/CN={side}"),
-    )
-    _openssl(
-        *("x509", "-req", "-in", str(request), "-out", str(cert), "-days", str(days)),
-        *("-CA", str(folder / "ca-cert.pem"), "-CAkey", str(folder / "ca-key.pem")),
-        *("-CAcreateserial", "-extfile", str(extensions)),
-    )
-
-
-def make_certificates(folder: Path) -> Path:
-    """A folder with everything that both sides need; the server is localhost and 127.0.0.1."""
-    make_authority(folder)
-    make_certificate(folder, "server", "DNS:localhost,IP:127.0.0.1")
-    make_certificate(folder, "client")
-    return folder
 
 
 # -- driving a target ---------------------------------------------------------------------

@@ -1,0 +1,88 @@
+"""Taking up a larger size while hosts are served.
+
+The order is what makes a crash at any point harmless: pages that the larger volume needs in
+addition are written as ones; the last page that exists gets the bits of its new extents; only then
+does the superblock say the new size.  Until it does, a load cuts off everything beyond the old one;
+from then on every new extent is in the record, and is copied like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from bitarray import bitarray
+
+from bitmapd.errors import NoSpaceError, WrongStateError
+from bitmapd.media.identity import identify
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.layout import PageState, Verdict, page_count, record_size_bytes
+
+if TYPE_CHECKING:
+    from bitmapd.volume import Volume
+
+
+def larger_geometry(
+    old: Geometry, primary_bytes: int, secondary_bytes: int, record_bytes: int, names: Names
+) -> Geometry | None:
+    """The geometry to go over to, None if nothing has grown (pure)."""
+    if primary_bytes < old.size_bytes:
+        raise WrongStateError(
+            f"primary {names.primary} has {primary_bytes} bytes, the volume {old.size_bytes}:"
+            " a volume cannot shrink",
+            hint="give the primary its size back",
+        )
+    if primary_bytes == old.size_bytes:
+        return None
+    if secondary_bytes < primary_bytes:
+        raise NoSpaceError(
+            f"secondary {names.secondary} has {secondary_bytes} bytes, the primary {primary_bytes}",
+            hint="enlarge the secondary first",
+        )
+    new = dataclasses.replace(old, size_bytes=primary_bytes)
+    needed = record_size_bytes(new.extents)
+    if record_bytes < needed:
+        raise NoSpaceError(
+            f"record {names.record} has {record_bytes} bytes; {primary_bytes} bytes of volume need"
+            f" {needed}",
+            hint="enlarge the record device first",
+        )
+    return new
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Names:
+    """How the three media are called in messages."""
+
+    primary: str
+    secondary: str
+    record: str
+
+
+def new_page_states(old: Geometry, new: Geometry) -> list[PageState]:
+    """Where the pages stand that `tool.write_pages` adds: slot 0 is newest, with sequence 2."""
+    added = page_count(new.extents) - page_count(old.extents)
+    return [PageState(Verdict.WHOLE, 0, 2, 2, "") for _ in range(added)]
+
+
+def all_ones(geometry: Geometry) -> bitarray:
+    bits = bitarray(geometry.extents, endian="little")
+    bits.setall(True)
+    return bits
+
+
+async def resize(volume: Volume) -> dict[str, Any]:
+    """Grow to the primary's present size; see the module docstring."""
+    config, old = volume.config, volume.geometry
+    primary_bytes = await volume.primary_size_bytes()
+    new = larger_geometry(
+        old,
+        primary_bytes,
+        await volume.secondary_size_bytes() if primary_bytes > old.size_bytes else 0,
+        identify(config.record).size_bytes or 0,
+        Names(config.primary, config.secondary, config.record),
+    )
+    if new is None:
+        return {"size_bytes": old.size_bytes, "changed": False}
+    await volume.grow(new)
+    return {"size_bytes": new.size_bytes, "changed": True}
