@@ -495,11 +495,12 @@ class Volume:
         await loop.run_in_executor(None, self._session.prepare_growth, geometry)
         self._store.grow(geometry, new_page_states(old, geometry))
         first = old.size_bytes // geometry.extent_bytes
-        await completion(
-            lambda done: (
-                self._store.add([(first, geometry.extents)], (), done) or loop.call_soon(done, None)
-            )
-        )
+
+        def record_new_extents(done: Done) -> None:
+            if not self._store.add([(first, geometry.extents)], (), done):
+                loop.call_soon(done, None)
+
+        await completion(record_new_extents)
         self._session.update(
             geometry=geometry,
             primary_size_bytes=geometry.size_bytes,

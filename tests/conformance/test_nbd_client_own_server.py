@@ -55,7 +55,7 @@ def test_everything(folder: Path, tmp_path: Path, tls: bool) -> None:
             target.close()
 
     with ServerThread(lambda loop, engine: KernelDevice(file, engine), tls=context) as server:
-        server.call(lambda: server.server.listen_unix(path))
+        server.call(lambda: server.server.listen_unix(path, tls=tls))
         model = asyncio.run(use())
     assert file.read_bytes() == model
 
