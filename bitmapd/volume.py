@@ -257,9 +257,12 @@ class Volume:
             description=f"bitmapd volume {config.name}",
             tls=context,
             emit=self._emit,
+            cork=self._engine.cork,
+            may_spin=lambda: self.copier.idle,
         )
+        self._engine.after_reap.append(self.server.flush_replies)
         if uri.socket_path is not None:
-            self.server.listen_unix(uri.socket_path)
+            self.server.listen_unix(Path(uri.socket_path), tls=uri.tls)
         elif context is None and not config.allow_plaintext_loopback:
             raise UsageError(
                 f"listen = {config.listen} would export the volume without encryption",

@@ -12,11 +12,13 @@ One round after another:
 Invariants:
 1. `take_era` is called only while no copy is in flight (the gate's condition).
 2. `settle` is called only if both flushes, submitted after `begin_settle`, succeeded.
-3. After any error of the secondary, what was copied and not flushed counts as not copied: the
-   error may mean that its cache is gone.  Nothing is cleared on the word of a device that failed.
+3. After any error of the secondary, or a failed flush of the primary, what was copied and not
+   flushed counts as not copied, and so do the copies and the settle that were under way: the error
+   may mean that a cache is gone.  Nothing is cleared on the word of a device that failed.
 4. A read error of the primary holds back its own block only.  The block stays dirty, its extent
    stays in the record.
-5. A host never waits for anything here.
+5. A host never waits for anything here.  While hosts are at work copying is held to a rate
+   (`HostLoad`), unless the record has outgrown its limit.
 
 A crash leaves the secondary with some blocks newer than others; the record names all of them.
 """
@@ -39,6 +41,38 @@ Emit = Callable[..., None]
 
 SETTLE_INTERVAL_S = 5.0
 
+# While hosts are at work, copying takes no more than what they write plus this much, in smaller
+# pieces: reads, copies and hosts share one thread and one disk.
+YIELD_BYTES_PER_S = 32 << 20
+YIELD_PIECE_BYTES = 256 << 10
+_YIELD_BURST_BYTES = 1 << 20
+_HOST_QUIET_S = 0.01  # hosts that asked for nothing for so long are not at work
+_HOST_SAMPLE_S = 0.1
+
+
+class HostLoad:
+    """How busy hosts are, from the gate's counters (pure)."""
+
+    def __init__(self) -> None:
+        self._requests = 0
+        self._active_s = float("-inf")
+        self._sample_s = float("-inf")
+        self._sample_bytes = 0
+        self.throttle = Throttle(YIELD_BYTES_PER_S, _YIELD_BURST_BYTES)
+
+    def active(self, now_s: float, requests: int, written_bytes: int) -> bool:
+        """Whether hosts are at work; sets the throttle's rate to what copying may take then."""
+        if requests != self._requests:
+            self._requests = requests
+            self._active_s = now_s
+        passed_s = now_s - self._sample_s
+        if passed_s >= _HOST_SAMPLE_S:
+            rate = (written_bytes - self._sample_bytes) / passed_s
+            self.throttle.set_rate(YIELD_BYTES_PER_S + rate)
+            self._sample_s = now_s
+            self._sample_bytes = written_bytes
+        return now_s - self._active_s < _HOST_QUIET_S
+
 
 class CopyState(Enum):
     RUNNING = "running"
@@ -50,12 +84,13 @@ class CopyState(Enum):
 class _Copy:
     """One run of blocks on its way."""
 
-    __slots__ = ("buffer", "error", "first", "other", "parts", "stop")
+    __slots__ = ("buffer", "error", "failures", "first", "other", "parts", "stop")
 
-    def __init__(self, first: int, stop: int, buffer: memoryview) -> None:
+    def __init__(self, first: int, stop: int, buffer: memoryview, failures: int) -> None:
         self.first = first
         self.stop = stop
         self.buffer = buffer
+        self.failures = failures  # of either side when it began
         self.other: memoryview | None = None  # the secondary's content, when comparing
         self.parts = 0  # writes to the secondary that have not answered
         self.error: OSError | None = None
@@ -87,9 +122,11 @@ class Copier:
         self._scheduler = scheduler
         self._pool = pool
         self._backoff = backoff
+        self._load = HostLoad()
         self._emit = emit
         self._check_secondary = check_secondary
-        self._plan = Plan(max_blocks=max(1, piece_bytes // geometry.block_bytes))
+        self._piece_blocks = max(1, piece_bytes // geometry.block_bytes)
+        self._plan = Plan(self._piece_blocks)
         self._zero_block = bytearray(geometry.block_bytes)
         self._window = Window()
         self._barrier = False
@@ -101,6 +138,8 @@ class Copier:
         self._draining: list[Callable[[], None]] = []
         self._next_era = 0.0
         self._next_settle = 0.0
+        self._failures = 0
+        self._hold_settle_until = 0.0
         self.throttle = throttle
         self.meter = SpeedMeter()
         self.era_interval_s = era_interval_s
@@ -213,7 +252,7 @@ class Copier:
             self._gate.take_era(self._after_barrier)
             return
         exhausted = self._issue(now)
-        if self._settling or not self._gate.has_copied:
+        if self._settling or not self._gate.has_copied or now < self._hold_settle_until:
             return
         if (exhausted and not self._window.copies) or now >= self._next_settle:
             self._settle(now)
@@ -225,6 +264,17 @@ class Copier:
 
     def _issue(self, now: float) -> bool:
         """Start copies; true if nothing was left that may be copied now."""
+        gate = self._gate
+        yielding = (
+            self._load.active(now, gate.writes + gate.reads, gate.written_bytes)
+            and not gate.over_limit
+        )
+        throttles = (self.throttle, self._load.throttle) if yielding else (self.throttle,)
+        self._plan.max_blocks = (
+            max(1, min(self._piece_blocks, YIELD_PIECE_BYTES // self._geometry.block_bytes))
+            if yielding
+            else self._piece_blocks
+        )
         while self.state is CopyState.RUNNING and self._window.may_start(1):
             run = self._plan.next(self._gate.taken, now, self._gate.is_hot)
             if run is None:
@@ -234,7 +284,7 @@ class Copier:
             if not self._window.may_start(length):
                 self._plan.returned(first, stop)
                 return False
-            delay_s = self.throttle.delay_s(now, length)
+            delay_s = max(throttle.delay_s(now, length) for throttle in throttles)
             if delay_s > 0:
                 self._plan.returned(first, stop)
                 self._wake_in(delay_s)
@@ -246,11 +296,12 @@ class Copier:
                     self._pool_wait = True
                     self._pool.when_free(self._pool_freed)
                 return False
-            self.throttle.take(now, length)
+            for throttle in throttles:
+                throttle.take(now, length)
             if not self._window.copies:
                 self.meter.begin(now)
             self._window.started(length)
-            copy = _Copy(first, stop, buffer)
+            copy = _Copy(first, stop, buffer, self._failures)
             self._primary.read(offset, buffer, partial(self._was_read, copy))
         return False
 
@@ -342,6 +393,8 @@ class Copier:
         if copy.error is not None:
             self._secondary_failed(copy.error)
             self._plan.returned(copy.first, copy.stop)
+        elif copy.failures != self._failures:
+            self._plan.returned(copy.first, copy.stop)
         else:
             length = self._geometry.block_bytes_range(copy.first, copy.stop)[1]
             self.copied_bytes += length
@@ -367,6 +420,7 @@ class Copier:
         self._settling = True
         self._next_settle = now + SETTLE_INTERVAL_S
         pass_complete = self.pass_blocks is not None and not self.pass_blocks
+        failures = self._failures
         extents = self._gate.begin_settle()
         results: list[OSError | None] = []
 
@@ -377,15 +431,11 @@ class Copier:
                 if device is self._secondary:
                     self._secondary_failed(error)
                 else:
-                    self._emit(
-                        "copy-error",
-                        device=device.name,
-                        message=f"cannot flush the primary: {error.strerror or error}",
-                    )
+                    self._primary_not_flushed(error)
             if len(results) < 2:
                 return
             self._settling = False
-            if results == [None, None]:
+            if failures == self._failures:
                 self._gate.settle(extents)
                 if pass_complete:
                     self._pass_done()
@@ -398,6 +448,17 @@ class Copier:
         self._secondary.flush(lambda error: flushed(self._secondary, error))
         self._primary.flush(lambda error: flushed(self._primary, error))
 
+    def _primary_not_flushed(self, error: OSError) -> None:
+        """What was read from its cache may be gone; copied again soon, but not without a pause."""
+        self._emit(
+            "copy-error",
+            device=self._primary.name,
+            message=f"cannot flush the primary: {error.strerror or error}",
+        )
+        self._failures += 1
+        self._gate.forget_copied()
+        self._hold_settle_until = self._scheduler.time() + SETTLE_INTERVAL_S
+
     def _pass_done(self) -> None:
         self.pass_blocks = None
         self.compare = False
@@ -407,6 +468,7 @@ class Copier:
     # -- the link -------------------------------------------------------------------------
     def _secondary_failed(self, error: OSError) -> None:
         self.last_error = error
+        self._failures += 1
         self._gate.forget_copied()
         if self.state is CopyState.RUNNING:
             self._emit(
@@ -437,6 +499,9 @@ class Copier:
         self._reopening = False
         if error is None:
             error = self._check_secondary()
+            if error is not None:
+                # A medium that was refused must not pass for a connected one after a pause.
+                self._secondary.close()
         if self.state is not CopyState.LINK_DOWN:
             return
         if error is not None:

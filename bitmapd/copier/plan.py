@@ -38,7 +38,7 @@ class Plan:
     def __init__(self, max_blocks: int, max_deferrals: int = 2) -> None:
         if max_blocks <= 0:
             raise ValueError(f"a run of at most {max_blocks} blocks is empty")
-        self._max_blocks = max_blocks
+        self.max_blocks = max_blocks
         self._cursor = 0
         self._busy = BlockSet()  # in flight, or waiting after a failure
         self._passed = BlockSet()  # hot, passed over in this round
@@ -118,7 +118,7 @@ class Plan:
     ) -> tuple[int, int] | None:
         """The first run that begins in [start, end) and may be copied now."""
         while True:
-            run = taken.next_run(start, self._max_blocks)
+            run = taken.next_run(start, self.max_blocks)
             if run is None or (end is not None and run[0] >= end):
                 return None
             first, stop = run

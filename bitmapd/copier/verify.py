@@ -21,7 +21,7 @@ import xxhash
 
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Device, Scheduler
-from bitmapd.media.buffers import BufferPool
+from bitmapd.media.buffers import PAGE_BYTES, BufferPool
 from bitmapd.record.geometry import Geometry
 
 DEPTH = 4
@@ -164,13 +164,14 @@ class Verify:
         self, first: int, stop: int, compared: Callable[[memoryview, memoryview], None]
     ) -> bool:
         offset, length = self._geometry.block_bytes_range(first, stop)
-        mine = self._pool.take(length)
-        theirs = self._pool.take(length) if mine is not None else None
-        if mine is None or theirs is None:
-            if mine is not None:
-                self._pool.give(mine)
+        # One buffer for both, so that the pool's promise (something is always handed out when
+        # nothing is out) holds for the pair, however large a block is.
+        half = -(-length // PAGE_BYTES) * PAGE_BYTES
+        both = self._pool.take(2 * half)
+        if both is None:
             self._pool.when_free(self._pump)
             return False
+        mine, theirs = both[:length], both[half : half + length]
         self._in_flight += 1
         waiting = 2
 
@@ -182,8 +183,7 @@ class Verify:
                 return
             if self._error is None:
                 compared(mine, theirs)
-            self._pool.give(mine)
-            self._pool.give(theirs)
+            self._pool.give(both)
             self._in_flight -= 1
             self._pump()
 

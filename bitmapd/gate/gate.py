@@ -275,13 +275,18 @@ class Gate:
         extents = (first // per, (stop - 1) // per + 1)
 
         def recorded(error: OSError | None) -> None:
+            dropped_meanwhile = error is None and not self._store.covers(*extents)
+            if dropped_meanwhile and self._store.add([extents], (), recorded):
+                return
             if error is None:
                 if self._current_since is None:
                     self._current_since = self._scheduler.time()
                 self.current.add(first, stop)
             done(error)
 
-        if not self._store.add([extents], (), recorded):
+        waiting = self._store.add([extents], (), recorded)
+        self._policy.added(*extents, self._scheduler.time())
+        if not waiting:
             recorded(None)
 
     def is_hot(self, first: int, stop: int) -> bool:
@@ -293,8 +298,10 @@ class Gate:
         self.taken.discard(first, stop)
         per = self._geometry.blocks_per_extent
         self._copied.update(range(first // per, (stop - 1) // per + 1))
-        if not self.taken and self._settling_since is None:
-            self._settling_since, self._taken_since = self._taken_since, None
+        if not self.taken:
+            if self._settling_since is None:
+                self._settling_since = self._taken_since
+            self._taken_since = None
 
     # -- settling -------------------------------------------------------------------------
     def begin_settle(self) -> set[int]:
@@ -324,9 +331,8 @@ class Gate:
     def _take_again(self, extents: Iterable[int]) -> None:
         for extent in extents:
             self.taken.add(*self._geometry.extent_blocks(extent, extent + 1))
-        if self._taken_since is None:
-            self._taken_since = self._settling_since
-        self._settling_since = None
+        if self._settling_since is not None:  # older than what was taken since
+            self._taken_since, self._settling_since = self._settling_since, None
 
     def is_clean(self, extent: int) -> bool:
         """Whether a recorded extent is known to be equal and durable on both sides."""
@@ -392,6 +398,11 @@ class Gate:
     def dirty_blocks(self) -> int:
         """Blocks that are not on the secondary yet; a block in both sets counts once per set."""
         return self.current.count() + self.taken.count()
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether the record names more than it should, so that copying is urgent."""
+        return self._store.recorded_extents > self.limit_extents
 
     @property
     def has_copied(self) -> bool:

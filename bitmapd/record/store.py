@@ -337,8 +337,6 @@ class RecordStore:
                 page=page.index,
                 message=f"cannot write the record: {error.strerror or error}",
             )
-        if page.waiters and page not in self._ready:
-            self._make_ready(page)
         for batch in batches:
             batch.page_done(error)
         if self._ready:

@@ -28,6 +28,7 @@ from bitmapd.control.sockets import peer_credentials
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError, error_from_json
 
 POLL_S = 0.03
+SYSTEMD_RUNS = Path("/run/systemd/system")  # sd_booted(3)
 FORK_TIMEOUT_S = 60.0  # until a bitmapd that becomes a daemon has left its parent
 SILENT_S = 10.0  # until a daemon has written its pid file
 
@@ -86,7 +87,7 @@ def _has_unit(paths: Paths, name: str) -> bool:
     """Whether systemd runs here and has our unit, which serves the default folders."""
     if (str(paths.config_dir), str(paths.run_dir)) != (DEFAULT_CONFIG_DIR, DEFAULT_RUN_DIR):
         return False
-    if not Path("/run/systemd/system").is_dir() or shutil.which("systemctl") is None:
+    if not SYSTEMD_RUNS.is_dir() or shutil.which("systemctl") is None:
         return False
     command = ["systemctl", "cat", f"bitmapd@{name}.service"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -8,13 +8,10 @@ The page cache of the sources is dropped first: bitmapd reads the primary itself
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import socket
 import time
 from pathlib import Path
-from typing import Any
 
 from tests.bench import servers
 from tests.support import rawnbd
@@ -23,6 +20,7 @@ from tests.support.volumes import MIB, Volume, make_file, run
 
 BLOCK = 64 << 10
 DEPTH = 16
+COPY_TIMEOUT_S = 600.0
 
 
 def pick_blocks(size_bytes: int, fraction: float, seed: int) -> list[int]:
@@ -32,28 +30,12 @@ def pick_blocks(size_bytes: int, fraction: float, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(total), int(total * fraction)))
 
 
-def control(volume: Volume, verb: str, **arguments: Any) -> dict[str, Any]:
-    """One request on the control socket; without the start-up time of a command."""
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(600)
-        sock.connect(str(volume.folder / "run" / f"{volume.name}.ctl"))
-        sock.sendall(json.dumps({"verb": verb, "args": arguments}).encode() + b"\n")
-        with sock.makefile("rb") as lines:
-            for line in lines:
-                answer = json.loads(line)
-                if "error" in answer:
-                    raise RuntimeError(f"{verb}: {answer['error']}")
-                if "result" in answer:
-                    return dict(answer["result"] or {})
-    raise ConnectionError(f"{verb}: no answer from the daemon")
-
-
 def write_blocks(volume: Volume, blocks: list[int], seed: int) -> None:
     """Fresh data for the given blocks, through the export."""
-    noise = random.Random(seed).randbytes(BLOCK + len(blocks) % 4096)
+    noise = random.Random(seed).randbytes(BLOCK + 4096)
     with RawNbd(volume.socket, volume.name) as client:
         for number, block in enumerate(blocks):
-            shift = number % (len(noise) - BLOCK + 1)
+            shift = number % 4096
             client.submit(rawnbd.WRITE, block * BLOCK, BLOCK, noise[shift : shift + BLOCK])
             while client.in_flight >= DEPTH:
                 _answer(client)
@@ -87,18 +69,19 @@ def sparse_source(path: Path, size_bytes: int, blocks: list[int], seed: int) -> 
 
 def time_bitmapd(volume: Volume, blocks: list[int], seed: int) -> float:
     """Seconds from resume to in-sync with exactly these blocks dirty."""
-    control(volume, "pause")
-    write_blocks(volume, blocks, seed)
-    began = time.perf_counter()
-    control(volume, "resume")
-    control(volume, "wait", **{"for": "in-sync"})
-    return time.perf_counter() - began
+    with volume.control(COPY_TIMEOUT_S) as control:
+        control.call("pause")
+        write_blocks(volume, blocks, seed)
+        began = time.perf_counter()
+        control.call("resume")
+        control.call("wait", **{"for": "in-sync"})
+        return time.perf_counter() - began
 
 
 def time_command(command: list[str], source: Path) -> float:
     forget_cache(source)
     began = time.perf_counter()
-    run(command, timeout_s=600)
+    run(command, timeout_s=COPY_TIMEOUT_S)
     return time.perf_counter() - began
 
 
@@ -114,7 +97,9 @@ def compare_copies(
         sparse_source(source, size_bytes, blocks, number)
         for secondary in ("file", "nbd"):
             with (
-                servers.nbdkit_file(make_file(served, size_bytes), state, "copyserved") as remote,
+                servers.nbdkit_file(
+                    make_file(served, size_bytes), state, f"served{number}"
+                ) as remote,
                 Volume(
                     state,
                     size_bytes,
@@ -131,7 +116,9 @@ def compare_copies(
                 volume.stop()
             for path in (volume.primary, volume.secondary, volume.record):
                 path.unlink()
-            with servers.nbdkit_file(make_file(served, size_bytes), state, "copyserved") as remote:
+            with servers.nbdkit_file(
+                make_file(served, size_bytes), state, f"served{number}"
+            ) as remote:
                 make_file(target, size_bytes)
                 where = remote.uri if secondary == "nbd" else str(target)
                 command = ["nbdcopy", "--flush", "--destination-is-zero", str(source), where]

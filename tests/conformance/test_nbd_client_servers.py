@@ -348,21 +348,17 @@ def test_random_errors_are_answered_one_by_one(folder: Path) -> None:
 
 
 def test_delays_overlap(folder: Path) -> None:
-    """64 writes that take half a second each are at the server at the same time."""
+    """64 writes of half a second each: one after the other, the last would time out."""
 
     async def use(peer: Peer) -> None:
-        target = await opened(peer.uri(), timeout_s=20.0)
+        target = await opened(peer.uri(), timeout_s=10.0)
         buffer = aligned(4096)
-        most = 0
-
-        async def one(index: int) -> None:
-            nonlocal most
-            await succeed(lambda done: target.write(index * 4096, buffer, done))
-            most = max(most, target.in_flight)
-
-        await asyncio.gather(*(one(index) for index in range(64)))
-        # When the first reply came, nearly all the others were under way.
-        assert most > 32
+        await asyncio.gather(
+            *(
+                succeed(lambda done, at=at: target.write(at, buffer, done))
+                for at in range(0, 64 * 4096, 4096)
+            )
+        )
         target.close()
 
     with nbdkit(folder, "-t", "64", "--filter=delay", "memory", "1M", "wdelay=500ms") as peer:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bitmapd.control.server import Progress
+from bitmapd.errors import BusyError
 from bitmapd.record import tool
 from tests.support.cli import MIB, Cli, check_status, control_thread, new_cli
 from tests.support.rawnbd import WRITE, RawNbd
@@ -368,6 +369,21 @@ def test_set(started: Cli) -> None:
     assert started.call("set", "vol0", "copy-rate=1m").status == 14
 
 
+def test_resize(started: Cli) -> None:
+    assert started.status()["size_bytes"] == 8 * MIB
+    for side in ("secondary", "primary"):
+        os.truncate(started.folder / f"vol0.{side}", 16 * MIB)
+    assert started.ok("resize", "vol0", "--json").json["name"] == "vol0"
+    assert started.status()["size_bytes"] == 16 * MIB
+    write(started, 15 * MIB, b"u" * 4096)
+    started.ok("wait", "vol0", "--for", "in-sync", "--timeout", "30s")
+    started.ok("stop", "vol0")
+    secondary = (started.folder / "vol0.secondary").read_bytes()
+    assert secondary == (started.folder / "vol0.primary").read_bytes()
+    assert secondary[15 * MIB : 15 * MIB + 4096] == b"u" * 4096
+    assert started.call("resize", "vol0").status == 14
+
+
 # -- stop -------------------------------------------------------------------------------------
 
 
@@ -418,6 +434,27 @@ def test_events(started: Cli) -> None:
     assert started.call("events", "vol0").status == 14
     assert started.call("events", "nosuch").status == 10
     assert started.ok("events", "--now").out == ""
+
+
+def test_events_are_followed_to_the_end_or_to_an_error(cli: Cli) -> None:
+    cli.create()
+
+    async def once(_args: dict[str, Any], progress: Progress) -> Any:
+        await progress({"event": "in-sync"})
+        return {"events": 1}
+
+    async def broken(_args: dict[str, Any], _progress: Progress) -> Any:
+        raise BusyError("too many readers")
+
+    path = cli.paths.control_socket("vol0")
+    with control_thread(path, {"events": broken}):
+        assert cli.call("events").status == 12
+    with control_thread(path, {"events": once}):
+        following = cli.popen("events", "vol0")
+        assert following.stdout is not None
+        assert json.loads(following.stdout.readline()) == {"event": "in-sync"}
+    with following:
+        assert following.wait(30) == 0
 
 
 def test_events_of_a_reader_that_goes_away(started: Cli) -> None:

@@ -385,7 +385,7 @@ def test_a_hostile_server_gets_no_further_than_a_protocol_error(
     replies = list(plan.replies)
     for how, place, garbage in spoils:
         at = place % len(replies)
-        if how == "byte":
+        if how == "byte" and replies[at]:
             spoiled = bytearray(replies[at])
             spoiled[place % min(len(spoiled), 40)] ^= garbage[0]
             replies[at] = bytes(spoiled)

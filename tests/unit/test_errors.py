@@ -1,0 +1,68 @@
+"""errors: class = code = exit status, there and back over the control socket."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bitmapd import errors
+from bitmapd.errors import BitmapdError, BusyError, UsageError, error_from_json
+
+CLASSES = [
+    found
+    for found in vars(errors).values()
+    if isinstance(found, type) and issubclass(found, BitmapdError)
+]
+
+
+def test_exit_statuses_are_those_of_the_command_line_contract() -> None:
+    assert {found.code: found.exit_status for found in CLASSES} == {
+        "failed": 1,
+        "usage": 2,
+        "not-found": 10,
+        "exists": 11,
+        "busy": 12,
+        "no-space": 13,
+        "wrong-state": 14,
+        "unreachable": 15,
+        "split-brain": 16,
+        "record-damaged": 20,
+        "format-too-new": 21,
+        "foreign-record": 22,
+        "permission": 30,
+        "time-out": 40,
+        "degraded": 100,
+        "differences": 101,
+    }
+    assert len(CLASSES) == 16, "no two classes share a code"
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.code)
+@pytest.mark.parametrize("hint", [None, "do something else"])
+def test_an_error_survives_the_way_through_json(kind: type[BitmapdError], hint: str | None) -> None:
+    error = kind("it failed", hint)
+    again = error_from_json(json.loads(json.dumps(error.to_json())))
+    assert type(again) is kind
+    assert (again.message, again.hint, str(again)) == ("it failed", hint, "it failed")
+    assert again.to_json() == error.to_json()
+
+
+def test_json_has_the_keys_of_the_contract() -> None:
+    assert BusyError("taken", "wait").to_json() == {
+        "code": "busy",
+        "exit_status": 12,
+        "message": "taken",
+        "hint": "wait",
+    }
+
+
+@pytest.mark.parametrize("data", [{}, {"code": "from-the-future"}, {"code": None}])
+def test_what_is_not_known_is_a_plain_failure(data: dict[str, object]) -> None:
+    error = error_from_json(data)
+    assert type(error) is BitmapdError
+    assert (error.message, error.hint, error.exit_status) == ("unknown error", None, 1)
+
+
+def test_an_error_has_no_hint_unless_there_is_one() -> None:
+    assert UsageError("no").hint is None

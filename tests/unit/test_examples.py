@@ -1,0 +1,67 @@
+"""Files that administrators copy are right, and man pages can be made and read."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitmapd.config import Paths, keys, load_all
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def test_the_example_configuration_is_one() -> None:
+    configs = load_all(Paths(EXAMPLES, Path("/run/dmctl")))
+    assert set(configs) == {"example"}
+    assert configs["example"].resync_target_s is None
+    assert configs["example"].record_limit_bytes == 4 << 30
+    assert configs["example"].copy_rate_bytes_per_s == 200 << 20
+
+
+def test_the_units_are_accepted_by_systemd(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed: the units were not looked at")
+    units = []
+    for name in ("bitmapd@.service", "dmctl-resync.service", "dmctl-resync.timer"):
+        text = (EXAMPLES / name).read_text()
+        for installed in ("/usr/local/bin/bitmapd", "/usr/local/bin/dmctl"):
+            text = text.replace(installed, "/bin/true")  # whether it is installed is not the matter
+        units.append(tmp_path / name.replace("@", "@vol0"))
+        units[-1].write_text(text)
+    command = [program, "verify", "--man=no", *map(str, units)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    said = [line for line in answer.stderr.splitlines() if str(tmp_path) in line]
+    assert (answer.returncode, said) == (0, [])
+
+
+def test_cron_lines_have_their_fields() -> None:
+    lines = (EXAMPLES / "dmctl-resync.cron").read_text().splitlines()
+    jobs = [line for line in lines if line and line[0] in "*0123456789"]
+    assert len(jobs) == 2
+    for job in jobs:
+        assert job.split()[5] == "root"
+        assert "%" not in job  # cron would end the command there
+        subprocess.run(["sh", "-n", "-c", job.split("root", 1)[1]], check=True)
+
+
+def test_man_pages(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, ROOT / "docs/make_man.py", tmp_path], check=True, timeout=60)
+    program = (tmp_path / "dmctl.8").read_text()
+    for word in ("resync", "EXIT STATUS", "22 record of another volume", "14 stopped"):
+        assert word in program
+    config = (tmp_path / "dmctl.toml.5").read_text()
+    assert all(f".B {key.name}" in config for key in keys().values())
+    man = shutil.which("man")
+    if man is None:
+        pytest.skip("man is not installed: the pages were made, and not formatted")
+    for page in tmp_path.iterdir():
+        shown = subprocess.run(
+            [man, "--warnings", "-l", page], capture_output=True, check=True, timeout=60
+        )
+        assert len(shown.stdout) > 1000

@@ -1,0 +1,445 @@
+"""record/store: what is covered, what a record write costs, what an error leaves."""
+
+from __future__ import annotations
+
+import errno
+from random import Random
+from typing import Any
+
+import pytest
+
+from bitmapd.record.geometry import KIB, Geometry
+from bitmapd.record.layout import EXTENTS_PER_PAGE, PAGE_BYTES, encode_page, page_offset
+from bitmapd.record.store import RecordStore
+from bitmapd.resize import new_page_states
+from tests.support.records import VOLUME, blank_image, load_image
+from tests.support.sim import SimDisk, SimLoop, drain
+
+EDGE = EXTENTS_PER_PAGE  # the first extent of the second page
+EXTENTS = EDGE + 40
+GEOMETRY = Geometry(EXTENTS * 64 * KIB, 64 * KIB, 64 * KIB)
+
+
+class Rig:
+    """A store on a simulated record device."""
+
+    def __init__(self, image: bytes | None = None, geometry: Geometry = GEOMETRY) -> None:
+        image = image or blank_image(geometry)
+        self.loop = SimLoop()
+        self.disk = SimDisk("record", len(image), image)
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.answers: list[OSError | None] = []
+        self.store = RecordStore(
+            geometry,
+            load_image(image),
+            self.disk,
+            self.loop,
+            lambda event, **fields: self.events.append((event, fields)),
+        )
+
+    def add(self, *needed: tuple[int, int], extra: tuple[tuple[int, int], ...] = ()) -> bool:
+        waiting = self.store.add(needed, extra, self.answers.append)
+        self.loop.run_soon()
+        return waiting
+
+    def put(self, *needed: tuple[int, int]) -> None:
+        """In the record, durably."""
+        self.add(*needed)
+        drain(self.loop, self.disk)
+
+    def finish(self, index: int = 0) -> None:
+        self.disk.finish(index)
+        self.loop.run_soon()
+
+    def fail(self, number: int = errno.EIO, index: int = 0) -> None:
+        self.disk.fail_next = {self.disk.pending[index].kind: [number]}
+        self.finish(index)
+        self.disk.fail_next = {}
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """Kind and offset of what is at the device now."""
+        return [(op.kind, op.offset_bytes) for op in self.disk.pending]
+
+    def stored(self) -> set[int]:
+        bits = load_image(bytes(self.disk.durable)).bits
+        return {extent for extent in range(len(bits)) if bits[extent]}
+
+    def recorded(self) -> set[int]:
+        return {e for first, stop in self.store.recorded_runs() for e in range(first, stop)}
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+# -- questions --------------------------------------------------------------------------------
+
+
+def test_it_begins_with_what_was_loaded(rig: Rig) -> None:
+    rig.put((3, 5), (EDGE - 1, EDGE + 2))
+    store = Rig(bytes(rig.disk.durable)).store
+    assert store.recorded_extents == 5
+    assert store.covers(3, 5)
+    assert store.covers(EDGE - 1, EDGE + 2)
+    assert not store.covers(3, 6)
+    assert store.missing(2, 6) == 2
+    assert store.is_wanted(4)
+    assert not store.is_wanted(5)
+    assert store.settled
+    assert not store.failing
+    assert list(store.recorded_runs()) == [(3, 5), (EDGE - 1, EDGE + 2)]
+    assert list(store.recorded_runs(4, EDGE)) == [(4, 5), (EDGE - 1, EDGE)]
+
+
+def test_a_run_may_end_with_the_volume(rig: Rig) -> None:
+    rig.put((EXTENTS - 2, EXTENTS))
+    assert list(rig.store.recorded_runs()) == [(EXTENTS - 2, EXTENTS)]
+
+
+def test_the_record_that_is_handed_out_is_a_copy(rig: Rig) -> None:
+    rig.store.recorded.setall(True)
+    assert rig.store.recorded.count() == 0
+
+
+# -- adding -----------------------------------------------------------------------------------
+
+
+def test_nothing_is_covered_before_it_is_durable(rig: Rig) -> None:
+    assert rig.add((5, 6))
+    assert rig.store.is_wanted(5)
+    assert not rig.store.covers(5, 6)
+    assert rig.disk.pending[0].fua, "nothing here relies on a flush"
+    assert not rig.store.settled
+    rig.finish()
+    assert rig.answers == [None]
+    assert rig.store.covers(5, 6)
+    assert rig.stored() == {5}
+    assert rig.store.settled
+
+
+def test_one_write_whatever_number_of_extents_rides_along(rig: Rig) -> None:
+    rig.add((5, 6), extra=((10, 20), (EDGE, EDGE + 5), (30, 31)))
+    assert len(rig.disk.pending) == 1
+    rig.finish()
+    assert rig.stored() == {5, *range(10, 20), 30}, "what needs another page does not ride along"
+    assert rig.recorded() == rig.stored()
+    assert rig.store.updates == 1
+
+
+def test_extras_alone_are_never_written(rig: Rig) -> None:
+    rig.put((5, 6))
+    assert not rig.add((5, 6), extra=((7, 9),))
+    assert rig.disk.pending == []
+    assert rig.recorded() == {5}
+
+
+def test_an_add_over_two_pages_waits_for_both(rig: Rig) -> None:
+    rig.add((EDGE - 1, EDGE + 1))
+    assert len(rig.disk.pending) == 2
+    rig.finish(1)
+    assert rig.answers == []
+    rig.finish()
+    assert rig.answers == [None]
+    assert rig.store.updates == 2
+
+
+def test_an_add_that_asks_twice_for_a_page_waits_once(rig: Rig) -> None:
+    rig.add((1, 2), (5, 6))
+    rig.finish()
+    assert rig.answers == [None]
+    assert rig.stored() == {1, 5}
+
+
+def test_the_error_of_either_page_is_the_answer(rig: Rig) -> None:
+    rig.add((EDGE - 1, EDGE + 1))
+    rig.fail(errno.ENOSPC)
+    rig.finish()
+    (error,) = rig.answers
+    assert error is not None
+    assert error.errno == errno.ENOSPC
+
+
+def test_what_asks_for_a_page_meanwhile_shares_the_next_write(rig: Rig) -> None:
+    rig.add((1, 2))
+    for extent in (2, 3, 4):
+        assert rig.add((extent, extent + 1))
+    assert len(rig.disk.pending) == 1, "one write at a time per page"
+    rig.finish()
+    assert rig.answers == [None]
+    assert len(rig.disk.pending) == 1
+    rig.finish()
+    assert rig.answers == [None] * 4
+    assert rig.store.updates == 2
+
+
+def test_pages_are_written_at_the_same_time(rig: Rig) -> None:
+    rig.add((1, 2))
+    rig.add((EDGE, EDGE + 1))
+    assert [offset for _, offset in rig.places] == [page_offset(0, 1), page_offset(1, 1)]
+
+
+def test_a_batch_can_be_committed_before_the_loop_comes_round(rig: Rig) -> None:
+    rig.store.add([(1, 2)], (), rig.answers.append)
+    rig.store.commit()
+    assert len(rig.disk.pending) == 1
+    rig.loop.run_soon()
+    assert len(rig.disk.pending) == 1, "what the loop had planned has nothing left to do"
+
+
+def test_the_two_slots_take_turns(rig: Rig) -> None:
+    for extent in (1, 2, 3):
+        rig.put((extent, extent + 1))
+    offsets = [offset for kind, offset, _ in rig.disk.history if kind == "write"]
+    assert offsets == [page_offset(0, 1), page_offset(0, 0), page_offset(0, 1)]
+
+
+def test_every_outcome_of_a_power_cut_holds_what_was_covered(rig: Rig) -> None:
+    rig.put((1, 2))
+    rig.store.drop([1])
+    rig.add((2, 3))
+    found = set()
+    for seed in range(40):
+        loaded = load_image(rig.disk.crash(Random(seed)))
+        assert not loaded.damaged
+        found.add(tuple(extent for extent in range(4) if loaded.bits[extent]))
+    assert found == {(1,), (2,)}, "the old page or the new one, never less"
+
+
+# -- dropping ---------------------------------------------------------------------------------
+
+
+def test_a_drop_counts_at_once_and_is_written_lazily(rig: Rig) -> None:
+    rig.put((5, 8))
+    rig.store.drop([5, 6, 9])
+    assert rig.store.recorded_extents == 1
+    assert not rig.store.covers(5, 6)
+    rig.loop.run_soon()
+    assert rig.disk.pending == []
+    assert not rig.store.settled
+    rig.store.flush_clears()
+    rig.loop.run_soon()
+    assert len(rig.disk.pending) == 1
+    rig.finish()
+    assert rig.stored() == {7}
+    assert (rig.store.updates, rig.store.clears) == (1, 1)
+    rig.store.flush_clears()
+    rig.loop.run_soon()
+    assert rig.disk.pending == [], "nothing is left to clear"
+
+
+def test_clears_ride_along_with_the_next_miss_of_their_page(rig: Rig) -> None:
+    rig.put((5, 8))
+    rig.store.drop([5, 6])
+    rig.put((9, 10))
+    assert rig.stored() == {7, 9}
+    assert (rig.store.updates, rig.store.clears) == (2, 0)
+    assert rig.store.settled
+
+
+def test_a_revoked_clear_costs_nothing_until_it_is_on_its_way(rig: Rig) -> None:
+    rig.put((5, 7))
+    rig.store.drop([5])
+    assert not rig.add((5, 6))
+    assert rig.store.covers(5, 7)
+    rig.store.drop([5])
+    rig.store.flush_clears()
+    rig.loop.run_soon()
+    assert rig.add((5, 6)), "the clear may be on the medium already"
+    assert not rig.store.covers(5, 6)
+    assert rig.store.covers(6, 7), "what both contents have stays covered"
+    rig.finish()
+    rig.finish()
+    assert rig.store.covers(5, 7)
+
+
+def test_clears_wait_for_a_page_that_is_being_written(rig: Rig) -> None:
+    rig.put((5, 6))
+    rig.add((6, 7))
+    rig.store.drop([5])
+    rig.store.flush_clears()
+    rig.loop.run_soon()
+    assert len(rig.disk.pending) == 1
+    rig.finish()
+    assert rig.disk.pending == [], "left to the next call"
+    rig.store.flush_clears()
+    rig.loop.run_soon()
+    rig.finish()
+    assert rig.stored() == {6}
+
+
+def test_a_drop_of_what_is_being_added_wins(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.store.drop([5])
+    rig.finish()
+    assert rig.answers == [None]
+    assert not rig.store.covers(5, 6), "whoever relies on it asks again"
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+def test_a_failed_write_is_told_and_covers_nothing(rig: Rig) -> None:
+    rig.put((1, 2))
+    rig.add((5, 6))
+    rig.fail()
+    assert isinstance(rig.answers[1], OSError)
+    assert rig.store.failing
+    assert rig.store.errors == 1
+    assert not rig.store.covers(5, 6)
+    assert rig.store.covers(1, 2), "the other slot has it whatever became of the write"
+    ((event, fields),) = rig.events
+    assert event == "record-error"
+    assert (fields["device"], fields["page"]) == ("record", 0)
+    assert fields["message"] == "cannot write the record: simulated EIO"
+
+
+def test_the_same_slot_is_written_again_and_read_back(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.fail()
+    rig.add((6, 7))
+    assert rig.places == [("write", page_offset(0, 1))]
+    rig.finish()
+    assert rig.places == [("read", page_offset(0, 1))]
+    assert len(rig.answers) == 1
+    rig.finish()
+    assert rig.answers[1] is None
+    assert not rig.store.failing
+    assert rig.stored() == {5, 6}
+    rig.add((7, 8))
+    assert rig.places == [("write", page_offset(0, 0))]
+    rig.finish()
+    assert rig.disk.pending == [], "no read-back once it has worked again"
+
+
+def test_a_page_that_reads_back_differently_is_an_error(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.fail()
+    rig.add((6, 7))
+    rig.finish()
+    rig.disk.visible[page_offset(0, 1) + PAGE_BYTES - 1] ^= 1
+    rig.finish()
+    error = rig.answers[1]
+    assert error is not None
+    assert "page 0 reads back other than written" in str(error)
+    assert rig.store.failing
+    assert not rig.store.covers(6, 7)
+
+
+def test_a_page_that_cannot_be_read_back_is_an_error(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.fail()
+    rig.add((6, 7))
+    rig.finish()
+    rig.fail(errno.ENXIO)
+    error = rig.answers[1]
+    assert error is not None
+    assert error.errno == errno.ENXIO
+    assert rig.store.failing
+
+
+def test_a_failed_page_is_mended_by_the_next_flush_of_clears(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.fail()
+    rig.store.flush_clears()
+    drain(rig.loop, rig.disk)
+    assert not rig.store.failing
+    assert rig.stored() == {5}, "what was asked for stays wanted"
+    assert rig.store.covers(5, 6)
+
+
+def test_who_waited_behind_a_failed_write_gets_the_next_one(rig: Rig) -> None:
+    rig.add((1, 2))
+    rig.add((2, 3))
+    rig.fail()
+    assert len(rig.answers) == 1
+    drain(rig.loop, rig.disk)
+    assert rig.answers[1] is None
+    assert rig.store.covers(1, 3)
+
+
+def test_an_answer_may_ask_for_the_page_again(rig: Rig) -> None:
+    """As the gate does when an extent was dropped meanwhile."""
+    later: list[OSError | None] = []
+    rig.store.add([(1, 2)], (), lambda error: rig.add((3, 4)) and later.append(error))
+    rig.loop.run_soon()
+    rig.add((2, 3))
+    rig.finish()
+    assert later == [None]
+    assert len(rig.disk.pending) == 1
+    rig.finish()
+    assert rig.answers == [None, None]
+    assert rig.store.covers(1, 4)
+
+
+# -- coming to rest ---------------------------------------------------------------------------
+
+
+def test_idle_comes_after_everything_that_is_due(rig: Rig) -> None:
+    idle: list[OSError | None] = []
+    rig.add((1, 2))
+    rig.add((2, 3))
+    rig.store.when_idle(idle.append)
+    rig.loop.run_soon()
+    assert idle == []
+    rig.finish()
+    assert idle == []
+    rig.finish()
+    assert idle == [None]
+
+
+def test_idle_is_never_told_inside_the_call(rig: Rig) -> None:
+    idle: list[OSError | None] = []
+    rig.store.when_idle(idle.append)
+    rig.store.when_idle(idle.append)
+    assert idle == []
+    rig.loop.run_soon()
+    assert idle == [None, None]
+
+
+def test_idle_tells_of_an_error_once(rig: Rig) -> None:
+    idle: list[OSError | None] = []
+    rig.add((1, 2))
+    rig.store.when_idle(idle.append)
+    rig.fail(errno.ENOSPC)
+    assert idle[0] is not None
+    assert idle[0].errno == errno.ENOSPC
+    rig.store.when_idle(idle.append)
+    rig.loop.run_soon()
+    assert idle[1] is None
+
+
+# -- growing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_larger_volume_gets_pages_of_ones_and_an_unrecorded_rest(in_flight: bool) -> None:
+    """`in_flight`: the last page is being written at that moment."""
+    old = Geometry(40 * 64 * KIB, 64 * KIB, 64 * KIB)
+    ones = b"\xff" * ((EXTENTS - EDGE) // 8)
+    slots = [encode_page(VOLUME.bytes, 1, 2, 1, ones), encode_page(VOLUME.bytes, 1, 1, 0, ones)]
+    rig = Rig(blank_image(old)[: page_offset(1, 0)] + b"".join(slots), old)
+    rig.put((39, 40))
+    if in_flight:
+        rig.add((38, 39))
+    rig.store.grow(GEOMETRY, new_page_states(old, GEOMETRY))
+    expected = {*range(EDGE, EXTENTS), 39} | ({38} if in_flight else set())
+    assert rig.recorded() == expected
+    assert rig.store.recorded_extents == len(expected)
+    assert rig.store.covers(EDGE, EXTENTS)
+    assert not rig.store.covers(40, 41)
+    if in_flight:
+        rig.finish()
+        assert rig.store.covers(38, 40)
+        assert not rig.store.covers(40, 41), "what was written ends where the page ended"
+    rig.put((40, EDGE + 2))
+    assert rig.store.covers(39, EXTENTS)
+    rig.store.drop([EDGE])
+    rig.store.flush_clears()
+    drain(rig.loop, rig.disk)
+    superblocks = blank_image(GEOMETRY)[: page_offset(0, 0)]
+    stored = load_image(superblocks + bytes(rig.disk.durable[page_offset(0, 0) :]))
+    assert not stored.damaged
+    assert stored.bits == rig.store.recorded
+    assert not stored.bits[EDGE]
