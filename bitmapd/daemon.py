@@ -36,6 +36,7 @@ from bitmapd.config import (
     atomic_write,
     change_volume,
     changed,
+    check_name,
     load_volume,
 )
 from bitmapd.control.events import EventLog, LineSink, format_line
@@ -55,7 +56,7 @@ _STACK_BYTES = 512 << 10  # of a thread; locked memory, and 8 MiB by default
 Emit = Callable[..., None]
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bitmapd", description="Serve one mirrored volume.")
     parser.add_argument("name", metavar="NAME", help="the volume")
     parser.add_argument(
@@ -64,7 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config-dir", metavar="DIR", help="default /etc/dmctl")
     parser.add_argument("--run-dir", metavar="DIR", help="default /run/dmctl")
     parser.add_argument("--version", action="version", version=f"bitmapd {__version__}")
-    return parser.parse_args(argv)
+    return parser
 
 
 def protect_memory(emit: Emit) -> None:
@@ -271,15 +272,18 @@ def _daemonise(paths: Paths, name: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    paths = Paths.find(os.environ, arguments.config_dir, arguments.run_dir)
-    paths = Paths(paths.config_dir.absolute(), paths.run_dir.absolute())
+    arguments = build_parser().parse_args(argv)
+    paths = None
     try:
+        check_name(arguments.name)
+        found = Paths.find(os.environ, arguments.config_dir, arguments.run_dir)
+        paths = Paths(found.config_dir.absolute(), found.run_dir.absolute())
         paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         load_volume(paths, arguments.name)  # a mistake here is told to whoever typed the command
     except (BitmapdError, OSError) as problem:
         error = problem if isinstance(problem, BitmapdError) else BitmapdError(str(problem))
-        _write_error(paths, arguments.name, error)
+        if paths is not None:
+            _write_error(paths, arguments.name, error)
         print(f"bitmapd: error: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"hint: {error.hint}", file=sys.stderr)

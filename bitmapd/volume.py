@@ -170,9 +170,9 @@ class Volume:
     def _make_secondary(self) -> Target:
         target = self.config.secondary
         if is_uri(target):
-            return NbdTarget(
-                self._loop, parse_uri(target), tls_certificates=self.config.tls_certificates
-            )
+            uri = parse_uri(target)
+            certificates = self.config.tls_certificates if uri.tls else None
+            return NbdTarget(self._loop, uri, tls_certificates=certificates)
         return KernelDevice(target, self._engine, exclusive=True, defer=True)
 
     async def _open_secondary(self) -> None:

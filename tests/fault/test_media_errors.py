@@ -97,25 +97,6 @@ def test_case_14_an_error_of_the_primary_goes_to_the_host_that_wrote(short_path:
         end_equal(volume)
 
 
-def test_case_14_a_primary_that_cannot_be_flushed_clears_nothing(short_path: Path) -> None:
-    """A flush that fails reaches the host that asked for it; no extent leaves the record."""
-    with ExitStack() as stack:
-        volume, disk = failing_volume(stack, short_path, "primary")
-        volume.write(0, noise(1, 2 * MIB))
-        volume.wait_in_sync()
-        with volume.host() as host, disk.failing("flush"):
-            with pytest.raises(OSError, match="failed"):
-                host.call(rawnbd.FLUSH)
-            host.call(rawnbd.WRITE, 5 * MIB, 64 * KIB, noise(2, 64 * KIB))
-            with volume.events() as events:
-                told = events.wait("copy-error")
-            assert "cannot flush the primary" in told["message"]
-            assert 5 in volume.recorded()
-            assert volume.ask("status")["state"] == "copying"
-            host.disconnect()
-        end_equal(volume)
-
-
 # -- the record ---------------------------------------------------------------------------
 
 
