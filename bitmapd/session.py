@@ -57,7 +57,10 @@ class RecordSession:
 
     def _check(self, superblock: Superblock) -> None:
         config = self._config
-        again = f"dmctl create {config.name} … --force makes a new record and a full copy"
+        again = (
+            f"dmctl remove {config.name}, then dmctl create {config.name} … --force: a new record,"
+            " and a full copy or --initial-sync checksum"
+        )
         if superblock.volume_uuid != config.uuid:
             raise ForeignRecordError(
                 f"record {config.record} belongs to volume '{superblock.name}'"

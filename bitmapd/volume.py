@@ -51,6 +51,7 @@ from bitmapd.session import RecordSession
 HOST_POOL_BYTES = 32 << 20
 COPY_POOL_BYTES = 16 << 20
 TICK_S = 1.0
+OPEN_PATIENCE_S = 5.0  # for a secondary's server that does not answer while hosts wait to be served
 MIN_LIMIT_EXTENTS = 64
 
 Emit = Callable[..., None]
@@ -177,6 +178,10 @@ class Volume:
 
     async def _open_secondary(self) -> None:
         """A secondary that is away does not keep hosts from working; a wrong one does."""
+        patience: asyncio.TimerHandle | None = None
+        if isinstance(self._secondary, NbdTarget):
+            # Closing ends the attempt; the copier makes the next one, while hosts are served.
+            patience = self._loop.call_later(OPEN_PATIENCE_S, self._secondary.close)
         try:
             await completion(self._secondary.open)
         except OSError as error:
@@ -186,6 +191,9 @@ class Volume:
                 message=f"cannot open the secondary: {error.strerror or error}",
             )
             return
+        finally:
+            if patience is not None:
+                patience.cancel()
         mismatch = self._session.secondary_mismatch(self._secondary.size_bytes)
         if mismatch is not None:
             raise ForeignRecordError(
@@ -334,6 +342,8 @@ class Volume:
             await self._drain()
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
+        if now or self._hurried:
+            self._leave_secondary()
         await stopped.wait()
         if self._tick_timer is not None:
             self._tick_timer.cancel()
@@ -354,7 +364,17 @@ class Volume:
     def hurry(self) -> None:
         """Let a stop that is copying what is left end without it."""
         self._hurried = True
+        if self.copier.state is CopyState.STOPPED:
+            self._leave_secondary()
         self._on_change()
+
+    def _leave_secondary(self) -> None:
+        """A server that does not answer must not hold up a stop in a hurry: end its requests.
+
+        What they were about is dirty, and stays in the record.
+        """
+        if isinstance(self._secondary, NbdTarget):
+            self._secondary.close()
 
     async def _drain(self) -> None:
         """Copy what is left, as long as the secondary can be reached."""

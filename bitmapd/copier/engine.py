@@ -505,6 +505,13 @@ class Copier:
         if self.state is not CopyState.LINK_DOWN:
             return
         if error is not None:
+            # Why it stays away may be another reason than why it went; told once.
+            if str(error) != str(self.last_error):
+                self._emit(
+                    "link-error",
+                    secondary=self._secondary.name,
+                    message=f"cannot open the secondary: {error.strerror or error}",
+                )
             self.last_error = error
             self._reopen()
             return

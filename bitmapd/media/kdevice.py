@@ -33,6 +33,7 @@ from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO, AllocationDone, Done
 from bitmapd.media.buffers import aligned
 
 _BLKSSZGET = 0x1268
+_BLKROGET = 0x125E
 _BLKDISCARD = 0x1277
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
@@ -125,6 +126,12 @@ class KernelDevice:
             answer = array.array("i", [0])
             fcntl.ioctl(fd, _BLKSSZGET, answer)
             self.block_size_bytes = answer[0]
+            # The kernel lets it be opened for writing all the same, and fails every write.
+            fcntl.ioctl(fd, _BLKROGET, answer)
+            if answer[0] and not self._read_only:
+                raise PermissionError_(
+                    f"{self.name} is read-only", hint=f"blockdev --setrw {self.name}"
+                )
             queue = Path(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")
             self._fast_zero = _sysfs_number(queue, "write_zeroes_max_bytes") > 0
         else:

@@ -213,7 +213,8 @@ class RecordStore:
                 self._make_ready(page)
 
     def when_idle(self, done: Done) -> None:
-        """Call back once no page is being written, with the last error if one occurred since."""
+        """Call back once no page is being written; with the last error while some page needs to be
+        written again because of one."""
         self._idle_waiters.append(done)
         self._scheduler.call_soon(self._check_idle)
 
@@ -348,6 +349,6 @@ class RecordStore:
         if self._writing or self._ready:
             return
         waiters, self._idle_waiters = self._idle_waiters, []
-        error, self._last_error = self._last_error, None
+        error = self._last_error if self.failing else None
         for done in waiters:
             done(error)

@@ -319,6 +319,7 @@ def main() -> int:
         name = f"{scale.big_bytes // TIB} TiB, clean"
         memory[name] = measure_big_volume(media, state, scale)
     results["memory"] = memory
+    results["machine"]["load average at the end"] = machine.load_average()
     document = None if options.quick or options.only != "all" else ROOT / "docs" / "benchmarks.md"
     path = report.write(results, options.results, document)
     print(report.to_terminal(results))

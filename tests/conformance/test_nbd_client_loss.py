@@ -25,6 +25,7 @@ from tests.support.nbdpeers import (
     qemu_nbd,
     read,
     read_all,
+    reopen,
     short_folder,
     succeed,
     write,
@@ -112,13 +113,17 @@ def test_kill_9_with_requests_in_flight(folder: Path, server: object, tcp: bool)
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
 def test_a_server_that_stops_answering(folder: Path, tcp: bool) -> None:
-    """SIGSTOP: small requests, and one that does not fit the socket, run into the time-out."""
+    """SIGSTOP: small requests, and one that does not fit the socket, run into the time-out.
+
+    With qemu-nbd, since nbdkit 1.32 may abort when a client leaves while replies are pending
+    (assertion in raw_send_socket).
+    """
     file = image(folder / "disk", SIZE)
 
     async def use(peer: Peer) -> None:
         target = await opened(peer.uri(), timeout_s=1.0)
         await write(target, 0, b"a" * 4096)
-        peer.signal(signal.SIGSTOP)
+        peer.stop()
         large = memoryview(bytearray(SIZE))
         small = memoryview(bytearray(b"b" * 4096))
         texts = await asyncio.gather(
@@ -132,11 +137,11 @@ def test_a_server_that_stops_answering(folder: Path, tcp: bool) -> None:
         # The kernel still takes connections for a stopped process, but nobody shakes hands.
         assert "no answer within 1 s" in await fail(errno.ETIMEDOUT, target.open)
         peer.signal(signal.SIGCONT)
-        await succeed(target.open)
+        await reopen(target)
         assert (await read(target, 0, 4096)) in (b"a" * 4096, bytes(4096))
         target.close()
 
-    with nbdkit(folder, "file", file, tcp=tcp) as peer:
+    with qemu_nbd(folder, file, tcp=tcp) as peer:
         asyncio.run(use(peer))
 
 

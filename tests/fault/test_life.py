@@ -1,4 +1,4 @@
-"""Starting, stopping, dying, and the first copy: what is copied, and that it is no more than that."""
+"""Starting, stopping, dying, and the first copy: what is copied, and that it is no more."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.support import rawnbd
 from tests.support.loops import sparse_file
-from tests.support.nbdpeers import need, nbdkit
+from tests.support.nbdpeers import nbdkit, need
 from tests.support.volumes import KIB, MIB, Volume, noise, run
 
 SIZE = 32 * MIB
@@ -240,8 +238,9 @@ def test_the_first_copy_goes_on_after_kill_9_where_it_was(short_path: Path) -> N
             before = left
             # What was copied leaves the record every few seconds, the stored one a little later.
             volume.until(
-                lambda status: status["record_extents"] <= before - 4  # noqa: B023
-                and status["record_clears_total"] >= 1
+                lambda status: (
+                    status["record_extents"] <= before - 4 and status["record_clears_total"] >= 1
+                )
             )
             # Acknowledged after a write of the page that comes after that one.
             volume.write(0, noise(7, 4 * KIB))
@@ -345,4 +344,3 @@ def test_a_file_system_survives_a_crash_of_its_volume(short_path: Path) -> None:
         end_equal(volume)
         run(["e2fsck", "-f", "-n", str(volume.secondary)])
         assert volume.secondary.read_bytes() == image.read_bytes()
-

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.loops import loop_device, run
-from tests.support.nbdpeers import Peer, need, nbdkit
+from tests.support.nbdpeers import Peer, nbdkit, need
 
 WAIT_S = 30.0
 

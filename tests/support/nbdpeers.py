@@ -108,6 +108,12 @@ class Peer:
             raise RuntimeError("the server does not run")
         self.process.send_signal(number)
 
+    def stop(self) -> None:
+        """SIGSTOP, and wait until it stands still."""
+        self.signal(signal.SIGSTOP)
+        if self.process is not None:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
+
     def kill(self) -> None:
         """kill -9, and wait until it is gone."""
         if self.process is not None:
@@ -179,6 +185,13 @@ async def opened(uri: NbdUri, **options: object) -> NbdTarget:
     target = NbdTarget(asyncio.get_running_loop(), uri, **options)  # type: ignore[arg-type]
     await succeed(target.open)
     return target
+
+
+async def reopen(target: NbdTarget) -> None:
+    """Open again as the copier does: until it works."""
+    async with asyncio.timeout(WAIT_S):
+        while await completion(target.open) is not None:
+            await asyncio.sleep(0.05)
 
 
 async def write(target: NbdTarget, offset_bytes: int, data: bytes, *, fua: bool = False) -> None:

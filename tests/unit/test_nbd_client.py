@@ -7,9 +7,7 @@ import errno
 import random
 import socket
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,179 +18,31 @@ from bitmapd.nbd.client import MAX_STATUS_BYTES, NbdTarget
 from bitmapd.nbd.numbers import (
     NBD_MAGIC,
     OPTS_MAGIC,
-    REP_MAGIC,
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
     Cmd,
     CmdFlag,
     ExportFlag,
-    Info,
-    Opt,
-    Rep,
 )
 from bitmapd.nbd.uri import NbdUri
 from bitmapd.nbd.wire import (
-    CLIENT_FLAGS,
     GREETING,
-    INFO_BLOCK_SIZE,
-    INFO_EXPORT,
-    OPTION,
-    OPTION_REPLY,
     REQUEST,
     SIMPLE_REPLY,
-    STRUCTURED_REPLY,
 )
+from tests.support.nbdfake import ALL, LEAST, FakeServer, Script, served
 from tests.support.nbdpeers import (
     KIB,
     MIB,
-    WAIT_S,
     allocation,
     completion,
     descriptors,
     fail,
     opened,
     read,
-    short_folder,
     succeed,
     write,
 )
-
-SIZE = 64 * MIB
-LEAST = int(ExportFlag.HAS_FLAGS | ExportFlag.SEND_FLUSH)
-ALL = LEAST | int(
-    ExportFlag.SEND_FUA
-    | ExportFlag.SEND_TRIM
-    | ExportFlag.SEND_WRITE_ZEROES
-    | ExportFlag.SEND_FAST_ZERO
-    | ExportFlag.CAN_MULTI_CONN
-)
-
-
-@dataclass
-class Seen:
-    """A request as the server got it."""
-
-    command: int
-    flags: int
-    handle: int
-    offset: int
-    length: int
-    payload: bytes = b""
-
-    @property
-    def what(self) -> tuple[int, int, int, int]:
-        return self.command, self.flags, self.offset, self.length
-
-
-class FakeServer:
-    """One connection, from the server's side."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    async def option(self) -> tuple[int, bytes]:
-        magic, option, length = OPTION.unpack(await self.reader.readexactly(OPTION.size))
-        assert magic == OPTS_MAGIC
-        return option, await self.reader.readexactly(length)
-
-    def answer(self, option: int, kind: int, data: bytes = b"") -> None:
-        self.writer.write(OPTION_REPLY.pack(REP_MAGIC, option, kind, len(data)) + data)
-
-    async def enter(
-        self,
-        flags: int = ALL,
-        size: int = SIZE,
-        structured: bool = False,
-        blocks: tuple[int, int, int] | None = None,
-    ) -> None:
-        self.writer.write(GREETING.pack(NBD_MAGIC, OPTS_MAGIC, 3))
-        await self.reader.readexactly(CLIENT_FLAGS.size)
-        while True:
-            option, _ = await self.option()
-            if option == Opt.STRUCTURED_REPLY and structured:
-                self.answer(option, Rep.ACK)
-            elif option == Opt.SET_META_CONTEXT:
-                self.answer(option, Rep.META_CONTEXT, b"\0\0\0\1base:allocation")
-                self.answer(option, Rep.ACK)
-            elif option == Opt.GO:
-                self.answer(option, Rep.INFO, INFO_EXPORT.pack(Info.EXPORT, size, flags))
-                if blocks is not None:
-                    self.answer(option, Rep.INFO, INFO_BLOCK_SIZE.pack(Info.BLOCK_SIZE, *blocks))
-                self.answer(option, Rep.ACK)
-                return
-            else:
-                self.answer(option, Rep.ERR_UNSUP)
-
-    async def request(self) -> Seen:
-        raw = await self.reader.readexactly(REQUEST.size)
-        magic, flags, command, handle, offset, length = REQUEST.unpack(raw)
-        assert magic == REQUEST_MAGIC
-        payload = await self.reader.readexactly(length) if command == Cmd.WRITE else b""
-        return Seen(command, flags, handle, offset, length, payload)
-
-    async def requests(self, count: int) -> list[Seen]:
-        return [await self.request() for _ in range(count)]
-
-    def reply(self, seen: Seen, error: int = 0, data: bytes = b"") -> None:
-        self.writer.write(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, seen.handle) + data)
-
-    def chunk(self, seen: Seen, kind: int, payload: bytes = b"", last: bool = True) -> None:
-        head = STRUCTURED_REPLY.pack(
-            STRUCTURED_REPLY_MAGIC, int(last), kind, seen.handle, len(payload)
-        )
-        self.writer.write(head + payload)
-
-    async def ends(self) -> bytes:
-        """What the client sends until it hangs up; an abrupt end is one too."""
-        try:
-            return await self.reader.read()
-        except ConnectionError:
-            return b""
-
-
-Script = Callable[[FakeServer], Awaitable[None]]
-
-
-@asynccontextmanager
-async def served(*scripts: Script, tcp: bool = False) -> AsyncIterator[NbdUri]:
-    """The n-th connection is served by the n-th script; an error in a script is the test's."""
-    left = list(scripts)
-    errors: list[BaseException] = []
-    tasks: list[asyncio.Task[Any] | None] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.append(asyncio.current_task())
-        try:
-            await left.pop(0)(FakeServer(reader, writer))
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:
-            errors.append(error)
-            raise
-        finally:
-            writer.close()
-
-    with short_folder() as folder:
-        if tcp:
-            server = await asyncio.start_server(serve, "127.0.0.1", 0)
-            uri = NbdUri(False, host="127.0.0.1", port=server.sockets[0].getsockname()[1])
-        else:
-            path = str(folder / "s")
-            server = await asyncio.start_unix_server(serve, path)
-            uri = NbdUri(False, socket_path=path)
-        try:
-            yield uri
-            async with asyncio.timeout(WAIT_S):
-                await asyncio.gather(*(task for task in tasks if task is not None))
-        finally:
-            for task in tasks:
-                if task is not None:
-                    task.cancel()
-            server.close()
-        assert not errors
-        assert not left, "fewer connections were made than expected"
 
 
 @pytest.fixture(autouse=True)
@@ -704,256 +554,5 @@ def test_connections_have_to_agree_and_to_stay() -> None:
             assert "differs" in await fail(errno.EPROTO, target.open)
             assert "closed" in await fail(errno.ECONNRESET, target.open)
             assert not target.connected
-
-    asyncio.run(use())
-
-
-# -- loss ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-def test_everything_in_flight_ends_once_when_the_server_hangs_up(tcp: bool) -> None:
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        server.reply((await server.requests(10))[3])
-        await server.writer.drain()
-
-    async def again(server: FakeServer) -> None:
-        await server.enter(size=SIZE // 2)
-        server.reply(await server.request())
-        await server.ends()
-
-    async def use() -> None:
-        async with served(script, again, tcp=tcp) as uri:
-            target = await opened(uri)
-            errors = await asyncio.gather(*(completion(target.flush) for _ in range(10)))
-            assert errors[3] is None
-            lost = [error for error in errors if error is not None]
-            assert len(lost) == 9
-            assert {error.errno for error in lost} == {errno.ENOTCONN}
-            assert len({id(error) for error in lost}) == 9
-            assert all(str(error.strerror).startswith(f"{uri}: ") for error in lost)
-            assert not target.connected
-            await succeed(target.open)
-            assert target.size_bytes == SIZE // 2
-            await succeed(target.flush)
-            target.close()
-
-    asyncio.run(use())
-
-
-def test_open_gives_up_the_link_that_there_is() -> None:
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        await server.ends()
-
-    async def use() -> None:
-        async with served(script, script) as uri:
-            target = await opened(uri)
-            flush = asyncio.ensure_future(fail(errno.ENOTCONN, target.flush))
-            await asyncio.sleep(0)
-            await succeed(target.open)
-            assert "opened again" in await flush
-            assert target.connected
-            target.close()
-
-    asyncio.run(use())
-
-
-def test_close_with_requests_in_flight() -> None:
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        await server.request()
-        assert await server.ends() == b""  # no polite end that would claim all is well
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri)
-            flush = asyncio.ensure_future(fail(errno.ECANCELED, target.flush))
-            await asyncio.sleep(0.05)
-            target.close()
-            assert "in flight" in await flush
-
-    asyncio.run(use())
-
-
-def test_close_in_the_turn_of_a_request() -> None:
-    """The request was not sent yet; nothing of it may leave afterwards."""
-
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        assert await server.ends() == b""
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri)
-            end = asyncio.get_running_loop().create_future()
-            target.flush(end.set_result)
-            target.close()
-            error = await end
-            assert error is not None
-            assert error.errno == errno.ECANCELED
-
-    asyncio.run(use())
-
-
-@pytest.mark.parametrize(
-    ("reply", "match"),
-    [
-        (lambda seen: b"\xde\xad\xbe\xef" * 4, "magic 0xdeadbeef"),
-        (
-            lambda seen: SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, seen.handle + 7),
-            "not in flight",
-        ),
-        (
-            lambda seen: STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, 1, 0, seen.handle, 1),
-            "magic 0x668e33ef",
-        ),
-    ],
-)
-def test_a_violation_ends_the_link_and_is_named(reply: Callable[[Seen], bytes], match: str) -> None:
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        good, bad = await server.requests(2)
-        server.reply(good)
-        server.writer.write(reply(bad) + bytes(16))
-        await server.ends()
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri)
-            good, bad = await asyncio.gather(completion(target.flush), completion(target.flush))
-            assert good is None
-            assert bad is not None
-            assert bad.errno == errno.EPROTO
-            assert "the server broke the protocol" in str(bad.strerror)
-            assert match in str(bad.strerror)
-            assert not target.connected
-
-    asyncio.run(use())
-
-
-def test_an_answer_to_half_a_write() -> None:
-    """The buffer would go back to its owner while the kernel still had to read it."""
-
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        raw = await server.reader.readexactly(REQUEST.size)
-        _, _, _, handle, _, _ = REQUEST.unpack(raw)
-        server.writer.write(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, handle))
-        await server.writer.drain()
-        # Read on only when the client has hung up.
-        await asyncio.sleep(0.2)
-        await server.ends()
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri)
-            buffer = aligned(16 * MIB)
-            text = await fail(errno.EPROTO, lambda done: target.write(0, buffer, done))
-            assert "answered before it was sent" in text
-
-    asyncio.run(use())
-
-
-# -- time ---------------------------------------------------------------------------------
-def test_a_request_without_a_reply_ends_the_link() -> None:
-    """Replies to others do not help it."""
-
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        await server.request()
-        while True:
-            try:
-                server.reply(await server.request())
-            except (asyncio.IncompleteReadError, ConnectionError):
-                return
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri, timeout_s=0.4)
-            stuck = asyncio.ensure_future(fail(errno.ETIMEDOUT, target.flush))
-            await asyncio.sleep(0)
-            answered = 0
-            while not stuck.done():
-                error = await completion(target.flush)
-                if error is None:
-                    answered += 1
-                    await asyncio.sleep(0.01)
-            assert "no reply to a request for 0." in await stuck
-            assert answered > 5
-
-    asyncio.run(use())
-
-
-@pytest.mark.parametrize("way", ["write", "read"])
-def test_a_slow_line_is_not_a_dead_one(way: str) -> None:
-    """A request that takes four times the time-out, while its data move."""
-    size = 2 * MIB if way == "write" else 64 * KIB
-
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        raw = await server.reader.readexactly(REQUEST.size)
-        _, _, command, handle, _, _ = REQUEST.unpack(raw)
-        head = SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, handle)
-        if command == Cmd.WRITE:
-            for _ in range(32):
-                await server.reader.readexactly(size // 32)
-                await asyncio.sleep(0.05)
-            server.writer.write(head)
-        else:
-            server.writer.write(head)
-            for _ in range(32):
-                server.writer.write(b"r" * (size // 32))
-                await asyncio.sleep(0.05)
-        await server.ends()
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri, timeout_s=0.4)
-            if way == "write":
-                await write(target, 0, b"w" * size)
-            else:
-                assert await read(target, 0, size) == b"r" * size
-            target.close()
-
-    asyncio.run(use())
-
-
-def test_a_server_that_drips_is_left_in_the_end() -> None:
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        seen = await server.request()
-        server.reply(seen)
-        try:
-            while True:
-                server.writer.write(b"x")
-                await server.writer.drain()
-                await asyncio.sleep(0.01)
-        except ConnectionError:
-            pass
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri, timeout_s=0.1)
-            buffer = aligned(64 * KIB)
-            text = await fail(errno.ETIMEDOUT, lambda done: target.read(0, buffer, done))
-            assert "for 1." in text
-
-    asyncio.run(use())
-
-
-def test_an_idle_link_lives_on() -> None:
-    async def script(server: FakeServer) -> None:
-        await server.enter()
-        for _ in range(2):
-            server.reply(await server.request())
-        await server.ends()
-
-    async def use() -> None:
-        async with served(script) as uri:
-            target = await opened(uri, timeout_s=0.1)
-            await succeed(target.flush)
-            await asyncio.sleep(0.4)
-            await succeed(target.flush)
-            target.close()
 
     asyncio.run(use())

@@ -398,7 +398,7 @@ def test_idle_is_never_told_inside_the_call(rig: Rig) -> None:
     assert idle == [None, None]
 
 
-def test_idle_tells_of_an_error_once(rig: Rig) -> None:
+def test_idle_tells_of_an_error_until_it_is_mended(rig: Rig) -> None:
     idle: list[OSError | None] = []
     rig.add((1, 2))
     rig.store.when_idle(idle.append)
@@ -407,7 +407,11 @@ def test_idle_tells_of_an_error_once(rig: Rig) -> None:
     assert idle[0].errno == errno.ENOSPC
     rig.store.when_idle(idle.append)
     rig.loop.run_soon()
-    assert idle[1] is None
+    assert idle[1] is idle[0]
+    rig.store.flush_clears()
+    rig.store.when_idle(idle.append)
+    drain(rig.loop, rig.disk)
+    assert idle[2] is None
 
 
 # -- growing ----------------------------------------------------------------------------------
