@@ -45,6 +45,7 @@ from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
 from bitmapd.errors import BitmapdError, UsageError
 from bitmapd.record.predictors import make_policy
+from bitmapd.record.tool import RecordMedium
 from bitmapd.volume import Volume
 
 _PR_SET_IO_FLUSHER = 57
@@ -257,9 +258,8 @@ def _daemonise(paths: Paths, name: str) -> int:
     from daemon.pidfile import TimeoutPIDLockFile  # noqa: PLC0415
 
     lock = TimeoutPIDLockFile(str(paths.pid_file(name)), acquire_timeout=0)
-    if lock.read_pid() is not None and lock.i_am_locking() is False:
-        # What proves that another process serves the volume is the lock on the record, which a
-        # stale file does not hold.
+    if lock.read_pid() is not None:
+        # Left behind: nobody holds the lock on the record, which is what proves a living one.
         lock.break_lock()
     syslog.openlog("bitmapd", syslog.LOG_PID, syslog.LOG_DAEMON)
     with daemon.DaemonContext(
@@ -279,7 +279,11 @@ def main(argv: list[str] | None = None) -> int:
         found = Paths.find(os.environ, arguments.config_dir, arguments.run_dir)
         paths = Paths(found.config_dir.absolute(), found.run_dir.absolute())
         paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-        load_volume(paths, arguments.name)  # a mistake here is told to whoever typed the command
+        # A mistake, or a process that serves the volume already, is told to whoever typed this.
+        config = load_volume(paths, arguments.name)
+        if not arguments.foreground:
+            with RecordMedium.open(config.record) as medium:
+                medium.lock()
     except (BitmapdError, OSError) as problem:
         error = problem if isinstance(problem, BitmapdError) else BitmapdError(str(problem))
         if paths is not None:

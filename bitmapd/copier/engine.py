@@ -15,9 +15,12 @@ Invariants:
 3. After any error of the secondary, or a failed flush of the primary, what was copied and not
    flushed counts as not copied, and so do the copies and the settle that were under way: the error
    may mean that a cache is gone.  Nothing is cleared on the word of a device that failed.
-4. A read error of the primary holds back its own block only.  The block stays dirty, its extent
+4. A server whose connection was lost may carry out late what it had received.  Blocks whose write
+   ended in an error are copied as usual after the reconnection and once more `LATE_WRITES_S` later;
+   until then their extents do not count as clean.
+5. A read error of the primary holds back its own block only.  The block stays dirty, its extent
    stays in the record.
-5. A host never waits for anything here.  While hosts are at work copying is held to a rate
+6. A host never waits for anything here.  While hosts are at work copying is held to a rate
    (`HostLoad`), unless the record has outgrown its limit.
 
 A crash leaves the secondary with some blocks newer than others; the record names all of them.
@@ -25,10 +28,12 @@ A crash leaves the secondary with some blocks newer than others; the record name
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
 
+from bitmapd.copier.load import YIELD_PIECE_BYTES, HostLoad
 from bitmapd.copier.plan import Plan, Window
 from bitmapd.copier.throttle import Backoff, SpeedMeter, Throttle
 from bitmapd.gate.blockset import BlockSet
@@ -41,37 +46,8 @@ Emit = Callable[..., None]
 
 SETTLE_INTERVAL_S = 5.0
 
-# While hosts are at work, copying takes no more than what they write plus this much, in smaller
-# pieces: reads, copies and hosts share one thread and one disk.
-YIELD_BYTES_PER_S = 32 << 20
-YIELD_PIECE_BYTES = 256 << 10
-_YIELD_BURST_BYTES = 1 << 20
-_HOST_QUIET_S = 0.01  # hosts that asked for nothing for so long are not at work
-_HOST_SAMPLE_S = 0.1
-
-
-class HostLoad:
-    """How busy hosts are, from the gate's counters (pure)."""
-
-    def __init__(self) -> None:
-        self._requests = 0
-        self._active_s = float("-inf")
-        self._sample_s = float("-inf")
-        self._sample_bytes = 0
-        self.throttle = Throttle(YIELD_BYTES_PER_S, _YIELD_BURST_BYTES)
-
-    def active(self, now_s: float, requests: int, written_bytes: int) -> bool:
-        """Whether hosts are at work; sets the throttle's rate to what copying may take then."""
-        if requests != self._requests:
-            self._requests = requests
-            self._active_s = now_s
-        passed_s = now_s - self._sample_s
-        if passed_s >= _HOST_SAMPLE_S:
-            rate = (written_bytes - self._sample_bytes) / passed_s
-            self.throttle.set_rate(YIELD_BYTES_PER_S + rate)
-            self._sample_s = now_s
-            self._sample_bytes = written_bytes
-        return now_s - self._active_s < _HOST_QUIET_S
+# How long a server whose connection was lost may take over the writes it had received.
+LATE_WRITES_S = 10.0
 
 
 class CopyState(Enum):
@@ -123,6 +99,7 @@ class Copier:
         self._pool = pool
         self._backoff = backoff
         self._load = HostLoad()
+        self._late = BlockSet()  # blocks whose write ended in an error and may yet be carried out
         self._emit = emit
         self._check_secondary = check_secondary
         self._piece_blocks = max(1, piece_bytes // geometry.block_bytes)
@@ -234,6 +211,8 @@ class Copier:
     # -- the round ------------------------------------------------------------------------
     def _on_timer(self) -> None:
         self._timer = self._scheduler.call_later(self.era_interval_s, self._on_timer)
+        if self.state is CopyState.RUNNING and not self._secondary.connected:
+            self._secondary_failed(OSError(errno.ENOTCONN, "the connection was lost"))
         self._pump()
 
     def _pump(self) -> None:
@@ -391,6 +370,8 @@ class Copier:
 
     def _was_sent(self, copy: _Copy) -> None:
         if copy.error is not None:
+            if self._secondary.writes_late:
+                self._late.add(copy.first, copy.stop)
             self._secondary_failed(copy.error)
             self._plan.returned(copy.first, copy.stop)
         elif copy.failures != self._failures:
@@ -517,9 +498,18 @@ class Copier:
             return
         # Copies that succeeded between the failure and now were not seen by `_secondary_failed`.
         self._gate.forget_copied()
+        if self._late:
+            late, self._late = self._late, BlockSet()
+            self._gate.hold(late)
+            self._scheduler.call_later(LATE_WRITES_S, self._copy_again, late)
         self._backoff.reset()
         self._emit("link-up", secondary=self._secondary.name)
         self._set_state(CopyState.RUNNING)
+        self._pump()
+
+    def _copy_again(self, late: BlockSet) -> None:
+        """Writes that the old connection may have left behind have landed by now: cover them."""
+        self._gate.release(late)
         self._pump()
 
     def _check_stopped(self) -> None:

@@ -10,7 +10,8 @@ Order of a write, which is what makes the record a superset after a crash at any
 
 Invariants:
 1. A block whose content on the primary may differ from what the secondary durably holds is in
-   `current`, in `taken`, or its extent is in `_copied` (copied, not flushed) or being settled.
+   `current`, in `taken`, in `_held`, or its extent is in `_copied` (copied, not flushed) or being
+   settled.
 2. A write in flight has its blocks in `current`, or in `taken` with a barrier that has not passed.
 3. An extent leaves the record only through `_drop_clean`, which takes none that invariant 1 or 2
    names.  So rule 3 of the design holds: no write reaches it as a hit, its blocks are copied,
@@ -72,6 +73,7 @@ class Gate:
         self._in_flight = _Era()
         self._copied: set[int] = set()
         self._settling: set[int] = set()
+        self._held: list[BlockSet] = []  # may change on the secondary without our doing
         self._current_since: float | None = None
         self._taken_since: float | None = None
         self._settling_since: float | None = None
@@ -328,6 +330,17 @@ class Gate:
         self._take_again(self._copied)
         self._copied = set()
 
+    def hold(self, blocks: BlockSet) -> None:
+        """Treat these blocks as not clean until `release`, which has them copied once more."""
+        self._held.append(blocks)
+
+    def release(self, blocks: BlockSet) -> None:
+        self._held = [held for held in self._held if held is not blocks]
+        # Into `current`, not `taken`: a copy that is in flight now must not count for this.
+        self.current.update(blocks)
+        if self._current_since is None:
+            self._current_since = self._scheduler.time()
+
     def _take_again(self, extents: Iterable[int]) -> None:
         for extent in extents:
             self.taken.add(*self._geometry.extent_blocks(extent, extent + 1))
@@ -350,6 +363,7 @@ class Gate:
         extents = range(first // per, (stop - 1) // per + 1)
         return (
             self.is_dirty(first, stop)
+            or any(held.any(first, stop) for held in self._held)
             or not self._copied.isdisjoint(extents)
             or not self._settling.isdisjoint(extents)
         )
@@ -412,7 +426,7 @@ class Gate:
     @property
     def in_sync(self) -> bool:
         """Whether nothing waits to be copied or flushed."""
-        return not (self.current or self.taken or self._copied or self._settling)
+        return not (self.current or self.taken or self._copied or self._settling or self._held)
 
     def oldest_dirty_s(self) -> float | None:
         """Loop time of the oldest write that may not be durable on the secondary."""

@@ -94,5 +94,9 @@ class Target(Device, Protocol):
     @property
     def connected(self) -> bool: ...
 
+    @property
+    def writes_late(self) -> bool:
+        """Whether a write that ended in an error may still be carried out afterwards."""
+
     def open(self, done: Done) -> None:
         """Connect, or connect again; `size_bytes` is valid once `done(None)` was called."""

@@ -168,6 +168,10 @@ class KernelDevice:
     def connected(self) -> bool:
         return self._fd >= 0
 
+    @property
+    def writes_late(self) -> bool:
+        return False
+
     def open(self, done: Done) -> None:
         """Open the path again, for instance after the medium had gone away."""
 

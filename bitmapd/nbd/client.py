@@ -94,6 +94,11 @@ class NbdTarget:
 
     # -- life -----------------------------------------------------------------------------
     @property
+    def writes_late(self) -> bool:
+        """A server goes on with what it had received when its client is gone."""
+        return True
+
+    @property
     def connected(self) -> bool:
         return bool(self._links)
 

@@ -148,6 +148,25 @@ def test_case_18_an_older_copy_of_the_record_is_refused(short_path: Path) -> Non
         end_equal(volume)
 
 
+def test_case_15_a_record_moves_to_another_device(short_path: Path) -> None:
+    """What docs/recovery.md says of a record device that has to be replaced."""
+    with stopped(short_path) as volume:
+        moved = short_path / "moved"
+        volume.dmctl("record", "repair", str(volume.record), "--output", str(moved))
+        recorded = volume.recorded()
+        configuration = short_path / "etc" / "volumes" / f"{volume.name}.toml"
+        text = configuration.read_text()
+        configuration.write_text(text.replace(str(volume.record), str(moved)))
+        volume.record.unlink()
+        volume.record = moved
+        assert volume.recorded() == recorded
+        volume.start()
+        with volume.events() as events:
+            recovery = events.wait("recovery-finished")
+        assert recovery["bytes_total"] == len(recorded) * MIB
+        end_equal(volume)
+
+
 # -- two of them --------------------------------------------------------------------------
 
 

@@ -38,3 +38,30 @@ class MischievousPolicy:
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         # Unclean ones too, against the rules: the gate has to look for itself.
         return self._rng.sample(range(self._extents), min(count, self._extents))
+
+
+class KeepNothing:
+    """Predicts nothing and lets every extent go as soon as it is clean."""
+
+    name = "keep-nothing"
+
+    def wrote(self, first: int, stop: int, now_s: float, hit: bool) -> None:
+        """Nothing is learnt."""
+
+    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
+        return ()
+
+    def added(self, first: int, stop: int, now_s: float) -> None:
+        """Nothing is learnt."""
+
+    def dropped(self, extents: Iterable[int], now_s: float) -> None:
+        """Nothing is learnt."""
+
+    def wants(self, extent: int, now_s: float) -> bool:
+        return False
+
+    def expired(self, now_s: float) -> Sequence[int]:
+        return ()
+
+    def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
+        return ()

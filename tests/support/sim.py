@@ -108,6 +108,7 @@ class SimDisk:
         self.pending: list[SimOp] = []
         self.fail_next: dict[str, list[int]] = {}  # kind -> errno for the next operations
         self.connected = True
+        self.writes_late = False
         self.history: list[tuple[str, int, int]] = []
 
     # -- Device ---------------------------------------------------------------------------

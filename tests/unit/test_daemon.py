@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -20,10 +21,10 @@ import pytest
 
 from bitmapd import __version__
 from bitmapd.control.client import ControlClient
-from bitmapd.daemon import main, parse_arguments
-from bitmapd.errors import BitmapdError, NotFoundError, UsageError
+from bitmapd.daemon import build_parser, main
+from bitmapd.errors import BitmapdError, NoSpaceError, NotFoundError, UsageError
 from bitmapd.record.geometry import KIB, MIB
-from bitmapd.record.layout import RecordFlag
+from bitmapd.record.layout import SUPERBLOCK_OFFSETS, RecordFlag
 from tests.support.local import LocalVolume
 from tests.support.rawnbd import WRITE, RawNbd
 
@@ -52,14 +53,9 @@ class Process:
     def until(self, event: str) -> str:
         """Read the log up to the first line that tells of this event."""
         assert self._popen.stderr is not None
-        deadline = time.monotonic() + WAIT_S
-        while time.monotonic() < deadline:
-            ready, _, _ = select.select([self._popen.stderr], [], [], WAIT_S)
-            line = self._popen.stderr.readline() if ready else ""
-            if not line:
-                break
+        for line in self._popen.stderr:
             self.log.append(line)
-            if re.search(rf"\b{event}\b", line):
+            if re.search(rf"(?<![-\w]){event}(?![-\w])", line):
                 return line
         raise AssertionError(f"no {event} in:\n{''.join(self.log)}")
 
@@ -77,7 +73,9 @@ class Process:
 
     def kill(self) -> None:
         self._popen.kill()
-        self._popen.communicate()
+        self._popen.wait()
+        if self._popen.stderr is not None:
+            self._popen.stderr.close()
 
 
 def arguments(local: LocalVolume) -> list[str]:
@@ -123,14 +121,14 @@ def write(local: LocalVolume, offset: int, data: bytes) -> None:
 
 
 def test_arguments() -> None:
-    found = parse_arguments(["vol0", "--foreground", "--run-dir", "/r"])
+    found = build_parser().parse_args(["vol0", "--foreground", "--run-dir", "/r"])
     assert (found.name, found.foreground) == ("vol0", True)
     assert (found.config_dir, found.run_dir) == (None, "/r")
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        parse_arguments(["--version"])
+        build_parser().parse_args(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == f"bitmapd {__version__}\n"
 
@@ -162,10 +160,11 @@ def test_a_volume_that_does_not_exist(
 
 
 def test_a_run_folder_that_cannot_be_made(
-    local: LocalVolume, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    local: LocalVolume, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "file").touch()
-    command = [*arguments(local)[:3], "--run-dir", str(tmp_path / "file" / "run")]
+    file = local.paths.run_dir / "f"
+    file.touch()
+    command = [*arguments(local)[:3], "--run-dir", str(file / "run")]
     assert main(command) == BitmapdError.exit_status
     assert capsys.readouterr().err.startswith("bitmapd: error: ")
 
@@ -200,8 +199,8 @@ def test_a_control_socket_that_cannot_be_made_stops_the_volume_again(
 ) -> None:
     local.paths.control_socket("vol0").mkdir()
     process = start(local)
-    assert process.ended() == 1
-    assert error_file(local)["message"].startswith("volume 'vol0': ") or error_file(local)
+    assert process.ended() == 11
+    assert error_file(local)["code"] == "exists"
     assert "stopped" in "".join(process.log)
     assert local.superblock.flags & RecordFlag.CLEAN, "and in order"
 
@@ -298,14 +297,14 @@ def test_a_stop_that_fails_ends_the_process_all_the_same(
 ) -> None:
     process = start(local)
     process.until("started")
-    write(local, 0, b"h" * 4096)
-    process.call("wait", **{"for": "in-sync"})
-    # Superblocks can be written no more: the file is larger than the process may make it.
-    subprocess.run(["prlimit", f"--pid={process.pid}", "--fsize=1024:1024"], check=True)
-    with pytest.raises(BitmapdError):
+    # The second superblock lies where this process may not write any more.
+    limit = SUPERBLOCK_OFFSETS[1]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    with pytest.raises(NoSpaceError, match="cannot write"):
         process.call("stop")
     process.ended()
-    assert not local.superblock.flags & RecordFlag.CLEAN
+    assert "the stop did not end in order" in "".join(process.log)
+    assert local.recorded() == set()
 
 
 # -- verbs ------------------------------------------------------------------------------------
@@ -425,3 +424,13 @@ def test_a_pid_file_that_was_left_behind_is_in_nobodys_way(local: LocalVolume) -
         assert second.pid != first.pid
     finally:
         second.kill()
+
+
+def test_a_second_daemon_leaves_the_first_one_its_pid_file(daemonised: Daemonised) -> None:
+    local = daemonised.local
+    command = [sys.executable, "-P", "-m", "bitmapd.daemon", *arguments(local)]
+    second = subprocess.run(command, check=False, timeout=WAIT_S, capture_output=True, text=True)
+    assert second.returncode == 12
+    assert "is in use" in second.stderr
+    assert error_file(local)["code"] == "busy"
+    assert int(local.paths.pid_file("vol0").read_text()) == daemonised.pid

@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 
-from bitmapd.copier.engine import (
-    SETTLE_INTERVAL_S,
-    YIELD_BYTES_PER_S,
-    YIELD_PIECE_BYTES,
-    Copier,
-    CopyState,
-    HostLoad,
-)
+from bitmapd.copier.engine import LATE_WRITES_S, SETTLE_INTERVAL_S, Copier, CopyState
+from bitmapd.copier.load import YIELD_BYTES_PER_S, YIELD_PIECE_BYTES, HostLoad
 from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.media.buffers import aligned
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror
 from tests.support.sim import drain
 
@@ -44,7 +39,7 @@ def until_reads(mirror: Mirror) -> None:
 
 
 def equal(mirror: Mirror) -> bool:
-    return mirror.primary.visible == mirror.secondary.durable
+    return mirror.primary.visible == mirror.secondary.visible == mirror.secondary.durable
 
 
 # -- one round --------------------------------------------------------------------------------
@@ -899,3 +894,88 @@ def test_a_larger_volume_is_copied_to_its_end() -> None:
     mirror.run(1.0)
     assert equal(mirror)
     assert mirror.primary.asked("read") == [(15, 1)], "a piece has at least one block"
+
+
+# -- a server that carries out late what it had received --------------------------------------
+
+
+@pytest.fixture
+def late() -> Mirror:
+    """A connection was lost with the write of block 0 in flight, and has been made anew."""
+    mirror = begun()
+    mirror.secondary.writes_late = True
+    mirror.put(0)
+    until_reads(mirror)
+    mirror.finish(mirror.primary)
+    mirror.fail(mirror.secondary, errno.ENOTCONN)
+    mirror.run(0.5)
+    mirror.run()
+    return mirror
+
+
+def overtake(mirror: Mirror) -> None:
+    """The old write is carried out at last."""
+    buffer = aligned(BLOCK)
+    buffer[:] = b"\1" * BLOCK
+    mirror.secondary.write(0, buffer, lambda error: None)
+    mirror.secondary.finish(-1)
+
+
+def test_what_a_server_may_write_late_is_copied_once_more(late: Mirror) -> None:
+    late.put(0, fill=2)
+    late.run(1.0)
+    assert equal(late)
+    overtake(late)
+    late.run(LATE_WRITES_S / 2)
+    assert late.recorded() == {0}, "nobody may take it for clean"
+    assert late.gate.may_differ(0, 1)
+    assert not late.gate.in_sync
+    late.run(LATE_WRITES_S)
+    late.run(1.0)
+    assert equal(late)
+    assert late.gate.in_sync
+    assert late.recorded() == set()
+
+
+def test_a_copy_in_flight_when_the_time_is_over_does_not_count(late: Mirror) -> None:
+    late.loop.advance(LATE_WRITES_S - 1.5)
+    late.put(0, fill=2)
+    until_reads(late)
+    late.finish(late.primary)
+    assert late.pending(late.secondary) == ["write"]
+    late.loop.advance(1.0)
+    late.finish(late.secondary)
+    overtake(late)  # before the time was over; what the copy had written is gone with it
+    late.run(2.0)
+    late.run(1.0)
+    assert equal(late)
+
+
+def test_a_device_that_ends_its_writes_is_not_waited_for(mirror: Mirror) -> None:
+    mirror.put(0)
+    until_reads(mirror)
+    mirror.finish(mirror.primary)
+    mirror.fail(mirror.secondary, errno.EIO)
+    mirror.run(0.5)
+    mirror.run()
+    assert mirror.gate.in_sync
+
+
+def test_a_pause_does_not_forget_what_may_come_late(late: Mirror) -> None:
+    late.copier.pause()
+    late.run(LATE_WRITES_S + 1.0)
+    overtake(late)
+    assert late.gate.is_dirty(0, 1)
+    assert late.recorded() == {0}
+    late.copier.resume()
+    late.run(2.0)
+    assert equal(late)
+
+
+def test_a_connection_lost_while_there_was_nothing_to_do_is_noticed(mirror: Mirror) -> None:
+    mirror.secondary.connected = False
+    mirror.loop.advance(1.0)
+    assert mirror.copier.state is CopyState.LINK_DOWN
+    assert "the connection was lost" in mirror.told("link-down")[0]["message"]
+    mirror.run(0.5)
+    assert mirror.copier.state is CopyState.RUNNING

@@ -7,6 +7,7 @@ import errno
 
 import pytest
 
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.media.buffers import aligned
 from bitmapd.record.layout import EXTENTS_PER_PAGE
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Answers, Mirror, ScriptedPolicy
@@ -639,3 +640,26 @@ def test_a_volume_that_grew_has_its_new_part_to_copy(dirty: bool) -> None:
     assert mirror.gate.size_bytes == 3 * EXTENT
     assert list(mirror.gate.current.runs())[-1] == (7, 12), "the last block was a short one"
     assert mirror.gate.oldest_dirty_s() == (0.0 if dirty else 2.0)
+
+
+def test_what_is_held_is_not_clean_and_is_copied_when_released(mirror: Mirror) -> None:
+    mirror.put(5)
+    copy_everything(mirror)
+    blocks, others = BlockSet(), BlockSet()
+    blocks.add(5, 6)
+    others.add(6, 7)
+    mirror.gate.hold(blocks)
+    mirror.gate.hold(others)
+    settled(mirror)
+    assert mirror.recorded() == {1}
+    assert mirror.gate.dirty_blocks() == 0
+    assert not mirror.gate.in_sync
+    mirror.loop.advance(3.0)
+    mirror.gate.release(blocks)
+    assert mirror.gate.is_dirty(5, 6)
+    assert mirror.gate.oldest_dirty_s() == 3.0
+    mirror.gate.release(others)
+    copy_everything(mirror)
+    settled(mirror)
+    assert mirror.gate.in_sync
+    assert mirror.recorded() == set()
