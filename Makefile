@@ -37,6 +37,7 @@ coverage: setup  ## unit and property tests, coverage report, gate on the pure m
 	$(PYTHON) -m coverage run --rcfile=tools/coverage.ini -m pytest -n $(JOBS) --durations=10 \
 	  $(PURE_TESTS)
 	@$(PYTHON) -m coverage combine --rcfile=tools/coverage.ini --quiet
+	@rm -f .coverage.*  # what is left is of processes that a test killed in mid-write
 	@$(PYTHON) -m coverage report --rcfile=tools/coverage.ini
 	@$(PYTHON) tools/pure_gate.py
 

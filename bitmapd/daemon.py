@@ -132,6 +132,8 @@ class Daemon:
         if self._metrics is not None:
             await self._metrics.close()
         await control.close()
+        if self._stop_task is not None:
+            await self._stop_task  # its failure is the process's failure
 
     # -- stopping -------------------------------------------------------------------------
     def _begin_stop(self, now: bool) -> asyncio.Task[dict[str, Any]]:

@@ -97,7 +97,10 @@ class RecordSession:
                 f"secondary {config.secondary} has {size_bytes} bytes, the volume has"
                 f" {superblock.geometry.size_bytes}"
             )
-        found = identify(config.secondary)
+        try:
+            found = identify(config.secondary)
+        except BitmapdError as error:  # it went away between being opened and being looked at
+            return error.message
         if _is_other(found, superblock.secondary):
             return (
                 f"secondary {config.secondary} is {found.text}, the record was made for"

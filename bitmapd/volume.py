@@ -312,6 +312,8 @@ class Volume:
             if in_sync:
                 self._emit("in-sync")
             self._was_in_sync = in_sync
+        if self._verify is not None and self.copier.state is CopyState.LINK_DOWN:
+            self._verify.cancel(OSError(errno.ENOTCONN, "the secondary went away"))
         self._changed.set()
         self._changed = asyncio.Event()
 

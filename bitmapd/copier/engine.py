@@ -117,6 +117,7 @@ class Copier:
         self._next_settle = 0.0
         self._failures = 0
         self._hold_settle_until = 0.0
+        gate.on_flush_error = self._primary_not_flushed
         self.throttle = throttle
         self.meter = SpeedMeter()
         self.era_interval_s = era_interval_s
@@ -424,6 +425,7 @@ class Copier:
                     self.on_change()
             else:
                 self._gate.unsettle(extents)
+                self._back_into_pass(extents)
             self._pump()
 
         self._secondary.flush(lambda error: flushed(self._secondary, error))
@@ -437,8 +439,14 @@ class Copier:
             message=f"cannot flush the primary: {error.strerror or error}",
         )
         self._failures += 1
-        self._gate.forget_copied()
+        self._back_into_pass(self._gate.forget_copied())
         self._hold_settle_until = self._scheduler.time() + SETTLE_INTERVAL_S
+
+    def _back_into_pass(self, extents: set[int]) -> None:
+        """These are copied again, so a pass that has counted them is not done with them."""
+        if self.pass_blocks is not None:
+            for extent in extents:
+                self.pass_blocks.add(*self._geometry.extent_blocks(extent, extent + 1))
 
     def _pass_done(self) -> None:
         self.pass_blocks = None
@@ -450,7 +458,7 @@ class Copier:
     def _secondary_failed(self, error: OSError) -> None:
         self.last_error = error
         self._failures += 1
-        self._gate.forget_copied()
+        self._back_into_pass(self._gate.forget_copied())
         if self.state is CopyState.RUNNING:
             self._emit(
                 "link-down",

@@ -77,6 +77,7 @@ class Gate:
         self._current_since: float | None = None
         self._taken_since: float | None = None
         self._settling_since: float | None = None
+        self.on_flush_error: Callable[[OSError], None] | None = None
         self.writes = 0
         self.hits = 0
         self.misses = 0
@@ -122,6 +123,7 @@ class Gate:
                         length,
                         lambda landed: self._primary.write(offset_bytes, buffer, landed, fua),
                         done,
+                        fua,
                     )
                 ),
             )
@@ -140,6 +142,8 @@ class Gate:
             era.in_flight -= 1
             if era.when_landed is not None and not era.in_flight:
                 era.when_landed()
+            if fua:
+                self._durability_answer(error)
             done(error)
 
         self._primary.write(offset_bytes, buffer, landed, fua)
@@ -161,6 +165,7 @@ class Gate:
                 offset_bytes, length_bytes, landed, fua=fua, unmap=unmap, fast=fast
             ),
             done,
+            fua,
         )
 
     def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
@@ -169,10 +174,21 @@ class Gate:
             length_bytes,
             lambda landed: self._primary.trim(offset_bytes, length_bytes, landed, fua=fua),
             done,
+            fua,
         )
 
     def flush(self, done: Done) -> None:
-        self._primary.flush(done)
+        def flushed(error: OSError | None) -> None:
+            self._durability_answer(error)
+            done(error)
+
+        self._primary.flush(flushed)
+
+    def _durability_answer(self, error: OSError | None) -> None:
+        """The kernel reports the loss of cached data once, to whoever asks first; the copier's own
+        next flush would succeed although what it has read may be gone."""
+        if error is not None and self.on_flush_error is not None:
+            self.on_flush_error(error)
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
         self._primary.allocation(offset_bytes, length_bytes, done)
@@ -181,7 +197,9 @@ class Gate:
         """Nothing to release: the primary belongs to the volume."""
 
     # -- writing --------------------------------------------------------------------------
-    def _change(self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done) -> None:
+    def _change(
+        self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done, fua: bool
+    ) -> None:
         """A change of the primary of any kind; `submit` starts it and is given the completion."""
         first, stop = self._geometry.extent_span(offset_bytes, length_bytes)
         now = self._scheduler.time()
@@ -191,7 +209,7 @@ class Gate:
             if error is not None:
                 done(error)
             else:
-                self._land(offset_bytes, length_bytes, submit, done)
+                self._land(offset_bytes, length_bytes, submit, done, fua)
 
         if self._store.covers(first, stop):
             self.hits += 1
@@ -226,7 +244,9 @@ class Gate:
         if not waiting:
             covered(None)
 
-    def _land(self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done) -> None:
+    def _land(
+        self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done, fua: bool
+    ) -> None:
         """Mark the blocks, count the write in its era and submit it: one event."""
         if self._current_since is None:
             self._current_since = self._scheduler.time()
@@ -238,6 +258,8 @@ class Gate:
             era.in_flight -= 1
             if era.when_landed is not None and not era.in_flight:
                 era.when_landed()
+            if fua:
+                self._durability_answer(error)
             done(error)
 
         submit(landed)
@@ -318,17 +340,19 @@ class Gate:
         self._settling = set()
         if not self._copied:
             self._settling_since = None
-        self._drop_clean((extent for extent in extents if not self._policy.wants(extent, now)), now)
+        clean = [extent for extent in extents if self.is_clean(extent)]
+        self._drop_clean((extent for extent in clean if not self._policy.wants(extent, now)), now)
 
     def unsettle(self, extents: Iterable[int]) -> None:
         """A flush failed, so anything copied to these extents may be lost: copy them again."""
         self._take_again(extents)
         self._settling = set()
 
-    def forget_copied(self) -> None:
-        """The secondary went away, and with it perhaps what was copied and not flushed."""
-        self._take_again(self._copied)
-        self._copied = set()
+    def forget_copied(self) -> set[int]:
+        """What was copied and not flushed may be gone: have it copied again.  Its extents."""
+        extents, self._copied = self._copied, set()
+        self._take_again(extents)
+        return extents
 
     def hold(self, blocks: BlockSet) -> None:
         """Treat these blocks as not clean until `release`, which has them copied once more."""

@@ -289,6 +289,17 @@ def test_a_miss_never_evicts_itself() -> None:
     assert mirror.primary.asked("write") == [(0, 2 * PER_EXTENT)]
 
 
+def test_a_miss_that_needs_no_io_does_not_evict_itself_either() -> None:
+    mirror = Mirror(limit_extents=0)
+    mirror.put(0)
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.policy.unloved = [0]
+    mirror.write(1)
+    assert mirror.primary.pending
+    assert mirror.recorded() == {0}, "its data are on their way to the primary"
+
+
 def test_tick_enforces_a_limit_that_was_lowered(mirror: Mirror) -> None:
     mirror.policy.kept = set(range(8))
     for extent in range(4):
