@@ -58,7 +58,16 @@ Emit = Callable[..., None]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bitmapd", description="Serve one mirrored volume.")
+    parser = argparse.ArgumentParser(
+        prog="bitmapd",
+        description="Serve one mirrored volume: recover what the stored record names, export the"
+        " volume over NBD, copy what hosts write to the secondary. 'dmctl start NAME' runs it, and"
+        " 'dmctl create' makes the volume.",
+        epilog="SIGTERM stops at once and leaves in the record what is not copied; SIGHUP reads the"
+        " configuration again. In the foreground it tells the service manager when the volume can"
+        " be used (sd_notify). The exit status is that of dmctl; an error that ended the start is"
+        " also in RUN_DIR/NAME.err, as one JSON object.",
+    )
     parser.add_argument("name", metavar="NAME", help="the volume")
     parser.add_argument(
         "--foreground", action="store_true", help="stay in the foreground, log to standard error"

@@ -129,6 +129,8 @@ class Volume:
         superblock = self._session.superblock
         geometry = superblock.geometry
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
+        # Misses of one batch share a record write; it leaves with the batch, not a turn later.
+        self._engine.before_submit.append(self._store.commit)
         self.gate = Gate(
             geometry,
             self._primary,

@@ -46,6 +46,8 @@ Emit = Callable[..., None]
 
 SETTLE_INTERVAL_S = 5.0
 
+SEARCH_PAUSE_S = 0.01
+
 # How long a server whose connection was lost may take over the writes it had received.
 LATE_WRITES_S = 10.0
 
@@ -111,6 +113,7 @@ class Copier:
         self._reopening = False
         self._timer: Timer | None = None
         self._wake: Timer | None = None
+        self._not_before_s = float("-inf")
         self._pool_wait = False
         self._draining: list[Callable[[], None]] = []
         self._next_era = 0.0
@@ -244,6 +247,8 @@ class Copier:
 
     def _issue(self, now: float) -> bool:
         """Start copies; true if nothing was left that may be copied now."""
+        if now < self._not_before_s:
+            return False  # a rate says so, and a timer will call again; save the search
         gate = self._gate
         yielding = (
             self._load.active(now, gate.writes + gate.reads, gate.written_bytes)
@@ -290,9 +295,16 @@ class Copier:
         self._pump()
 
     def _wake_in(self, delay_s: float) -> None:
+        # Not for long: the rate may be changed at any time.
+        self._not_before_s = self._scheduler.time() + min(delay_s, SEARCH_PAUSE_S)
         if self._wake is not None:
             self._wake.cancel()
-        self._wake = self._scheduler.call_later(delay_s, self._pump)
+        self._wake = self._scheduler.call_later(delay_s, self._woken)
+
+    def _woken(self) -> None:
+        # asyncio's timers may be early by the resolution of the clock.
+        self._not_before_s = float("-inf")
+        self._pump()
 
     # -- one copy -------------------------------------------------------------------------
     def _was_read(self, copy: _Copy, error: OSError | None) -> None:

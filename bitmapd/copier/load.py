@@ -1,8 +1,8 @@
 """How busy hosts are, and what copying may take while they are (pure).
 
 Reads, copies and hosts share one thread and one disk.  While hosts are at work, copying takes no
-more than what they write plus `YIELD_BYTES_PER_S`, in pieces of `YIELD_PIECE_BYTES`; the reasons
-are in docs/decisions/0003.
+more than `YIELD_BYTES_PER_S` and a share of what they write, in pieces of `YIELD_PIECE_BYTES`; the
+reasons are in docs/decisions/0003.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from bitmapd.copier.throttle import Throttle
 
 YIELD_BYTES_PER_S = 32 << 20
+YIELD_SHARE = 0.25
 YIELD_PIECE_BYTES = 256 << 10
 _YIELD_BURST_BYTES = 1 << 20
 _HOST_QUIET_S = 0.01  # hosts that asked for nothing for so long are not at work
@@ -34,7 +35,7 @@ class HostLoad:
         passed_s = now_s - self._sample_s
         if passed_s >= _HOST_SAMPLE_S:
             rate = (written_bytes - self._sample_bytes) / passed_s
-            self.throttle.set_rate(YIELD_BYTES_PER_S + rate)
+            self.throttle.set_rate(YIELD_BYTES_PER_S + rate * YIELD_SHARE)
             self._sample_s = now_s
             self._sample_bytes = written_bytes
         return now_s - self._active_s < _HOST_QUIET_S

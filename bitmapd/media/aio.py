@@ -80,6 +80,7 @@ class AioEngine:
             )
         self.loop = loop
         self.depth = depth
+        self.before_submit: list[Callable[[], None]] = []
         self.after_reap: list[Callable[[], None]] = []
         self._context = ctypes.c_ulong(context.value)
         self._iocbs = mmap.mmap(-1, depth * _IOCB_BYTES)
@@ -170,6 +171,8 @@ class AioEngine:
         """Submit what is queued and complete what is finished."""
         self._inside = True
         for _ in range(_ROUNDS):
+            for hook in self.before_submit:
+                hook()
             if self._queue and self._free:
                 self._submit()
             if self._ring_usable and self._ring[2] == self._ring[3]:

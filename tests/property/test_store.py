@@ -120,7 +120,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert stored == self.store.recorded
 
 
-StoreMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestStore = StoreMachine.TestCase
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bitmapd.copier.engine import LATE_WRITES_S, SETTLE_INTERVAL_S, Copier, CopyState
-from bitmapd.copier.load import YIELD_BYTES_PER_S, YIELD_PIECE_BYTES, HostLoad
+from bitmapd.copier.load import YIELD_BYTES_PER_S, YIELD_PIECE_BYTES, YIELD_SHARE, HostLoad
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.media.buffers import aligned
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror
@@ -860,10 +860,10 @@ def test_host_load_allows_what_hosts_write_and_a_share() -> None:
     load = HostLoad()
     assert not load.active(0.0, 0, 0)
     assert load.active(1.0, 1, 50 << 20)
-    assert load.throttle.rate_bytes_per_s == YIELD_BYTES_PER_S + (50 << 20)
+    assert load.throttle.rate_bytes_per_s == YIELD_BYTES_PER_S + (50 << 20) * YIELD_SHARE
     assert load.active(1.009, 1, 50 << 20)
     assert not load.active(1.02, 1, 50 << 20)
-    assert load.throttle.rate_bytes_per_s == YIELD_BYTES_PER_S + (50 << 20), "sampled seldom"
+    assert load.throttle.rate_bytes_per_s == YIELD_BYTES_PER_S + (50 << 20) * YIELD_SHARE, "sampled seldom"
     assert load.active(1.2, 2, 50 << 20)
     assert load.throttle.rate_bytes_per_s == YIELD_BYTES_PER_S
 
