@@ -47,6 +47,7 @@ from bitmapd.record.predictors import make_policy
 from bitmapd.record.store import RecordStore
 from bitmapd.resize import new_page_states, resize
 from bitmapd.session import RecordSession
+from bitmapd.status import describe, recorded_bytes, state_of
 
 HOST_POOL_BYTES = 32 << 20
 COPY_POOL_BYTES = 16 << 20
@@ -562,67 +563,16 @@ class Volume:
     # -- status ---------------------------------------------------------------------------
     @property
     def state(self) -> str:
-        if self._store.failing:
-            return "degraded"
-        if self.copier.state is CopyState.LINK_DOWN:
-            return "link-down"
-        if self.copier.state is CopyState.PAUSED:
-            return "paused"
-        if self.copier.pass_blocks is not None:
-            return "resyncing"
-        return "in-sync" if self.gate.in_sync else "copying"
+        return state_of(self._store, self.gate, self.copier)
 
     def _recorded_bytes(self) -> int:
-        geometry = self.geometry
-        return min(self._store.recorded_extents * geometry.extent_bytes, geometry.size_bytes)
+        return recorded_bytes(self._store, self.geometry)
 
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""
-        config, gate, store, copier = self.config, self.gate, self._store, self.copier
-        geometry = self.geometry
-        oldest = gate.oldest_dirty_s()
-        speed = copier.meter.bytes_per_s
-        resync = None
-        if copier.pass_blocks is not None:
-            remaining = copier.pass_remaining_bytes
-            resync = {
-                "total_bytes": copier.pass_total_bytes,
-                "remaining_bytes": remaining,
-                "rate_bytes_per_second": None if speed is None else round(speed),
-                "eta_seconds": None if not speed else round(remaining / speed, 1),
-            }
-        return {
-            "name": config.name,
-            "uuid": str(config.uuid),
-            "attach": "nbd",
-            "state": self.state,
-            "device": config.listen,
-            "primary": config.primary,
-            "secondary": config.secondary,
-            "record": config.record,
-            "size_bytes": geometry.size_bytes,
-            "extent_size_bytes": geometry.extent_bytes,
-            "block_size_bytes": geometry.block_bytes,
-            "dirty_bytes": min(gate.dirty_blocks() * geometry.block_bytes, geometry.size_bytes),
-            "lag_seconds": 0.0 if oldest is None else round(self._loop.time() - oldest, 3),
-            "record_bytes": self._recorded_bytes(),
-            "record_extents": store.recorded_extents,
-            "record_limit_bytes": gate.limit_extents * geometry.extent_bytes,
-            "writes_total": gate.writes,
-            "hits_total": gate.hits,
-            "misses_total": gate.misses,
-            "record_updates_total": store.updates,
-            "record_clears_total": store.clears,
-            "copied_bytes_total": copier.copied_bytes,
-            "era": gate.era,
-            "resync": resync,
+        return describe(self.config, self.geometry, self._store, self.gate, self.copier) | {
             "last_recovery": self._last_recovery,
             "last_error": self._last_error,
-            "written_bytes_total": gate.written_bytes,
-            "sent_bytes_total": copier.sent_bytes,
-            "zero_bytes_total": copier.zero_bytes,
-            "record_errors_total": store.errors,
-            "read_errors_total": copier.read_errors,
             "connections": self.server.stats.connections,
             "session": self._session.superblock.session,
         }

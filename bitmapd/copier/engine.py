@@ -197,6 +197,11 @@ class Copier:
         self._geometry = geometry
 
     @property
+    def now_s(self) -> float:
+        """Time of the loop that the copier, and so the gate, runs on."""
+        return self._scheduler.time()
+
+    @property
     def pass_remaining_bytes(self) -> int:
         if self.pass_blocks is None:
             return 0

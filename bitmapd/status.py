@@ -1,0 +1,80 @@
+"""What a volume says of itself: its state, and the figures of `dmctl status --json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitmapd.config import VolumeConfig
+from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.gate.gate import Gate
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+
+
+def state_of(store: RecordStore, gate: Gate, copier: Copier) -> str:
+    """The most pressing of what is true of the volume."""
+    if store.failing:
+        return "degraded"
+    if copier.state is CopyState.LINK_DOWN:
+        return "link-down"
+    if copier.state is CopyState.PAUSED:
+        return "paused"
+    if copier.pass_blocks is not None:
+        return "resyncing"
+    return "in-sync" if gate.in_sync else "copying"
+
+
+def recorded_bytes(store: RecordStore, geometry: Geometry) -> int:
+    return min(store.recorded_extents * geometry.extent_bytes, geometry.size_bytes)
+
+
+def describe(
+    config: VolumeConfig, geometry: Geometry, store: RecordStore, gate: Gate, copier: Copier
+) -> dict[str, Any]:
+    """All of a volume's status that follows from its configuration and its parts."""
+    oldest_s = gate.oldest_dirty_s()
+    return {
+        "name": config.name,
+        "uuid": str(config.uuid),
+        "attach": "nbd",
+        "state": state_of(store, gate, copier),
+        "device": config.listen,
+        "primary": config.primary,
+        "secondary": config.secondary,
+        "record": config.record,
+        "size_bytes": geometry.size_bytes,
+        "extent_size_bytes": geometry.extent_bytes,
+        "block_size_bytes": geometry.block_bytes,
+        "dirty_bytes": min(gate.dirty_blocks() * geometry.block_bytes, geometry.size_bytes),
+        "lag_seconds": 0.0 if oldest_s is None else round(copier.now_s - oldest_s, 3),
+        "record_bytes": recorded_bytes(store, geometry),
+        "record_extents": store.recorded_extents,
+        "record_limit_bytes": gate.limit_extents * geometry.extent_bytes,
+        "writes_total": gate.writes,
+        "hits_total": gate.hits,
+        "misses_total": gate.misses,
+        "record_updates_total": store.updates,
+        "record_clears_total": store.clears,
+        "copied_bytes_total": copier.copied_bytes,
+        "era": gate.era,
+        "resync": _resync(copier),
+        "written_bytes_total": gate.written_bytes,
+        "sent_bytes_total": copier.sent_bytes,
+        "zero_bytes_total": copier.zero_bytes,
+        "record_errors_total": store.errors,
+        "read_errors_total": copier.read_errors,
+    }
+
+
+def _resync(copier: Copier) -> dict[str, Any] | None:
+    if copier.pass_blocks is None:
+        return None
+    remaining = copier.pass_remaining_bytes
+    speed = copier.meter.bytes_per_s
+    eta_s = copier.meter.eta_s(remaining)
+    return {
+        "total_bytes": copier.pass_total_bytes,
+        "remaining_bytes": remaining,
+        "rate_bytes_per_second": None if speed is None else round(speed),
+        "eta_seconds": None if eta_s is None else round(eta_s, 1),
+    }
