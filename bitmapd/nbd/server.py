@@ -44,7 +44,7 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.nbd.connection import Connection, Phase
 from bitmapd.nbd.handshake import ServerHandshake, ServerOffer, TlsMode
 from bitmapd.nbd.hub import ConnectionLimits, Export, ServerStats
-from bitmapd.nbd.spin import RUN_S, SPIN_S, SpinPolicy
+from bitmapd.nbd.spin import DEVICE_SPIN_S, RUN_S, SPIN_S, SpinPolicy
 from bitmapd.nbd.uri import MAX_SOCKET_PATH_BYTES
 
 MAX_CONNECTIONS = 64
@@ -357,7 +357,8 @@ class NbdServer:
         time = self.loop.time
         end = time() + RUN_S
         while connection.spins:
-            give_up = time() + SPIN_S
+            now = time()
+            give_up, patience = now + SPIN_S, now + DEVICE_SPIN_S
             self._in_batch = True
             self._cork()
             try:
@@ -365,7 +366,9 @@ class NbdServer:
                     self._kick()
                     if self._marked:
                         self._flush_marked()
-                    if time() > give_up or not connection.spins:
+                        give_up = time() + SPIN_S
+                    limit = patience if connection.in_flight else give_up
+                    if time() > limit or not connection.spins:
                         self._spin.failed()
                         return
             finally:

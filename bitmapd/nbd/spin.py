@@ -6,14 +6,16 @@ event loop.  Polling that finds nothing is wasted, so it is tried only while it 
 
 1. After n failures in a row the next 2^n - 1 opportunities (at most MAX_PASSED) are passed up; one
    success makes polling the rule again.
-2. One attempt lasts at most SPIN_S, a run of successes at most RUN_S, after which timers and other
-   connections have their turn.
+2. One attempt lasts at most SPIN_S, or DEVICE_SPIN_S while the device has a request of the client:
+   waking up costs about as long as a fast disk takes.  A run of successes lasts at most RUN_S,
+   after which timers and other connections have their turn.
 3. There is no polling with a single processor, where the client could not run meanwhile.
 """
 
 from __future__ import annotations
 
 SPIN_S = 40e-6
+DEVICE_SPIN_S = 200e-6
 RUN_S = 500e-6
 MAX_PASSED = 255
 
