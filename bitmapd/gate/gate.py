@@ -400,10 +400,14 @@ class Gate:
 
     def _evict(self, count: int, first: int, stop: int, now: float) -> None:
         """Make room for a miss; the clears ride along with the miss's own page where they can."""
-        victims = self._policy.victims(
-            count, lambda extent: not first <= extent < stop and self.is_clean(extent), now
-        )
-        self._drop_clean(victims, now)
+
+        def may_go(extent: int) -> bool:
+            # The miss's own extents are clean until its blocks are marked, which comes after this.
+            return not first <= extent < stop and self.is_clean(extent)
+
+        # The policy is not relied upon: whatever it names is looked at again.
+        victims = self._policy.victims(count, may_go, now)
+        self._drop_clean([extent for extent in victims if may_go(extent)], now)
 
     def tick(self) -> None:
         """Once a second: cooling, the limit, lazy clears."""
