@@ -222,7 +222,9 @@ def test_case_03_a_server_that_does_not_answer_delays_no_stop_and_no_start(
         volume.dmctl("start", volume.name, "--timeout", "25s")
         assert volume.ask("status")["state"] == "link-down"
         scatter(volume, 2)
-        server.signal(signal.SIGCONT)
+        # Not SIGCONT: nbdkit 1.32 may abort when it answers clients that have left meanwhile.
+        server.kill()
+        server.start()
         end_equal(volume)
 
 
