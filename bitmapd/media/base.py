@@ -45,11 +45,8 @@ class Scheduler(Protocol):
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer: ...
 
 
-class Device(Protocol):
-    """A block device; see the module's contract."""
-
-    @property
-    def name(self) -> str: ...
+class Export(Protocol):
+    """The part of a device that a server needs."""
 
     @property
     def size_bytes(self) -> int: ...
@@ -83,6 +80,13 @@ class Device(Protocol):
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
         """Which parts are holes or read as zeros; covers at least the start of the range."""
+
+
+class Device(Export, Protocol):
+    """A block device; see the module's contract."""
+
+    @property
+    def name(self) -> str: ...
 
     def close(self) -> None:
         """Release the medium; nothing may be in flight."""

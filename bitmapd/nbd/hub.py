@@ -6,46 +6,11 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from bitmapd.media.base import AllocationDone, Done
+from bitmapd.media.base import Export
 from bitmapd.nbd.numbers import Cmd
 
 if TYPE_CHECKING:
     from bitmapd.nbd.connection import Connection
-
-
-class Export(Protocol):
-    """The part of `Device` that is served."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    @property
-    def block_size_bytes(self) -> int: ...
-
-    def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None: ...
-
-    def write(
-        self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False
-    ) -> None: ...
-
-    def zero(
-        self,
-        offset_bytes: int,
-        length_bytes: int,
-        done: Done,
-        *,
-        fua: bool = False,
-        unmap: bool = True,
-        fast: bool = False,
-    ) -> None: ...
-
-    def trim(
-        self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False
-    ) -> None: ...
-
-    def flush(self, done: Done) -> None: ...
-
-    def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None: ...
 
 
 @dataclass(slots=True)

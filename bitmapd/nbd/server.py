@@ -40,10 +40,11 @@ from pathlib import Path
 from typing import Any
 
 from bitmapd.errors import BitmapdError, BusyError, ExistsError, UsageError
+from bitmapd.media.base import Export
 from bitmapd.media.buffers import BufferPool
 from bitmapd.nbd.connection import Connection, Phase
 from bitmapd.nbd.handshake import ServerHandshake, ServerOffer, TlsMode
-from bitmapd.nbd.hub import ConnectionLimits, Export, ServerStats
+from bitmapd.nbd.hub import ConnectionLimits, ServerStats
 from bitmapd.nbd.spin import DEVICE_SPIN_S, RUN_S, SPIN_S, SpinPolicy
 from bitmapd.nbd.uri import MAX_SOCKET_PATH_BYTES
 
