@@ -382,14 +382,14 @@ class Volume:
             self._secondary.close()
 
     async def _drain(self) -> None:
-        """Copy what is left, as long as the secondary can be reached."""
+        """Copy what is left, as long as there is a secondary and something that can be copied."""
         if self.copier.state is CopyState.PAUSED:
             self.copier.resume()
 
         def drained() -> bool:
             if self._hurried or self.copier.state is not CopyState.RUNNING:
                 return True
-            if self.gate.in_sync:
+            if self.gate.in_sync or self.copier.stuck:
                 return True
             self.copier.wake()
             return False

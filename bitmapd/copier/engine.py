@@ -45,6 +45,9 @@ from bitmapd.record.geometry import Geometry
 Emit = Callable[..., None]
 
 SETTLE_INTERVAL_S = 5.0
+# An error of the secondary takes back what was copied since the last settle.  So after one, less is
+# copied between two settles: half of what was at risk, then twice as much after each that succeeds.
+BATCH_BYTES = 64 << 20
 
 SEARCH_PAUSE_S = 0.01
 
@@ -120,6 +123,8 @@ class Copier:
         self._next_settle = 0.0
         self._failures = 0
         self._hold_settle_until = 0.0
+        self._batch_bytes = 0  # copied since the last settle began
+        self._batch_limit_bytes: int | None = None  # after an error: so much at risk at a time
         gate.on_flush_error = self._primary_not_flushed
         self.throttle = throttle
         self.meter = SpeedMeter()
@@ -266,6 +271,8 @@ class Copier:
             else self._piece_blocks
         )
         while self.state is CopyState.RUNNING and self._window.may_start(1):
+            if self._batch_full:
+                return True
             run = self._plan.next(self._gate.taken, now, self._gate.is_hot)
             if run is None:
                 return True
@@ -294,6 +301,25 @@ class Copier:
             copy = _Copy(first, stop, buffer, self._failures)
             self._primary.read(offset, buffer, partial(self._was_read, copy))
         return False
+
+    @property
+    def stuck(self) -> bool:
+        """Whether all that is left to copy waits to be tried again after an error of its own."""
+        gate = self._gate
+        left = gate.taken.count()
+        return (
+            self.idle
+            and not gate.current
+            and not gate.has_copied
+            and 0 < left == self._plan.busy_blocks
+        )
+
+    @property
+    def _batch_full(self) -> bool:
+        """Whether what was copied has to be settled before more may be lost with it."""
+        limit = self._batch_limit_bytes
+        at_risk = self._window.bytes + (self._batch_bytes if self._gate.has_copied else 0)
+        return limit is not None and (self._settling or at_risk >= limit)
 
     def _pool_freed(self) -> None:
         self._pool_wait = False
@@ -391,12 +417,17 @@ class Copier:
             if self._secondary.writes_late:
                 self._late.add(copy.first, copy.stop)
             self._secondary_failed(copy.error)
-            self._plan.returned(copy.first, copy.stop)
+            if self._secondary.connected:
+                # It answers: the place is bad, or was for the moment.  Others go first.
+                self._plan.failed(copy.first, copy.stop, self._scheduler.time())
+            else:
+                self._plan.returned(copy.first, copy.stop)
         elif copy.failures != self._failures:
             self._plan.returned(copy.first, copy.stop)
         else:
             length = self._geometry.block_bytes_range(copy.first, copy.stop)[1]
             self.copied_bytes += length
+            self._batch_bytes += length
             self.meter.add(self._scheduler.time(), length)
             self._plan.done(copy.first, copy.stop)
             self._gate.copied(copy.first, copy.stop)
@@ -420,6 +451,7 @@ class Copier:
         self._next_settle = now + SETTLE_INTERVAL_S
         pass_complete = self.pass_blocks is not None and not self.pass_blocks
         failures = self._failures
+        self._batch_bytes = 0
         extents = self._gate.begin_settle()
         results: list[OSError | None] = []
 
@@ -436,6 +468,10 @@ class Copier:
             self._settling = False
             if failures == self._failures:
                 self._gate.settle(extents)
+                self._backoff.reset()
+                if self._batch_limit_bytes is not None:
+                    twice = 2 * self._batch_limit_bytes
+                    self._batch_limit_bytes = twice if twice <= BATCH_BYTES else None
                 if pass_complete:
                     self._pass_done()
                 if self.on_change is not None:
@@ -477,11 +513,14 @@ class Copier:
         self._failures += 1
         self._back_into_pass(self._gate.forget_copied())
         if self.state is CopyState.RUNNING:
+            at_risk = min(self._batch_bytes + self._window.bytes, BATCH_BYTES)
+            self._batch_limit_bytes = max(at_risk // 2, self._geometry.block_bytes)
             self._emit(
                 "link-down",
                 secondary=self._secondary.name,
                 message=f"the secondary failed: {error.strerror or error}",
             )
+            self._batch_bytes = 0
             self._set_state(CopyState.LINK_DOWN)
             self._reopen()
 
@@ -527,7 +566,6 @@ class Copier:
             late, self._late = self._late, BlockSet()
             self._gate.hold(late)
             self._scheduler.call_later(LATE_WRITES_S, self._copy_again, late)
-        self._backoff.reset()
         self._emit("link-up", secondary=self._secondary.name)
         self._set_state(CopyState.RUNNING)
         self._pump()

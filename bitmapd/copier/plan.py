@@ -50,6 +50,11 @@ class Plan:
         self._hold_until_s = float("-inf")
         self._expected: int | None = None  # size of the set while there is nothing to find in it
 
+    @property
+    def busy_blocks(self) -> int:
+        """Blocks in flight, and those that wait after a failure."""
+        return self._busy.count()
+
     def new_round(self) -> None:
         """The set has been replenished: hot blocks are looked at anew."""
         self._passed.clear()

@@ -77,6 +77,27 @@ def test_case_13_blocks_that_cannot_be_read_hold_back_themselves_only(short_path
             end_equal(volume)
 
 
+def test_case_13_a_stop_does_not_wait_for_what_cannot_be_read(short_path: Path) -> None:
+    backing = make_file(short_path / "backing", SIZE)
+    with loop_device(backing, 512, "--direct-io=on") as device:
+        media = {"primary": device}
+        with Volume(short_path, SIZE, options=SKIP, media=media) as volume:
+            volume.create()
+            volume.start()
+            volume.ask("pause")
+            volume.write(20 * MIB, noise(1, 8 * MIB))
+            with backing.open("r+b") as file:
+                file.truncate(24 * MIB)
+            volume.ask("resume")
+            volume.dmctl("stop", volume.name, "--timeout", "60s")
+            with backing.open("r+b") as file:
+                file.truncate(SIZE)
+            assert volume.recorded() == {24, 25, 26, 27}
+            assert volume.differing() == set()  # what cannot be read any more reads as zeros now
+            volume.start()
+            end_equal(volume)
+
+
 def test_case_14_an_error_of_the_primary_goes_to_the_host_that_wrote(short_path: Path) -> None:
     with ExitStack() as stack:
         volume, disk = failing_volume(stack, short_path, "primary")

@@ -281,3 +281,22 @@ def test_case_12_a_crash_during_the_cut_copies_the_record_only(short_path: Path)
         assert recovered["reason"] == "crash"
         assert recovered["bytes_total"] == len(recorded) * MIB
         end_equal(volume)
+
+
+def test_case_03_a_place_that_cannot_be_written_holds_back_itself_only(short_path: Path) -> None:
+    """The server refuses one page for ever; whatever else is written becomes durable there."""
+    backing = make_file(short_path / "far", SIZE)
+    bad = 5 * MIB
+    protected = ["--filter=protect", f"protect={bad}-{bad + 4095}"]
+    with (
+        nbdkit(short_path, *file_server(short_path, backing, *protected)) as server,
+        mirrored(short_path, str(server.uri()), backing) as volume,
+    ):
+        volume.write(0, noise(1, 16 * MIB))
+        volume.until(lambda status: status["dirty_bytes"] == 64 * KIB)
+        volume.write(20 * MIB, noise(2, MIB))
+        volume.until(lambda status: status["dirty_bytes"] == 64 * KIB)
+        assert volume.differing() == {5}
+        volume.dmctl("stop", volume.name, "--timeout", "60s")
+        assert volume.differing() <= volume.recorded() <= {4, 5, 6}
+        assert volume.differing() == {5}

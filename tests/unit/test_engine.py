@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +16,7 @@ from bitmapd.copier.load import YIELD_BYTES_PER_S, YIELD_PIECE_BYTES, YIELD_SHAR
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.media.buffers import aligned
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror
-from tests.support.sim import drain
+from tests.support.sim import SimOp, drain
 
 MIB = 1 << 20
 
@@ -459,8 +461,11 @@ def test_copies_that_were_not_flushed_when_the_link_went_are_made_again(mirror: 
         mirror.finish(mirror.primary)
     mirror.finish(mirror.secondary)
     assert not mirror.gate.is_dirty(0, 4)
-    mirror.fail(mirror.secondary, errno.EPIPE)
+    mirror.secondary.connected = False
+    mirror.finish(mirror.secondary)
+    mirror.secondary.connected = True
     mirror.finish(mirror.secondary)  # one that began before the failure, and succeeds after it
+    mirror.secondary.connected = False
     assert mirror.gate.is_dirty(0, 4)
     assert mirror.gate.is_dirty(8, 12)
     before = len(mirror.secondary.asked("write"))
@@ -908,7 +913,8 @@ def late() -> Mirror:
     mirror.put(0)
     until_reads(mirror)
     mirror.finish(mirror.primary)
-    mirror.fail(mirror.secondary, errno.ENOTCONN)
+    mirror.secondary.connected = False
+    mirror.finish(mirror.secondary)
     mirror.run(0.5)
     mirror.run()
     return mirror
@@ -958,7 +964,7 @@ def test_a_device_that_ends_its_writes_is_not_waited_for(mirror: Mirror) -> None
     mirror.finish(mirror.primary)
     mirror.fail(mirror.secondary, errno.EIO)
     mirror.run(0.5)
-    mirror.run()
+    mirror.run(1.0)  # a place that was refused waits before it is tried again
     assert mirror.gate.in_sync
 
 
@@ -980,3 +986,47 @@ def test_a_connection_lost_while_there_was_nothing_to_do_is_noticed(mirror: Mirr
     assert "the connection was lost" in mirror.told("link-down")[0]["message"]
     mirror.run(0.5)
     assert mirror.copier.state is CopyState.RUNNING
+
+
+def refuse_writes(mirror: Mirror, refused: Callable[[SimOp], bool]) -> None:
+    """The secondary answers these writes with EIO, and stays connected."""
+    disk = mirror.secondary
+
+    def finish(index: int = 0) -> None:
+        op = disk.pending[index]
+        disk.fail_next = {"write": [errno.EIO]} if op.kind == "write" and refused(op) else {}
+        type(disk).finish(disk, index)
+
+    disk.finish = finish  # type: ignore[method-assign]
+
+
+def test_a_place_that_can_never_be_written_holds_back_itself_only(mirror: Mirror) -> None:
+    bad = 5 * BLOCK
+    refuse_writes(mirror, lambda op: op.offset_bytes <= bad < op.offset_bytes + len(op.data))
+    mirror.put(0, 12)
+    for _ in range(60):
+        mirror.run(1.0)
+    assert list(mirror.gate.taken.runs()) == [(5, 6)]
+    assert mirror.recorded() == {5 // PER_EXTENT}
+    assert mirror.copier.stuck
+    assert len(mirror.told("link-down")) < 12, "it is tried less and less often"
+    refuse_writes(mirror, lambda op: False)
+    for _ in range(70):
+        mirror.run(1.0)
+    assert not mirror.copier.stuck
+    assert mirror.gate.in_sync
+    assert equal(mirror)
+
+
+def test_errors_now_and_then_delay_copying_and_do_not_stop_it(mirror: Mirror) -> None:
+    """Every eighth write fails: there are never as many in a row as there is to copy."""
+    count = itertools.count(1)
+    refuse_writes(mirror, lambda op: next(count) % 8 == 0)
+    for extent in range(8):
+        mirror.put(extent * PER_EXTENT, 1)
+        mirror.put(extent * PER_EXTENT + 2, 1)
+    for _ in range(60):
+        mirror.run(1.0)
+    assert mirror.told("link-down")
+    assert mirror.gate.in_sync
+    assert equal(mirror)
