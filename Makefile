@@ -50,7 +50,8 @@ test-real: setup  ## foreign clients and servers, faults, fuzzing, demo and benc
 bench: setup  ## side by side with nbdkit, qemu-nbd, nbdcopy, dd; writes docs/benchmarks.md
 	$(PYTHON) -m tests.bench.bench $(BENCH_ARGS)
 
-soak: setup  ## kill -9 under verify load; CYCLES=200
+soak: setup  ## long property tests, then kill -9 under verify load; CYCLES=200, EXAMPLES=1200
+	STATEFUL_EXAMPLES=$(or $(EXAMPLES),1200) $(PYTEST) -n $(JOBS) --timeout 3600 tests/property
 	$(PYTHON) -m tests.soak.soak --cycles $(or $(CYCLES),200)
 
 fuzz: setup  ## a longer run of the fuzz tests; EXAMPLES=20000
@@ -61,11 +62,12 @@ docs: setup  ## generate the man pages into docs/man
 
 install:  ## install dmctl and bitmapd for the whole machine; PREFIX=/usr/local
 	/usr/bin/python3 -m venv $(or $(PREFIX),/usr/local)/lib/dmctl
+	mkdir -p $(or $(PREFIX),/usr/local)/bin
 	$(or $(PREFIX),/usr/local)/lib/dmctl/bin/pip install --quiet .
 	ln -sf $(or $(PREFIX),/usr/local)/lib/dmctl/bin/dmctl $(or $(PREFIX),/usr/local)/bin/dmctl
 	ln -sf $(or $(PREFIX),/usr/local)/lib/dmctl/bin/bitmapd $(or $(PREFIX),/usr/local)/bin/bitmapd
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-	  .import_linter_cache build dist *.egg-info demo-run
+	  .import_linter_cache build dist *.egg-info demo-run docs/man/*.[58]
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

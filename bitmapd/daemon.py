@@ -31,6 +31,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bitmapd import __version__
+from bitmapd.attach.support import resolved
 from bitmapd.config import (
     Paths,
     atomic_write,
@@ -43,7 +44,7 @@ from bitmapd.control.events import EventLog, LineSink, format_line
 from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
-from bitmapd.errors import BitmapdError, UsageError
+from bitmapd.errors import BitmapdError, BusyError, UsageError
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.tool import RecordMedium
 from bitmapd.volume import Volume
@@ -117,7 +118,7 @@ class Daemon:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        config = load_volume(self._paths, self._name)
+        config = resolved(load_volume(self._paths, self._name))
         self.volume = Volume(config, self._paths, loop, self._log.emit)
         if config.metrics_listen is not None:
             # Before anything is opened, so that a missing package is an early error.
@@ -155,13 +156,18 @@ class Daemon:
         return self._stop_task
 
     def _stopped(self, task: asyncio.Task[dict[str, Any]]) -> None:
+        if not task.cancelled() and isinstance(task.exception(), BusyError):
+            # Hosts have the device open: nothing has been stopped, and they are served as before.
+            self._stop_task = None
+            self._log.emit("stop-refused", message=str(task.exception()))
+            return
         self._ended.set()
         if not task.cancelled() and task.exception() is not None:
             self._log.emit("failed", message=f"the stop did not end in order: {task.exception()}")
 
     def _reload(self) -> None:
         try:
-            self.volume.reconfigure(load_volume(self._paths, self._name))
+            self.volume.reconfigure(resolved(load_volume(self._paths, self._name)))
         except BitmapdError as error:
             self._log.emit("settings-refused", message=error.message)
 

@@ -16,7 +16,6 @@ import json
 import time
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 from bitmapd.config import Paths, VolumeConfig, atomic_write
 from bitmapd.errors import BitmapdError, ForeignRecordError
@@ -136,10 +135,6 @@ class RecordSession:
             page_count(self.superblock.geometry.extents),
             page_count(geometry.extents),
         )
-
-    def new_generation(self) -> None:
-        """The data part ways with every other copy: a new current generation."""
-        self.update(generations=(uuid4(), *self.superblock.generations)[:4])
 
     def finish(self) -> None:
         """The record is empty and both media are flushed: mark it clean."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitmapd.config import VolumeConfig
+from bitmapd.config import VolumeConfig, device_of
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.gate.gate import Gate
 from bitmapd.record.geometry import Geometry
@@ -13,7 +13,7 @@ from bitmapd.record.store import RecordStore
 
 def state_of(store: RecordStore, gate: Gate, copier: Copier) -> str:
     """The most pressing of what is true of the volume."""
-    if store.failing:
+    if store.failing or store.slow:
         return "degraded"
     if copier.state is CopyState.LINK_DOWN:
         return "link-down"
@@ -36,9 +36,9 @@ def describe(
     return {
         "name": config.name,
         "uuid": str(config.uuid),
-        "attach": "nbd",
+        "attach": config.attach,
         "state": state_of(store, gate, copier),
-        "device": config.listen,
+        "device": device_of(config),
         "primary": config.primary,
         "secondary": config.secondary,
         "record": config.record,
@@ -62,6 +62,7 @@ def describe(
         "sent_bytes_total": copier.sent_bytes,
         "zero_bytes_total": copier.zero_bytes,
         "record_errors_total": store.errors,
+        "record_wait_seconds": round(store.write_age_s, 3),
         "read_errors_total": copier.read_errors,
     }
 

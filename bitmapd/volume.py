@@ -14,19 +14,29 @@ A crash at any point of either leaves a record that names whatever differs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-from collections.abc import Awaitable, Callable
+import ssl
+from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-from bitmapd.config import Paths, VolumeConfig, effective_record_limit_bytes
+from bitmapd.attach.direct import DirectPath
+from bitmapd.attach.kernel import SECTOR_BYTES, KernelAttachment
+from bitmapd.attach.listen import listen, tls_context
+from bitmapd.attach.routes import DIRECT, Routes
+from bitmapd.config import (
+    Paths,
+    VolumeConfig,
+    effective_era_interval_s,
+    effective_record_limit_bytes,
+)
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
-from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.errors import (
+    BitmapdError,
     BusyError,
-    DifferencesError,
     ForeignRecordError,
     UnreachableError,
     UsageError,
@@ -36,24 +46,27 @@ from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Done, Target
 from bitmapd.media.buffers import BufferPool
+from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
+from bitmapd.media.reporting import Reporting
 from bitmapd.nbd.client import NbdTarget
 from bitmapd.nbd.server import NbdServer
-from bitmapd.nbd.tls import server_context
 from bitmapd.nbd.uri import is_uri, parse_uri
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.layout import InitialSync
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.store import RecordStore
+from bitmapd.recovery import Recovery
 from bitmapd.resize import new_page_states, resize
 from bitmapd.session import RecordSession
-from bitmapd.status import describe, recorded_bytes, state_of
+from bitmapd.status import describe, state_of
+from bitmapd.verifying import Progress, Verifying
 
 HOST_POOL_BYTES = 32 << 20
 COPY_POOL_BYTES = 16 << 20
 TICK_S = 1.0
 OPEN_PATIENCE_S = 5.0  # for a secondary's server that does not answer while hosts wait to be served
 MIN_LIMIT_EXTENTS = 64
+LAST_BARRIERS = 5  # attempts to learn what hosts wrote last, at a stop
 
 Emit = Callable[..., None]
 
@@ -89,17 +102,15 @@ class Volume:
         self._loop = loop
         self._emit_event = emit
         self._last_error: dict[str, str] | None = None
-        self._last_recovery: dict[str, Any] | None = None
-        self._recovery_reason = "clean"
-        self._recovery_extents = 0
-        self._recovery_started = 0.0
         self._changed = asyncio.Event()
         self._was_in_sync: bool | None = None
-        self._verify: Verify | None = None
+        self._verifying: Verifying | None = None
         self._stopping = False
         self._hurried = False
         self._tick_timer: asyncio.TimerHandle | None = None
         self._metrics: Any = None
+        self._kernel: KernelAttachment | None = None
+        self._direct: DirectPath | None = None
 
     # -- start ----------------------------------------------------------------------------
     async def start(self) -> None:
@@ -111,13 +122,21 @@ class Volume:
         except BaseException:
             for close in reversed(opened):
                 close()
+            if self._kernel is not None and not self._kernel.adopted:
+                # Nothing was written through it: leave the primary as it was found.
+                with contextlib.suppress(BitmapdError):
+                    await self._kernel.detach()
+                self._kernel.close()
             raise
 
     async def _assemble(self, opened: list[Callable[[], None]]) -> None:
         config, loop = self.config, self._loop
         self._engine = AioEngine(loop)
         opened.append(self._engine.close)
-        self._primary = KernelDevice(config.primary, self._engine, exclusive=True)
+        primary = await self._prepare_kernel(opened) if config.attach == "dm" else config.primary
+        # Device-mapper has claimed it already.
+        exclusive = self._kernel is None
+        self._primary = KernelDevice(primary, self._engine, exclusive=exclusive)
         opened.append(self._primary.close)
         self._record = KernelDevice(config.record, self._engine)
         opened.append(self._record.close)
@@ -132,13 +151,16 @@ class Volume:
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
         self._engine.before_submit.append(self._store.commit)
+        self._for_hosts = Reporting(self._primary, self._primary_failed)
+        direct = self._make_direct(geometry)
         self.gate = Gate(
             geometry,
-            self._primary,
+            self._for_hosts,
             self._store,
             make_policy(config.predictor, geometry),
             loop,
             limit_extents=self._limit_extents(None),
+            direct=direct,
         )
         self._copy_pool = BufferPool(loop, COPY_POOL_BYTES)
         self.copier = Copier(
@@ -152,14 +174,42 @@ class Volume:
             Backoff(),
             self._emit,
             check_secondary=self._check_secondary,
-            era_interval_s=config.era_interval_s,
+            era_interval_s=effective_era_interval_s(config),
         )
         self.copier.on_change = self._on_change
-        self.copier.on_pass_done = self._on_pass_done
-        self._begin_recovery()
-        self._export(opened)
+        self._recovery = Recovery(
+            self._session, self._store, self.gate, self.copier, loop.time, self._emit
+        )
+        self._recovery.begin()
+        if self._kernel is not None and direct is not None:
+            await self._serve_kernel(self._kernel, direct)
+        else:
+            context = tls_context(config)
+            self.server = self._make_server(context)
+            opened.append(self.server.close_listeners)
+            listen(self.server, config, context)
         self.copier.start()
         self._tick_timer = loop.call_later(TICK_S, self._tick)
+
+    async def _prepare_kernel(self, opened: list[Callable[[], None]]) -> str:
+        """The device that gate and copier work on; the layers above it come last."""
+        config, geometry = self.config, self.geometry
+        logical = identify(config.primary).logical_block_bytes or SECTOR_BYTES
+        kernel = KernelAttachment(self._loop, config, geometry, logical, self._emit)
+        opened.append(kernel.close)
+        await kernel.prepare()
+        self._kernel = kernel
+        return kernel.era_device
+
+    def _make_direct(self, geometry: Geometry) -> DirectPath | None:
+        kernel = self._kernel
+        if kernel is None:
+            return None
+        # Everything recorded is copied anyway, so eras that have ended need not be collected.
+        direct = DirectPath(geometry, kernel, Routes(), self._emit, since_era=kernel.current_era)
+        direct.on_ended = self._on_change
+        self._direct = direct
+        return direct
 
     def _warn_if_buffered(self) -> None:
         for device in (self._primary, self._record):
@@ -207,92 +257,67 @@ class Volume:
         mismatch = self._session.secondary_mismatch(self._secondary.size_bytes)
         return None if mismatch is None else OSError(errno.ENODEV, mismatch)
 
-    def _begin_recovery(self) -> None:
-        loaded = self._session.loaded
-        extents = self._store.recorded_extents
-        initial = loaded.superblock.initial_sync
-        if initial is not InitialSync.NONE:
-            self._recovery_reason = "initial"
-        else:
-            self._recovery_reason = "clean" if not extents else "crash"
-        self._recovery_extents = extents
-        self._recovery_started = self._loop.time()
-        self._bytes_total = self._recorded_bytes()
-        self.gate.take_recorded()
-        self._emit(
-            "recovery-started",
-            reason=self._recovery_reason,
-            extents=extents,
-            bytes_total=self._bytes_total,
-        )
-        if extents:
-            self.copier.begin_pass(compare=initial is InitialSync.CHECKSUM)
-        else:
-            self._on_pass_done()
-
-    def _on_pass_done(self) -> None:
-        """Everything that the record named at the start, or at a resync, is on the secondary."""
-        if self._recovery_reason == "":
-            return
-        self._last_recovery = {
-            "reason": self._recovery_reason,
-            "extents": self._recovery_extents,
-            "bytes_total": self._bytes_total,
-            "bytes_copied": self.copier.pass_copied_bytes,
-            "seconds": round(self._loop.time() - self._recovery_started, 3),
-        }
-        self._recovery_reason = ""
-        self._emit("recovery-finished", **self._last_recovery)
-        if self._session.superblock.initial_sync is not InitialSync.NONE:
-            self._session.update(initial_sync=InitialSync.NONE)
-
-    def _export(self, opened: list[Callable[[], None]]) -> None:
-        config = self.config
-        uri = parse_uri(config.listen)
-        context = None
-        if uri.tls:
-            folder = uri.tls_certificates or config.tls_certificates
-            if folder is None:
-                raise UsageError(
-                    f"listen = {config.listen} asks for TLS, but there are no certificates",
-                    hint="set tls_certificates to their folder",
-                )
-            context = server_context(Path(folder))
+    def _make_server(self, context: ssl.SSLContext | None) -> NbdServer:
         self._host_pool = BufferPool(self._loop, HOST_POOL_BYTES)
-        self.server = NbdServer(
+        server = NbdServer(
             self._loop,
             self.gate,
             self._host_pool,
             self._engine.kick,
-            export_name=uri.export,
-            description=f"bitmapd volume {config.name}",
+            export_name=parse_uri(self.config.listen).export,
+            description=f"bitmapd volume {self.config.name}",
             tls=context,
             emit=self._emit,
             cork=self._engine.cork,
             may_spin=lambda: self.copier.idle,
         )
-        self._engine.after_reap.append(self.server.flush_replies)
-        if uri.socket_path is not None:
-            self.server.listen_unix(Path(uri.socket_path), tls=uri.tls)
-        elif context is None and not config.allow_plaintext_loopback:
-            raise UsageError(
-                f"listen = {config.listen} would export the volume without encryption",
-                hint="use nbds:// with certificates, or a unix socket, or a loopback address with"
-                " allow_plaintext_loopback = true",
+        self._engine.after_reap.append(server.flush_replies)
+        return server
+
+    async def _serve_kernel(self, kernel: KernelAttachment, direct: DirectPath) -> None:
+        """Bring the device up; what hosts can write directly from then on is in the record."""
+        self.server = self._make_server(None)
+        await kernel.connect(self.server)
+        extent_bytes = self.geometry.extent_bytes
+        in_force = [
+            (first // extent_bytes, -(-end // extent_bytes))
+            for first, end, kind in await kernel.attach()
+            if kind == DIRECT
+        ]
+        if not in_force:
+            return
+        direct.routes.adopt(extent for run in in_force for extent in range(*run))
+        missing = [run for run in in_force if not self._store.covers(*run)]
+        if missing:
+            self._emit(
+                "record-damaged",
+                device=self.config.record,
+                message="hosts write directly to extents that the record does not name; added",
             )
-        else:
-            self.server.listen_tcp(uri.host or "127.0.0.1", uri.port)
-        opened.append(self.server.close_listeners)
+            per = self.geometry.blocks_per_extent
+            for first, stop in missing:
+                await completion(partial(self.gate.mark, first * per, stop * per))
 
     # -- running --------------------------------------------------------------------------
     def _emit(self, event: str, **fields: Any) -> None:
-        if event.endswith(("-error", "-down", "-damaged", "-difference")):
+        if event.endswith(("-error", "-slow", "-down", "-damaged", "-difference")):
             self._last_error = {
                 "code": event,
                 "message": str(fields.get("message", event)),
                 "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             }
         self._emit_event(event, **fields)
+
+    def _primary_failed(
+        self, verb: str, offset_bytes: int, length_bytes: int, error: OSError
+    ) -> None:
+        self._emit(
+            "primary-error",
+            device=self.config.primary,
+            offset_bytes=offset_bytes,
+            length_bytes=length_bytes,
+            message=f"cannot {verb} the primary for a host: {error.strerror or error}",
+        )
 
     def _tick(self) -> None:
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
@@ -315,8 +340,8 @@ class Volume:
             if in_sync:
                 self._emit("in-sync")
             self._was_in_sync = in_sync
-        if self._verify is not None and self.copier.state is CopyState.LINK_DOWN:
-            self._verify.cancel(OSError(errno.ENOTCONN, "the secondary went away"))
+        if self._verifying is not None and self.copier.state is CopyState.LINK_DOWN:
+            self._verifying.cancel(errno.ENOTCONN, "the secondary went away")
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -339,10 +364,19 @@ class Volume:
         if self._stopping:
             raise WrongStateError(f"volume '{self.config.name}' is stopping already")
         self._stopping = True
-        if self._verify is not None:
-            self._verify.cancel(OSError(errno.ECANCELED, "the volume is being stopped"))
-        self.server.close_listeners()
-        await self.server.drain(timeout_s=5.0)
+        if self._kernel is not None:
+            try:
+                await self._kernel.close_hosts()
+            except BusyError:
+                self._stopping = False
+                raise
+        if self._verifying is not None:
+            self._verifying.cancel(errno.ECANCELED, "the volume is being stopped")
+        if self._direct is not None:
+            await self._last_barriers(self._direct)
+        else:
+            self.server.close_listeners()
+            await self.server.drain(timeout_s=5.0)
         if not now:
             await self._drain()
         stopped = asyncio.Event()
@@ -356,6 +390,8 @@ class Volume:
         self._emit("stopped", clean=clean, record_extents=self._store.recorded_extents)
         while self._engine.in_flight:
             await asyncio.sleep(0)
+        if self._kernel is not None:
+            await self._detach(self._kernel)
         for close in (
             self._secondary.close,
             self._primary.close,
@@ -365,6 +401,29 @@ class Volume:
         ):
             close()
         return {"clean": clean, "record_extents": self._store.recorded_extents}
+
+    async def _last_barriers(self, direct: DirectPath) -> None:
+        """No host can write any more: have everything that was written known to the gate."""
+        direct.routes.seal()
+        for _ in range(LAST_BARRIERS):
+            if not direct.routes.settling:
+                return
+            await self._one_barrier(direct)
+        # What stays open stays in the record.
+
+    async def _one_barrier(self, direct: DirectPath) -> None:
+        tried = direct.tried
+        self.copier.wake()
+        await self._until(lambda: direct.tried > tried)
+
+    async def _detach(self, kernel: KernelAttachment) -> None:
+        self._primary.close()
+        try:
+            await kernel.detach()
+        except BitmapdError as error:
+            self._emit("detach-error", message=error.message)
+        await self.server.drain(timeout_s=5.0)
+        kernel.close()
 
     def hurry(self) -> None:
         """Let a stop that is copying what is left end without it."""
@@ -438,45 +497,26 @@ class Volume:
         if checksum and self.copier.pass_blocks is None:
             extents = self._store.recorded_extents
             if extents:
-                self._recovery_reason = ""
+                self._recovery.give_way()
                 self.gate.take_recorded()
                 self.copier.begin_pass(compare=True)
         elif not self._in_sync:
             self.copier.wake()
         return {"extents": extents, "state": self.state}
 
-    async def verify(
-        self, repair: bool, progress: Callable[[dict[str, Any]], Awaitable[None]]
-    ) -> dict[str, Any]:
+    async def verify(self, repair: bool, progress: Progress) -> dict[str, Any]:
         """Compare both sides while in use; differences that should not be there are reported."""
-        if self._verify is not None:
+        if self._verifying is not None:
             raise BusyError(f"volume '{self.config.name}' is being verified already")
         if self.copier.state is CopyState.LINK_DOWN:
             raise UnreachableError(f"secondary {self.config.secondary} cannot be reached")
-        finished: asyncio.Future[tuple[OSError | None, VerifyResult]] = self._loop.create_future()
-        verify = Verify(
-            self.geometry,
-            self.gate,
-            self._primary,
-            self._secondary,
-            self._loop,
-            BufferPool(self._loop, COPY_POOL_BYTES),
-            repair=repair,
-            done=lambda error, result: finished.set_result((error, result)),
+        self._verifying = Verifying(
+            self._loop, self.geometry, self.gate, self._primary, self._secondary, repair=repair
         )
-        self._verify = verify
         try:
-            verify.start()
-            while not finished.done():
-                await asyncio.wait([finished], timeout=0.5)
-                await progress({"progress": round(verify.progress, 4)})
-            error, result = finished.result()
+            result = await self._verifying.run(progress)
         finally:
-            if not finished.done():
-                verify.cancel(OSError(errno.ECANCELED, "the request was withdrawn"))
-            self._verify = None
-        if error is not None:
-            raise UnreachableError(f"verify ended early: {error.strerror or error}")
+            self._verifying = None
         for offset, length in result.unexpected:
             self._emit(
                 "unexpected-difference",
@@ -556,7 +596,7 @@ class Volume:
             self._exchange_policy(config.predictor)
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
-        self.copier.era_interval_s = config.era_interval_s
+        self.copier.era_interval_s = effective_era_interval_s(config)
         self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
         self._emit("settings-changed")
 
@@ -565,23 +605,35 @@ class Volume:
     def state(self) -> str:
         return state_of(self._store, self.gate, self.copier)
 
-    def _recorded_bytes(self) -> int:
-        return recorded_bytes(self._store, self.geometry)
-
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""
         return describe(self.config, self.geometry, self._store, self.gate, self.copier) | {
-            "last_recovery": self._last_recovery,
+            "last_recovery": self._recovery.result,
             "last_error": self._last_error,
             "connections": self.server.stats.connections,
             "session": self._session.superblock.session,
+            "primary_errors_total": self._for_hosts.errors,
+            **self._direct_status(),
         }
 
-
-def check_verify(result: dict[str, Any], name: str) -> None:
-    """DifferencesError if a verify found what should not be there and it was not repaired."""
-    if result["unexpected_bytes"] > result["repaired_bytes"]:
-        raise DifferencesError(
-            f"volume '{name}': {result['unexpected_bytes']} bytes differ outside the record",
-            hint=f"dmctl verify {name} --repair",
-        )
+    def _direct_status(self) -> dict[str, Any]:
+        """What only the kernel knows, and what following the record in its table costs."""
+        direct = self._direct
+        if direct is None:
+            return {}
+        hosts, routes = direct.host_counters, direct.routes
+        writes = hosts.writes + hosts.discards
+        return {
+            "writes_total": writes,
+            "hits_total": max(0, writes - self.gate.misses),
+            "written_bytes_total": hosts.written_bytes,
+            "direct_extents": routes.count_direct,
+            "gate_writes_total": self.gate.writes,
+            "barriers_total": direct.barriers,
+            "barriers_skipped_total": direct.skipped,
+            "barrier_errors_total": direct.failures,
+            "suspended_seconds_total": round(direct.window_s_total, 6),
+            "suspended_seconds_max": round(direct.window_s_max, 6),
+            "table_loads_total": routes.loads,
+            "table_moves_total": routes.moved,
+        }

@@ -34,7 +34,14 @@ from bitmapd.config.files import (
 from bitmapd.config.kinds import check_name, is_loopback, parse_metrics_listen
 from bitmapd.config.problems import ConfigError, Problem, nearest
 from bitmapd.config.tables import build_volume, changed, parse_table, render
-from bitmapd.config.volume import Key, VolumeConfig, effective_record_limit_bytes, keys
+from bitmapd.config.volume import (
+    Key,
+    VolumeConfig,
+    device_of,
+    effective_era_interval_s,
+    effective_record_limit_bytes,
+    keys,
+)
 
 __all__ = [
     "ConfigError",
@@ -48,6 +55,8 @@ __all__ = [
     "changed",
     "check_name",
     "create_volume",
+    "device_of",
+    "effective_era_interval_s",
     "effective_record_limit_bytes",
     "is_loopback",
     "keys",

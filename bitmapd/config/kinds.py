@@ -129,16 +129,6 @@ def _listen(value: Any) -> str:
     return listen
 
 
-def _attach(value: Any) -> str:
-    attach = choice("auto", "nbd", "dm").parse(value)
-    if attach == "dm":
-        raise UsageError(
-            "this build attaches volumes over NBD only",
-            hint="use nbd, or auto for the best that there is",
-        )
-    return "nbd"
-
-
 def parse_metrics_listen(text: str) -> Path | tuple[str, int]:
     """A socket path for `unix:PATH`, or a loopback host and port for `HOST:PORT`."""
     if text.startswith("unix:"):
@@ -190,7 +180,7 @@ PATH = Kind("path", _path, str)
 FOLDER = Kind("path", lambda value: Path(_path(value)), str)
 TARGET = Kind("path | NBD URI", _target, str)
 LISTEN = Kind("NBD URI", _listen, str)
-ATTACH = Kind("auto | nbd", _attach, str)
+ATTACH = choice("auto", "nbd", "dm")
 SIZE = Kind("size", _positive_size, format_size)
 RATE = Kind("size per second", _rate, format_rate)
 DURATION = Kind("duration", _positive_duration, format_duration)

@@ -14,6 +14,8 @@ from bitmapd.config.kinds import Kind
 DEFAULT_RECORD_LIMIT_BYTES = 1 << 30
 DEFAULT_RECORD_LIMIT_FRACTION = 10
 MIN_RECORD_LIMIT_EXTENTS = 64
+ERA_INTERVAL_NBD_S = 1.0
+ERA_INTERVAL_DM_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,14 @@ class VolumeConfig:
     ]
     attach: Annotated[
         str,
-        Key("attach", kinds.ATTACH, "How hosts reach the volume.", "auto", shared=True),
+        Key(
+            "attach",
+            kinds.ATTACH,
+            "How hosts reach the volume: dm makes /dev/mapper/NAME, nbd an export; auto is dm where"
+            " the kernel has it and the primary is a block device.",
+            "auto",
+            shared=True,
+        ),
     ]
     listen: Annotated[
         str,
@@ -110,12 +119,13 @@ class VolumeConfig:
         ),
     ]
     era_interval_s: Annotated[
-        float,
+        float | None,
         Key(
             "era_interval",
-            kinds.INTERVAL,
-            "How often written blocks are handed to the copier, 100ms to 10min.",
-            "1s",
+            kinds.or_word("auto", kinds.INTERVAL),
+            "How often written blocks are handed to the copier, 100ms to 10min. auto: 1s over nbd,"
+            " 5s with device-mapper, where the end of an era makes writes wait for a moment.",
+            "auto",
             shared=True,
             live=True,
         ),
@@ -184,6 +194,16 @@ class VolumeConfig:
             "none",
         ),
     ]
+    start_at_boot: Annotated[
+        bool,
+        Key(
+            "start_at_boot",
+            kinds.BOOLEAN,
+            "Whether the volume is started by itself when its media appear: at boot, or later.",
+            True,
+            shared=True,
+        ),
+    ]
 
 
 @functools.cache
@@ -195,6 +215,18 @@ def keys() -> dict[str, Key]:
         for field, hint in hints.items()
         if hasattr(hint, "__metadata__")
     }
+
+
+def device_of(config: VolumeConfig) -> str:
+    """What hosts use: a device node, or the URI of the export."""
+    return f"/dev/mapper/{config.name}" if config.attach == "dm" else config.listen
+
+
+def effective_era_interval_s(config: VolumeConfig) -> float:
+    """The interval that `era_interval` stands for (see its manual)."""
+    if config.era_interval_s is None:
+        return ERA_INTERVAL_DM_S if config.attach == "dm" else ERA_INTERVAL_NBD_S
+    return config.era_interval_s
 
 
 def effective_record_limit_bytes(config: VolumeConfig, size_bytes: int) -> int:

@@ -32,6 +32,7 @@ Fields = dict[str, Any]
 LEVELS = {
     "failed": 2,
     "record-error": 3,
+    "record-slow": 3,
     "record-damaged": 3,
     "copy-error": 3,
     "primary-error": 3,
@@ -43,7 +44,7 @@ LEVELS = {
 }
 LEVEL_NOTICE = 5
 
-LIMITED = frozenset({"record-error", "copy-error", "primary-error", "link-error", "client-error"})
+LIMITED = frozenset({"record-error", "record-ok", "copy-error", "primary-error", "link-error"})
 BURST = 5
 WINDOW_S = 10.0
 RING_EVENTS = 1000

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmapd.config.kinds import parse_metrics_listen
-from bitmapd.control.sockets import listen_unix
+from bitmapd.control.sockets import UnixListener, listen_unix
 from bitmapd.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ GAUGES = {
     "record_bytes": "What the record names, and a crash would make us copy.",
     "record_extents": "Extents in the record.",
     "record_limit_bytes": "How much the record may name.",
+    "record_wait_seconds": "Age of the oldest write to the stored record that is not answered yet.",
     "era": "Number of the era.",
+    "direct_extents": "Extents that hosts write in the kernel, without the gate.",
+    "suspended_seconds_max": "Longest time that a barrier made writes wait.",
 }
 COUNTERS = {
     "writes_total": "Writes of hosts.",
@@ -60,6 +63,15 @@ COUNTERS = {
     "record_updates_total": "Durable writes to the stored record that a host's write waited for.",
     "record_clears_total": "Lazy writes to the stored record that took extents out.",
     "copied_bytes_total": "Bytes written to the secondary.",
+    "record_errors_total": "Writes to the stored record that failed.",
+    "primary_errors_total": "Requests of hosts that failed at the primary.",
+    "read_errors_total": "Reads of the primary for copying that failed.",
+    "gate_writes_total": "Writes that came through the gate (device-mapper).",
+    "barriers_total": "Ends of eras in the kernel.",
+    "barrier_errors_total": "Barriers that failed and were tried again.",
+    "suspended_seconds_total": "Time in which barriers made writes wait.",
+    "table_loads_total": "Barriers that changed the kernel's table.",
+    "table_moves_total": "Extents that were moved between the gate and the direct path.",
 }
 RESYNC_GAUGES = {
     "total_bytes": "What this resync set out to copy.",
@@ -131,12 +143,14 @@ class MetricsServer:
         self._address = parse_metrics_listen(listen)
         self._status = status
         self._server: asyncio.Server | None = None
+        self._unix: UnixListener | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def start(self) -> None:
         if isinstance(self._address, Path):
+            self._unix = listen_unix(self._address)
             self._server = await asyncio.start_unix_server(
-                self._connected, sock=listen_unix(self._address), limit=REQUEST_BYTES
+                self._connected, sock=self._unix.sock, limit=REQUEST_BYTES
             )
         else:
             host, port = self._address
@@ -151,8 +165,8 @@ class MetricsServer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if isinstance(self._address, Path):
-            self._address.unlink(missing_ok=True)
+        if self._unix is not None:
+            self._unix.unlink()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -18,7 +18,6 @@ runs; it may send events through `progress` and its value or its `BitmapdError` 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -34,7 +33,7 @@ from bitmapd.control.protocol import (
     encode_event,
     encode_result,
 )
-from bitmapd.control.sockets import listen_unix, peer_credentials
+from bitmapd.control.sockets import UnixListener, listen_unix, peer_credentials
 from bitmapd.errors import BitmapdError, BusyError, PermissionError_, UsageError
 
 CONNECTION_LIMIT = 32
@@ -78,16 +77,14 @@ class ControlServer:
         self._request_timeout_s = request_timeout_s
         self._send_timeout_s = send_timeout_s
         self._server: asyncio.Server | None = None
-        self._inode: tuple[int, int] | None = None
+        self._listener: UnixListener | None = None
         self._connections: dict[asyncio.Task[Any], bool] = {}  # task -> a handler is running
         self._closing = False
 
     async def start(self) -> None:
-        sock = listen_unix(self.path)
-        status = self.path.stat()
-        self._inode = (status.st_dev, status.st_ino)
+        self._listener = listen_unix(self.path)
         self._server = await asyncio.start_unix_server(
-            self._connected, sock=sock, limit=MAX_LINE_BYTES
+            self._connected, sock=self._listener.sock, limit=MAX_LINE_BYTES
         )
 
     async def close(self, grace_s: float = 2.0) -> None:
@@ -96,7 +93,7 @@ class ControlServer:
         Not to be awaited inside a handler, which would wait for itself.
         """
         self._closing = True
-        if self._server is None:
+        if self._server is None or self._listener is None:
             return
         self._server.close()
         for task, busy in self._connections.items():
@@ -107,14 +104,7 @@ class ControlServer:
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
-        self._unlink()
-
-    def _unlink(self) -> None:
-        # A successor may have put its own socket into the place.
-        with contextlib.suppress(FileNotFoundError):
-            status = self.path.lstat()
-            if (status.st_dev, status.st_ino) == self._inode:
-                self.path.unlink()
+        self._listener.unlink()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

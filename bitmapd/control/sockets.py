@@ -1,4 +1,11 @@
-"""Unix sockets of ours: making one that listens, and knowing who is at the other end."""
+"""Unix sockets of ours: making one that listens, taking it away, knowing who is at the other end.
+
+1. A socket has its mode from the moment it exists: the umask sets it, no chmod afterwards.
+2. A socket file that is in the way is removed only if nobody answers on it, and at the end only if
+   it is still ours: a successor may have put its own into the place.
+
+A crash leaves the file; the next process finds nobody there and replaces it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +13,11 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from bitmapd.errors import BusyError, ExistsError
+from bitmapd.errors import BitmapdError, BusyError, ExistsError
 
 BACKLOG = 32
 
@@ -22,21 +31,44 @@ def peer_credentials(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def listen_unix(path: Path) -> socket.socket:
-    """A listening socket of mode 0600; BusyError if another process answers there."""
-    _remove_stale(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
+@dataclass(frozen=True, slots=True)
+class UnixListener:
+    """A listening socket that does not block, and the file that leads to it."""
+
+    sock: socket.socket
+    path: Path
+    inode: tuple[int, int]
+
+    def unlink(self) -> None:
+        with suppress(OSError):  # gone already, or out of reach: then it is not ours to remove
+            if _inode(self.path) == self.inode:
+                self.path.unlink()
+
+
+def listen_unix(path: Path, mode: int = 0o600, backlog: int = BACKLOG) -> UnixListener:
+    """BusyError if another process answers there, another BitmapdError if it cannot be used."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        sock.bind(str(path))
-    except OSError:
+        _remove_stale(path)
+        before = os.umask(0o777 & ~mode)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+        inode = _inode(path)
+        sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        raise BitmapdError(f"cannot listen on {path}: {error.strerror or error}") from error
+    except BitmapdError:
         sock.close()
         raise
-    finally:
-        os.umask(before)
-    sock.listen(BACKLOG)
-    sock.setblocking(False)
-    return sock
+    return UnixListener(sock, path, inode)
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 def _remove_stale(path: Path) -> None:
@@ -45,14 +77,15 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ExistsError(f"{path} exists and is not a socket", hint="remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
+        raise ExistsError(f"{path} exists and is not a socket", hint="choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
             return
-        except (TimeoutError, BlockingIOError):
-            pass  # somebody listens, and is busy
-    raise BusyError(f"another process answers on {path}", hint="the volume is served already")
+        except FileNotFoundError:
+            return
+        except BlockingIOError:
+            pass  # its backlog is full: somebody listens
+    raise BusyError(f"another process answers on {path}", hint="is the volume started already?")

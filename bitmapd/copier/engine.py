@@ -50,6 +50,8 @@ SETTLE_INTERVAL_S = 5.0
 BATCH_BYTES = 64 << 20
 
 SEARCH_PAUSE_S = 0.01
+# An era that ends early, because the kernel's table is to follow the record, lasts so long.
+URGENT_ERA_S = 0.25
 
 # How long a server whose connection was lost may take over the writes it had received.
 LATE_WRITES_S = 10.0
@@ -234,21 +236,32 @@ class Copier:
         if self.state is CopyState.STOPPED:
             self._check_stopped()
             return
-        if self.state is not CopyState.RUNNING or self._barrier:
+        running = self.state is CopyState.RUNNING
+        # With a direct path eras end whatever the secondary does: the kernel's table follows the
+        # record at barriers.
+        if self._barrier or not (running or self._gate.has_direct):
             return
         now = self._scheduler.time()
-        if now >= self._next_era and self._gate.current:
+        if self._era_is_over(now):
             if self._window.copies:
                 return
             self._barrier = True
             self._next_era = now + self.era_interval_s
             self._gate.take_era(self._after_barrier)
             return
+        if not running:
+            return
         exhausted = self._issue(now)
         if self._settling or not self._gate.has_copied or now < self._hold_settle_until:
             return
         if (exhausted and not self._window.copies) or now >= self._next_settle:
             self._settle(now)
+
+    def _era_is_over(self, now: float) -> bool:
+        gate = self._gate
+        if now >= self._next_era:
+            return gate.wants_era
+        return gate.era_is_urgent and now >= self._next_era - self.era_interval_s + URGENT_ERA_S
 
     def _after_barrier(self) -> None:
         self._barrier = False
@@ -261,7 +274,7 @@ class Copier:
             return False  # a rate says so, and a timer will call again; save the search
         gate = self._gate
         yielding = (
-            self._load.active(now, gate.writes + gate.reads, gate.written_bytes)
+            self._load.active(now, *gate.host_load)
             and not gate.over_limit
         )
         throttles = (self.throttle, self._load.throttle) if yielding else (self.throttle,)
@@ -309,7 +322,7 @@ class Copier:
         left = gate.taken.count()
         return (
             self.idle
-            and not gate.current
+            and not gate.wants_era
             and not gate.has_copied
             and 0 < left == self._plan.busy_blocks
         )

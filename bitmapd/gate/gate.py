@@ -18,6 +18,9 @@ Invariants:
    both sides have been flushed since.
 4. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
 5. Errors of the primary go to the host and leave the blocks dirty.
+6. With a direct path (`attach.direct`), an extent that is open there may be dirty without being in
+   any of these sets.  It is not clean and is not dropped; one that the record is to lose is cooled,
+   and dropped when it is closed.
 
 A crash loses `current` and `taken`; the record names every extent they touched, and `take_recorded`
 marks all their blocks at the next start.
@@ -25,8 +28,9 @@ marks all their blocks at the next start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from bitmapd.attach.direct import DirectPath
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
 from bitmapd.record.geometry import Geometry
@@ -34,6 +38,9 @@ from bitmapd.record.policy import Policy
 from bitmapd.record.store import RecordStore
 
 Submit = Callable[[Done], None]
+
+# With a direct path one part in so many of the record's limit is kept free for misses.
+COOLING_PART = 16
 
 
 class _Era:
@@ -58,8 +65,10 @@ class Gate:
         scheduler: Scheduler,
         *,
         limit_extents: int,
+        direct: DirectPath | None = None,
     ) -> None:
         self._geometry = geometry
+        self._direct = direct
         self._primary = primary
         self._store = store
         self._policy = policy
@@ -76,6 +85,8 @@ class Gate:
         self._held: list[BlockSet] = []  # may change on the secondary without our doing
         self._current_since: float | None = None
         self._taken_since: float | None = None
+        self._barrier_since = scheduler.time()
+        self._evicting: set[int] = set()  # cooled because the record is too large
         self._settling_since: float | None = None
         self.on_flush_error: Callable[[OSError], None] | None = None
         self.writes = 0
@@ -130,6 +141,8 @@ class Gate:
             return
         # A hit, written out: this is the path that has to be short.
         self.hits += 1
+        if self._direct is not None:
+            self._direct.routes.gated_hit(first, stop)
         self._policy.wrote(first, stop, now, True)
         if self._current_since is None:
             self._current_since = now
@@ -281,10 +294,52 @@ class Gate:
         if self._taken_since is None:
             self._taken_since = self._current_since
         self._current_since = None
-        if old.in_flight:
-            old.when_landed = lambda: self._scheduler.call_soon(ready)
-        else:
-            self._scheduler.call_soon(ready)
+
+        def landed() -> None:
+            if old.in_flight:
+                old.when_landed = lambda: self._scheduler.call_soon(ready)
+            else:
+                self._scheduler.call_soon(ready)
+
+        if self._direct is None:
+            landed()
+            return
+        since, self._barrier_since = self._barrier_since, self._scheduler.time()
+
+        def collected(runs: Sequence[tuple[int, int]]) -> None:
+            self._take_direct(runs, since)
+            landed()
+
+        self._direct.barrier(self._store.covered_runs(), collected)
+
+    def _take_direct(self, runs: Sequence[tuple[int, int]], since: float) -> None:
+        """Blocks that the kernel saw written, by hosts directly or by the gate, since `since`."""
+        if not runs:
+            return
+        now, per, end = self._scheduler.time(), self._geometry.blocks_per_extent, 0
+        for first, stop in runs:
+            self.taken.add(first, stop)
+            extent, extent_stop = max(first // per, end), (stop - 1) // per + 1
+            if extent < extent_stop:
+                if self._store.covers(extent, extent_stop):
+                    self._policy.wrote(extent, extent_stop, now, True)
+                end = extent_stop
+        if self._taken_since is None:
+            self._taken_since = since
+
+    @property
+    def has_direct(self) -> bool:
+        return self._direct is not None
+
+    @property
+    def wants_era(self) -> bool:
+        """Whether there is something that ending the era would bring to the copier."""
+        return bool(self.current) or (self._direct is not None and self._direct.wants_barrier)
+
+    @property
+    def era_is_urgent(self) -> bool:
+        """Whether the kernel's table should be changed before the era is over."""
+        return self._direct is not None and self._direct.routes.urgent
 
     def take_recorded(self) -> None:
         """Mark every block of every recorded extent as to be copied: recovery, or a resync."""
@@ -340,8 +395,8 @@ class Gate:
         self._settling = set()
         if not self._copied:
             self._settling_since = None
-        clean = [extent for extent in extents if self.is_clean(extent)]
-        self._drop_clean((extent for extent in clean if not self._policy.wants(extent, now)), now)
+        clean = [extent for extent in extents if self._is_settled(extent)]
+        self._retire((extent for extent in clean if not self._policy.wants(extent, now)), now)
 
     def unsettle(self, extents: Iterable[int]) -> None:
         """A flush failed, so anything copied to these extents may be lost: copy them again."""
@@ -373,16 +428,33 @@ class Gate:
 
     def is_clean(self, extent: int) -> bool:
         """Whether a recorded extent is known to be equal and durable on both sides."""
+        if self._direct is not None and self._direct.routes.is_open(extent):
+            return False
+        return self._is_settled(extent)
+
+    def _is_settled(self, extent: int) -> bool:
+        """Whether it is recorded, and equal and durable on both sides as far as the gate knows."""
         if not self._store.covers(extent, extent + 1):
             return False
-        return not self.may_differ(*self._geometry.extent_blocks(extent, extent + 1))
+        return not self._has_differences(*self._geometry.extent_blocks(extent, extent + 1))
 
     def is_dirty(self, first: int, stop: int) -> bool:
         """Whether some of blocks [first, stop) wait to be copied."""
         return self.current.any(first, stop) or self.taken.any(first, stop)
 
     def may_differ(self, first: int, stop: int) -> bool:
-        """Whether blocks [first, stop) are dirty, or copied and not flushed on both sides."""
+        """Whether blocks [first, stop) are dirty, or copied and not flushed on both sides, or may
+        have been written directly since the last barrier."""
+        if self._has_differences(first, stop):
+            return True
+        direct, per = self._direct, self._geometry.blocks_per_extent
+        return (
+            direct is not None
+            and any(map(direct.routes.is_open, range(first // per, (stop - 1) // per + 1)))
+            and direct.written
+        )
+
+    def _has_differences(self, first: int, stop: int) -> bool:
         per = self._geometry.blocks_per_extent
         extents = range(first // per, (stop - 1) // per + 1)
         return (
@@ -397,6 +469,26 @@ class Gate:
         if gone:
             self._store.drop(gone)
             self._policy.dropped(gone, now)
+            if self._direct is not None:
+                self._direct.routes.gone(gone)
+                self._evicting.difference_update(gone)
+
+    def _retire(self, extents: Iterable[int], now: float) -> None:
+        """Have the record lose these: at once what is closed, after cooling what is open."""
+        if self._direct is None:
+            self._drop_clean(extents, now)
+            return
+        settled = [extent for extent in extents if self._is_settled(extent)]
+        routes = self._direct.routes
+        routes.cool(extent for extent in settled if routes.is_open(extent))
+        self._drop_clean(settled, now)
+
+    def _drop_cooled(self, direct: DirectPath, now: float) -> None:
+        """Cooled extents that are closed and clean leave, unless they are wanted again."""
+        closed = [extent for extent in direct.routes.closed() if self.is_clean(extent)]
+        wanted = [e for e in closed if e not in self._evicting and self._policy.wants(e, now)]
+        direct.routes.warm(wanted)
+        self._drop_clean(set(closed).difference(wanted), now)
 
     def _evict(self, count: int, first: int, stop: int, now: float) -> None:
         """Make room for a miss; the clears ride along with the miss's own page where they can."""
@@ -412,11 +504,21 @@ class Gate:
     def tick(self) -> None:
         """Once a second: cooling, the limit, lazy clears."""
         now = self._scheduler.time()
-        self._drop_clean(self._policy.expired(now), now)
+        self._retire(self._policy.expired(now), now)
         excess = self._store.recorded_extents - self.limit_extents
+        if self._direct is not None:
+            self._drop_cooled(self._direct, now)
+            # Cooling takes until the barrier after the next, so it begins before the limit.
+            excess += self.limit_extents // COOLING_PART - len(self._evicting)
         if excess > 0:
-            self._drop_clean(self._policy.victims(excess, self.is_clean, now), now)
+            victims = self._policy.victims(excess, self._may_retire, now)
+            if self._direct is not None:
+                self._evicting.update(victims)
+            self._retire(victims, now)
         self._store.flush_clears()
+
+    def _may_retire(self, extent: int) -> bool:
+        return extent not in self._evicting and self._is_settled(extent)
 
     def set_policy(self, policy: Policy) -> None:
         """Exchange the policy; the new one has been told what is recorded."""
@@ -442,6 +544,14 @@ class Gate:
         return self.current.count() + self.taken.count()
 
     @property
+    def host_load(self) -> tuple[int, int]:
+        """Requests of hosts and bytes written by them, since the start."""
+        if self._direct is None:
+            return self.writes + self.reads, self.written_bytes
+        hosts = self._direct.host_counters
+        return hosts.writes + hosts.discards + hosts.reads, hosts.written_bytes
+
+    @property
     def over_limit(self) -> bool:
         """Whether the record names more than it should, so that copying is urgent."""
         return self._store.recorded_extents > self.limit_extents
@@ -454,11 +564,15 @@ class Gate:
     @property
     def in_sync(self) -> bool:
         """Whether nothing waits to be copied or flushed."""
-        return not (self.current or self.taken or self._copied or self._settling or self._held)
+        if self.current or self.taken or self._copied or self._settling or self._held:
+            return False
+        return self._direct is None or not self._direct.written
 
     def oldest_dirty_s(self) -> float | None:
         """Loop time of the oldest write that may not be durable on the secondary."""
         for since in (self._settling_since, self._taken_since, self._current_since):
             if since is not None:
                 return since
+        if self._direct is not None and self._direct.written:
+            return self._barrier_since
         return None

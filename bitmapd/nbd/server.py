@@ -30,16 +30,14 @@ import os
 import select
 import socket
 import ssl
-import stat
-import struct
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitmapd.errors import BitmapdError, BusyError, ExistsError, UsageError
+from bitmapd.control.sockets import UnixListener, listen_unix, peer_credentials
+from bitmapd.errors import BitmapdError, BusyError, UsageError
 from bitmapd.media.base import Export
 from bitmapd.media.buffers import BufferPool
 from bitmapd.nbd.connection import Connection, Phase
@@ -55,7 +53,6 @@ _ACCEPT_PAUSE_S = 1.0
 _SWEEP_S = 1.0
 _REPORT_S = 60.0
 _REPORTED_PEERS = 256
-_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
@@ -69,8 +66,7 @@ _KEEPALIVE = (
 class _Listener:
     sock: socket.socket
     tls: bool
-    path: str | None = None
-    inode: tuple[int, int] | None = None
+    unix: UnixListener | None = None
 
 
 class NbdServer:
@@ -138,20 +134,8 @@ class NbdServer:
                 hint="choose a shorter --run-dir or socket path",
             )
         self._check_tls(tls)
-        _remove_stale(path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        # The mode has to hold from the first moment on, so it is the umask that sets it.
-        umask = os.umask(0o777 & ~mode)
-        try:
-            sock.bind(path)
-            status = os.stat(path)
-            sock.listen(_BACKLOG)
-        except OSError as error:
-            sock.close()
-            raise BitmapdError(f"cannot listen on {path}: {error.strerror}") from error
-        finally:
-            os.umask(umask)
-        self._listen(_Listener(sock, tls, path, (status.st_dev, status.st_ino)))
+        unix = listen_unix(Path(path), mode, _BACKLOG)
+        self._listen(_Listener(unix.sock, tls, unix))
 
     def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen on all addresses of the host, with TLS if there is a context.  Returns addresses
@@ -195,9 +179,8 @@ class NbdServer:
     def close_listeners(self) -> None:
         for listener in self._listeners:
             self.loop.remove_reader(listener.sock.fileno())
-            if listener.path is not None and listener.inode == _inode(listener.path):
-                with suppress(FileNotFoundError):
-                    os.unlink(listener.path)
+            if listener.unix is not None:
+                listener.unix.unlink()
             listener.sock.close()
         self._listeners.clear()
 
@@ -214,15 +197,24 @@ class NbdServer:
                 self.loop.remove_reader(listener.sock.fileno())
                 self.loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, listener)
                 return
-            self._welcome(sock, address, listener)
+            self._welcome(
+                sock, _peer_name(sock, address), tls=listener.tls, remote=listener.unix is None
+            )
 
     def _accept_again(self, listener: _Listener) -> None:
         if listener in self._listeners:
             self.loop.add_reader(listener.sock.fileno(), self._accept, listener)
 
-    def _welcome(self, sock: socket.socket, address: Any, listener: _Listener) -> None:
+    @property
+    def export_name(self) -> str:
+        return self._name
+
+    def adopt(self, sock: socket.socket, peer: str) -> None:
+        """Serve a local client whose connected socket is handed in; it begins with a handshake."""
+        self._welcome(sock, peer, tls=False, remote=False)
+
+    def _welcome(self, sock: socket.socket, peer: str, *, tls: bool, remote: bool) -> None:
         self.stats.connections_total += 1
-        peer = _peer_name(sock, address)
         if len(self._connections) >= self._max_connections:
             newcomers = (Phase.HANDSHAKE, Phase.TLS, Phase.ADMISSION)
             oldest = next((c for c in self._connections if c.phase in newcomers), None)
@@ -234,18 +226,14 @@ class NbdServer:
             oldest.refuse("a newer client needed the place")
         try:
             sock.setblocking(False)
-            if listener.path is None:
+            if remote:
                 for level, option, value in _KEEPALIVE:
                     sock.setsockopt(level, option, value)
         except OSError:
             sock.close()
             return
-        handshake = ServerHandshake(
-            self._offer(), TlsMode.REQUIRED if listener.tls else TlsMode.OFF
-        )
-        connection = Connection(
-            self, sock, peer, handshake, self._tls, remote=listener.path is None
-        )
+        handshake = ServerHandshake(self._offer(), TlsMode.REQUIRED if tls else TlsMode.OFF)
+        connection = Connection(self, sock, peer, handshake, self._tls, remote=remote)
         self._connections[connection] = None
         self.stats.connections = len(self._connections)
         if self._sweeper is None:
@@ -511,43 +499,9 @@ def _tcp_socket(family: int, address: Any) -> socket.socket:
     return sock
 
 
-def _remove_stale(path: str) -> None:
-    """Remove a socket on which nobody answers; raises if the path is in use."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise BitmapdError(f"cannot listen on {path}: {error.strerror}") from error
-    if not stat.S_ISSOCK(status.st_mode):
-        raise ExistsError(f"{path} exists and is not a socket", hint="choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except FileNotFoundError:
-            return
-        except BlockingIOError:
-            pass  # its backlog is full: somebody listens
-        except OSError as error:
-            raise BitmapdError(f"cannot listen on {path}: {error.strerror}") from error
-    raise BusyError(f"another process answers on {path}", hint="is the volume started already?")
-
-
-def _inode(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 def _peer_name(sock: socket.socket, address: Any) -> str:
     if sock.family == socket.AF_UNIX:
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
-        pid, uid, _ = _PEER_CREDENTIALS.unpack(raw)
+        pid, uid = peer_credentials(sock)
         return f"uid {uid}:pid {pid}"
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     return f"{host}:{address[1]}"

@@ -18,6 +18,9 @@ Invariants:
    page.  Everything that asks for the page meanwhile shares the next write (group commit).
 4. After a failed write the slot's content is unknown: the same slot is written again with a higher
    sequence number, and read back before the page counts as durable again.
+5. A write that is in flight for longer than `SLOW_S` is told of, once (`record-slow`): it is no
+   error, so nobody would hear of it.  `record-ok` ends that, and ends errors: no write is overdue,
+   and what failed has been written again.
 
 What a crash leaves: each page in its old or its new state, or torn, in which case the other slot
 holds the old one (record/layout.py).  In every case all of `durable` at that moment is in it.
@@ -46,6 +49,8 @@ from bitmapd.record.layout import (
 
 Emit = Callable[..., None]
 Ranges = Sequence[tuple[int, int]]
+
+SLOW_S = 5.0
 
 
 class _Page:
@@ -121,7 +126,10 @@ class RecordStore:
         self._ready: list[_Page] = []
         self._commit_scheduled = False
         self._idle_waiters: list[Done] = []
-        self._writing = 0
+        self._writing: dict[_Page, float] = {}  # since when (loop time); the oldest is the first
+        self._watching = False
+        self._in_trouble = False  # slow or failing, and told
+        self.slow = False  # some write has been in flight for SLOW_S
         self._last_error: OSError | None = None
         self.recorded_extents = self._wanted.count()
         self.updates = 0
@@ -157,10 +165,25 @@ class RecordStore:
                 stop = limit
             yield first, stop
 
+    def covered_runs(self) -> Iterator[tuple[int, int]]:
+        """Maximal runs of extents that are recorded and durably so, in order."""
+        stop, limit = 0, len(self._covered)
+        while (first := self._covered.find(True, stop)) >= 0:
+            stop = self._covered.find(False, first)
+            if stop < 0:
+                stop = limit
+            yield first, stop
+
     @property
     def failing(self) -> bool:
         """Whether the last write of some page failed."""
         return any(page.suspect for page in self._pages)
+
+    @property
+    def write_age_s(self) -> float:
+        """How long the oldest write that is in flight has been so; 0 if there is none."""
+        oldest = next(iter(self._writing.values()), None)
+        return 0.0 if oldest is None else self._scheduler.time() - oldest
 
     @property
     def settled(self) -> bool:
@@ -271,7 +294,9 @@ class RecordStore:
         batches, page.waiters = page.waiters, []
         page.writing = True
         page.lazy = False
-        self._writing += 1
+        self._writing[page] = self._scheduler.time()
+        if not self._watching:
+            self._watch(SLOW_S)
         if page.buffer is None:
             page.buffer = aligned(PAGE_BYTES)
         slot, sequence = 1 - page.newest_slot, page.highest + 1
@@ -318,7 +343,7 @@ class RecordStore:
         error: OSError | None,
     ) -> None:
         page.writing = False
-        self._writing -= 1
+        del self._writing[page]
         if error is None:
             page.suspect = False
             page.newest_slot = slot
@@ -338,12 +363,41 @@ class RecordStore:
                 page=page.index,
                 message=f"cannot write the record: {error.strerror or error}",
             )
+            self._in_trouble = True
+        if self._in_trouble:
+            self._check_trouble_is_over()
         for batch in batches:
             batch.page_done(error)
         if self._ready:
             self.commit()
         if self._idle_waiters:
             self._check_idle()
+
+    # -- watching the device --------------------------------------------------------------
+    def _watch(self, delay_s: float) -> None:
+        self._watching = True
+        self._scheduler.call_later(delay_s, self._check_slow)
+
+    def _check_slow(self) -> None:
+        self._watching = False
+        if not self._writing:
+            return
+        rest_s = SLOW_S - self.write_age_s
+        if rest_s <= 0 and not self.slow:
+            self.slow = self._in_trouble = True
+            self._emit(
+                "record-slow",
+                device=self._device.name,
+                page=next(iter(self._writing)).index,
+                message=f"a write to the record has not been answered for {SLOW_S:.0f} s",
+            )
+        self._watch(rest_s if rest_s > 0 else SLOW_S)
+
+    def _check_trouble_is_over(self) -> None:
+        self.slow = self.slow and self.write_age_s >= SLOW_S
+        if not self.slow and not self.failing:
+            self._in_trouble = False
+            self._emit("record-ok", device=self._device.name)
 
     def _check_idle(self) -> None:
         if self._writing or self._ready:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from bitmapd.attach.support import resolved
 from bitmapd.config import (
     ConfigError,
     Problem,
@@ -29,6 +31,7 @@ from bitmapd.config import (
     build_volume,
     check_name,
     create_volume,
+    device_of,
     effective_record_limit_bytes,
     load_defaults,
     load_volume,
@@ -54,9 +57,10 @@ from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
 from bitmapd.record.predictors import make_policy
-from bitmapd.units import format_size, human_size
+from bitmapd.units import human_size
 from dmctl.cli.context import Context, combine, explain
 from dmctl.cli.media import first_difference, open_export, open_file
+from dmctl.cli.probe import keep_rules
 
 OPTION_KEYS = (
     "primary", "secondary", "record", "attach", "listen", "extent_size", "block_size",
@@ -111,12 +115,15 @@ def create(context: Context, args: Namespace) -> int:
     config, problems = _configure(context, name, table)
     if problems:
         found.errors.append(ConfigError(problems))
+    if config is not None:
+        config = found.attempt(partial(_with_attach, config, table))
     superblock = _check(context, found, name, table, config)
     if found.errors or config is None or superblock is None:
         raise combine(found.errors, doing)
     plan = _plan(config, superblock, found)
     if not args.dry_run:
         _make(context, config, superblock, table)
+        keep_rules(context)
     if context.output.as_json:
         context.output.json("create", {"dry_run": args.dry_run, "volume": plan})
         return 0
@@ -165,6 +172,19 @@ def _configure(
         for problem in found
     ]
     return config, problems + options
+
+
+def _with_attach(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
+    """`auto` decided, so that the volume is attached in the same way whatever the machine has."""
+    if config.attach == "auto" and "listen" in table:
+        return dataclasses.replace(config, attach="nbd")  # an export was asked for
+    config = resolved(config)
+    if config.attach == "dm" and "listen" in table:
+        raise UsageError(
+            "--listen is for --attach nbd: with dm hosts use /dev/mapper/" + config.name,
+            hint="leave one of the two out",
+        )
+    return config
 
 
 # -- checks -----------------------------------------------------------------------------------
@@ -434,7 +454,7 @@ def _plan(config: VolumeConfig, superblock: Superblock, found: Findings) -> dict
     limit = effective_record_limit_bytes(config, geometry.size_bytes)
     notes = list(found.notes)
     if config.resync_target_s is None and config.record_limit_bytes is None:
-        notes.append(f"the record is limited to {format_size(limit)}; see --record-limit")
+        notes.append(f"the record is limited to {human_size(limit)}; see --record-limit")
     return {
         "name": config.name,
         "uuid": str(config.uuid),
@@ -451,7 +471,8 @@ def _plan(config: VolumeConfig, superblock: Superblock, found: Findings) -> dict
         "resync_target_seconds": config.resync_target_s,
         "initial_sync": config.initial_sync,
         "attach": config.attach,
-        "listen": config.listen,
+        "device": device_of(config),
+        "listen": None if config.attach == "dm" else config.listen,
         "overwritten": list(found.overridden),
         "notes": notes,
     }

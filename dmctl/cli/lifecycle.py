@@ -8,10 +8,18 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import ConfigError, VolumeConfig, check_name, load_volume, remove_volume
+from bitmapd.config import (
+    ConfigError,
+    VolumeConfig,
+    check_name,
+    device_of,
+    load_volume,
+    remove_volume,
+)
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
 from dmctl.cli.context import Context, each, selected
 from dmctl.cli.processes import POLL_S, Watched, is_running, launch, start_lock
+from dmctl.model.assembly import local_media
 
 
 def start(context: Context, args: Namespace) -> int:
@@ -24,8 +32,8 @@ def start(context: Context, args: Namespace) -> int:
                 launch(context.paths, name, args.timeout)
                 result = "started"
         already = " already" if result == "running" else ""
-        context.output.say(f"volume '{name}' runs{already}: {config.listen}")
-        return {"result": result, "device": config.listen}
+        context.output.say(f"volume '{name}' runs{already}: {device_of(config)}")
+        return {"result": result, "device": device_of(config)}
 
     return each(context, "start", selected(context, args, default_all=False), "start", one)
 
@@ -159,6 +167,9 @@ def remove(context: Context, args: Namespace) -> int:
         remove_volume(context.paths, name, config.uuid if config is not None else None)
         for leftover in (context.paths.error_file(name), context.paths.pid_file(name), lock):
             leftover.unlink(missing_ok=True)
+    from dmctl.cli.probe import keep_rules  # noqa: PLC0415  (imports the whole format)
+
+    keep_rules(context, *(local_media(config).values() if config is not None else ()))
     context.output.say(f"volume '{name}' is removed; primary and secondary are as they were")
     if context.output.as_json:
         body = {"name": name, "result": "removed", "record_wiped": bool(args.wipe_record)}

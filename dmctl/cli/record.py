@@ -1,23 +1,19 @@
-"""record dump, check, repair; probe; wiping a record."""
+"""record dump, check, repair; wiping a record."""
 
 from __future__ import annotations
 
 import json
 import mmap
 import os
-import re
 import time
 from argparse import Namespace
 
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import BitmapdError, ExistsError, ForeignRecordError, NotFoundError
+from bitmapd.errors import BitmapdError, ExistsError, ForeignRecordError
 from bitmapd.record import tool
-from bitmapd.record.layout import SUPERBLOCK_BYTES, SUPERBLOCK_OFFSETS, record_size_bytes
+from bitmapd.record.layout import SUPERBLOCK_BYTES, SUPERBLOCK_OFFSETS
 from bitmapd.units import human_size
 from dmctl.cli.context import Context
-
-_SAFE = re.compile(r"[A-Za-z0-9_.:+-]*", re.ASCII)
-
 
 def dump(context: Context, args: Namespace) -> int:
     loaded = tool.load(args.device)
@@ -77,37 +73,6 @@ def repair(context: Context, args: Namespace) -> int:
             "recorded_extents": loaded.bits.count(),
         }
         context.output.json("record repair", body)
-    return 0
-
-
-def probe(context: Context, args: Namespace) -> int:
-    superblock = tool.probe(args.device)
-    if superblock is None:
-        raise NotFoundError(f"{args.device}: there is no record here")
-    values = {
-        "type": "record",
-        "format": superblock.version,
-        "volume_uuid": str(superblock.volume_uuid),
-        "volume_name": superblock.name,
-        "clean": superblock.clean,
-        "session": superblock.session,
-        "size_bytes": superblock.geometry.size_bytes,
-        "record_size_bytes": record_size_bytes(superblock.geometry.extents),
-    }
-    if args.export:
-        for key, value in values.items():
-            text = str(int(value)) if isinstance(value, bool) else str(value)
-            # A superblock may come from anywhere; udev and shells see harmless characters only.
-            if _SAFE.fullmatch(text):
-                context.output.line(f"DMCTL_{key.upper()}={text}")
-    elif context.output.as_json:
-        context.output.json("probe", {"device": args.device, **values})
-    else:
-        state = "clean" if superblock.clean else "not clean"
-        context.output.line(
-            f"{args.device}: record of volume '{superblock.name}' (uuid {superblock.volume_uuid}),"
-            f" {state}"
-        )
     return 0
 
 

@@ -6,7 +6,12 @@ import time
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import VolumeConfig, effective_record_limit_bytes, load_volume
+from bitmapd.config import (
+    VolumeConfig,
+    device_of,
+    effective_record_limit_bytes,
+    load_volume,
+)
 from bitmapd.control.events import iso_time
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
 from bitmapd.units import human_duration, human_size
@@ -82,7 +87,7 @@ def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> 
         "uuid": str(config.uuid),
         "attach": config.attach,
         "state": state,
-        "device": config.listen,
+        "device": device_of(config),
         "primary": config.primary,
         "secondary": config.secondary,
         "record": config.record,

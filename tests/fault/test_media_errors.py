@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bitmapd.record.store import SLOW_S
 from tests.support import rawnbd
 from tests.support.faulty import FaultyDisk, faulty_disk
 from tests.support.loops import loop_device
@@ -103,12 +104,18 @@ def test_case_14_an_error_of_the_primary_goes_to_the_host_that_wrote(short_path:
         volume, disk = failing_volume(stack, short_path, "primary")
         volume.write(0, noise(1, 4 * MIB))
         volume.wait_in_sync()
-        with volume.host() as host:
+        with volume.events() as events, volume.host() as host:
             with disk.failing("pwrite", "zero", "trim"):
                 for offset in (MIB, 20 * MIB):  # a hit and a miss
                     with pytest.raises(OSError, match="failed") as caught:
                         host.call(rawnbd.WRITE, offset, 8 * KIB, noise(2, 8 * KIB))
                     assert caught.value.errno == errno.EIO
+                    told = events.wait("primary-error", offset_bytes=offset)
+                    assert (told["device"], told["length_bytes"]) == (str(disk.path), 8 * KIB)
+                    assert "cannot write the primary for a host" in told["message"]
+                figures = volume.ask("status")
+                assert figures["primary_errors_total"] == 2
+                assert figures["last_error"]["code"] == "primary-error"
                 # What is on the medium now is unknown, so it is dirty and recorded.
                 assert {1, 20} <= volume.recorded()
                 # Reading goes on, on the same connection.
@@ -145,6 +152,7 @@ def test_case_15_a_miss_is_refused_while_the_record_cannot_be_written(short_path
                 assert volume.ask("status")["hits_total"] >= 1
             # Repaired: the same miss succeeds, and the state says so.
             host.call(rawnbd.WRITE, 20 * MIB, 64 * KIB, noise(2, 64 * KIB))
+            events.wait("record-ok")
             volume.until(lambda status: status["state"] in ("in-sync", "copying"))
             host.disconnect()
         volume.kill()
@@ -157,7 +165,7 @@ def test_case_15_a_record_that_does_not_answer_holds_up_misses_only(short_path: 
     with ExitStack() as stack:
         volume, disk = failing_volume(stack, short_path, "record")
         volume.write(0, noise(1, MIB))
-        with volume.host() as host, volume.host() as other:
+        with volume.events() as events, volume.host() as host, volume.host() as other:
             with disk.hanging():
                 missing = host.submit(rawnbd.WRITE, 20 * MIB, 64 * KIB, noise(2, 64 * KIB))
                 for number in range(20):
@@ -167,8 +175,20 @@ def test_case_15_a_record_that_does_not_answer_holds_up_misses_only(short_path: 
                 assert other.call(rawnbd.READ, 20 * MIB, 64 * KIB) == bytes(64 * KIB)
                 assert host.in_flight == 1
                 assert volume.ask("status")["misses_total"] >= 2
+                # Nobody is left in the dark.
+                told = events.wait("record-slow")
+                assert told["device"] == str(disk.path)
+                figures = volume.ask("status")
+                assert figures["state"] == "degraded"
+                assert figures["record_wait_seconds"] >= SLOW_S
+                assert figures["last_error"]["message"] == told["message"]
+                assert volume.dmctl_process("status", "--check").returncode == 100
+                other.call(rawnbd.WRITE, 0, 4 * KIB, noise(5, 4 * KIB))
             answer = host.reply()
             assert (answer.handle, answer.error) == (missing, 0)
+            events.wait("record-ok")
+            assert sum(entry["event"] == "record-slow" for entry in events.seen) == 1
+            assert volume.ask("status")["state"] in ("in-sync", "copying")
             host.disconnect()
             other.disconnect()
         end_equal(volume)

@@ -9,9 +9,11 @@ is a step of its own, so a crash can come after each single effect.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from random import Random
+from typing import Any
 
-from hypothesis import settings
+from bitarray import bitarray
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -19,12 +21,14 @@ from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
+from tests.support.machines import machine_settings
 from tests.support.policies import MischievousPolicy
 from tests.support.records import blank_image, load_image
-from tests.support.sim import SECTOR, SimDisk, SimLoop, drain
+from tests.support.sim import SECTOR, SimDisk, SimLoop, SimTimer, drain
 
 BLOCK = 4096
 EXTENT = 2 * BLOCK
@@ -34,6 +38,13 @@ GEOMETRY = Geometry(SIZE, EXTENT, BLOCK)
 
 offsets = st.integers(0, SIZE // SECTOR - 1).map(lambda sector: sector * SECTOR)
 seeds = st.integers(0, 1 << 30)
+
+
+class Clock(SimLoop):
+    """Time is a sum of fractions here, so what is left of a delay may be too little to move it."""
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> SimTimer:
+        return super().call_later(max(delay, 1e-6) if delay > 0 else delay, callback, *args)
 
 
 class MirrorMachine(RuleBasedStateMachine):
@@ -46,18 +57,23 @@ class MirrorMachine(RuleBasedStateMachine):
         self.boot(blank_image(GEOMETRY), bytes(SIZE), bytes(SIZE))
 
     def boot(self, record: bytes, primary: bytes, secondary: bytes) -> None:
-        self.loop = SimLoop()
+        self.loop = Clock()
         self.record = SimDisk("record", len(record), record)
         self.primary = SimDisk("primary", SIZE, primary)
         self.secondary = SimDisk("secondary", SIZE, secondary)
         self.disks = (self.record, self.primary, self.secondary)
-        self.store = RecordStore(
-            GEOMETRY, load_image(record), self.record, self.loop, lambda *a, **k: None
-        )
+        self.begin()
+        self.pending_writes: list[tuple[int, bytes]] = []  # sent, not acknowledged
+        self.acknowledged: dict[int, bytes] = {}  # sector -> content, since the last boot
+        self.flushed: dict[int, bytes] = {}  # sector -> content that a flush made durable
+        self.unsure: set[int] = set()  # sectors that concurrent or failed writes have touched
+
+    def begin(self) -> None:
+        """A process starts on the disks as they are."""
+        loaded = load_image(bytes(self.record.durable))
+        self.store = RecordStore(GEOMETRY, loaded, self.record, self.loop, lambda *a, **k: None)
         self.policy = MischievousPolicy(EXTENTS, self.rng)
-        self.gate = Gate(
-            GEOMETRY, self.primary, self.store, self.policy, self.loop, limit_extents=3
-        )
+        self.gate = self.make_gate()
         self.copier = Copier(
             GEOMETRY,
             self.gate,
@@ -76,10 +92,9 @@ class MirrorMachine(RuleBasedStateMachine):
         if self.gate.taken:
             self.copier.begin_pass(compare=self.compare)
         self.copier.start()
-        self.pending_writes: list[tuple[int, bytes]] = []  # sent, not acknowledged
-        self.acknowledged: dict[int, bytes] = {}  # sector -> content, since the last boot
-        self.flushed: dict[int, bytes] = {}  # sector -> content that a flush made durable
-        self.unsure: set[int] = set()  # sectors that concurrent or failed writes have touched
+
+    def make_gate(self) -> Gate:
+        return Gate(GEOMETRY, self.primary, self.store, self.policy, self.loop, limit_extents=3)
 
     # -- the host -------------------------------------------------------------------------
     def sectors_of(self, offset: int, length: int) -> range:
@@ -109,10 +124,13 @@ class MirrorMachine(RuleBasedStateMachine):
                 if fua and error is None:
                     self.flushed[sector] = piece
 
-        if zeroing:
-            self.gate.zero(offset, length, done, fua=fua)
+        self.submit("zero" if zeroing else "write", offset, data, done, fua)
+
+    def submit(self, kind: str, offset: int, data: bytes, done: Done, fua: bool) -> None:
+        if kind == "zero":
+            self.gate.zero(offset, len(data), done, fua=fua)
         else:
-            buffer = aligned(length)
+            buffer = aligned(len(data))
             buffer[:] = data
             self.gate.write(offset, buffer, done, fua)
 
@@ -126,6 +144,9 @@ class MirrorMachine(RuleBasedStateMachine):
                     if self.acknowledged.get(sector) == data:
                         self.flushed[sector] = data
 
+        self.submit_flush(done)
+
+    def submit_flush(self, done: Done) -> None:
         self.gate.flush(done)
 
     # -- time and disks -------------------------------------------------------------------
@@ -153,7 +174,10 @@ class MirrorMachine(RuleBasedStateMachine):
     def run(self, seconds: float, leave: int | None) -> None:
         """Everything happens in order, but for one disk that answers nothing."""
         self.loop.advance(seconds)
-        drain(self.loop, *(disk for index, disk in enumerate(self.disks) if index != leave))
+        self.drain(*(disk for index, disk in enumerate(self.disks) if index != leave))
+
+    def drain(self, *disks: SimDisk) -> None:
+        drain(self.loop, *disks)
 
     @precondition(lambda self: any(disk.pending for disk in self.disks))
     @rule(data=st.data())
@@ -227,11 +251,8 @@ class MirrorMachine(RuleBasedStateMachine):
                 contents.setdefault(sector, {durable}).add(data[at : at + SECTOR])
         return contents
 
-    @invariant()
-    def superset_now(self) -> None:
-        """Whatever a power cut leaves on either disk: what may differ is in every such record."""
-        if not hasattr(self, "record"):
-            return
+    def certainly_recorded(self) -> bitarray:
+        """The extents that a power cut at this moment leaves in the record in any case."""
         image = bytearray(self.record.durable)
         certain = load_image(bytes(image)).bits
         for op in self.record.pending:
@@ -239,6 +260,14 @@ class MirrorMachine(RuleBasedStateMachine):
                 written = image.copy()
                 written[op.offset_bytes : op.offset_bytes + op.length_bytes] = op.data
                 certain &= load_image(bytes(written)).bits
+        return certain
+
+    @invariant()
+    def superset_now(self) -> None:
+        """Whatever a power cut leaves on either disk: what may differ is in every such record."""
+        if not hasattr(self, "record"):
+            return
+        certain = self.certainly_recorded()
         primary, secondary = self.possible(self.primary), self.possible(self.secondary)
         for extent in range(EXTENTS):
             if certain[extent]:
@@ -253,14 +282,14 @@ class MirrorMachine(RuleBasedStateMachine):
         if self.copier.state is CopyState.PAUSED:
             self.copier.resume()
         for _ in range(80):
-            drain(self.loop, *self.disks)
+            self.drain(*self.disks)
             self.gate.tick()
             self.loop.advance(2.0)
-            if self.gate.in_sync and not self.pending_writes and not self.loop_busy():
+            if self.gate.in_sync and not self.pending_writes and not self.is_busy():
                 break
-        drain(self.loop, *self.disks)
+        self.drain(*self.disks)
 
-    def loop_busy(self) -> bool:
+    def is_busy(self) -> bool:
         return any(disk.pending for disk in self.disks)
 
     def teardown(self) -> None:
@@ -284,7 +313,7 @@ class MirrorMachine(RuleBasedStateMachine):
             done=lambda error, result: results.append((error, result)),
         )
         verify.start()
-        drain(self.loop, *self.disks)
+        self.drain(*self.disks)
         ((error, result),) = results
         assert error is None
         assert result.compared_bytes == SIZE
@@ -293,9 +322,9 @@ class MirrorMachine(RuleBasedStateMachine):
         self.policy.generous = False
         self.gate.drop_all_clean()
         self.store.flush_clears()
-        drain(self.loop, *self.disks)
+        self.drain(*self.disks)
         assert load_image(bytes(self.record.durable)).bits.count() == 0
 
 
-MirrorMachine.TestCase.settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
+MirrorMachine.TestCase.settings = machine_settings(250, 50)
 TestMirror = MirrorMachine.TestCase

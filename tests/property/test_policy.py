@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,6 +20,7 @@ from bitmapd.record.lru import LruPolicy
 from bitmapd.record.policy import Policy
 from bitmapd.record.stays import BULK_EXTENTS
 from bitmapd.record.streams import Options, StreamsPolicy
+from tests.support.machines import machine_settings
 
 EXTENTS = BULK_EXTENTS + 176
 SMALL = Options(stays=12, past=6, successors=5, sources=7)
@@ -32,15 +34,13 @@ class Protocol(RuleBasedStateMachine):
 
     policy: Policy
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[bool], Policy]) -> None:
         super().__init__()
+        self.make = make
         self.recorded: set[int] = set()
         self.dirty: set[int] = set()
         self.named: set[int] = set()  # since when neither written nor entered again
         self.now_s = 1000.0
-
-    def make(self, small: bool) -> Policy:
-        raise NotImplementedError
 
     @initialize(small=st.booleans())
     def start(self, small: bool) -> None:
@@ -156,18 +156,14 @@ class Protocol(RuleBasedStateMachine):
             assert len(policy._stays) <= policy._stays.capacity
 
 
-class StreamsProtocol(Protocol):
-    def make(self, small: bool) -> Policy:
-        return StreamsPolicy(Geometry(EXTENTS * MIB), SMALL if small else None)
+def streams(small: bool) -> Policy:
+    return StreamsPolicy(Geometry(EXTENTS * MIB), SMALL if small else None)
 
 
-class LruProtocol(Protocol):
-    def make(self, small: bool) -> Policy:
-        return LruPolicy(Geometry(EXTENTS * MIB), *((12,) if small else ()))
+def lru(small: bool) -> Policy:
+    return LruPolicy(Geometry(EXTENTS * MIB), *((12,) if small else ()))
 
 
-@pytest.mark.parametrize("machine", [StreamsProtocol, LruProtocol])
-def test_any_order_of_events(machine: type[Protocol]) -> None:
-    run_state_machine_as_test(
-        machine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
-    )
+@pytest.mark.parametrize("make", [streams, lru])
+def test_any_order_of_events(make: Callable[[bool], Policy]) -> None:
+    run_state_machine_as_test(lambda: Protocol(make), settings=machine_settings(150, 40))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 from random import Random
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bitmapd.record.geometry import KIB, Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE
 from bitmapd.record.store import RecordStore
+from tests.support.machines import machine_settings
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop
 
@@ -120,7 +120,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert stored == self.store.recorded
 
 
-StoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+StoreMachine.TestCase.settings = machine_settings(60, 50)
 TestStore = StoreMachine.TestCase
 
 

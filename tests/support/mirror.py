@@ -221,3 +221,40 @@ class Mirror:
 
     def recorded(self) -> set[int]:
         return {e for first, stop in self.store.recorded_runs() for e in range(first, stop)}
+
+
+def begun(**options: Any) -> Mirror:
+    """Its copier is started and has nothing to do."""
+    mirror = Mirror(**options)
+    mirror.copier.start()
+    return mirror
+
+
+def until_reads(mirror: Mirror) -> None:
+    """The era is over, the barrier passed, and the copies have begun."""
+    mirror.loop.advance(1.0)
+
+
+def equal(mirror: Mirror) -> bool:
+    return mirror.primary.visible == mirror.secondary.visible == mirror.secondary.durable
+
+
+def number(answers: Answers) -> int | None:
+    """The errno of the only answer; None if it is a success."""
+    (error,) = answers
+    return None if error is None else error.errno
+
+
+def settled(mirror: Mirror) -> set[int]:
+    """Settle what was copied, as the copier does once both sides are flushed."""
+    extents = mirror.gate.begin_settle()
+    mirror.gate.settle(extents)
+    return extents
+
+
+def copy_everything(mirror: Mirror) -> None:
+    """What is dirty counts as copied; nothing is flushed yet."""
+    mirror.gate.take_era(lambda: None)
+    mirror.turn()
+    for first, stop in list(mirror.gate.taken.runs()):
+        mirror.gate.copied(first, stop)

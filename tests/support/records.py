@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from uuid import UUID
 
 from bitmapd.record import layout
@@ -60,3 +61,11 @@ def load_image(image: bytes) -> Loaded:
             for index in range(pages)
         ),
     )
+
+
+def alter(path: str, offset: int, raw: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())

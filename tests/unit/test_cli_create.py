@@ -120,13 +120,13 @@ def test_everything_that_is_wrong_is_listed_at_once(media: Cli) -> None:
     outcome = refused(
         media,
         2,
-        *words(media, name="BAD", primary="p", secondary="tiny", record="gone", attach="dm"),
+        *words(media, name="BAD", primary="p", secondary="tiny", record="gone", attach="usb"),
         "--block-size=2MiB",
     )
     assert "'BAD' cannot be the name" in outcome.err
     assert "record" in outcome.err
     assert "gone does not exist" in outcome.err
-    assert "--attach: this build attaches volumes over NBD only" in outcome.err
+    assert "auto, nbd, dm" in outcome.err
     outcome = refused(media, 10, *words(media, secondary="tiny", record="gone"))
     assert "for 2 reasons" in outcome.err
     assert "secondary" in outcome.err
@@ -139,6 +139,7 @@ def test_everything_that_is_wrong_is_listed_at_once(media: Cli) -> None:
     ("options", "status", "message"),
     [
         ({"primary": "gone"}, 10, "primary"),
+        ({"attach": "dm"}, 2, "is not a block device"),
         ({"secondary": "."}, 2, "neither a block device nor a regular file"),
         ({"secondary": "p"}, 2, "are the same medium"),
         ({"record": "p"}, 2, "are the same medium"),

@@ -309,11 +309,28 @@ def test_a_stale_socket_is_replaced_a_live_one_is_not(path: Path) -> None:
         listen_unix(path)
 
 
+def test_a_server_that_is_too_busy_to_answer_is_there_all_the_same(path: Path) -> None:
+    listener = listen_unix(path, 0o660, backlog=0)
+    with listener.sock, socket.socket(socket.AF_UNIX) as client:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        client.connect(str(path))  # nobody accepts it, so nobody else gets in
+        with pytest.raises(BusyError):
+            listen_unix(path)
+        listener.unlink()
+        assert not path.exists()
+        listener.unlink()
+
+
+def test_a_place_where_no_socket_can_be_is_named(path: Path) -> None:
+    with pytest.raises(BitmapdError, match=r"cannot listen on .*/no/s: No such file"):
+        listen_unix(path.parent / "no" / "s")
+
+
 def test_a_successors_socket_is_left_alone(path: Path) -> None:
     async def main() -> None:
         async with serving(path):
             path.unlink()
-            listen_unix(path).close()
+            listen_unix(path).sock.close()
         assert path.exists()
 
     asyncio.run(main())

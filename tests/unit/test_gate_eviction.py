@@ -1,10 +1,117 @@
-"""gate: a policy that names victims it was told to leave alone does no harm."""
+"""gate/gate: what rides along with a miss, and what makes room for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tests.support.mirror import PER_EXTENT, Mirror, ScriptedPolicy
+import pytest
+
+from tests.support.mirror import (
+    PER_EXTENT,
+    Mirror,
+    ScriptedPolicy,
+    copy_everything,
+    settled,
+)
+
+
+@pytest.fixture
+def mirror() -> Mirror:
+    return Mirror()
+
+
+def test_predictions_ride_along_with_the_miss(mirror: Mirror) -> None:
+    mirror.policy.predictions = [(2, 4), (7, 8)]
+    mirror.put(4)
+    assert mirror.store.updates == 1
+    assert mirror.stored() == {1, 2, 3, 7}
+    assert mirror.policy.told == [
+        ("wrote", 1, 2, False),
+        ("predict", 1, 2, 99 + 100 // 8),
+        ("added", 1, 2),
+        ("added", 2, 4),
+        ("added", 7, 8),
+    ]
+    mirror.put(8)
+    assert mirror.policy.told[-1] == ("wrote", 2, 3, True)
+
+
+def test_a_full_record_makes_room_from_clean_extents_only() -> None:
+    mirror = Mirror(limit_extents=2)
+    for extent in (0, 1):
+        mirror.put(extent * PER_EXTENT)
+    mirror.policy.kept = {0, 1}
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.put(PER_EXTENT)  # extent 1 is dirty again
+    mirror.policy.unloved = [1, 0]
+    updates = mirror.store.updates
+    mirror.put(2 * PER_EXTENT)
+    assert mirror.recorded() == {1, 2}
+    assert mirror.stored() == {1, 2}, "the clear rode along with the page of the miss"
+    assert (mirror.store.updates, mirror.store.clears) == (updates + 1, 0)
+    mirror.put(3 * PER_EXTENT)
+    assert mirror.recorded() == {1, 2, 3}, "dirty extents stay whatever the limit says"
+    assert mirror.gate.over_limit
+
+
+def test_a_miss_never_evicts_itself() -> None:
+    mirror = Mirror(limit_extents=1)
+    mirror.policy.unloved = [0, 1]
+    answers = mirror.write(0, 2 * PER_EXTENT)
+    mirror.run()
+    assert answers == [None]
+    assert mirror.stored() == {0, 1}
+    assert mirror.primary.asked("write") == [(0, 2 * PER_EXTENT)]
+
+
+def test_a_miss_that_needs_no_io_does_not_evict_itself_either() -> None:
+    mirror = Mirror(limit_extents=0)
+    mirror.put(0)
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.policy.unloved = [0]
+    mirror.write(1)
+    assert mirror.primary.pending
+    assert mirror.recorded() == {0}, "its data are on their way to the primary"
+
+
+def test_tick_enforces_a_limit_that_was_lowered(mirror: Mirror) -> None:
+    mirror.policy.kept = set(range(8))
+    for extent in range(4):
+        mirror.put(extent * PER_EXTENT)
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.policy.unloved = [3, 0, 1, 2]
+    mirror.gate.limit_extents = 2
+    assert mirror.gate.over_limit
+    mirror.gate.tick()
+    mirror.run()
+    assert mirror.stored() == {1, 2}
+    assert not mirror.gate.over_limit
+
+
+def test_cooling_takes_clean_extents_and_leaves_dirty_ones(mirror: Mirror) -> None:
+    mirror.policy.kept = set(range(8))
+    for extent in (0, 1, 2):
+        mirror.put(extent * PER_EXTENT)
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.put(0)
+    mirror.policy.expiring = [0, 1, 2]
+    mirror.gate.tick()
+    mirror.run()
+    assert mirror.stored() == {0}
+    assert mirror.store.clears == 1, "one lazy write for all of them"
+    assert mirror.policy.told[-1] == ("dropped", 1, 2)
+
+
+def test_another_policy_takes_over(mirror: Mirror) -> None:
+    other = ScriptedPolicy()
+    mirror.gate.set_policy(other)
+    mirror.put(0)
+    assert other.told[0] == ("wrote", 0, 1, False)
+    assert mirror.policy.told == []
 
 
 class RudePolicy(ScriptedPolicy):

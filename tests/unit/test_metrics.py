@@ -35,6 +35,8 @@ STATUS: dict[str, Any] = {
     "record_updates_total": 2,
     "record_clears_total": 1,
     "copied_bytes_total": 1 << 20,
+    "record_wait_seconds": 6.5,
+    "primary_errors_total": 4,
     "era": 9,
     "resync": {"total_bytes": 100, "remaining_bytes": 40},
 }
@@ -63,6 +65,8 @@ def test_the_status_as_metrics() -> None:
     assert got["bitmapd_lag_seconds"] == 0.5
     assert got["bitmapd_writes_total"] == 10
     assert got["bitmapd_copied_bytes_total"] == 1 << 20
+    assert got["bitmapd_record_wait_seconds"] == 6.5
+    assert got["bitmapd_primary_errors_total"] == 4
     assert got["bitmapd_resync_remaining_bytes"] == 40
     assert got["bitmapd_state/resyncing"] == 1
     assert got["bitmapd_state/in-sync"] == 0

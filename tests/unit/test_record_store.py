@@ -10,7 +10,7 @@ import pytest
 
 from bitmapd.record.geometry import KIB, Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE, PAGE_BYTES, encode_page, page_offset
-from bitmapd.record.store import RecordStore
+from bitmapd.record.store import SLOW_S, RecordStore
 from bitmapd.resize import new_page_states
 from tests.support.records import VOLUME, blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain
@@ -96,6 +96,15 @@ def test_it_begins_with_what_was_loaded(rig: Rig) -> None:
 def test_a_run_may_end_with_the_volume(rig: Rig) -> None:
     rig.put((EXTENTS - 2, EXTENTS))
     assert list(rig.store.recorded_runs()) == [(EXTENTS - 2, EXTENTS)]
+
+
+def test_covered_runs_are_durable(rig: Rig) -> None:
+    rig.put((3, 5), (EXTENTS - 2, EXTENTS))
+    rig.add((5, 7))
+    assert list(rig.store.recorded_runs()) == [(3, 7), (EXTENTS - 2, EXTENTS)]
+    assert list(rig.store.covered_runs()) == [(3, 5), (EXTENTS - 2, EXTENTS)]
+    rig.finish()
+    assert list(rig.store.covered_runs()) == [(3, 7), (EXTENTS - 2, EXTENTS)]
 
 
 def test_the_record_that_is_handed_out_is_a_copy(rig: Rig) -> None:
@@ -371,6 +380,68 @@ def test_an_answer_may_ask_for_the_page_again(rig: Rig) -> None:
     rig.finish()
     assert rig.answers == [None, None]
     assert rig.store.covers(1, 4)
+
+
+# -- a device that does not answer ------------------------------------------------------------
+
+
+def test_a_write_that_is_not_answered_is_told_of_once(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.loop.advance(SLOW_S - 0.5)
+    assert (rig.events, rig.store.slow, rig.store.write_age_s) == ([], False, SLOW_S - 0.5)
+    rig.loop.advance(1.0)
+    ((event, fields),) = rig.events
+    assert (event, fields["device"], fields["page"]) == ("record-slow", "record", 0)
+    assert fields["message"] == "a write to the record has not been answered for 5 s"
+    assert rig.store.slow
+    assert not rig.store.failing
+    assert rig.answers == [], "it may still arrive"
+    rig.loop.advance(10 * SLOW_S)
+    assert len(rig.events) == 1
+    rig.finish()
+    assert [event for event, _ in rig.events] == ["record-slow", "record-ok"]
+    assert (rig.answers, rig.store.slow, rig.store.write_age_s) == ([None], False, 0.0)
+
+
+def test_writes_that_follow_one_another_are_not_slow(rig: Rig) -> None:
+    for extent in range(10):
+        rig.add((extent, extent + 1))
+        rig.loop.advance(SLOW_S - 1)
+        rig.finish()
+    rig.loop.advance(10 * SLOW_S)
+    assert rig.events == []
+    rig.add((20, 21))
+    rig.loop.advance(SLOW_S)
+    assert rig.store.slow, "watched again after a pause"
+
+
+def test_all_is_well_when_nothing_is_overdue(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.loop.advance(1)
+    rig.add((EDGE, EDGE + 1))
+    rig.loop.advance(SLOW_S)
+    rig.finish()  # the first; the second is overdue as well
+    assert rig.store.slow
+    rig.finish()
+    assert [event for event, _ in rig.events] == ["record-slow", "record-ok"]
+    rig.add((5, 7))
+    rig.loop.advance(SLOW_S - 1)
+    rig.add((EDGE, EDGE + 2))
+    rig.loop.advance(1)
+    rig.finish()
+    assert not rig.store.slow, "the second has been in flight for a second only"
+    rig.loop.advance(SLOW_S)
+    assert rig.store.slow, "and is watched on"
+
+
+def test_a_slow_write_that_fails_is_mended_before_all_is_well(rig: Rig) -> None:
+    rig.add((5, 6))
+    rig.loop.advance(SLOW_S)
+    rig.fail()
+    assert [event for event, _ in rig.events] == ["record-slow", "record-error"]
+    assert not rig.store.slow
+    rig.put((5, 6))
+    assert [event for event, _ in rig.events][2:] == ["record-ok"]
 
 
 # -- coming to rest ---------------------------------------------------------------------------

@@ -97,17 +97,6 @@ def test_every_update_is_numbered_and_durable(host: Host) -> None:
     assert host.local.superblock == session.superblock
 
 
-def test_generations_are_remembered_up_to_four(host: Host) -> None:
-    session = host.open()
-    session.begin()
-    seen = [session.superblock.generations[0]]
-    for _ in range(5):
-        session.new_generation()
-        seen.insert(0, session.superblock.generations[0])
-    assert len(set(seen)) == 6
-    assert host.local.superblock.generations == tuple(seen[:4])
-
-
 def test_a_second_session_finds_the_record_in_use(host: Host) -> None:
     first = host.open()
     with pytest.raises(BusyError) as caught:

@@ -1,0 +1,248 @@
+"""The attachment of a volume to the kernel, as bitmapd sees it (edge).
+
+Start, in this order: `prepare` (metadata and era device, new or found alive), gate and server on
+the era device, `connect` (the kernel's NBD client on a socket pair), `attach` (tables; from here on
+hosts can write).  Stop: `close_hosts`, last barriers, `detach`.
+
+1. A stack that was found alive keeps its table until the first barrier, and what it marks direct
+   counts as open (`routes.adopt`).
+2. What the kernel has marked and this process has not collected survives it; after the host's
+   death the record is what counts, and the stack is built anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitmapd.attach.direct import BarrierDone, Counters, Landed
+from bitmapd.attach.frames import Frame, FrameError, HelperError, unpack_runs
+from bitmapd.attach.routes import Segment
+from bitmapd.attach.wiring import Wiring, read_counters
+from bitmapd.config import VolumeConfig
+from bitmapd.errors import BitmapdError, BusyError
+from bitmapd.nbd.numbers import ExportFlag, HandshakeFlag, Opt
+from bitmapd.nbd.server import NbdServer
+from bitmapd.nbd.wire import CLIENT_FLAGS, EXPORT_NAME_REPLY, GREETING, OPTION
+from bitmapd.record.geometry import Geometry
+
+SECTOR_BYTES = 512
+# How long the kernel waits for an answer before it cuts the connection: longer than the slowest
+# record write that is not an error, for what waits is sent again only after it.
+REQUEST_TIMEOUT_S = 10
+# How long requests wait for a gate that is gone; the administrator can give up earlier.
+DEAD_GATE_TIMEOUT_S = 30 * 24 * 3600
+BARRIER_DEADLINE_S = 5.0
+_SOCKET_BUFFER_BYTES = 4 << 20
+
+Emit = Callable[..., None]
+
+
+class KernelAttachment:
+    """See the module docstring; it is the `Kernel` of a `DirectPath`."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        config: VolumeConfig,
+        geometry: Geometry,
+        logical_block_bytes: int,
+        emit: Emit,
+    ) -> None:
+        self._loop = loop
+        self._config = config
+        self._geometry = geometry
+        self._logical_block_bytes = logical_block_bytes
+        self._emit = emit
+        self._wiring = Wiring(
+            loop,
+            {
+                "name": config.name,
+                "uuid": config.uuid.hex,
+                "primary": str(Path(config.primary).resolve()),
+                "size_bytes": geometry.size_bytes,
+                "logical_block_bytes": logical_block_bytes,
+                "block_bytes": geometry.block_bytes,
+            },
+            emit,
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stat_fds: dict[str, int] = {}
+        self.era_device = ""
+        self.adopted = False
+        self.current_era = 0
+        self.device = f"/dev/mapper/{config.name}"
+
+    # -- start and stop -----------------------------------------------------------------------
+    async def prepare(self) -> None:
+        """Make the era device, or find it alive."""
+        answer = (await self._call("build")).header
+        self.era_device = str(answer["era_device"])
+        self.adopted = bool(answer["adopted"])
+        self.current_era = int(answer["current_era"])
+        self._open_stat("era", self.era_device)
+
+    async def connect(self, server: NbdServer) -> None:
+        """Have the kernel's NBD client talk to the server over a socket pair."""
+        ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            for sock in (ours, kernels):
+                for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                    sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+            kernels.setblocking(False)
+            server.adopt(ours, "kernel")
+            size, flags = await negotiate(self._loop, kernels, server.export_name)
+            kernels.setblocking(True)
+            wanted = ExportFlag.HAS_FLAGS | ExportFlag.SEND_FLUSH | ExportFlag.SEND_FUA
+            if self._offers_discard():
+                wanted |= ExportFlag.SEND_TRIM
+            await self._call(
+                "connect",
+                {
+                    "size_bytes": size,
+                    "logical_block_bytes": self._logical_block_bytes,
+                    "timeout_s": REQUEST_TIMEOUT_S,
+                    "dead_conn_timeout_s": DEAD_GATE_TIMEOUT_S,
+                    "flags": int(wanted) & flags,
+                },
+                fds=[kernels.fileno()],
+            )
+        finally:
+            kernels.close()
+
+    async def attach(self) -> list[Segment]:
+        """Bring the tables up, with everything through the gate; hosts can write from here on.
+
+        Returns the segments that are in force, which are older ones if the stack was alive.
+        """
+        whole = [(0, self._geometry.size_bytes, "gate")]
+        answer = (await self._call("attach", {"segments": whole})).header
+        self._open_stat("write", f"/dev/mapper/{answer['write_device']}")
+        self._open_stat("top", self.device)
+        return [(int(a), int(b), str(kind)) for a, b, kind in answer["segments"]]
+
+    async def close_hosts(self) -> None:
+        """Take the volume from the hosts; BusyError while one of them has it open."""
+        try:
+            await self._wiring.call("close_top")
+        except HelperError as error:
+            if error.code == "EBUSY":
+                raise BusyError(
+                    f"{self.device} is in use: {error.strerror}",
+                    hint="unmount it, or stop what uses it, first",
+                ) from error
+            raise self._failure(error) from error
+
+    async def detach(self) -> None:
+        """Remove the stack; afterwards nothing of the volume is left in the kernel."""
+        for fd in self._stat_fds.values():
+            os.close(fd)
+        self._stat_fds.clear()
+        await self._call("detach")
+
+    def close(self) -> None:
+        """End the helper.  The stack stays as it is."""
+        for fd in self._stat_fds.values():
+            os.close(fd)
+        self._stat_fds.clear()
+        self._wiring.close()
+
+    async def _call(
+        self, verb: str, fields: dict[str, Any] | None = None, *, fds: Sequence[int] = ()
+    ) -> Frame:
+        try:
+            return await self._wiring.call(verb, fields, fds=fds)
+        except HelperError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: HelperError) -> BitmapdError:
+        return BitmapdError(f"cannot attach '{self._config.name}': {error.strerror}")
+
+    # -- while hosts write --------------------------------------------------------------------
+    def _open_stat(self, layer: str, device: str) -> None:
+        number = os.stat(device).st_rdev
+        path = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat"
+        self._stat_fds[layer] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _offers_discard(self) -> bool:
+        number = os.stat(self.era_device).st_rdev
+        queue = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/queue")
+        return int((queue / "discard_max_bytes").read_text()) > 0
+
+    def counters(self) -> Counters:
+        """Of the era device, which every write passes."""
+        fields = read_counters(self._stat_fds["era"])
+        return Counters(fields[4], fields[6] * SECTOR_BYTES, fields[11])
+
+    def host_counters(self) -> Counters:
+        """What hosts asked for, whatever way it took; zeros before `attach`."""
+        if "write" not in self._stat_fds:
+            return Counters(0, 0, 0)
+        written = read_counters(self._stat_fds["write"])
+        top = read_counters(self._stat_fds["top"])
+        return Counters(written[4], written[6] * SECTOR_BYTES, written[11], reads=top[0])
+
+    def barrier(
+        self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
+    ) -> None:
+        task = self._loop.create_task(self._barrier(segments, since_era, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _barrier(
+        self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
+    ) -> None:
+        fields = {
+            "segments": segments,
+            "since_era": since_era,
+            "deadline_s": BARRIER_DEADLINE_S,
+        }
+        try:
+            frame = await self._wiring.call("barrier", fields)
+            landed = Landed(
+                unpack_runs(frame.payload),
+                int(frame.header["collected_to_era"]),
+                float(frame.header["window_s"]),
+                bool(frame.header["skipped"]),
+            )
+        except HelperError as error:
+            done(error, None)
+        except (FrameError, KeyError, ValueError, TypeError) as error:
+            done(OSError(errno.EPROTO, f"the wiring helper's answer: {error}"), None)
+        else:
+            done(None, landed)
+
+
+async def negotiate(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, export: str
+) -> tuple[int, int]:
+    """The client's part of a handshake, after which the kernel can take the socket over.
+
+    NBD_OPT_EXPORT_NAME, since the kernel knows simple replies only.  Size in bytes and flags.
+    """
+    name = export.encode()
+    handshake = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+    _, options, _ = GREETING.unpack(await _receive_exactly(loop, sock, GREETING.size))
+    await loop.sock_sendall(sock, CLIENT_FLAGS.pack(int(handshake)))
+    await loop.sock_sendall(sock, OPTION.pack(options, int(Opt.EXPORT_NAME), len(name)) + name)
+    size, flags = EXPORT_NAME_REPLY.unpack(
+        await _receive_exactly(loop, sock, EXPORT_NAME_REPLY.size)
+    )
+    return size, flags
+
+
+async def _receive_exactly(
+    loop: asyncio.AbstractEventLoop, sock: socket.socket, length: int
+) -> bytes:
+    data = b""
+    while len(data) < length:
+        piece = await loop.sock_recv(sock, length - len(data))
+        if not piece:
+            raise OSError(errno.ECONNRESET, "the gate's server closed the kernel's connection")
+        data += piece
+    return data

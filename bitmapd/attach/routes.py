@@ -1,0 +1,218 @@
+"""Which extents hosts write directly, and which through the gate (pure).
+
+The kernel's table is a copy of the record: an extent in the record may be *direct*, every other one
+goes through the gate.  What is direct can be written without bitmapd's knowledge, so:
+
+1. Only extents that are durably recorded are proposed, and an extent that is *open* is never
+   dropped from the record.  Open is: direct in the table that is in force, direct in a table that
+   may be in force (a barrier under way, or one whose outcome is not known), or moved to the gate at
+   the last barrier (*leaving*): what was written to it before the move becomes known only with the
+   blocks of the next one.
+2. A barrier that failed leaves the union of both tables open and has the next one load a table.
+3. An extent that the record is to lose is *cooled* first: moved to the gate at the next barrier.
+   After the barrier after that it is *closed*, and the gate drops it when it is clean.
+4. The table has at most `max_segments` segments.  When the runs do not fit, those that were
+   written lately stay, and of these the longest.
+
+A table is changed only when that helps: something has to be cooled, or the gate has had writes to
+recorded extents that could have been direct.
+
+A crash loses all of it.  A restarted bitmapd counts every recorded extent as direct until its
+first barrier has loaded a table of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Segment = tuple[int, int, str]  # first byte, end byte, "direct" or "gate"
+Run = tuple[int, int]  # extents [first, stop)
+
+DIRECT = "direct"
+GATE = "gate"
+MAX_SEGMENTS = 2000
+# Writes through the gate that could have been direct, before a barrier is worth having for them.
+URGENT_HITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The runs of extents that are direct, in ascending order."""
+
+    runs: tuple[Run, ...]
+
+    def extents(self) -> set[int]:
+        return {extent for first, stop in self.runs for extent in range(first, stop)}
+
+    def segments(self, extent_bytes: int, size_bytes: int) -> list[Segment]:
+        """Segments that cover the volume exactly once."""
+        segments: list[Segment] = []
+        end = 0
+        for first, stop in self.runs:
+            begin = first * extent_bytes
+            if begin > end:
+                segments.append((end, begin, GATE))
+            end = min(stop * extent_bytes, size_bytes)
+            segments.append((begin, end, DIRECT))
+        if end < size_bytes:
+            segments.append((end, size_bytes, GATE))
+        return segments
+
+
+EMPTY = Table(())
+
+
+class Routes:
+    """See the module docstring."""
+
+    def __init__(self, *, max_segments: int = MAX_SEGMENTS) -> None:
+        self._max_runs = max(1, (max_segments - 1) // 2)
+        self._table = EMPTY
+        self._direct: set[int] = set()
+        self._pending: Table | None = None
+        self._maybe: set[int] = set()  # direct in a table that may be in force
+        self._leaving: set[int] = set()
+        self._cooling: set[int] = set()
+        self._written: set[int] = set()  # by the last barrier's blocks
+        self._gated: set[int] = set()  # recorded extents that the gate saw written since
+        self._gated_hits = 0
+        self._must_load = False
+        self._sealed = False
+        self._last = False  # the barrier under way began after `seal`
+        self.loads = 0
+        self.moved = 0
+
+    # -- what the gate asks -----------------------------------------------------------------
+    def is_open(self, extent: int) -> bool:
+        """Whether it may have been written without the gate's knowledge since the last blocks."""
+        return extent in self._direct or extent in self._maybe or extent in self._leaving
+
+    def is_cooling(self, extent: int) -> bool:
+        return extent in self._cooling
+
+    def cool(self, extents: Iterable[int]) -> None:
+        """Have these moved to the gate, so that the record can lose them."""
+        self._cooling.update(extents)
+
+    def warm(self, extents: Iterable[int]) -> None:
+        """They are wanted after all."""
+        self._cooling.difference_update(extents)
+
+    def closed(self) -> list[int]:
+        """Cooling extents that the gate alone has written since their last blocks were known."""
+        return [extent for extent in self._cooling if not self.is_open(extent)]
+
+    def gone(self, extents: Iterable[int]) -> None:
+        """These have left the record."""
+        extents = list(extents)
+        self._cooling.difference_update(extents)
+        self._gated.difference_update(extents)
+
+    def gated_hit(self, first: int, stop: int) -> None:
+        """A write to recorded extents [first, stop) came through the gate."""
+        self._gated_hits += 1
+        self._gated.update(range(first, stop))
+
+    def adopt(self, extents: Iterable[int]) -> None:
+        """A table of an earlier process is in force; all of these may be direct in it."""
+        self._maybe.update(extents)
+        self._must_load = True
+
+    def seal(self) -> None:
+        """Hosts cannot reach the volume any more.
+
+        The blocks of the next barrier that begins are the last ones.  It loads a table without
+        direct extents, so that the record can be emptied while the kernel's layers still exist.
+        """
+        self._sealed = True
+
+    # -- barriers ---------------------------------------------------------------------------
+    @property
+    def count_direct(self) -> int:
+        return len(self._direct)
+
+    @property
+    def wants_change(self) -> bool:
+        """Whether a barrier should load a table."""
+        if self._sealed:
+            return bool(self._direct or self._maybe)
+        return (
+            self._must_load
+            or not self._cooling.isdisjoint(self._direct)
+            or any(extent not in self._direct for extent in self._gated - self._cooling)
+        )
+
+    @property
+    def urgent(self) -> bool:
+        """Whether a barrier for the table's sake should not wait for the end of the era."""
+        return self._gated_hits >= URGENT_HITS and bool(self._gated - self._direct - self._cooling)
+
+    @property
+    def settling(self) -> bool:
+        """Whether another barrier is needed before extents that were moved are closed."""
+        return bool(self._leaving or (self._sealed and (self._direct or self._maybe)))
+
+    def propose(self, recorded: Iterable[Run]) -> Table | None:
+        """The table for the barrier that begins now, or None to keep the one in force.
+
+        `recorded`: runs of extents that are durably recorded, ascending.  What is proposed is open
+        until `landed` or `failed` was called.
+        """
+        self._last = self._sealed
+        if not self.wants_change:
+            return None
+        runs = [] if self._sealed else self._without_cooling(recorded)
+        if len(runs) > self._max_runs:
+            hot = self._written | self._gated
+            runs.sort(
+                key=lambda run: (
+                    (hot.isdisjoint(range(*run)), run[0] - run[1])
+                    if run[1] - run[0] < 4096
+                    else (False, run[0] - run[1])
+                )
+            )
+            runs = sorted(runs[: self._max_runs])
+        table = Table(tuple(runs))
+        self._pending = table
+        self._maybe |= table.extents()
+        return table
+
+    def _without_cooling(self, recorded: Iterable[Run]) -> list[Run]:
+        runs: list[Run] = []
+        for first, stop in recorded:
+            begin = first
+            for cold in sorted(self._cooling.intersection(range(first, stop))):
+                if cold > begin:
+                    runs.append((begin, cold))
+                begin = cold + 1
+            if stop > begin:
+                runs.append((begin, stop))
+        return runs
+
+    def landed(self, written: Iterable[int]) -> None:
+        """The barrier has passed, with the table that was proposed for it, if one was.
+
+        `written`: the extents of the blocks it collected.
+        """
+        self._leaving = set()
+        if self._pending is not None:
+            direct = self._pending.extents()
+            before = self._direct | self._maybe
+            self._leaving = before - direct
+            self.moved += len(self._direct ^ direct)
+            self.loads += 1
+            self._table, self._direct, self._pending = self._pending, direct, None
+            self._maybe = set()
+            self._must_load = False
+        if self._last:
+            self._leaving = set()
+        self._written = set(written)
+        self._gated = set()
+        self._gated_hits = 0
+
+    def failed(self) -> None:
+        """The barrier's outcome is not known, or it did not take place."""
+        if self._pending is not None:
+            self._pending = None
+            self._must_load = True

@@ -1,0 +1,65 @@
+"""`dmctl verify` on a running volume: one comparison, its progress and its report."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from bitmapd.copier.verify import Verify, VerifyResult
+from bitmapd.errors import UnreachableError
+from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Device, Target
+from bitmapd.media.buffers import BufferPool
+from bitmapd.record.geometry import Geometry
+
+VERIFY_POOL_BYTES = 16 << 20
+_PROGRESS_S = 0.5
+
+Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Verifying:
+    """One comparison of both sides while hosts use the volume."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        geometry: Geometry,
+        gate: Gate,
+        primary: Device,
+        secondary: Target,
+        *,
+        repair: bool,
+    ) -> None:
+        self._finished: asyncio.Future[tuple[OSError | None, VerifyResult]] = loop.create_future()
+        self._verify = Verify(
+            geometry,
+            gate,
+            primary,
+            secondary,
+            loop,
+            BufferPool(loop, VERIFY_POOL_BYTES),
+            repair=repair,
+            done=lambda error, result: self._finished.set_result((error, result)),
+        )
+
+    def cancel(self, number: int, reason: str) -> None:
+        self._verify.cancel(OSError(number, reason))
+
+    async def run(self, progress: Progress) -> VerifyResult:
+        """UnreachableError if it ends early; withdrawn if the caller is cancelled."""
+        finished = self._finished
+        try:
+            self._verify.start()
+            while not finished.done():
+                await asyncio.wait([finished], timeout=_PROGRESS_S)
+                await progress({"progress": round(self._verify.progress, 4)})
+            error, result = finished.result()
+        finally:
+            if not finished.done():
+                self.cancel(errno.ECANCELED, "the request was withdrawn")
+        if error is not None:
+            raise UnreachableError(f"verify ended early: {error.strerror or error}")
+        return result

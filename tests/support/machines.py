@@ -1,0 +1,31 @@
+"""Settings of the stateful tests.
+
+`STATEFUL_EXAMPLES` raises the number of examples, as `make soak` does.  A counterexample is shown
+as it was found: to make it smaller takes longer than a test may last.  It is kept below
+`.hypothesis`, where the next run of the same test finds it first; to shrink it, run
+
+    SHRINK=1 .venv/bin/python -m pytest --timeout 0 tests/property/test_mirror.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hypothesis import Phase, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+
+KEPT = Path(__file__).resolve().parents[2] / ".hypothesis" / "examples"
+
+
+def machine_settings(examples: int, steps: int) -> settings:
+    phases = [Phase.explicit, Phase.reuse, Phase.generate]
+    if "SHRINK" in os.environ:
+        phases.append(Phase.shrink)
+    return settings(
+        max_examples=max(examples, int(os.environ.get("STATEFUL_EXAMPLES", "0"))),
+        stateful_step_count=steps,
+        deadline=None,
+        phases=phases,
+        database=DirectoryBasedExampleDatabase(KEPT),
+    )
