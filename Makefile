@@ -9,7 +9,7 @@ PURE_TESTS := tests/unit tests/property
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo test lint coverage test-fast test-real bench soak fuzz docs install clean
+.PHONY: help setup demo test lint coverage test-fast test-real test-vm bench soak fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,10 @@ test-fast: setup  ## unit and property tests only, under a minute
 test-real: setup  ## foreign clients and servers, faults, fuzzing, demo and benchmark smoke
 	$(PYTEST) -n $(JOBS) --durations=20 $(wildcard $(REAL_TESTS))
 
+test-vm: setup  ## in a virtual machine with Debian's kernel: device-mapper, power cuts; VM_ARGS="-k x"
+	$(PYTHON) -m tests.vm.lab pytest -- $(VM_ARGS)
+	$(PYTEST) --durations=20 tests/vm $(VM_ARGS)
+
 bench: setup  ## side by side with nbdkit, qemu-nbd, nbdcopy, dd; writes docs/benchmarks.md
 	$(PYTHON) -m tests.bench.bench $(BENCH_ARGS)
 
@@ -60,12 +64,11 @@ fuzz: setup  ## a longer run of the fuzz tests; EXAMPLES=20000
 docs: setup  ## generate the man pages into docs/man
 	$(PYTHON) docs/make_man.py
 
-install:  ## install dmctl and bitmapd for the whole machine; PREFIX=/usr/local
-	/usr/bin/python3 -m venv $(or $(PREFIX),/usr/local)/lib/dmctl
-	mkdir -p $(or $(PREFIX),/usr/local)/bin
-	$(or $(PREFIX),/usr/local)/lib/dmctl/bin/pip install --quiet .
-	ln -sf $(or $(PREFIX),/usr/local)/lib/dmctl/bin/dmctl $(or $(PREFIX),/usr/local)/bin/dmctl
-	ln -sf $(or $(PREFIX),/usr/local)/lib/dmctl/bin/bitmapd $(or $(PREFIX),/usr/local)/bin/bitmapd
+install: setup  ## install programs, units, rules, man pages, completion; PREFIX=/usr/local DESTDIR=
+	PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" ./tools/install.sh
+
+uninstall:  ## remove what install has put in place; the configuration stays
+	PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" ./tools/install.sh --remove
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \

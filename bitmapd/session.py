@@ -7,6 +7,11 @@ than the host's file is one that was restored from a copy: what was written sinc
 Order: lock; load; every check; heal damaged pages; superblock with the new session and without
 the clean flag; state file.  A crash before the superblock leaves the old session; between the two
 the superblock is ahead of the state file, which is right.  The state file is never ahead.
+
+At an orderly end, when hosts can write no more, the state file also gets a fingerprint of the
+primary (`seal`).  The next session compares it: a primary that was written meanwhile, past the
+record, is refused.  `distrust` is the way on: everything is recorded, and will be compared.  After
+a crash there is no fingerprint, and nothing to compare.
 """
 
 from __future__ import annotations
@@ -19,10 +24,11 @@ from typing import Any
 
 from bitmapd.config import Paths, VolumeConfig, atomic_write
 from bitmapd.errors import BitmapdError, ForeignRecordError
+from bitmapd.media.fingerprint import fingerprint
 from bitmapd.media.identity import Identity, identify
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.layout import RecordFlag, Superblock, page_count
+from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, page_count
 from bitmapd.resize import all_ones
 
 Emit = Callable[..., None]
@@ -41,6 +47,7 @@ class RecordSession:
         self._config = config
         self._emit = emit
         self._state_file = paths.state_file(config.uuid)
+        self._begun = False
         self._medium = tool.RecordMedium.open(config.record)
         try:
             self._medium.lock()
@@ -66,7 +73,8 @@ class RecordSession:
                 f" (uuid {superblock.volume_uuid})",
                 hint=f"check 'record' in the configuration of '{config.name}'",
             )
-        known = self._known_session()
+        state = self._known_state()
+        known = int(state.get("session", 0))
         if superblock.session < known:
             raise ForeignRecordError(
                 f"record {config.record} is of session {superblock.session}, but this host has"
@@ -87,6 +95,32 @@ class RecordSession:
                 f" {superblock.geometry.size_bytes}: it has shrunk",
                 hint="a volume cannot shrink; give the primary its size back",
             )
+        self._check_at_rest(superblock, state)
+
+    def _check_at_rest(self, superblock: Superblock, state: dict[str, Any]) -> None:
+        """Whether the primary is as the last session left it."""
+        config, sealed = self._config, state.get("fingerprint")
+        if sealed is None or state.get("session") != superblock.session:
+            return
+        try:
+            found = self._fingerprint(superblock)
+        except OSError as error:
+            self._unsealed(f"cannot be compared with what it was when the volume stopped: {error}")
+            return
+        if found != sealed:
+            raise ForeignRecordError(
+                f"primary {config.primary} was written while volume '{config.name}' was stopped:"
+                " the secondary lacks what was written, and the record does not name it",
+                hint=f"'dmctl start {config.name} --resync-all' compares everything and copies"
+                " what differs",
+            )
+
+    def _fingerprint(self, superblock: Superblock) -> str:
+        size_bytes = superblock.geometry.size_bytes
+        return fingerprint(self._config.primary, size_bytes, self._config.uuid.bytes)
+
+    def _unsealed(self, why: str) -> None:
+        self._emit("not-sealed", device=self._config.primary, message=f"the primary {why}")
 
     def secondary_mismatch(self, size_bytes: int) -> str | None:
         """Why the medium that now answers as secondary is not the volume's, if so."""
@@ -118,6 +152,7 @@ class RecordSession:
             session=self.superblock.session + 1,
             flags=self.superblock.flags & ~RecordFlag.CLEAN,
         )
+        self._begun = True
         self._write_state()
 
     def update(self, **changes: Any) -> None:
@@ -143,19 +178,65 @@ class RecordSession:
     def close(self) -> None:
         self._medium.close()
 
-    def _known_session(self) -> int:
+    def seal(self) -> None:
+        """Remember what the primary looks like; no host can write any more.  Nothing is done for a
+        session that has not begun."""
+        if not self._begun:
+            return
         try:
-            return int(json.loads(self._state_file.read_text(encoding="utf-8"))["session"])
+            self._write_state(fingerprint=self._fingerprint(self.superblock))
+        except OSError as error:
+            self._unsealed(f"cannot be remembered: writes past the volume go unnoticed: {error}")
+
+    def _known_state(self) -> dict[str, Any]:
+        try:
+            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            return {**state, "session": int(state["session"])}
         except FileNotFoundError:
-            return 0
+            return {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             # Without the file an old record cannot be told from the newest; say so and go on, as
             # on a host that serves the volume for the first time.
             self._emit(
                 "state-unreadable", file=str(self._state_file), message=f"cannot be used: {error}"
             )
-            return 0
+            return {}
 
-    def _write_state(self) -> None:
-        text = json.dumps({"name": self._config.name, "session": self.superblock.session})
-        atomic_write(self._state_file, text.encode() + b"\n")
+    def _write_state(self, **more: str) -> None:
+        state = {"name": self._config.name, "session": self.superblock.session, **more}
+        atomic_write(self._state_file, json.dumps(state).encode() + b"\n")
+
+
+def distrust(config: VolumeConfig, paths: Paths) -> None:
+    """Of a stopped volume: have the next session compare everything, and copy what differs.
+
+    First the pages, then the superblock, last the fingerprint goes: after a crash in between the
+    next start is refused as it was before.
+    """
+    with tool.RecordMedium.open(config.record) as medium:
+        medium.lock()
+        loaded = tool.load(medium)
+        superblock = loaded.superblock
+        if superblock.volume_uuid != config.uuid:
+            raise ForeignRecordError(
+                f"record {config.record} belongs to volume '{superblock.name}'"
+                f" (uuid {superblock.volume_uuid})"
+            )
+        extents = superblock.geometry.extents
+        ones = all_ones(superblock.geometry)
+        tool.write_pages(
+            medium, superblock, ones, 0, page_count(extents), sequence=loaded.heal_sequence
+        )
+        full = superblock.initial_sync is InitialSync.FULL  # which copies more than is compared
+        tool.write_superblock(
+            medium,
+            superblock.updated(
+                int(time.time()),
+                initial_sync=InitialSync.FULL if full else InitialSync.CHECKSUM,
+                flags=superblock.flags & ~RecordFlag.CLEAN,
+            ),
+        )
+        state_file = paths.state_file(config.uuid)
+        if state_file.exists():
+            state = {"name": config.name, "session": superblock.session}
+            atomic_write(state_file, json.dumps(state).encode() + b"\n")

@@ -127,6 +127,8 @@ class Volume:
                 with contextlib.suppress(BitmapdError):
                     await self._kernel.detach()
                 self._kernel.close()
+            if self._kernel is None or not self._kernel.adopted:
+                self._session.seal()
             raise
 
     async def _assemble(self, opened: list[Callable[[], None]]) -> None:
@@ -392,6 +394,7 @@ class Volume:
             await asyncio.sleep(0)
         if self._kernel is not None:
             await self._detach(self._kernel)
+        self._session.seal()
         for close in (
             self._secondary.close,
             self._primary.close,

@@ -5,12 +5,17 @@ begun in.  A barrier ends the era, waits until no write of it is in flight, and 
 
 1. Between two barriers nothing is known of open extents (`routes.Routes`), so they are neither
    clean nor dropped.
-2. `written` compares the kernel's counters of completed writes with those read before the latest
-   barrier began.  They only grow, on each processor, so equal counters mean that no write was
-   completed since; one that is in flight belongs to the next barrier.
+2. `written` compares the kernel's counters with those read before the latest two barriers.  They
+   only grow, on each processor.  Kernels count a write when it ends or, before 6.3, when it begins:
+   one that began before the latest reading may have been marked after that barrier's roll-over.  It
+   would have been held up by the barrier before if it had begun before that one's reading, so
+   three equal readings mean that nothing is unknown.
 3. Eras are collected without a gap: a barrier that fails is followed by one that brings the blocks
    of both eras.
 4. One barrier at a time.
+5. A write that was in flight when this process began may be marked in an era before the first one
+   that is collected.  So the first barrier that lands counts every block as written that was
+   direct before.
 
 bitmapd's death loses nothing here: the kernel goes on marking, the record names every extent that
 is direct, and the next process begins with all of them.
@@ -30,12 +35,23 @@ Emit = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of the device under both paths, since it was made; monotone."""
+    """Of the device under both paths, since it was made; monotone.
+
+    Bytes and not writes tell whether something was written: an empty flush counts as a write.
+    """
+
+    written_bytes: int
+    discards: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostCounters:
+    """Of the volume's own devices."""
 
     writes: int
     written_bytes: int
     discards: int
-    reads: int = 0  # by hosts
+    reads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +72,7 @@ class Kernel(Protocol):
 
     def counters(self) -> Counters: ...
 
-    def host_counters(self) -> Counters:
+    def host_counters(self) -> HostCounters:
         """What hosts asked for, whatever way it took."""
 
     def barrier(
@@ -81,7 +97,8 @@ class DirectPath:
         self._kernel = kernel
         self._emit = emit
         self._since_era = since_era
-        self._seen: Counters | None = None
+        self._seen: Counters | None = None  # read before the latest barrier
+        self._seen_before: Counters | None = None  # and before the one before it
         self._busy = False
         self.routes = routes
         self.barriers = 0
@@ -97,7 +114,7 @@ class DirectPath:
         return self._kernel.counters()
 
     @property
-    def host_counters(self) -> Counters:
+    def host_counters(self) -> HostCounters:
         return self._kernel.host_counters()
 
     @property
@@ -112,9 +129,13 @@ class DirectPath:
 
     @property
     def written(self) -> bool:
-        """Whether something may have been written since the latest barrier began."""
-        seen, now = self._seen, self._kernel.counters()
-        return seen is None or (seen.writes, seen.discards) != (now.writes, now.discards)
+        """Whether something may have been written that no barrier has brought."""
+        return not self._seen == self._seen_before == self._kernel.counters()
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing was written since the latest barrier; one more would make that known."""
+        return self._seen != self._seen_before and self._seen == self._kernel.counters()
 
     @property
     def wants_barrier(self) -> bool:
@@ -124,9 +145,9 @@ class DirectPath:
     def barrier(
         self,
         recorded: Iterable[Run],
-        done: Callable[[Sequence[Run]], None],
+        done: Callable[[Sequence[Run] | None], None],
     ) -> None:
-        """End the era; `done` gets the blocks that were written, or nothing if it failed.
+        """End the era; `done` gets the blocks that were written, or None if it failed.
 
         `recorded`: runs of extents that are durably recorded now.  What failed is told as an
         event; its blocks come with the next barrier.
@@ -150,10 +171,10 @@ class DirectPath:
                 self._emit(
                     "barrier-error", message=f"a barrier failed and is tried again: {reason}"
                 )
-                done(())
+                done(None)
                 self.on_ended()
                 return
-            self._seen = seen
+            self._seen_before, self._seen = self._seen, seen
             self._since_era = landed.era + 1
             self.barriers += 1
             self.skipped += landed.skipped
@@ -163,6 +184,8 @@ class DirectPath:
             per = geometry.blocks_per_extent
             blocks = geometry.blocks
             runs = [(first, min(stop, blocks)) for first, stop in landed.runs if first < blocks]
+            if adopted := self.routes.take_adopted():
+                runs = merged([*runs, *(geometry.extent_blocks(e, e + 1) for e in adopted)])
             self.routes.landed(
                 {
                     extent
@@ -174,3 +197,14 @@ class DirectPath:
             self.on_ended()
 
         self._kernel.barrier(segments, self._since_era, ended)
+
+
+def merged(runs: Iterable[Run]) -> list[Run]:
+    """The same blocks as ascending runs that do not touch."""
+    found: list[Run] = []
+    for first, stop in sorted(runs):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((first, stop))
+    return found

@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitmapd.attach.direct import BarrierDone, Counters, Landed
+from bitmapd.attach.direct import BarrierDone, Counters, HostCounters, Landed
 from bitmapd.attach.frames import Frame, FrameError, HelperError, unpack_runs
 from bitmapd.attach.routes import Segment
-from bitmapd.attach.wiring import Wiring, read_counters
+from bitmapd.attach.wiring import BlockStat, Wiring
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, BusyError
 from bitmapd.nbd.numbers import ExportFlag, HandshakeFlag, Opt
@@ -72,7 +72,7 @@ class KernelAttachment:
             emit,
         )
         self._tasks: set[asyncio.Task[None]] = set()
-        self._stat_fds: dict[str, int] = {}
+        self._stats: dict[str, BlockStat] = {}
         self.era_device = ""
         self.adopted = False
         self.current_era = 0
@@ -140,17 +140,18 @@ class KernelAttachment:
 
     async def detach(self) -> None:
         """Remove the stack; afterwards nothing of the volume is left in the kernel."""
-        for fd in self._stat_fds.values():
-            os.close(fd)
-        self._stat_fds.clear()
+        self._close_stats()
         await self._call("detach")
 
     def close(self) -> None:
         """End the helper.  The stack stays as it is."""
-        for fd in self._stat_fds.values():
-            os.close(fd)
-        self._stat_fds.clear()
+        self._close_stats()
         self._wiring.close()
+
+    def _close_stats(self) -> None:
+        for stat in self._stats.values():
+            stat.close()
+        self._stats.clear()
 
     async def _call(
         self, verb: str, fields: dict[str, Any] | None = None, *, fds: Sequence[int] = ()
@@ -165,9 +166,7 @@ class KernelAttachment:
 
     # -- while hosts write --------------------------------------------------------------------
     def _open_stat(self, layer: str, device: str) -> None:
-        number = os.stat(device).st_rdev
-        path = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat"
-        self._stat_fds[layer] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._stats[layer] = BlockStat(os.stat(device).st_rdev)
 
     def _offers_discard(self) -> bool:
         number = os.stat(self.era_device).st_rdev
@@ -176,16 +175,18 @@ class KernelAttachment:
 
     def counters(self) -> Counters:
         """Of the era device, which every write passes."""
-        fields = read_counters(self._stat_fds["era"])
-        return Counters(fields[4], fields[6] * SECTOR_BYTES, fields[11])
+        if "era" not in self._stats:
+            return Counters(0, 0)
+        fields = self._stats["era"].read()
+        return Counters(fields[6] * SECTOR_BYTES, fields[11])
 
-    def host_counters(self) -> Counters:
+    def host_counters(self) -> HostCounters:
         """What hosts asked for, whatever way it took; zeros before `attach`."""
-        if "write" not in self._stat_fds:
-            return Counters(0, 0, 0)
-        written = read_counters(self._stat_fds["write"])
-        top = read_counters(self._stat_fds["top"])
-        return Counters(written[4], written[6] * SECTOR_BYTES, written[11], reads=top[0])
+        if "top" not in self._stats:
+            return HostCounters(0, 0, 0, 0)
+        written = self._stats["write"].read()
+        top = self._stats["top"].read()
+        return HostCounters(written[4], written[6] * SECTOR_BYTES, written[11], top[0])
 
     def barrier(
         self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone

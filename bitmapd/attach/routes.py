@@ -72,6 +72,7 @@ class Routes:
         self._direct: set[int] = set()
         self._pending: Table | None = None
         self._maybe: set[int] = set()  # direct in a table that may be in force
+        self._adopted: set[int] = set()  # direct before this process began
         self._leaving: set[int] = set()
         self._cooling: set[int] = set()
         self._written: set[int] = set()  # by the last barrier's blocks
@@ -115,9 +116,15 @@ class Routes:
         self._gated.update(range(first, stop))
 
     def adopt(self, extents: Iterable[int]) -> None:
-        """A table of an earlier process is in force; all of these may be direct in it."""
-        self._maybe.update(extents)
+        """A table of an earlier process is in force, and these are direct in it."""
+        self._adopted.update(extents)
+        self._maybe |= self._adopted
         self._must_load = True
+
+    def take_adopted(self) -> set[int]:
+        """The extents that were adopted; empty ever after."""
+        adopted, self._adopted = self._adopted, set()
+        return adopted
 
     def seal(self) -> None:
         """Hosts cannot reach the volume any more.

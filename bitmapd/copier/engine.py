@@ -38,7 +38,7 @@ from bitmapd.copier.plan import Plan, Window
 from bitmapd.copier.throttle import Backoff, SpeedMeter, Throttle
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
-from bitmapd.media.base import Device, Scheduler, Target, Timer
+from bitmapd.media.base import Device, Done, Scheduler, Target, Timer
 from bitmapd.media.buffers import BufferPool
 from bitmapd.record.geometry import Geometry
 
@@ -97,10 +97,13 @@ class Copier:
         check_secondary: Callable[[], OSError | None],  # is what was opened the right medium?
         era_interval_s: float,
         piece_bytes: int = 1 << 20,
+        read_primary: Callable[[int, memoryview, Done], None] | None = None,
     ) -> None:
+        """`read_primary` is used instead of `primary.read`: a way that leaves hosts the loop."""
         self._geometry = geometry
         self._gate = gate
         self._primary = primary
+        self._read_primary = read_primary or primary.read
         self._secondary = secondary
         self._scheduler = scheduler
         self._pool = pool
@@ -273,10 +276,7 @@ class Copier:
         if now < self._not_before_s:
             return False  # a rate says so, and a timer will call again; save the search
         gate = self._gate
-        yielding = (
-            self._load.active(now, *gate.host_load)
-            and not gate.over_limit
-        )
+        yielding = self._load.active(now, *gate.host_load) and not gate.over_limit
         throttles = (self.throttle, self._load.throttle) if yielding else (self.throttle,)
         self._plan.max_blocks = (
             max(1, min(self._piece_blocks, YIELD_PIECE_BYTES // self._geometry.block_bytes))
@@ -312,7 +312,7 @@ class Copier:
                 self.meter.begin(now)
             self._window.started(length)
             copy = _Copy(first, stop, buffer, self._failures)
-            self._primary.read(offset, buffer, partial(self._was_read, copy))
+            self._read_primary(offset, buffer, partial(self._was_read, copy))
         return False
 
     @property

@@ -85,7 +85,8 @@ class Gate:
         self._held: list[BlockSet] = []  # may change on the secondary without our doing
         self._current_since: float | None = None
         self._taken_since: float | None = None
-        self._barrier_since = scheduler.time()
+        # Loop time up to which every completed write of the direct path is known.
+        self._known_until = scheduler.time()
         self._evicting: set[int] = set()  # cooled because the record is too large
         self._settling_since: float | None = None
         self.on_flush_error: Callable[[OSError], None] | None = None
@@ -304,16 +305,18 @@ class Gate:
         if self._direct is None:
             landed()
             return
-        since, self._barrier_since = self._barrier_since, self._scheduler.time()
+        begun = self._scheduler.time()
 
-        def collected(runs: Sequence[tuple[int, int]]) -> None:
-            self._take_direct(runs, since)
+        def collected(runs: Sequence[tuple[int, int]] | None) -> None:
+            if runs is not None:
+                self._take_direct(runs)
+                self._known_until = begun
             landed()
 
         self._direct.barrier(self._store.covered_runs(), collected)
 
-    def _take_direct(self, runs: Sequence[tuple[int, int]], since: float) -> None:
-        """Blocks that the kernel saw written, by hosts directly or by the gate, since `since`."""
+    def _take_direct(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Blocks that the kernel saw written, by hosts directly or by the gate."""
         if not runs:
             return
         now, per, end = self._scheduler.time(), self._geometry.blocks_per_extent, 0
@@ -324,8 +327,8 @@ class Gate:
                 if self._store.covers(extent, extent_stop):
                     self._policy.wrote(extent, extent_stop, now, True)
                 end = extent_stop
-        if self._taken_since is None:
-            self._taken_since = since
+        if self._taken_since is None or self._known_until < self._taken_since:
+            self._taken_since = self._known_until
 
     @property
     def has_direct(self) -> bool:
@@ -338,8 +341,10 @@ class Gate:
 
     @property
     def era_is_urgent(self) -> bool:
-        """Whether the kernel's table should be changed before the era is over."""
-        return self._direct is not None and self._direct.routes.urgent
+        """Whether the kernel's table should be changed before the era is over, or ending it holds
+        up nobody and makes it known that nothing was written."""
+        direct = self._direct
+        return direct is not None and (direct.routes.urgent or direct.at_rest)
 
     def take_recorded(self) -> None:
         """Mark every block of every recorded extent as to be copied: recovery, or a resync."""
@@ -507,12 +512,15 @@ class Gate:
         self._retire(self._policy.expired(now), now)
         excess = self._store.recorded_extents - self.limit_extents
         if self._direct is not None:
+            if not self._direct.written:
+                self._known_until = now
             self._drop_cooled(self._direct, now)
             # Cooling takes until the barrier after the next, so it begins before the limit.
             excess += self.limit_extents // COOLING_PART - len(self._evicting)
         if excess > 0:
             victims = self._policy.victims(excess, self._may_retire, now)
             if self._direct is not None:
+                victims = [extent for extent in victims if self._may_retire(extent)]
                 self._evicting.update(victims)
             self._retire(victims, now)
         self._store.flush_clears()
@@ -570,9 +578,8 @@ class Gate:
 
     def oldest_dirty_s(self) -> float | None:
         """Loop time of the oldest write that may not be durable on the secondary."""
-        for since in (self._settling_since, self._taken_since, self._current_since):
-            if since is not None:
-                return since
+        stages = (self._settling_since, self._taken_since, self._current_since)
+        oldest = next((since for since in stages if since is not None), None)
         if self._direct is not None and self._direct.written:
-            return self._barrier_since
-        return None
+            return self._known_until if oldest is None else min(oldest, self._known_until)
+        return oldest

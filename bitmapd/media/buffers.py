@@ -21,6 +21,8 @@ from bitmapd.media.base import Scheduler
 PAGE_BYTES = 4096
 KEEP_BYTES = 8 << 20
 
+_addressof, _from_buffer = ctypes.addressof, ctypes.c_char.from_buffer
+
 
 def aligned(length_bytes: int) -> memoryview:
     """A buffer of its own, zero-filled, that lives as long as it is referenced."""
@@ -31,7 +33,7 @@ def aligned(length_bytes: int) -> memoryview:
 
 def address_of(buffer: memoryview) -> int:
     """Where the buffer's bytes are; it must be writable and contiguous."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    return _addressof(_from_buffer(buffer))
 
 
 class BufferPool:
@@ -41,7 +43,7 @@ class BufferPool:
         self.limit_bytes = limit_bytes
         self.out_bytes = 0
         self._scheduler = scheduler
-        self._kept: dict[int, list[mmap.mmap]] = {}
+        self._kept: dict[int, list[memoryview]] = {}
         self._kept_bytes = 0
         self._waiting: list[Callable[[], None]] = []
 
@@ -53,11 +55,10 @@ class BufferPool:
         self.out_bytes += size
         kept = self._kept.get(size)
         if kept:
-            mapping = kept.pop()
+            view = kept.pop()
             self._kept_bytes -= size
         else:
-            mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        view = memoryview(mapping)
+            view = aligned(size)
         return view if size == length_bytes else view[:length_bytes]
 
     def give(self, buffer: memoryview) -> None:
@@ -68,7 +69,12 @@ class BufferPool:
         size = len(mapping)
         self.out_bytes -= size
         if self._kept_bytes + size <= KEEP_BYTES:
-            self._kept.setdefault(size, []).append(mapping)
+            whole = buffer if len(buffer) == size else memoryview(mapping)
+            kept = self._kept.get(size)
+            if kept is None:
+                self._kept[size] = [whole]
+            else:
+                kept.append(whole)
             self._kept_bytes += size
         if self._waiting:
             waiting, self._waiting = self._waiting, []

@@ -5,6 +5,11 @@ machine, a mirror reads what is on the medium, and a loop device or network bloc
 cannot dead-lock on dirty pages.  Where a file system has no direct I/O (tmpfs before Linux 6.6)
 the file is opened without it and `direct` is false.
 
+Such files, and those in memory, are copied to and from by plain calls, since kernel AIO would do
+no better (`media.aio`).  Large transfers that are no host's (`read_aside`, and all of a device that
+was opened `aside`) go to threads; those of hosts do not, because handing them over costs more than
+the copy where the client is as fast as we are.
+
 Zeroing and discarding use `fallocate`, which for block devices means (block/fops.c):
 PUNCH_HOLE = zero with unmap, never by writing; ZERO_RANGE = zero without unmap, by writing if
 need be.  Where neither exists zeros are written.
@@ -35,9 +40,12 @@ from bitmapd.media.buffers import aligned
 _BLKSSZGET = 0x1268
 _BLKROGET = 0x125E
 _BLKDISCARD = 0x1277
+_TMPFS, _RAMFS = 0x01021994, 0x858458F6
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
 _ZERO_RANGE = 16
+# From here on a transfer takes longer than handing it to a thread: about 50 us.
+ASIDE_BYTES = 256 << 10
 _ZERO_CHUNK = 1 << 20
 _ALLOCATION_LIMIT = 4096  # pieces in one answer
 _NO_SUCH_OPERATION = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
@@ -76,13 +84,16 @@ class KernelDevice:
         read_only: bool = False,
         exclusive: bool = False,
         defer: bool = False,
+        aside: bool = False,
     ) -> None:
         """`exclusive` claims a block device, so that nobody mounts or formats it meanwhile.
-        `defer` leaves the opening to `open`: until then there is no size and nothing works."""
+        `defer` leaves the opening to `open`: until then there is no size and nothing works.
+        `aside` is for a medium that hosts do not work on: see `read_aside`."""
         self.name = str(path)
         self._engine = engine
         self._read_only = read_only
         self._exclusive = exclusive
+        self._aside = aside
         self._zeros: memoryview | None = None
         self._fd = -1
         self.size_bytes = 0
@@ -137,6 +148,7 @@ class KernelDevice:
         else:
             self.block_size_bytes = self._file_block_size(fd)
             self._fast_zero = True
+        self._aio_blocks = not self.is_block and (not self.direct or _is_in_memory(fd))
         self.size_bytes = self._size(fd)
 
     def _size(self, fd: int) -> int:
@@ -193,10 +205,30 @@ class KernelDevice:
 
     # -- data -----------------------------------------------------------------------------
     def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
-        self._engine.read(self._fd, offset_bytes, buffer, done)
+        if not self._aio_blocks:
+            self._engine.read(self._fd, offset_bytes, buffer, done)
+        elif self._aside:
+            self.read_aside(offset_bytes, buffer, done)
+        else:
+            self._engine.read_now(self._fd, offset_bytes, buffer, done)
 
     def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
-        self._engine.write(self._fd, offset_bytes, buffer, done, fua)
+        if not self._aio_blocks:
+            self._engine.write(self._fd, offset_bytes, buffer, done, fua)
+        elif self._aside and len(buffer) >= ASIDE_BYTES:
+            self._engine.write_aside(self._fd, offset_bytes, buffer, done, fua)
+        else:
+            self._engine.write_now(self._fd, offset_bytes, buffer, done, fua)
+
+    def read_aside(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        """As `read`, for work that goes on beside that of hosts: what would keep the loop long is
+        done by a thread."""
+        if not self._aio_blocks:
+            self._engine.read(self._fd, offset_bytes, buffer, done)
+        elif len(buffer) >= ASIDE_BYTES:
+            self._engine.read_aside(self._fd, offset_bytes, buffer, done)
+        else:
+            self._engine.read_now(self._fd, offset_bytes, buffer, done)
 
     def flush(self, done: Done) -> None:
         self._engine.flush(self._fd, done)
@@ -306,6 +338,14 @@ def _holes(fd: int, offset_bytes: int, end_bytes: int) -> list[tuple[int, int]]:
             if at >= end_bytes:
                 break
     return pieces
+
+
+def _is_in_memory(fd: int) -> bool:
+    words = (ctypes.c_long * 32)()
+    if _libc.fstatfs(fd, words) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return words[0] in (_TMPFS, _RAMFS)
 
 
 def _sysfs_number(device: Path, attribute: str) -> int:

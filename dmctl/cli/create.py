@@ -60,6 +60,7 @@ from bitmapd.record.predictors import make_policy
 from bitmapd.units import human_size
 from dmctl.cli.context import Context, combine, explain
 from dmctl.cli.media import first_difference, open_export, open_file
+from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
 
 OPTION_KEYS = (
@@ -470,6 +471,7 @@ def _plan(config: VolumeConfig, superblock: Superblock, found: Findings) -> dict
         "record_limit_bytes": None if config.resync_target_s is not None else limit,
         "resync_target_seconds": config.resync_target_s,
         "initial_sync": config.initial_sync,
+        "commands": build_commands(config, geometry) if config.attach == "dm" else [],
         "attach": config.attach,
         "device": device_of(config),
         "listen": None if config.attach == "dm" else config.listen,

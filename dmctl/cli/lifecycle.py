@@ -28,7 +28,10 @@ def start(context: Context, args: Namespace) -> int:
         with start_lock(context.paths, name):
             config = load_volume(context.paths, name)  # it may have been removed meanwhile
             result = "running"
-            if not is_running(context.paths, name):
+            running = is_running(context.paths, name)
+            if args.resync_all:
+                _distrust(context, config, running=running)
+            if not running:
                 launch(context.paths, name, args.timeout)
                 result = "started"
         already = " already" if result == "running" else ""
@@ -36,6 +39,18 @@ def start(context: Context, args: Namespace) -> int:
         return {"result": result, "device": device_of(config)}
 
     return each(context, "start", selected(context, args, default_all=False), "start", one)
+
+
+def _distrust(context: Context, config: VolumeConfig, *, running: bool) -> None:
+    if running:
+        raise WrongStateError(
+            f"volume '{config.name}' runs already; --resync-all is for one that is stopped",
+            hint=f"'dmctl verify {config.name} --repair' compares everything while it runs",
+        )
+    from bitmapd.session import distrust  # noqa: PLC0415  (rarely needed, imports the format)
+
+    distrust(config, context.paths)
+    context.output.say(f"volume '{config.name}': everything is compared, and copied if it differs")
 
 
 def stop(context: Context, args: Namespace) -> int:

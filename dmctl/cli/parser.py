@@ -156,6 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     _volumes(commands)
+    _boot(commands)
     _copying(commands)
     _watching(commands)
     _records(commands)
@@ -238,8 +239,8 @@ def _volumes(commands: Commands) -> None:
     ):  # fmt: skip
         _completed(create.add_argument(option, metavar=metavar, required=True, help=text), FILE)
     for option, metavar, text in (
-        ("--attach", "auto|dm|nbd", "how hosts reach the volume; this build attaches over NBD,"
-         " which is also what auto means"),
+        ("--attach", "auto|dm|nbd", "how hosts reach the volume: /dev/mapper/NAME, or an NBD"
+         " export; auto is dm where the kernel has it and the primary is a block device"),
         ("--listen", "URI", "where to export (default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd)"),
         ("--extent-size", "SIZE", "unit of the record (default 1MiB)"),
         ("--block-size", "SIZE", "unit of copying (default 64KiB)"),
@@ -247,7 +248,8 @@ def _volumes(commands: Commands) -> None:
          " the volume, whichever is smaller; never less than 64 extents)"),
         ("--resync-target", "DURATION", "how long copying after a crash may take, instead of"
          " --record-limit"),
-        ("--era-interval", "DURATION", "how often writes are handed to the copier (default 1s)"),
+        ("--era-interval", "DURATION", "how often writes are handed to the copier (default 1s, with"
+         " dm 5s)"),
         ("--initial-sync", "full|checksum|skip", "copy everything, copy what differs, or trust"
          " that both are equal; skip is refused where samples differ (default full)"),
         ("--predictor", "NAME", "policy for what the record names (default superset)"),
@@ -278,6 +280,12 @@ def _volumes(commands: Commands) -> None:
         "Returns when hosts can use them; copying goes on. A started volume is left alone.",
     )
     _names(start)
+    start.add_argument(
+        "--resync-all",
+        action="store_true",
+        help="record everything first, so that all of it is compared and copied if it differs: for"
+        " a primary that was written while the volume was stopped",
+    )
     _timeout(start, "give up after this time with status 40 (default 2min)", 120.0)
     stop = _command(
         commands,
@@ -298,6 +306,16 @@ def _volumes(commands: Commands) -> None:
         "take up a new size of primary and secondary, while running",
     )
     _name(resize)
+    plan = _command(
+        commands,
+        "plan",
+        "plan:show",
+        "print what the kernel has of a volume, and the commands to what is wanted",
+        "For volumes that are attached with device-mapper. Nothing is changed; 'dmctl start' and"
+        " 'dmctl stop' do the same steps.",
+    )
+    _name(plan)
+    plan.add_argument("--remove", action="store_true", help="plan the way down instead of up")
     remove = _command(
         commands,
         "remove",
@@ -310,6 +328,52 @@ def _volumes(commands: Commands) -> None:
         "--wipe-record", action="store_true", help="also make the record unrecognisable"
     )
     _yes(remove)
+
+
+def _boot(commands: Commands) -> None:
+    assemble = _command(
+        commands,
+        "assemble",
+        "assemble:assemble",
+        "start volumes whose media are there, and say what the others wait for",
+        "A secondary that is reached through the network is not waited for. With --all only volumes"
+        " with start_at_boot. Waiting is no error.",
+    )
+    _names(assemble)
+    assemble.add_argument(
+        "--degraded", action="store_true", help="do not wait for a secondary on this machine"
+    )
+    assemble.add_argument(
+        "--wait", action="store_true", help="end only when they are started, or cannot be"
+    )
+    _patience(assemble)
+    _timeout(assemble, "give up a start after this time with status 40 (default 2min)", 120.0)
+    monitor = _command(
+        commands,
+        "monitor",
+        "monitor:monitor",
+        "start volumes by themselves when their media appear",
+        "For machines without systemd, where bitmapd is also started again if it dies. Volumes with"
+        " start_at_boot = false are left alone, and so are those that were stopped, until their"
+        " primary or record has gone and come back.",
+    )
+    monitor.add_argument("--daemon", action="store_true", help="go into the background")
+    _patience(monitor)
+    rules = _command(
+        commands,
+        "udev-rules",
+        "probe:udev_rules",
+        "tell udev and systemd of the volumes in /etc/dmctl",
+        "'dmctl create' and 'dmctl remove' do this too; it is needed after a configuration was"
+        " changed by hand.",
+    )
+    rules.add_argument("--print", action="store_true", help="show the rules, change nothing")
+
+
+def _patience(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--patience", metavar="DURATION", type=_type(duration), default=30.0,
+                        help="how long to wait for a secondary on this machine when all else is"
+                        " there (default 30s)")  # fmt: skip
 
 
 def _copying(commands: Commands) -> None:
@@ -426,7 +490,7 @@ def _records(commands: Commands) -> None:
     probe = _command(
         commands,
         "probe",
-        "record:probe",
+        "probe:probe",
         "identify a record device",
         "Exit status 10 if there is no record on it.",
     )

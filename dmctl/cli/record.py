@@ -15,6 +15,7 @@ from bitmapd.record.layout import SUPERBLOCK_BYTES, SUPERBLOCK_OFFSETS
 from bitmapd.units import human_size
 from dmctl.cli.context import Context
 
+
 def dump(context: Context, args: Namespace) -> int:
     loaded = tool.load(args.device)
     content = tool.dump(loaded)

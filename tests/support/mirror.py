@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bitmapd.attach.direct import DirectPath
+from bitmapd.attach.routes import Routes
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.gate.gate import Gate
@@ -19,6 +21,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain
+from tests.support.simkernel import SimKernel
 
 BLOCK = 4096
 PER_EXTENT = 4
@@ -130,8 +133,12 @@ class Mirror:
         pool_bytes: int = 4 << 20,
         secondary: bytes | None = None,
         hollow: bool = False,
+        direct: bool = False,
     ) -> None:
-        """`hollow` disks keep nothing that can be read: for volumes too large for memory."""
+        """`hollow` disks keep nothing that can be read: for volumes too large for memory.
+
+        `direct`: hosts reach the primary and the gate through `kernel`.
+        """
         size = size_bytes or extents * extent_bytes
         self.geometry = Geometry(size, extent_bytes, block_bytes)
         image = blank_image(self.geometry)
@@ -145,14 +152,19 @@ class Mirror:
             self.geometry, load_image(image), self.record, self.loop, self._emit
         )
         self.policy = ScriptedPolicy()
+        self.kernel = SimKernel(self.geometry, self.primary)
+        self.routes = Routes()
+        self.path = DirectPath(self.geometry, self.kernel, self.routes, self._emit, since_era=1)
         self.gate = Gate(
             self.geometry,
-            self.primary,
+            self.kernel.era if direct else self.primary,
             self.store,
             self.policy,
             self.loop,
             limit_extents=limit_extents,
+            direct=self.path if direct else None,
         )
+        self.kernel.new_gate(self.gate)
         self.pool = BufferPool(self.loop, pool_bytes)
         self.refusal: OSError | None = None  # what `check_secondary` answers
         self.copier = Copier(
@@ -209,6 +221,9 @@ class Mirror:
         """Let time pass and everything happen in order."""
         self.loop.advance(seconds)
         drain(self.loop, *self.disks)
+        while self.kernel.can_step:
+            self.kernel.step()
+            drain(self.loop, *self.disks)
 
     def pending(self, disk: SimDisk) -> list[str]:
         return [op.kind for op in disk.pending]

@@ -18,7 +18,8 @@ from tests.support.cli import Cli, new_cli
 COMMANDS = (
     *("create", "start", "stop", "status", "wait", "resync", "verify", "pause", "resume", "set"),
     *("resize", "promote", "demote", "failback", "remove", "record", "events", "probe"),
-    *("simulate", "takeover", "partner", "config", "assemble", "monitor", "udev-rules"),
+    *("simulate", "takeover", "partner", "config", "assemble", "monitor"),
+    *("udev-rules", "plan"),
 )
 
 

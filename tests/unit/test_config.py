@@ -93,6 +93,7 @@ def test_builtin_defaults(write: Write) -> None:
         tls_certificates=None,
         allow_plaintext_loopback=False,
         metrics_listen=None,
+        start_at_boot=True,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from bitmapd.copier.engine import SETTLE_INTERVAL_S, Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.media.base import Done
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror, begun, equal, until_reads
 from tests.support.sim import drain
 
@@ -404,3 +405,32 @@ def test_a_larger_volume_is_copied_to_its_end() -> None:
     mirror.run(1.0)
     assert equal(mirror)
     assert mirror.primary.asked("read") == [(15, 1)], "a piece has at least one block"
+
+
+def test_the_primary_may_be_read_in_another_way() -> None:
+    mirror = Mirror(extents=2)
+    asked: list[tuple[int, int]] = []
+
+    def read_aside(offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        asked.append((offset_bytes, len(buffer)))
+        mirror.primary.read(offset_bytes, buffer, done)
+
+    mirror.copier = Copier(
+        mirror.geometry,
+        mirror.gate,
+        mirror.primary,
+        mirror.secondary,
+        mirror.loop,
+        mirror.pool,
+        Throttle(None),
+        Backoff(),
+        lambda event, **fields: None,
+        check_secondary=lambda: None,
+        era_interval_s=1.0,
+        read_primary=read_aside,
+    )
+    mirror.copier.start()
+    mirror.put(3)
+    mirror.run(1.0)
+    assert equal(mirror)
+    assert asked == [(3 * BLOCK, BLOCK)]

@@ -7,12 +7,15 @@ import errno
 import os
 import random
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from bitmapd.errors import NotFoundError, UsageError
+from bitmapd.media import aio
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import KEEP_BYTES, BufferPool, address_of, aligned
@@ -28,11 +31,35 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop.close()
 
 
-@pytest.fixture
-def engine(loop: asyncio.AbstractEventLoop) -> Iterator[AioEngine]:
+@pytest.fixture(params=[True, False], ids=["from the ring", "from the kernel"])
+def engine(
+    loop: asyncio.AbstractEventLoop, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[AioEngine]:
+    """Both ways to learn what the kernel has finished."""
+    if request.param and not aio._READS_IN_ORDER:
+        pytest.skip("EVENTS ARE NOT TAKEN FROM THE RING ON THIS KIND OF PROCESSOR")
+    monkeypatch.setattr(aio, "_READS_IN_ORDER", request.param)
     engine = AioEngine(loop, depth=32)
     yield engine
     engine.close()
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """Where kernel AIO works, and where plain calls and threads take its place."""
+    if request.param == "disk":
+        yield tmp_path
+        return
+    with memory_folder() as path:
+        yield path
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("NO /dev/shm HERE")
+    with tempfile.TemporaryDirectory(prefix="bitmapd-test-", dir="/dev/shm") as path:
+        yield Path(path)
 
 
 def finish(
@@ -78,9 +105,9 @@ def loop_device(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tupl
 
 
 def test_random_writes_read_back(
-    loop: asyncio.AbstractEventLoop, engine: AioEngine, tmp_path: Path
+    loop: asyncio.AbstractEventLoop, engine: AioEngine, folder: Path
 ) -> None:
-    path = file_of(tmp_path / "disk", 4 * MIB)
+    path = file_of(folder / "disk", 4 * MIB)
     device = KernelDevice(path, engine)
     rng = random.Random(7)
     expected = bytearray(4 * MIB)
@@ -103,6 +130,104 @@ def test_random_writes_read_back(
     assert path.read_bytes() == expected
     assert engine.in_flight == 0
     device.close()
+
+
+@pytest.mark.parametrize("length", [4096, MIB])
+def test_what_goes_on_beside_hosts(
+    loop: asyncio.AbstractEventLoop, engine: AioEngine, folder: Path, length: int
+) -> None:
+    """Copying: one device for it alone, and the aside reads of one that hosts work on too."""
+    total = 16 * length
+    primary = KernelDevice(file_of(folder / "primary", total), engine)
+    secondary = KernelDevice(file_of(folder / "secondary", total), engine, aside=True)
+    data = random.Random(11).randbytes(total)
+    (folder / "primary").write_bytes(data)
+    buffers = [aligned(length) for _ in range(16)]
+    small = aligned(4096)
+    reads = [
+        lambda done, at=at: primary.read_aside(at * length, buffers[at], done) for at in range(16)
+    ]
+    host = [lambda done, at=at: primary.read(at * 4096, small, done) for at in range(16)]
+    assert finish(loop, *(submit for pair in zip(reads, host, strict=True) for submit in pair)) == (
+        [None] * 32
+    )
+    assert b"".join(buffers) == data
+    writes = [
+        lambda done, at=at: secondary.write(at * length, buffers[at], done, at % 2 == 0)
+        for at in range(16)
+    ]
+    assert finish(loop, *writes) == [None] * 16
+    assert finish(loop, secondary.flush) == [None]
+    assert (folder / "secondary").read_bytes() == data
+    back = aligned(length)
+    assert finish(loop, lambda done: secondary.read(3 * length, back, done)) == [None]
+    assert back == buffers[3]
+    assert engine.in_flight == 0
+    primary.close()
+    secondary.close()
+
+
+@pytest.mark.parametrize("length", [4096, MIB])
+def test_errors_beside_hosts_reach_done(
+    loop: asyncio.AbstractEventLoop, engine: AioEngine, folder: Path, length: int
+) -> None:
+    file = file_of(folder / "ro", 4 * MIB)
+    device = KernelDevice(file, engine, read_only=True, aside=True)
+    os.truncate(file, 2 * MIB + length // 2)
+    buffer = aligned(length)
+    buffer[:] = b"x" * length
+    cut, beyond, refused, fua = finish(
+        loop,
+        lambda done: device.read(2 * MIB, buffer, done),
+        lambda done: device.read_aside(3 * MIB, aligned(length), done),
+        lambda done: device.write(0, buffer, done),
+        lambda done: device.write(0, buffer, done, True),
+    )
+    assert [error and error.errno for error in (cut, beyond)] == [errno.EIO, errno.EIO]
+    assert [error and error.errno for error in (refused, fua)] == [errno.EBADF, errno.EBADF]
+    assert engine.in_flight == 0
+    device.close()
+
+
+def test_a_completion_may_submit_the_next(loop: asyncio.AbstractEventLoop, folder: Path) -> None:
+    """A chain of operations of all kinds, longer than what one kick completes."""
+    engine = AioEngine(loop, depth=4)
+    device = KernelDevice(file_of(folder / "disk", 4 * MIB), engine)
+    small, large = aligned(4096), aligned(MIB)
+    ended = loop.create_future()
+    order: list[int] = []
+
+    def step(error: OSError | None) -> None:
+        assert error is None
+        order.append(engine.in_flight)
+        if len(order) == 90:
+            ended.set_result(None)
+        elif len(order) % 3 == 0:
+            device.read_aside(MIB, large, step)
+        elif len(order) % 3 == 1:
+            device.write(0, small, step)
+        else:
+            device.flush(step)
+        assert len(order) == 90 or engine.in_flight == 1
+
+    step(None)
+    loop.run_until_complete(asyncio.wait_for(ended, 20))
+    assert order == [0] * 90
+    device.close()
+    engine.close()
+
+
+def test_closing_waits_for_threads(loop: asyncio.AbstractEventLoop) -> None:
+    with memory_folder() as folder:
+        engine = AioEngine(loop)
+        device = KernelDevice(file_of(folder / "disk", 64 * MIB), engine, aside=True)
+        buffer = aligned(MIB)
+        buffer[:] = b"y" * MIB
+        for at in range(64):
+            device.write(at * MIB, buffer, lambda error: None)
+        engine.close()
+        assert (folder / "disk").read_bytes() == b"y" * (64 * MIB)
+        device.close()
 
 
 def test_loop_device_sector_size(
@@ -156,12 +281,9 @@ def test_zeros_are_written_where_the_file_system_cannot_zero(
     loop: asyncio.AbstractEventLoop, engine: AioEngine
 ) -> None:
     """tmpfs has no ZERO_RANGE, so a zero without unmap must write, and a fast one must refuse."""
-    shm = Path("/dev/shm")
-    if not shm.is_dir():
-        pytest.skip("NO /dev/shm HERE")
-    path = shm / f"bitmapd-test-{os.getpid()}"
-    path.write_bytes(b"\xbb" * (3 * MIB))
-    try:
+    with memory_folder() as folder:
+        path = folder / "disk"
+        path.write_bytes(b"\xbb" * (3 * MIB))
         device = KernelDevice(path, engine)
         (error,) = finish(loop, lambda done: device.zero(0, 4096, done, unmap=False, fast=True))
         assert error is not None
@@ -171,8 +293,6 @@ def test_zeros_are_written_where_the_file_system_cannot_zero(
         expected = b"\xbb" * 4096 + bytes(length)
         assert path.read_bytes() == expected + b"\xbb" * (3 * MIB - len(expected))
         device.close()
-    finally:
-        path.unlink()
 
 
 def test_allocation_of_a_sparse_file(
@@ -200,9 +320,9 @@ def test_allocation_of_a_sparse_file(
 
 
 def test_errors_reach_done(
-    loop: asyncio.AbstractEventLoop, engine: AioEngine, tmp_path: Path
+    loop: asyncio.AbstractEventLoop, engine: AioEngine, folder: Path
 ) -> None:
-    device = KernelDevice(file_of(tmp_path / "ro", MIB), engine, read_only=True)
+    device = KernelDevice(file_of(folder / "ro", MIB), engine, read_only=True)
     buffer = aligned(4096)
     beyond, refused = finish(
         loop,
@@ -223,8 +343,8 @@ def test_opening_what_is_not_there(engine: AioEngine, tmp_path: Path) -> None:
         KernelDevice("/dev/null", engine)
 
 
-def test_reopen(loop: asyncio.AbstractEventLoop, engine: AioEngine, tmp_path: Path) -> None:
-    path = file_of(tmp_path / "disk", MIB)
+def test_reopen(loop: asyncio.AbstractEventLoop, engine: AioEngine, folder: Path) -> None:
+    path = file_of(folder / "disk", MIB)
     device = KernelDevice(path, engine)
     path.unlink()
     (error,) = finish(loop, device.open)

@@ -47,6 +47,21 @@ def refusal(
     return answer.error
 
 
+@given(
+    st.sampled_from((FULL, PLAIN, READ_ONLY, NATIVE)),
+    st.sampled_from((Cmd.READ, Cmd.WRITE)),
+    st.sampled_from((0, 512, 4096, SIZE - 4096, SIZE - 512, SIZE, 2**64 - 512, 1)),
+    st.sampled_from((0, 1, 512, 4096, MAX_REQUEST_BYTES, MAX_REQUEST_BYTES + 4096, 2**32 - 512)),
+)
+def test_the_short_way_refuses_the_same(
+    rules: Rules, command: Cmd, offset: int, length: int
+) -> None:
+    """FUA fits both commands and forbids nothing, but is looked at in detail."""
+    assert rules.refuse(command, 0, offset, length) == rules.refuse(
+        command, CmdFlag.FUA, offset, length
+    )
+
+
 @pytest.mark.parametrize("command", SIZED)
 def test_what_is_allowed(command: Cmd) -> None:
     assert refusal(FULL, command) is None

@@ -1,0 +1,232 @@
+"""The barrier: the blocks of the eras that ended, once no write of them is in flight (edge).
+
+dm-era marks a block before a write to it goes on, in the era that is current then.  In this order:
+
+ 1. read the era device's counters of writes and discards;
+ 2. `take_metadata_snap`: the current era ends, the next one begins, what was marked so far is kept;
+ 3. load the new table into the write device, if there is one;
+ 4. drain: hold new writes, wait until none is in flight, let them go on, under the new table;
+ 5. read the counter of discards again, then the snapshot, and drop it.
+
+1. Every write that was marked in an ended era was in flight at 2 or had landed: after 4 it has
+   landed.  What is marked later belongs to the next barrier.
+2. With a new table one ioctl does all of 4, and the death of this process at any moment leaves the
+   device at work, under the old table or the new one.  Without one it takes two, which hold writes
+   for a shorter time; a helper that is killed between them leaves the device suspended, and the
+   next one resumes it first of all.  SIGALRM bounds the wait: the old table stays in force, and
+   the next barrier collects the eras of both.
+3. The era device itself is never suspended and never reloaded.
+4. A discard marks the first block only.  It is no longer than a block (`discard_max_bytes` of the
+   era device), so it touches at most one more: if there were discards, every run is one block
+   longer at its end.
+5. Kernels count a request when it ends or, before 6.3, when it begins.  So one that began before a
+   reading may have been marked after the snapshot that followed; but the swap of the barrier
+   before would have waited for it if it had begun before that one's reading.  Hence counters are
+   compared with those read two barriers ago: for discards, and to skip a barrier: if three
+   readings in a row are equal nothing is unknown, nothing is claimed, and the era goes on.
+6. What a barrier needs of memory for 4 exists before.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from bitarray import bitarray
+
+from dmctl.kernel.dm_ioctl import DeviceMapper
+from dmctl.kernel.dm_wire import Target
+from dmctl.model import era
+from dmctl.model.targets import EraStatus, parse_era_status
+
+TAKE_SNAPSHOT: Final = "take_metadata_snap"
+DROP_SNAPSHOT: Final = "drop_metadata_snap"
+# A timer that fires a moment before the ioctl begins to wait is lost: it fires again.
+_TIMER_AGAIN_S: Final = 0.05
+# Fields of /sys/block/X/stat.  Sectors and not writes: an empty flush counts as a write.
+_SECTORS_WRITTEN, _DISCARDS = 6, 11
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Of the era device since it was made; each only grows."""
+
+    sectors_written: int
+    discards: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The blocks written in the eras that were asked for, up to `to_era`."""
+
+    blocks: bitarray
+    to_era: int
+    window_s: float = 0.0
+    skipped: bool = False
+    widened: bool = False
+
+
+class MetadataFile:
+    """Blocks of the era device's metadata, read past the page cache, which dm does not feed."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+        self._memory = memoryview(mmap.mmap(-1, era.BATCH_BLOCKS * era.BLOCK_BYTES))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def read_block(self, number: int) -> memoryview:
+        return self.read_blocks([number])[0]
+
+    def read_blocks(self, numbers: Sequence[int]) -> list[memoryview]:
+        """Valid until the next call; at most BATCH_BLOCKS of them."""
+        size = era.BLOCK_BYTES
+        for first, stop in _neighbours(numbers):
+            view = self._memory[first * size : stop * size]
+            if os.preadv(self._fd, [view], numbers[first] * size) != len(view):
+                raise OSError(errno.EIO, f"the era metadata end before block {numbers[stop - 1]}")
+        return [self._memory[at * size : (at + 1) * size] for at in range(len(numbers))]
+
+
+def _neighbours(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Slices [first, stop) of ascending numbers without gaps."""
+    breaks = [at + 1 for at, (a, b) in enumerate(pairwise(numbers)) if b != a + 1]
+    return pairwise([0, *breaks, len(numbers)])
+
+
+def widen(blocks: bitarray) -> bitarray:
+    """Every run one block longer at its end."""
+    return blocks | blocks >> 1
+
+
+class Barrier:
+    """Of one volume whose devices exist; see the module docstring.  Main thread only."""
+
+    def __init__(
+        self,
+        mapper: DeviceMapper,
+        era_name: str,
+        write_name: str,
+        metadata: MetadataFile,
+        read_counters: Callable[[], Counters],
+    ) -> None:
+        self._mapper = mapper
+        self._era = era_name
+        self._write = write_name
+        self._metadata = metadata
+        self._read_counters = read_counters
+        self._hold, self._go_on = mapper.holding(write_name), mapper.going_on(write_name)
+        # Not known of an era device that was found: then every discard since it was made counts.
+        self._last: Counters | None = None
+        self._earlier: Counters | None = None
+
+    def __call__(
+        self, table: Sequence[Target] | None, since_era: int, deadline_s: float
+    ) -> Collected:
+        """TimeoutError if writes were in flight for longer than `deadline_s`; then nothing changed
+        but that an era ended, and the next barrier is to begin with the same `since_era`."""
+        before = self._read_counters()
+        if table is None and before == self._last == self._earlier:
+            return Collected(bitarray(), since_era - 1, skipped=True)
+        self.drop_stale_snapshot()
+        self._mapper.message(self._era, TAKE_SNAPSHOT)
+        try:
+            if table is not None:
+                self._mapper.load(self._write, table)
+            window_s = self._drain(table is None, deadline_s)
+            after = self._read_counters()
+            blocks, to_era = self._collect(since_era)
+        finally:
+            self._mapper.message(self._era, DROP_SNAPSHOT)
+        widened = after.discards > (0 if self._earlier is None else self._earlier.discards)
+        self._earlier, self._last = self._last, before
+        return Collected(widen(blocks) if widened else blocks, to_era, window_s, widened=widened)
+
+    def status(self) -> EraStatus:
+        line = self._mapper.status(self._era)[0].parameters
+        try:
+            return parse_era_status(line)
+        except ValueError as error:
+            raise OSError(errno.EIO, f"the state of '{self._era}': {error}") from error
+
+    def drop_stale_snapshot(self) -> None:
+        """One that a helper left which died; there is at most one."""
+        if self.status().held_root is not None:
+            self._mapper.message(self._era, DROP_SNAPSHOT)
+
+    def _collect(self, since_era: int) -> tuple[bitarray, int]:
+        root = self.status().held_root
+        metadata = era.Metadata(self._metadata.read_block, self._metadata.read_blocks)
+        view = metadata.snapshot(root)
+        return view.bits_written(since_era), view.newest_era
+
+    def _drain(self, hold_first: bool, deadline_s: float) -> float:
+        """Seconds for which writes were held."""
+        try:
+            with alarm(deadline_s):
+                start_s = time.monotonic()
+                if hold_first:
+                    self._hold()
+                self._go_on()
+                window_s = time.monotonic() - start_s
+            if not hold_first and not self._go_on.resumed:
+                # The table had gone, and then nothing was held.
+                raise OSError(errno.EAGAIN, "another program cleared its new table")
+            return window_s
+        except OSError as error:
+            # A table that is refused at the last moment leaves the device suspended.
+            self._mapper.clear(self._write)
+            self._mapper.resume(self._write)
+            if isinstance(error, InterruptedError):
+                raise TimeoutError(
+                    errno.ETIMEDOUT,
+                    f"writes were in flight for longer than {deadline_s} s;"
+                    " the slowest one goes through the gate",
+                ) from error
+            raise OSError(
+                error.errno, f"cannot hold the writes of '{self._write}': {error.strerror}"
+            ) from error
+
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def alarm(seconds: float, handler: Handler = lambda *_: None) -> Iterator[None]:
+    """SIGALRM after that time, again and again: what waits in the kernel ends with EINTR."""
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _TIMER_AGAIN_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class StatFile:
+    """Counters of a block device, by its number "major:minor"."""
+
+    def __init__(self, number: str, root: Path = Path("/sys/dev/block")) -> None:
+        self._fd = os.open(root / number / "stat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def fields(self) -> list[int]:
+        """As Documentation/block/stat.rst numbers them."""
+        return [int(field) for field in os.pread(self._fd, 512, 0).split()]
+
+    def counters(self) -> Counters:
+        fields = self.fields()
+        return Counters(fields[_SECTORS_WRITTEN], fields[_DISCARDS])

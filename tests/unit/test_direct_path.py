@@ -1,0 +1,242 @@
+"""attach/direct: what a barrier asks of the kernel, and what its answer means."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from bitmapd.attach.direct import BarrierDone, Counters, DirectPath, HostCounters, Landed
+from bitmapd.attach.routes import DIRECT, GATE, Routes, Run, Segment
+from bitmapd.record.geometry import Geometry
+
+BLOCK = 4096
+EXTENT = 2 * BLOCK
+GEOMETRY = Geometry(5 * EXTENT - BLOCK - 512, EXTENT, BLOCK)  # 9 blocks; the last ones are short
+
+
+class Helper:
+    """A `Kernel` that is answered by hand."""
+
+    def __init__(self) -> None:
+        self.now = Counters(0, 0)
+        self.asked: list[tuple[Sequence[Segment] | None, int]] = []
+        self.done: BarrierDone = lambda error, landed: None
+
+    def counters(self) -> Counters:
+        return self.now
+
+    def host_counters(self) -> HostCounters:
+        return HostCounters(2, 2 * BLOCK, 1, 3)
+
+    def barrier(
+        self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
+    ) -> None:
+        self.asked.append((segments, since_era))
+        self.done = done
+
+
+class Bench:
+    """A direct path on a helper, and what it said."""
+
+    def __init__(self) -> None:
+        self.helper = Helper()
+        self.routes = Routes()
+        self.events: list[dict[str, Any]] = []
+        self.path = DirectPath(GEOMETRY, self.helper, self.routes, self.emit, since_era=7)
+        self.got: list[Sequence[Run] | None] = []
+        self.ended = 0
+        self.path.on_ended = self.count
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.events.append({"event": event, **fields})
+
+    def count(self) -> None:
+        self.ended += 1
+
+    def begin(self, *recorded: Run) -> None:
+        self.path.barrier(recorded, self.got.append)
+
+    def land(self, *runs: Run, era: int = 7, window_s: float = 0.0, skipped: bool = False) -> None:
+        self.helper.done(None, Landed(runs, era, window_s, skipped))
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def test_eras_are_collected_without_a_gap(bench: Bench) -> None:
+    assert bench.path.collected_era == 6
+    bench.begin()
+    bench.land(era=7)
+    bench.begin()
+    bench.helper.done(OSError(errno.ETIMEDOUT, "a write hangs"), None)
+    bench.begin()
+    bench.land(era=9)
+    bench.begin()
+    assert bench.helper.asked == [(None, 7), (None, 8), (None, 8), (None, 10)]
+    assert bench.path.collected_era == 9
+
+
+def test_the_blocks_come_as_they_are_but_for_what_is_beyond_the_end(bench: Bench) -> None:
+    bench.routes.adopt([])
+    bench.begin((0, 5))
+    bench.land((0, 1), (3, 4), (8, 10), (10, 12))
+    assert bench.got == [[(0, 1), (3, 4), (8, 9)]]
+    assert bench.ended == 1
+
+
+def test_a_table_is_asked_for_in_segments(bench: Bench) -> None:
+    bench.routes.gated_hit(4, 5)
+    bench.begin((4, 5))
+    ((segments, _),) = bench.helper.asked
+    assert segments == [(0, 4 * EXTENT, GATE), (4 * EXTENT, GEOMETRY.size_bytes, DIRECT)]
+    assert bench.routes.is_open(4)
+    bench.land()
+    assert bench.routes.count_direct == 1
+
+
+def test_what_is_told_of_the_extents_written_decides_which_runs_stay() -> None:
+    bench = Bench()
+    bench.routes = bench.path.routes = Routes(max_segments=3)
+    bench.begin((0, 1), (2, 4))
+    bench.land((0, 1))  # the first block of extent 0
+    bench.routes.adopt([])
+    bench.begin((0, 1), (2, 4))
+    assert bench.routes.is_open(0)
+    assert not bench.routes.is_open(2)
+
+
+def test_one_barrier_at_a_time(bench: Bench) -> None:
+    bench.begin()
+    with pytest.raises(RuntimeError, match="under way"):
+        bench.begin()
+    bench.land()
+    bench.begin()
+    assert len(bench.helper.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ETIMEDOUT, "a write hangs"), "a write hangs"),
+        (OSError("it ended"), "it ended"),
+        (None, "no reason"),
+    ],
+)
+def test_a_failure_is_told_and_brings_nothing(
+    bench: Bench, error: OSError | None, reason: str
+) -> None:
+    bench.routes.gated_hit(0, 1)
+    bench.begin((0, 1))
+    bench.helper.done(error, None)
+    assert bench.got == [None]
+    (event,) = bench.events
+    assert event["event"] == "barrier-error"
+    assert event["message"].endswith(reason)
+    assert bench.routes.is_open(0), "its table may be in force"
+    assert (bench.path.barriers, bench.path.failures, bench.path.tried) == (0, 1, 1)
+    assert bench.ended == 1
+
+
+def rest(bench: Bench, *recorded: Run) -> None:
+    """Barriers until nothing is unknown."""
+    for _ in range(2):
+        bench.begin(*recorded)
+        bench.land()
+    assert not bench.path.written
+
+
+def test_nothing_is_unknown_after_two_barriers_and_as_many_equal_readings(bench: Bench) -> None:
+    path, helper = bench.path, bench.helper
+    assert path.written, "nothing is known at first"
+    assert not path.at_rest
+    bench.begin()
+    bench.land()
+    assert path.written, "something may have been counted and not marked yet"
+    assert path.at_rest
+    bench.begin()
+    helper.done(OSError(errno.EPIPE, "the helper died"), None)
+    assert path.written
+    bench.begin()
+    bench.land()
+    assert not path.written
+    assert not path.at_rest
+    helper.now = Counters(BLOCK, 0)
+    assert path.written
+    assert not path.at_rest
+    bench.begin()
+    helper.now = Counters(2 * BLOCK, 0)
+    bench.land()
+    assert path.written
+    assert not path.at_rest, "something came after the reading"
+    bench.begin()
+    bench.land()
+    assert path.written
+    assert path.at_rest
+    bench.begin()
+    bench.land(skipped=True)
+    assert not path.written
+    helper.now = Counters(2 * BLOCK, 1)
+    assert path.written, "a discard is a write"
+
+
+def test_counters_are_the_kernels(bench: Bench) -> None:
+    bench.helper.now = Counters(512, 3)
+    assert bench.path.counters == Counters(512, 3)
+    assert bench.path.host_counters == HostCounters(2, 2 * BLOCK, 1, 3)
+
+
+def test_a_barrier_is_wanted_for_writes_tables_and_what_is_leaving(bench: Bench) -> None:
+    path, routes = bench.path, bench.routes
+    rest(bench, (0, 2))
+    assert not path.wants_barrier
+    routes.gated_hit(0, 2)
+    assert path.wants_barrier
+    bench.begin((0, 2))
+    bench.land()
+    assert not path.wants_barrier
+    routes.cool([0])
+    assert path.wants_barrier
+    bench.begin((0, 2))
+    bench.land()
+    assert path.wants_barrier, "what was written before the move is not known"
+    bench.begin((0, 2))
+    bench.land(skipped=True)
+    assert routes.closed() == [0]
+    assert not path.wants_barrier
+    bench.helper.now = Counters(512, 0)
+    assert path.wants_barrier
+
+
+def test_all_that_was_direct_before_counts_as_written_once(bench: Bench) -> None:
+    """A write that was in flight at the start may be marked in an era that is not collected."""
+    bench.routes.adopt([0, 1, 4])
+    bench.begin((0, 5))
+    bench.helper.done(OSError(errno.ETIMEDOUT, "a write hangs"), None)
+    bench.begin((0, 5))
+    bench.land((3, 5), (6, 7))
+    assert bench.got == [None, [(0, 5), (6, 7), (8, 9)]]
+    bench.begin((0, 5))
+    bench.land((6, 7))
+    assert bench.got[-1] == [(6, 7)]
+
+
+def test_figures(bench: Bench) -> None:
+    for window_s, skipped in ((0.5, False), (0.25, False), (0.0, True)):
+        bench.begin()
+        bench.land(window_s=window_s, skipped=skipped)
+    path = bench.path
+    assert (path.barriers, path.skipped, path.failures) == (3, 1, 0)
+    assert (path.window_s_total, path.window_s_last, path.window_s_max) == (0.75, 0.0, 0.5)
+
+
+def test_nobody_needs_to_be_told_that_a_barrier_ended() -> None:
+    bench = Bench()
+    bench.path = DirectPath(GEOMETRY, bench.helper, bench.routes, bench.emit, since_era=1)
+    bench.begin()
+    bench.land()
+    assert bench.got == [[]]

@@ -1,0 +1,410 @@
+"""gate/gate with a direct path: what hosts write without asking, and what may leave the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from bitmapd.attach.routes import DIRECT, GATE, URGENT_HITS
+from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Answers, Mirror, ScriptedPolicy, settled
+
+
+def direct(*extents: int, **options: int) -> Mirror:
+    """A mirror in which these extents are direct, equal on both sides, and kept by the policy."""
+    mirror = Mirror(direct=True, **options)
+    mirror.policy.kept = set(extents)
+    for extent in extents:
+        mirror.put(extent * PER_EXTENT)
+        mirror.put(extent * PER_EXTENT)
+    synchronise(mirror)
+    assert mirror.routes.count_direct == len(extents)
+    mirror.policy.told.clear()
+    return mirror
+
+
+def barrier(mirror: Mirror) -> list[str]:
+    """End the era; the list has an entry once the barrier has passed."""
+    passed: list[str] = []
+    mirror.gate.take_era(lambda: passed.append("passed"))
+    mirror.turn()
+    while mirror.kernel.can_step:
+        mirror.kernel.step()
+    mirror.turn()
+    return passed
+
+
+def failed_barrier(mirror: Mirror) -> None:
+    mirror.gate.take_era(lambda: None)
+    mirror.kernel.give_up()
+    mirror.turn()
+
+
+def copy(mirror: Mirror) -> None:
+    """Copy and settle what is taken."""
+    for first, stop in list(mirror.gate.taken.runs()):
+        mirror.gate.copied(first, stop)
+    settled(mirror)
+
+
+def synchronise(mirror: Mirror) -> None:
+    """Until a barrier finds nothing new."""
+    for _ in range(3):
+        barrier(mirror)
+        copy(mirror)
+    assert mirror.gate.in_sync
+
+
+def host_writes(mirror: Mirror, block: int, count: int = 1) -> Answers:
+    answers: Answers = []
+    mirror.kernel.write("write", block * BLOCK, b"\7" * (count * BLOCK), answers.append, False)
+    return answers
+
+
+def host_wrote(mirror: Mirror, block: int, count: int = 1) -> None:
+    answers = host_writes(mirror, block, count)
+    while mirror.primary.pending:
+        mirror.finish(mirror.primary)
+    assert answers == [None]
+
+
+# -- what becomes known, and when -------------------------------------------------------------
+
+
+def test_without_a_direct_path_there_is_nothing_to_ask_for() -> None:
+    mirror = Mirror()
+    gate = mirror.gate
+    assert not gate.has_direct
+    assert not gate.wants_era
+    assert not gate.era_is_urgent
+    mirror.put(0)
+    assert gate.wants_era
+
+
+def test_blocks_written_directly_are_known_after_the_barrier() -> None:
+    mirror = direct(0, 1)
+    gate = mirror.gate
+    assert gate.has_direct
+    assert not gate.wants_era
+    host_wrote(mirror, 2, 3)
+    assert (gate.writes, gate.dirty_blocks()) == (4, 0), "the gate has not seen it"
+    assert gate.wants_era
+    assert not gate.in_sync
+    assert barrier(mirror) == ["passed"]
+    assert list(gate.taken.runs()) == [(2, 5)]
+    assert mirror.policy.told == [("wrote", 0, 2, True)]
+    copy(mirror)
+    assert not gate.in_sync, "something may have been counted and not marked yet"
+    assert gate.era_is_urgent, "and as nothing has come since, asking again costs nothing"
+    barrier(mirror)
+    assert gate.in_sync
+    assert not gate.wants_era
+    assert not gate.era_is_urgent
+
+
+def test_the_load_of_hosts_is_what_the_kernel_counts() -> None:
+    for mirror in (direct(0), Mirror()):
+        requests, written = mirror.gate.host_load
+        if mirror.gate.has_direct:
+            host_wrote(mirror, 0, 2)
+        else:
+            mirror.put(0, 2)
+        assert mirror.gate.host_load == (requests + 1, written + 2 * BLOCK)
+
+
+def test_the_policy_is_told_once_of_each_recorded_extent() -> None:
+    mirror = direct(0, 1)
+    for block in (0, 2, 5):
+        host_wrote(mirror, block)
+    barrier(mirror)
+    assert mirror.policy.told == [("wrote", 0, 1, True), ("wrote", 1, 2, True)]
+
+
+def test_the_policy_is_not_told_of_what_has_left_the_record() -> None:
+    """A barrier that failed leaves blocks to the next one that may have left the record."""
+    mirror = Mirror(direct=True)
+    mirror.put(0)
+    failed_barrier(mirror)
+    copy(mirror)
+    assert mirror.recorded() == set()
+    mirror.policy.told.clear()
+    barrier(mirror)
+    assert list(mirror.gate.taken.runs()) == [(0, 1)], "copied again for nothing, which is safe"
+    assert mirror.policy.told == []
+
+
+def test_a_direct_write_in_flight_holds_the_barrier_up() -> None:
+    mirror = direct(0)
+    host_wrote(mirror, 2)
+    answers = host_writes(mirror, 0)
+    passed = barrier(mirror)
+    assert (answers, passed) == ([], [])
+    mirror.finish(mirror.primary)
+    mirror.run()
+    assert (answers, passed) == ([None], ["passed"])
+    assert list(mirror.gate.taken.runs()) == [(0, 1), (2, 3)]
+
+
+def test_writes_through_the_gate_of_the_old_era_hold_the_copier_up() -> None:
+    mirror = direct(0)
+    mirror.write(1)  # it came to the gate by another way than the kernel's table
+    passed = barrier(mirror)
+    assert mirror.kernel.busy is None, "the barrier itself is over"
+    assert passed == []
+    mirror.finish(mirror.primary)
+    assert passed == ["passed"]
+
+
+def test_a_failed_barrier_brings_nothing_and_the_next_one_all() -> None:
+    mirror = direct(0)
+    host_wrote(mirror, 0)
+    passed: list[str] = []
+    mirror.gate.take_era(lambda: passed.append("passed"))
+    for _ in range(3):
+        mirror.kernel.step()
+    mirror.kernel.give_up()
+    mirror.turn()
+    assert passed == ["passed"], "copying goes on with what is known"
+    assert not mirror.gate.taken
+    assert mirror.gate.wants_era
+    assert mirror.told("barrier-error")
+    barrier(mirror)
+    assert list(mirror.gate.taken.runs()) == [(0, 1)]
+
+
+def test_many_hits_that_could_have_been_direct_make_the_era_urgent() -> None:
+    mirror = Mirror(direct=True)
+    mirror.put(0)
+    for _ in range(URGENT_HITS - 1):
+        mirror.put(0)
+    assert not mirror.gate.era_is_urgent
+    mirror.put(0)
+    assert mirror.gate.era_is_urgent
+
+
+def test_the_table_has_what_is_durably_recorded() -> None:
+    mirror = Mirror(direct=True)
+    mirror.put(0)
+    mirror.put(0)
+    mirror.write(2 * PER_EXTENT)  # its record write is not done
+    mirror.turn()
+    barrier(mirror)
+    assert mirror.kernel.table == [(0, EXTENT, DIRECT), (EXTENT, 8 * EXTENT, GATE)]
+
+
+# -- how old ----------------------------------------------------------------------------------
+
+
+def test_the_age_of_a_direct_write_begins_when_everything_was_known() -> None:
+    mirror = direct(0)
+    gate = mirror.gate
+    mirror.loop.advance(100.0)
+    gate.tick()
+    assert gate.oldest_dirty_s() is None
+    mirror.loop.advance(0.5)
+    host_wrote(mirror, 0)
+    mirror.loop.advance(0.5)
+    gate.tick()
+    assert gate.oldest_dirty_s() == 100.0, "not an hour that passed without a write"
+    failed_barrier(mirror)
+    assert gate.oldest_dirty_s() == 100.0, "a failure makes nothing younger"
+    gate.take_era(lambda: None)
+    assert gate.oldest_dirty_s() == 100.0, "nor does a barrier under way"
+    mirror.loop.advance(1.0)
+    mirror.run()
+    assert gate.oldest_dirty_s() == 100.0
+    copy(mirror)
+    assert gate.oldest_dirty_s() == 101.0, "when the barrier began that brought it"
+    barrier(mirror)
+    assert gate.oldest_dirty_s() is None
+
+
+def test_a_direct_write_may_be_older_than_one_through_the_gate() -> None:
+    mirror = direct(0)
+    host_wrote(mirror, 0)
+    mirror.loop.advance(1.0)
+    mirror.put(PER_EXTENT)
+    assert mirror.gate.oldest_dirty_s() == 0.0, "nobody knows when the other one came"
+    barrier(mirror)
+    assert mirror.gate.oldest_dirty_s() == 0.0
+
+
+def test_a_write_through_the_gate_may_be_older_than_a_direct_one() -> None:
+    mirror = direct(0)
+    mirror.put(PER_EXTENT)
+    mirror.loop.advance(1.0)
+    for _ in range(3):
+        barrier(mirror)
+    mirror.gate.tick()
+    host_wrote(mirror, 0)
+    assert mirror.gate.oldest_dirty_s() == 0.0
+    barrier(mirror)
+    assert mirror.gate.oldest_dirty_s() == 0.0
+
+
+# -- what may differ, and what is clean -------------------------------------------------------
+
+
+def test_what_is_open_may_differ_while_something_was_written() -> None:
+    mirror = direct(0)
+    gate = mirror.gate
+    assert not gate.may_differ(0, 1)
+    assert not gate.is_clean(0), "it may be written at any time"
+    host_wrote(mirror, 1)
+    assert gate.may_differ(0, 1)
+    assert gate.may_differ(PER_EXTENT - 1, PER_EXTENT + 1)
+    assert not gate.may_differ(PER_EXTENT, 2 * PER_EXTENT), "not direct, so the gate would know"
+    for _ in range(2):
+        barrier(mirror)
+    assert not gate.may_differ(0, 1)
+    assert gate.may_differ(1, 2)
+
+
+# -- leaving the record -----------------------------------------------------------------------
+
+
+def test_an_open_extent_leaves_after_the_barrier_that_follows_its_move() -> None:
+    mirror = direct(0, 1)
+    mirror.policy.kept = set()
+    mirror.policy.expiring = [0]
+    mirror.gate.tick()
+    mirror.policy.expiring = []
+    mirror.gate.drop_all_clean()
+    assert mirror.recorded() == {0, 1}
+    barrier(mirror)
+    assert mirror.kernel.table == [
+        (0, EXTENT, GATE),
+        (EXTENT, 2 * EXTENT, DIRECT),
+        (2 * EXTENT, 8 * EXTENT, GATE),
+    ]
+    mirror.gate.tick()
+    assert mirror.recorded() == {0, 1}, "what was written before the move is not known yet"
+    barrier(mirror)
+    mirror.gate.tick()
+    assert mirror.recorded() == {1}
+    assert mirror.policy.told[-1] == ("dropped", 0)
+
+
+def test_settled_and_not_wanted_an_open_extent_is_cooled() -> None:
+    mirror = direct(0)
+    mirror.policy.kept = set()
+    host_wrote(mirror, 0)
+    barrier(mirror)
+    copy(mirror)
+    assert mirror.recorded() == {0}
+    assert mirror.routes.is_cooling(0)
+
+
+def test_an_extent_of_the_gate_leaves_at_once() -> None:
+    mirror = Mirror(direct=True)
+    mirror.put(0)
+    barrier(mirror)
+    copy(mirror)
+    assert mirror.recorded() == set()
+
+
+def cool(mirror: Mirror, extent: int) -> None:
+    """Have it moved to the gate and closed."""
+    mirror.policy.expiring = [extent]
+    mirror.gate.tick()
+    mirror.policy.expiring = []
+    barrier(mirror)
+    barrier(mirror)
+    assert mirror.routes.closed() == [extent]
+
+
+def test_a_cooled_extent_that_is_written_again_stays_until_it_is_clean() -> None:
+    mirror = direct(0)
+    mirror.policy.kept = set()
+    cool(mirror, 0)
+    host_wrote(mirror, 0)
+    mirror.gate.tick()
+    assert mirror.recorded() == {0}
+    barrier(mirror)
+    for first, stop in list(mirror.gate.taken.runs()):
+        mirror.gate.copied(first, stop)
+    mirror.gate.tick()
+    assert mirror.recorded() == {0}, "copied, not flushed"
+    settled(mirror)
+    assert mirror.recorded() == set()
+    assert mirror.routes.closed() == []
+
+
+def test_a_cooled_extent_that_is_wanted_again_stays() -> None:
+    mirror = direct(0)
+    cool(mirror, 0)
+    mirror.gate.tick()
+    assert mirror.recorded() == {0}
+    assert not mirror.routes.is_cooling(0)
+    mirror.put(0)
+    barrier(mirror)
+    assert mirror.routes.count_direct == 1
+
+
+def test_unsettled_extents_are_not_cooled() -> None:
+    mirror = direct(0)
+    host_wrote(mirror, 0)
+    barrier(mirror)
+    mirror.policy.expiring = [0]
+    mirror.gate.tick()
+    assert not mirror.routes.is_cooling(0)
+
+
+# -- the limit --------------------------------------------------------------------------------
+
+
+class RudePolicy(ScriptedPolicy):
+    """Names every extent as a victim, whatever the gate says of it."""
+
+    def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
+        self.told.append(("victims", count))
+        return range(8)
+
+
+def test_room_is_made_before_the_record_is_full() -> None:
+    mirror = direct(0, 1, 2)
+    mirror.policy.unloved = [2, 1]
+    mirror.gate.limit_extents = 32
+    mirror.gate.tick()
+    assert ("victims", 1) not in mirror.policy.told
+    mirror.gate.limit_extents = 3
+    mirror.gate.tick()
+    assert not mirror.routes.is_cooling(2), "a limit this low has nothing to spare"
+    mirror.gate.limit_extents = 2
+    mirror.gate.tick()
+    assert mirror.routes.is_cooling(2)
+    mirror.gate.tick()
+    assert not mirror.routes.is_cooling(1), "one is on its way already"
+    mirror.gate.limit_extents = 1
+    mirror.gate.tick()
+    assert mirror.routes.is_cooling(1), "never the same one twice"
+    barrier(mirror)
+    barrier(mirror)
+    mirror.gate.tick()
+    assert mirror.recorded() == {0}, "although the policy would keep them"
+    mirror.gate.limit_extents = 0
+    mirror.policy.unloved = [0]
+    mirror.gate.tick()
+    assert mirror.routes.is_cooling(0), "those that are gone count no more"
+
+
+def test_one_part_in_sixteen_is_kept_free() -> None:
+    mirror = direct(*range(8))
+    mirror.gate.limit_extents = 16
+    mirror.gate.tick()
+    assert ("victims", 1) not in mirror.policy.told
+    mirror.gate.limit_extents = 8
+    mirror.gate.tick()
+    assert ("victims", 1) not in mirror.policy.told, "a sixteenth of eight is none"
+
+
+def test_victims_that_may_not_go_are_not_waited_for() -> None:
+    mirror = direct(0, 1)
+    host_wrote(mirror, 0)
+    barrier(mirror)  # extent 0 is dirty, extents 2 to 7 are not recorded
+    policy = RudePolicy()
+    mirror.gate.set_policy(policy)
+    mirror.gate.limit_extents = 0
+    mirror.gate.tick()
+    assert mirror.routes.is_cooling(1)
+    assert not mirror.routes.is_cooling(0)
+    mirror.gate.tick()
+    assert policy.told[-1] == ("victims", 1), "extent 0 is still in excess"

@@ -1,0 +1,317 @@
+"""attach/routes: which extents are direct, what is open, and when a table is worth loading."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitmapd.attach.routes import (
+    DIRECT,
+    EMPTY,
+    GATE,
+    MAX_SEGMENTS,
+    URGENT_HITS,
+    Routes,
+    Run,
+    Table,
+)
+
+EXTENT = 1 << 20
+
+
+def direct(*runs: Run, max_segments: int = MAX_SEGMENTS) -> Routes:
+    """Routes with a table in force that has these extents."""
+    routes = Routes(max_segments=max_segments)
+    for first, stop in runs:
+        routes.gated_hit(first, stop)
+    assert routes.propose(runs) is not None
+    routes.landed(())
+    routes.landed(())
+    return routes
+
+
+def is_open(routes: Routes, extents: int = 16) -> list[int]:
+    return [extent for extent in range(extents) if routes.is_open(extent)]
+
+
+# -- tables -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("runs", "size", "segments"),
+    [
+        ((), 10, [(0, 10, GATE)]),
+        (((0, 3),), 3 * 4, [(0, 12, DIRECT)]),
+        (((0, 3),), 10, [(0, 10, DIRECT)]),
+        (((1, 2),), 10, [(0, 4, GATE), (4, 8, DIRECT), (8, 10, GATE)]),
+        (((0, 1), (2, 3)), 10, [(0, 4, DIRECT), (4, 8, GATE), (8, 10, DIRECT)]),
+        (((0, 1), (1, 2)), 8, [(0, 4, DIRECT), (4, 8, DIRECT)]),
+    ],
+)
+def test_segments_cover_the_volume(
+    runs: tuple[Run, ...], size: int, segments: list[tuple[int, int, str]]
+) -> None:
+    assert Table(runs).segments(4, size) == segments
+
+
+@given(st.sets(st.integers(0, 30)), st.integers(31 * 4 - 3, 31 * 4))
+def test_segments_say_what_the_table_says(extents: set[int], size: int) -> None:
+    table = Table(tuple((extent, extent + 1) for extent in sorted(extents)))
+    assert table.extents() == extents
+    end = 0
+    for first, stop, kind in table.segments(4, size):
+        assert first == end < stop
+        end = stop
+        touched = set(range(first // 4, -(-stop // 4)))
+        assert touched <= extents if kind == DIRECT else touched.isdisjoint(extents)
+    assert end == size
+
+
+# -- when a table is loaded -------------------------------------------------------------------
+
+
+def test_nothing_is_loaded_for_nothing() -> None:
+    routes = Routes()
+    assert not routes.wants_change
+    assert not routes.settling
+    assert routes.propose([(0, 5)]) is None
+    routes.landed({1, 2})
+    assert (routes.loads, routes.moved, routes.count_direct) == (0, 0, 0)
+
+
+def test_a_recorded_extent_that_the_gate_is_asked_for_becomes_direct_with_all_others() -> None:
+    routes = Routes()
+    routes.gated_hit(2, 4)
+    assert routes.wants_change
+    assert routes.propose([(0, 5), (9, 10)]) == Table(((0, 5), (9, 10)))
+    assert is_open(routes) == [0, 1, 2, 3, 4, 9], "from the moment it is asked for"
+    routes.landed({2})
+    assert is_open(routes) == [0, 1, 2, 3, 4, 9]
+    assert (routes.loads, routes.moved, routes.count_direct) == (1, 6, 6)
+    routes.gated_hit(2, 4)
+    assert not routes.wants_change, "it was on its way to the gate before the table was loaded"
+
+
+def test_what_has_left_the_record_is_no_reason_for_a_table() -> None:
+    routes = Routes()
+    routes.gated_hit(2, 4)
+    routes.cool([2])
+    routes.gone(iter([2, 3]))
+    assert not routes.wants_change
+    assert not routes.is_cooling(2)
+
+
+def test_it_is_urgent_after_many_writes_that_could_have_been_direct() -> None:
+    routes = Routes()
+    for _ in range(URGENT_HITS - 1):
+        routes.gated_hit(0, 1)
+    assert not routes.urgent
+    routes.gated_hit(0, 1)
+    assert routes.urgent
+    routes.cool([0])
+    assert not routes.urgent, "it has to stay with the gate"
+    routes.warm([0])
+    assert routes.urgent
+    routes.propose([(0, 1)])
+    routes.landed(())
+    assert not routes.urgent
+    for _ in range(URGENT_HITS):
+        routes.gated_hit(0, 1)
+    assert not routes.urgent, "it is direct"
+
+
+# -- cooling ----------------------------------------------------------------------------------
+
+
+def test_a_cooled_extent_is_closed_after_the_barrier_that_follows_its_move() -> None:
+    routes = direct((0, 4))
+    routes.cool([1, 3])
+    assert routes.is_cooling(1)
+    assert routes.closed() == []
+    assert routes.wants_change
+    assert routes.propose([(0, 4)]) == Table(((0, 1), (2, 3)))
+    assert routes.closed() == []
+    routes.landed(())
+    assert is_open(routes) == [0, 1, 2, 3], "what was written before the move is not known yet"
+    assert routes.settling
+    assert routes.propose([(0, 4)]) is None
+    routes.landed({1})
+    assert is_open(routes) == [0, 2]
+    assert sorted(routes.closed()) == [1, 3]
+    assert not routes.settling
+    routes.gone([1])
+    assert routes.closed() == [3]
+
+
+def test_cooling_what_is_not_direct_loads_nothing() -> None:
+    routes = direct((0, 2))
+    routes.cool([5])
+    assert routes.closed() == [5]
+    assert not routes.wants_change
+
+
+def test_a_cooling_extent_that_is_written_stays_with_the_gate_until_it_is_wanted() -> None:
+    routes = direct((0, 2))
+    routes.cool([1])
+    routes.propose([(0, 2)])
+    routes.landed(())
+    routes.gated_hit(1, 2)
+    assert not routes.wants_change
+    routes.warm([1])
+    assert routes.wants_change
+    assert routes.propose([(0, 2)]) == Table(((0, 2),))
+
+
+# -- failures ---------------------------------------------------------------------------------
+
+
+def test_after_a_failure_both_tables_are_open_until_one_is_known_to_be_in_force() -> None:
+    routes = direct((0, 4))
+    routes.cool([0])
+    routes.gated_hit(8, 9)
+    routes.propose([(0, 4), (8, 9)])
+    routes.failed()
+    assert is_open(routes) == [0, 1, 2, 3, 8]
+    routes.cool([8])
+    assert routes.wants_change, "a table is loaded whatever it says"
+    assert routes.propose([(0, 4), (8, 9)]) == Table(((1, 4),))
+    routes.landed(())
+    assert is_open(routes) == [0, 1, 2, 3, 8], "the last two are leaving"
+    routes.landed(())
+    assert is_open(routes) == [1, 2, 3]
+    assert not routes.wants_change
+
+
+def test_a_failure_without_a_table_changes_nothing() -> None:
+    routes = direct((0, 2))
+    assert routes.propose([(0, 2)]) is None
+    routes.failed()
+    assert not routes.wants_change
+    assert is_open(routes) == [0, 1]
+
+
+def test_what_is_leaving_stays_open_over_a_failure() -> None:
+    routes = direct((0, 2))
+    routes.cool([0])
+    routes.propose([(0, 2)])
+    routes.landed(())
+    routes.propose([(0, 2)])
+    routes.failed()
+    assert is_open(routes) == [0, 1]
+    assert routes.settling
+
+
+# -- a table of an earlier process ------------------------------------------------------------
+
+
+def test_what_was_direct_before_is_open_until_a_table_of_ones_own_is_loaded() -> None:
+    routes = Routes()
+    routes.adopt([3, 4])
+    assert is_open(routes) == [3, 4]
+    assert routes.wants_change
+    assert routes.propose([(4, 6)]) == Table(((4, 6),))
+    routes.landed(())
+    assert is_open(routes) == [3, 4, 5]
+    routes.landed(())
+    assert is_open(routes) == [4, 5]
+    assert routes.take_adopted() == {3, 4}
+    assert routes.take_adopted() == set()
+
+
+# -- the end ----------------------------------------------------------------------------------
+
+
+def test_sealed_the_next_barrier_closes_everything() -> None:
+    routes = direct((0, 2))
+    routes.cool([0])
+    routes.seal()
+    assert routes.settling
+    assert routes.propose([(0, 2)]) == EMPTY, "the record is going to lose all of it"
+    assert is_open(routes) == [0, 1]
+    routes.landed({0, 1})
+    assert is_open(routes) == []
+    assert routes.closed() == [0]
+    assert not routes.settling
+    assert not routes.wants_change
+
+
+def test_a_barrier_that_began_before_the_seal_is_not_the_last_one() -> None:
+    """What was written after its snapshot is not among its blocks."""
+    routes = direct((0, 2))
+    routes.cool([0])
+    routes.propose([(0, 2)])
+    routes.seal()
+    routes.landed(())
+    assert is_open(routes) == [0, 1]
+    assert routes.propose([(0, 2)]) == EMPTY
+    routes.failed()
+    assert is_open(routes) == [0, 1]
+    assert routes.propose([(0, 2)]) == EMPTY
+    routes.landed(())
+    assert is_open(routes) == []
+
+
+def test_sealed_with_nothing_direct_the_last_blocks_are_still_awaited() -> None:
+    routes = direct((0, 1))
+    routes.cool([0])
+    routes.propose([(0, 1)])
+    routes.landed(())
+    routes.seal()
+    assert routes.settling
+    assert routes.propose([(0, 1)]) is None
+    routes.landed(())
+    assert is_open(routes) == []
+
+
+# -- the number of segments -------------------------------------------------------------------
+
+
+def test_when_runs_do_not_fit_those_written_lately_stay_and_then_the_longest() -> None:
+    runs = [(0, 1), (2, 4), (5, 9), (10, 11), (12, 15)]
+    routes = Routes(max_segments=7)
+    routes.gated_hit(10, 11)
+    assert routes.propose(runs) == Table(((5, 9), (10, 11), (12, 15)))
+    routes.landed({0})
+    routes.gated_hit(2, 3)
+    assert routes.propose(runs) == Table(((0, 1), (2, 4), (5, 9)))
+
+
+def test_a_very_long_run_counts_as_written() -> None:
+    routes = Routes(max_segments=3)
+    routes.gated_hit(0, 1)
+    assert routes.propose([(0, 1), (10, 10 + 4096)]) == Table(((10, 10 + 4096),))
+
+
+def test_there_is_room_for_one_run_at_least() -> None:
+    routes = Routes(max_segments=1)
+    routes.gated_hit(0, 1)
+    assert routes.propose([(0, 1), (2, 3)]) == Table(((0, 1),))
+
+
+@given(
+    extents=st.sets(st.integers(0, 40)),
+    cooling=st.sets(st.integers(0, 40)),
+    hits=st.sets(st.integers(0, 40), min_size=1),
+    max_segments=st.integers(3, 12),
+)
+def test_a_table_has_only_what_is_recorded_and_not_cooling(
+    extents: set[int], cooling: set[int], hits: set[int], max_segments: int
+) -> None:
+    routes = Routes(max_segments=max_segments)
+    routes.adopt(hits)
+    routes.cool(cooling)
+    recorded: list[Run] = []
+    for extent in sorted(extents):
+        if recorded and recorded[-1][1] == extent:
+            recorded[-1] = (recorded[-1][0], extent + 1)
+        else:
+            recorded.append((extent, extent + 1))
+    table = routes.propose(iter(recorded))
+    assert table is not None
+    found = table.extents()
+    assert found <= extents - cooling
+    assert len(table.segments(EXTENT, 41 * EXTENT)) <= max_segments
+    if len(table.runs) < (max_segments - 1) // 2:
+        assert found == extents - cooling
+    assert all(map(routes.is_open, found | hits))

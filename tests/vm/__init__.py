@@ -1,0 +1,1 @@
+"""The lab: tests in a virtual machine with the distribution's own kernel."""
