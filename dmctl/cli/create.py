@@ -62,6 +62,7 @@ from dmctl.cli.context import Context, combine, explain
 from dmctl.cli.media import first_difference, open_export, open_file
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
+from dmctl.model.names import Layer, layer_name
 
 OPTION_KEYS = (
     "primary", "secondary", "record", "attach", "listen", "extent_size", "block_size",
@@ -180,6 +181,8 @@ def _with_attach(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
     if config.attach == "auto" and "listen" in table:
         return dataclasses.replace(config, attach="nbd")  # an export was asked for
     config = resolved(config)
+    if config.attach == "dm":
+        layer_name(config.name, Layer.ERA)  # refuses what begins like an inner device
     if config.attach == "dm" and "listen" in table:
         raise UsageError(
             "--listen is for --attach nbd: with dm hosts use /dev/mapper/" + config.name,

@@ -56,9 +56,9 @@ def test_counters_are_those_of_the_stat_file(tmp_path: Path) -> None:
     stat.write_text("".join(f"{number:8} " for number in range(17)) + "\n")
     file = StatFile("253:0", tmp_path)
     try:
-        assert file.counters() == Counters(writes=4, discards=11)
+        assert file.counters() == Counters(sectors_written=6, discards=11)
         stat.write_text("9 " * 17)
-        assert file.counters() == Counters(writes=9, discards=9)
+        assert file.counters() == Counters(sectors_written=9, discards=9)
     finally:
         file.close()
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -57,6 +58,8 @@ __all__ = [
 
 def main() -> int:
     arguments = _arguments()
+    # So that a guest and its files go when somebody ends this program.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return int(arguments.action(arguments))
     except GuestDied as error:

@@ -91,7 +91,7 @@ class Suite:
             return bool(begun), 1
         for line in complaints:
             self.say(f"THE KERNEL COMPLAINED: {line}")
-        if status == _NO_TESTS and self.culprits:
+        if status == _NO_TESTS and (self.culprits or self.words):
             status = 0
         return False, status or int(bool(complaints))
 

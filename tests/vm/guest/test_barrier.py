@@ -219,13 +219,13 @@ def test_writes_in_flight_across_the_end_of_an_era_are_not_lost() -> None:
     with stack(16 * MIB, delay_ms=40) as made, mirror(made) as copy:
         era = made.barrier(made.linear(), 1, SOON_S).to_era
         with writers(made, 16, seed=1, hot_bytes=4 * MIB) as stop:
-            for turn in range(40):
+            for turn in range(25):
                 time.sleep(0.05)
                 table = made.linear() if turn % 2 else None
                 landed = made.barrier(table, era + 1, SOON_S)
                 era = landed.to_era
                 copy.copy(blocks(landed.blocks))
-            assert stop() > 300
+            assert stop() > 150
         copy.copy(blocks(made.barrier(made.linear(), era + 1, SOON_S).blocks))
         assert copy.differing() == []
 
@@ -251,9 +251,9 @@ def test_fio_verifies_through_new_tables() -> None:
         with subprocess.Popen(
             [
                 *("fio", "--name=job", f"--filename={made.write}", "--rw=randwrite", "--bs=4k"),
-                *("--ioengine=libaio", "--iodepth=16", "--direct=1", "--size=48m"),
+                *("--ioengine=libaio", "--iodepth=16", "--direct=1", "--size=32m"),
                 *("--verify=crc32c", "--verify_fatal=1", "--verify_backlog=512", "--randseed=3"),
-                *("--verify_state_save=0"),
+                "--verify_state_save=0",
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -277,7 +277,7 @@ def test_fio_verifies_through_new_tables() -> None:
                 fio.kill()
             assert fio.stdout is not None
             assert fio.returncode == 0, fio.stdout.read()
-        assert swaps > 10
+        assert swaps > 5
 
 
 def _barriers(ready: object, made: Stack, with_table: bool) -> None:

@@ -116,7 +116,8 @@ def test_without_the_limit_blocks_are_missing(made: Stack) -> None:
 def test_without_the_longer_runs_blocks_are_missing(made: Stack) -> None:
     limit(made, BLOCK)
     ask(made.write, BLKDISCARD, BLOCK // 2, BLOCK)
-    made.barrier._last = made.barrier._read_counters()  # as if there had been no discard
+    barrier = made.barrier  # as if there had been no discard
+    barrier._last = barrier._earlier = barrier._read_counters()
     landed = made.barrier(made.linear(), 1, SOON_S)
     assert blocks(landed.blocks) == {0}
 
@@ -126,10 +127,13 @@ def test_writes_alone_are_not_widened(made: Stack) -> None:
     ask(made.write, BLKDISCARD, 0, BLOCK)
     first = made.barrier(None, 1, SOON_S)
     assert first.widened
-    ask(made.write, BLKZEROOUT, 8 * BLOCK, 2 * BLOCK)
+    # A discard that the kernel had counted, but not yet marked, could come with the next one.
     second = made.barrier(None, first.to_era + 1, SOON_S)
-    assert not second.widened
-    assert blocks(second.blocks) == {8, 9}
+    assert second.widened
+    ask(made.write, BLKZEROOUT, 8 * BLOCK, 2 * BLOCK)
+    third = made.barrier(None, second.to_era + 1, SOON_S)
+    assert not third.widened
+    assert blocks(third.blocks) == {8, 9}
 
 
 def test_a_discard_between_a_failed_barrier_and_the_next_is_widened(made: Stack) -> None:
