@@ -177,6 +177,7 @@ class Volume:
             self._emit,
             check_secondary=self._check_secondary,
             era_interval_s=effective_era_interval_s(config),
+            read_primary=self._primary.read_aside,
         )
         self.copier.on_change = self._on_change
         self._recovery = Recovery(
@@ -229,7 +230,7 @@ class Volume:
             uri = parse_uri(target)
             certificates = self.config.tls_certificates if uri.tls else None
             return NbdTarget(self._loop, uri, tls_certificates=certificates)
-        return KernelDevice(target, self._engine, exclusive=True, defer=True)
+        return KernelDevice(target, self._engine, exclusive=True, defer=True, aside=True)
 
     async def _open_secondary(self) -> None:
         """A secondary that is away does not keep hosts from working; a wrong one does."""

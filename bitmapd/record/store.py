@@ -391,7 +391,8 @@ class RecordStore:
                 page=next(iter(self._writing)).index,
                 message=f"a write to the record has not been answered for {SLOW_S:.0f} s",
             )
-        self._watch(rest_s if rest_s > 0 else SLOW_S)
+        # A rest that rounding has left, of 1e-16 s, would not move a clock on.
+        self._watch(max(rest_s, 0.001) if rest_s > 0 else SLOW_S)
 
     def _check_trouble_is_over(self) -> None:
         self.slow = self.slow and self.write_age_s >= SLOW_S
