@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,17 @@ PROGRAMS = ("bitmapd", "dmctl")
 
 
 def make(target: str, stage: Path, prefix: str = PREFIX) -> str:
-    words = ["make", "-C", str(ROOT), target, f"DESTDIR={stage}", f"PREFIX={prefix}"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    # What the tests themselves run from is not made anew under them, and one at a time builds.
+    words = ["make", "-o", ".venv/.ready", "-C", str(ROOT), target]
+    with open(ROOT / ".venv/.install-test", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = subprocess.run(
+            [*words, f"DESTDIR={stage}", f"PREFIX={prefix}"],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
     if "No matching distribution" in done.stderr or "Temporary failure" in done.stderr:
         pytest.skip(f"NEEDS a package index that pip can reach: {done.stderr[-200:]}")
     assert done.returncode == 0, done
@@ -36,12 +45,18 @@ def listing(stage: Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One installation for all tests of this file: it takes half a minute."""
-    folder = tmp_path_factory.mktemp("stage")
-    make("install", folder)
-    yield folder
-    shutil.rmtree(folder)
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One installation for all tests of this file, whichever worker runs them: it takes a while."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    made = folder / "stage"
+    with open(folder / "stage.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make("install", folder / "stage.new")
+            (folder / "stage.new").rename(made)
+    return made
 
 
 def test_everything_is_where_the_manual_says(stage: Path) -> None:

@@ -111,6 +111,12 @@ class Monitor:
 
 
 @dataclass
+class Udevd:
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@dataclass
 class Media:
     """Three places on a RAM disk that come and go as device-mapper devices."""
 
@@ -141,7 +147,7 @@ class Media:
 
 
 @pytest.fixture(scope="module")
-def udevd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def udevd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Udevd]:
     if not UDEVD.exists():
         pytest.skip(f"NEEDS {UDEVD} (package udev)")
     RULES.mkdir(parents=True, exist_ok=True)
@@ -156,7 +162,7 @@ def udevd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         load_modules()
         sh("udevadm", "trigger", "--subsystem-match=block", "--action=add")
         settle()
-        yield log
+        yield Udevd(process, log)
     finally:
         process.terminate()
         process.wait(WAIT_S)
@@ -167,7 +173,7 @@ def udevd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def media(udevd: Path) -> Iterator[Media]:
+def media(udevd: Udevd) -> Iterator[Media]:
     made = Media("/dev/ram7")
     made.wipe()
     try:
@@ -410,19 +416,25 @@ def test_partitions_of_a_primary_and_loop_devices_are_hidden_too(
 
 
 def test_devices_that_are_none_of_ours_are_left_alone(media: Media) -> None:
-    """Whatever else there is: as udev sees it without our rules, apart from `add` itself."""
+    """Whatever else there is: udev sees it as it does without our rules."""
     create(media)
     settle()
-    others = [node.name for node in Path("/sys/block").glob("[lv]*")]
+    others = [f"/dev/{node.name}" for node in Path("/sys/block").glob("[lv]*")]
     assert others
-    ours = {name: properties(f"/dev/{name}") for name in others}
-    assert not [name for name in others if any("DMCTL" in key for key in ours[name])]
+
+    def seen() -> dict[str, dict[str, str]]:
+        sh("udevadm", "trigger", "--settle", *others)
+        return {name: properties(name) for name in others}
+
+    with_ours = seen()
+    assert not [name for name in others if any("DMCTL" in key for key in with_ours[name])]
     for file in RULES.glob("*dmctl*"):
         file.rename(file.with_suffix(".off"))
     try:
         sh("udevadm", "control", "--reload")
-        sh("udevadm", "trigger", "--settle", *(f"/dev/{name}" for name in others))
-        assert {name: properties(f"/dev/{name}") for name in others} == ours
+        without = seen()
+        for name in others:
+            assert with_ours[name] == without[name]
     finally:
         for file in RULES.glob("*dmctl*.off"):
             file.rename(file.with_suffix(".rules"))
@@ -484,8 +496,28 @@ def test_lvm_finds_its_physical_volume_on_the_volume_only(media: Media) -> None:
         sh("dmsetup", "remove", "boottest-data", check=False)
 
 
-def test_udev_has_nothing_against_our_rules(media: Media, udevd: Path) -> None:
+def test_a_udevd_that_stands_still_holds_up_no_volume(media: Media, udevd: Udevd) -> None:
+    create(media, attach="dm")
+    settle()
+    udevd.process.send_signal(signal.SIGSTOP)
+    try:
+        dmctl("start", "vol0")
+        with open("/dev/mapper/vol0", "r+b", buffering=0) as stream:
+            stream.write(b"x" * 4096)
+            os.fsync(stream.fileno())
+        dmctl("wait", "vol0", "--for", "in-sync", "--timeout", f"{WAIT_S:.0f}s")
+        dmctl("stop", "vol0")
+    finally:
+        udevd.process.send_signal(signal.SIGCONT)
+    settle()
+    assert not [path for path in Path("/dev/mapper").iterdir() if "vol0" in path.name]
+    dmctl("start", "vol0")
+    settle()
+    assert Path("/dev/dmctl/vol0").resolve() == Path("/dev/mapper/vol0").resolve()
+
+
+def test_udev_has_nothing_against_our_rules(media: Media, udevd: Udevd) -> None:
     """The last one: it has read them all by now, and applied them."""
     create(media)
     settle()
-    assert [line for line in udevd.read_text().splitlines() if "dmctl" in line] == []
+    assert [line for line in udevd.log.read_text().splitlines() if "dmctl" in line] == []
