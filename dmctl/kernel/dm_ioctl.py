@@ -20,11 +20,11 @@ from collections.abc import Sequence
 
 from dmctl.kernel import dm_wire
 from dmctl.kernel.dm_wire import NO_FLAGS, Command, Device, Flag, Target
+from dmctl.kernel.modules import modprobe
 
 CONTROL = "/dev/mapper/control"
 _ROOM_BYTES = 16 << 10
 _MAX_ROOM_BYTES = 64 << 20
-_MODPROBE_TIMEOUT_S = 30.0
 # Neither writes back a file system above (it must not be frozen while its writes wait for the gate)
 # nor hands back what is in flight.
 _QUICKLY = Flag.NOFLUSH | Flag.SKIP_LOCKFS
@@ -193,9 +193,7 @@ def load_module(name: str, path: str = CONTROL) -> None:
     if os.path.exists(path):
         return
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(
-            ["modprobe", name], check=False, capture_output=True, timeout=_MODPROBE_TIMEOUT_S
-        )
+        modprobe(name)
 
 
 def _told(error: OSError, name: str, doing: str) -> OSError:

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from dmctl.kernel.modules import modprobe
+
 _HEADER: Final = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ERROR: Final = struct.Struct("=i")
 _TYPE_ERROR: Final = 2
@@ -36,7 +38,6 @@ _SOL_NETLINK: Final = 270
 _ADD_MEMBERSHIP: Final = 1
 _RECEIVE_BYTES: Final = 64 << 10
 _ANSWER_TIMEOUT_S: Final = 30.0
-_MODPROBE_TIMEOUT_S: Final = 30.0
 _SYS_BLOCK: Final = Path("/sys/block")
 
 
@@ -290,12 +291,7 @@ def _send_timeout(sock: socket.socket) -> bool:
 def _load_module() -> None:
     """Without partitions: the kernel would read the volume through the gate to look for some."""
     try:
-        subprocess.run(
-            ["modprobe", "nbd", "max_part=0"],
-            check=False,
-            capture_output=True,
-            timeout=_MODPROBE_TIMEOUT_S,
-        )
+        modprobe("nbd", "max_part=0")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise OSError(errno.ENODEV, f"cannot load the kernel's NBD client: {error}") from error
 

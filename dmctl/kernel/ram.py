@@ -28,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from dmctl.kernel.modules import modprobe
 from dmctl.model.stack import RAM_PAGE_BYTES, Ram
 from dmctl.model.steps import ZRAM
 
@@ -35,7 +36,6 @@ CONTROL: Final = Path("/sys/class/zram-control")
 _SYS_BLOCK: Final = Path("/sys/block")
 _SECTOR_BYTES: Final = 512
 _ATTEMPTS: Final = 8
-_MODPROBE_TIMEOUT_S: Final = 30.0
 # udev opens what has just been made, or has just been let go, for a moment; nothing tells when it
 # is done.
 _BUSY_S: Final = 5.0
@@ -104,12 +104,7 @@ def _load() -> None:
     if CONTROL.exists():
         return
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(
-            ["modprobe", "zram", "num_devices=0"],
-            check=False,
-            capture_output=True,
-            timeout=_MODPROBE_TIMEOUT_S,
-        )
+        modprobe("zram", "num_devices=0")
     if not CONTROL.exists():
         raise OSError(
             errno.ENODEV,
