@@ -65,6 +65,7 @@ HOST_POOL_BYTES = 32 << 20
 COPY_POOL_BYTES = 16 << 20
 TICK_S = 1.0
 OPEN_PATIENCE_S = 5.0  # for a secondary's server that does not answer while hosts wait to be served
+SECONDARY_CONNECTIONS = 4  # as nbdcopy opens; full copies: 0.61 to 0.68, 1.10 to 1.21 of its speed
 MIN_LIMIT_EXTENTS = 64
 LAST_BARRIERS = 5  # attempts to learn what hosts wrote last, at a stop
 
@@ -229,7 +230,12 @@ class Volume:
         if is_uri(target):
             uri = parse_uri(target)
             certificates = self.config.tls_certificates if uri.tls else None
-            return NbdTarget(self._loop, uri, tls_certificates=certificates)
+            return NbdTarget(
+                self._loop,
+                uri,
+                tls_certificates=certificates,
+                connections=SECONDARY_CONNECTIONS,
+            )
         return KernelDevice(target, self._engine, exclusive=True, defer=True, aside=True)
 
     async def _open_secondary(self) -> None:

@@ -9,7 +9,8 @@
 4. It never connects by itself.  Whoever uses it sees ENOTCONN (or the reason of the loss), and
    calls `open` again when it sees fit.  Size and abilities are those of the newest `open`.
 5. Several connections are used only if the server says that a flush on one covers all of them.
-   They are one link: the loss of one is the loss of all.
+   A server that refuses, or does not answer, one more is used with those that there are.  They
+   are one link: the loss of one is the loss of all.
 
 Messages begin with the URI.  They hold nothing secret.
 """
@@ -47,6 +48,9 @@ MAX_CONNECTIONS = 16
 # Plain integers: enum attributes would be a good part of a request's cost.
 _READ, _WRITE, _FLUSH, _TRIM = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.FLUSH), int(Cmd.TRIM)
 _WRITE_ZEROES, _BLOCK_STATUS = int(Cmd.WRITE_ZEROES), int(Cmd.BLOCK_STATUS)
+# How long a connection beyond the first may take; without it, there are fewer.
+MORE_TIMEOUT_S = 3.0
+
 _FUA = int(CmdFlag.FUA)
 
 _ZEROS = memoryview(bytes(1 << 20))
@@ -145,25 +149,16 @@ class NbdTarget:
     async def _open_links(self) -> None:
         links: list[Link] = []
         try:
-            while len(links) < self._connections:
-                connection, export = await connect(
-                    self._loop, self._uri, self._tls, self._timeout_s
-                )
-                link = Link(
-                    self._loop,
-                    connection,
-                    export,
-                    self.name,
-                    self._timeout_s,
-                    self._lose,
-                    self._kick,
-                )
+            links.append(await self._open_link(self._timeout_s))
+            export = links[0].export
+            while len(links) < self._connections and export.has(ExportFlag.CAN_MULTI_CONN):
+                try:
+                    link = await self._open_link(min(self._timeout_s, MORE_TIMEOUT_S))
+                except OSError:
+                    break  # one client too many for the server, which may also let it wait
                 links.append(link)
-                check_secondary(export)
-                if export != links[0].export:
+                if link.export != export:
                     raise Refused(errno.EPROTO, "the export differs between two connections")
-                if not export.has(ExportFlag.CAN_MULTI_CONN):
-                    break
             if any(link.lost for link in links):
                 raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
         except BaseException:
@@ -172,6 +167,18 @@ class NbdTarget:
             raise
         self._use(links[0].export)
         self._links = links
+
+    async def _open_link(self, timeout_s: float) -> Link:
+        connection, export = await connect(self._loop, self._uri, self._tls, timeout_s)
+        link = Link(
+            self._loop, connection, export, self.name, self._timeout_s, self._lose, self._kick
+        )
+        try:
+            check_secondary(export)
+        except BaseException:
+            link.close()
+            raise
+        return link
 
     def _use(self, export: ServerExport) -> None:
         block = max(SECTOR_BYTES, export.minimum_bytes)

@@ -556,3 +556,32 @@ def test_connections_have_to_agree_and_to_stay() -> None:
             assert not target.connected
 
     asyncio.run(use())
+
+
+@pytest.mark.parametrize("refusal", ["hangs up", "never answers"])
+def test_a_server_without_room_for_more_is_used_with_what_there_is(
+    refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitmapd.nbd.client.MORE_TIMEOUT_S", 0.1)
+    asked = asyncio.Event()
+
+    async def first(server: FakeServer) -> None:
+        await server.enter(ALL)
+        for _ in range(3):
+            server.reply(await server.request())
+        await server.ends()
+
+    async def second(server: FakeServer) -> None:
+        asked.set()
+        if refusal == "never answers":
+            await server.ends()
+
+    async def use() -> None:
+        async with served(first, second) as uri:
+            target = await opened(uri, connections=3)
+            assert asked.is_set()
+            for _ in range(3):
+                await succeed(target.flush)
+            target.close()
+
+    asyncio.run(use())
