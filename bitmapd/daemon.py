@@ -44,9 +44,10 @@ from bitmapd.control.events import EventLog, LineSink, format_line
 from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
-from bitmapd.errors import BitmapdError, BusyError, UsageError
+from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.tool import RecordMedium
+from bitmapd.requestlog import check_log
 from bitmapd.volume import Volume
 
 _PR_SET_IO_FLUSHER = 57
@@ -115,16 +116,18 @@ class Daemon:
         self._stop_task: asyncio.Task[dict[str, Any]] | None = None
         self._metrics: MetricsServer | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._turn = asyncio.Lock()  # of what exchanges or ends the volume
+        self._failure: BaseException | None = None
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        config = resolved(load_volume(self._paths, self._name))
-        self.volume = Volume(config, self._paths, loop, self._log.emit)
-        if config.metrics_listen is not None:
+        self.volume = self._make_volume()
+        listen = self.volume.config.metrics_listen
+        if listen is not None:
             # Before anything is opened, so that a missing package is an early error.
-            self._metrics = MetricsServer(config.metrics_listen, self.volume.status)
+            self._metrics = MetricsServer(listen, self._figures)
         control = ControlServer(self._paths.control_socket(self._name), self._handlers())
         await self.volume.start()
+        loop = asyncio.get_running_loop()
         try:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._begin_stop, True)
@@ -142,18 +145,31 @@ class Daemon:
         if self._metrics is not None:
             await self._metrics.close()
         await control.close()
+        if self._failure is not None:
+            raise self._failure
         if self._stop_task is not None:
             await self._stop_task  # its failure is the process's failure
+
+    def _figures(self) -> dict[str, Any]:
+        return self.volume.status()
+
+    def _make_volume(self) -> Volume:
+        config = resolved(load_volume(self._paths, self._name))
+        return Volume(config, self._paths, asyncio.get_running_loop(), self._log.emit)
 
     # -- stopping -------------------------------------------------------------------------
     def _begin_stop(self, now: bool) -> asyncio.Task[dict[str, Any]]:
         """One stop for everybody who asks; a stop with `now` hurries one that copies."""
         if self._stop_task is None:
-            self._stop_task = asyncio.ensure_future(self.volume.stop(now))
+            self._stop_task = asyncio.ensure_future(self._stop_volume(now))
             self._stop_task.add_done_callback(self._stopped)
         elif now:
             self.volume.hurry()
         return self._stop_task
+
+    async def _stop_volume(self, now: bool) -> dict[str, Any]:
+        async with self._turn:
+            return await self.volume.stop(now)
 
     def _stopped(self, task: asyncio.Task[dict[str, Any]]) -> None:
         if not task.cancelled() and isinstance(task.exception(), BusyError):
@@ -203,7 +219,13 @@ class Daemon:
         return await task
 
     async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
-        await self.volume.wait(str(args.get("for", "in-sync")))
+        state = str(args.get("for", "in-sync"))
+        await self.volume.wait(state)
+        while self.volume.left:
+            async with self._turn:
+                if self._failure is not None:
+                    raise WrongStateError(f"volume '{self._name}' has failed")
+            await self.volume.wait(state)
         return {"state": self.volume.state}
 
     async def _resync(self, args: dict[str, Any], progress: Progress) -> Any:
@@ -226,12 +248,34 @@ class Daemon:
             raise UsageError("nothing to change", hint="give KEY=VALUE")
         config = changed(self.volume.config, changes)
         make_policy(config.predictor, self.volume.geometry)  # refuses an unknown name
+        if config.trace is not None and config.trace != self.volume.config.trace:
+            await asyncio.get_running_loop().run_in_executor(None, check_log, config.trace)
         change_volume(self._paths, config, changes)
         self.volume.reconfigure(config)
         return {"changed": sorted(changes)}
 
     async def _resize(self, args: dict[str, Any], progress: Progress) -> Any:
-        return await self.volume.resize()
+        task = asyncio.ensure_future(self._take_up_size())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        # It goes on when the client that asked for it goes away.
+        return await asyncio.shield(task)
+
+    async def _take_up_size(self) -> dict[str, Any]:
+        async with self._turn:
+            try:
+                answer = await self.volume.resize()
+                if self.volume.left:
+                    next_volume = self._make_volume()
+                    await next_volume.start()
+                    self.volume = next_volume
+            except BaseException as error:
+                if self.volume.left:
+                    # The kernel holds hosts' writes back until the volume is started again.
+                    self._failure = error
+                    self._ended.set()
+                raise
+        return answer
 
 
 def _write_error(paths: Paths, name: str, error: BitmapdError) -> None:

@@ -56,7 +56,10 @@ class Recovery:
             bytes_total=self._bytes_total,
         )
         if self._extents:
-            self._copier.begin_pass(compare=initial is InitialSync.CHECKSUM)
+            self._copier.begin_pass(
+                compare=initial is InitialSync.CHECKSUM,
+                predecessor=self._session.superblock.session > 1,
+            )
         else:
             self._pass_done()
 

@@ -4,12 +4,17 @@ The order is what makes a crash at any point harmless: pages that the larger vol
 addition are written as ones; the last page that exists gets the bits of its new extents; only then
 does the superblock say the new size.  Until it does, a load cuts off everything beyond the old one;
 from then on every new extent is in the record, and is copied like any other.
+
+A volume in the kernel needs a new era device too, which nothing may use when it is exchanged.  So
+everything is moved to the gate, this `Volume` is left, and another one takes over from the record
+as after a crash (`daemon`): hosts' writes wait in the kernel meanwhile, and what the record names
+is copied again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitarray import bitarray
 
@@ -71,18 +76,14 @@ def all_ones(geometry: Geometry) -> bitarray:
     return bits
 
 
-async def resize(volume: Volume) -> dict[str, Any]:
-    """Grow to the primary's present size; see the module docstring."""
+async def wanted_geometry(volume: Volume) -> Geometry | None:
+    """What the volume is to grow to, by the present sizes of its media; None if it is as it is."""
     config, old = volume.config, volume.geometry
-    primary_bytes = await volume.primary_size_bytes()
-    new = larger_geometry(
+    primary_bytes = identify(config.primary).size_bytes or 0
+    return larger_geometry(
         old,
         primary_bytes,
         await volume.secondary_size_bytes() if primary_bytes > old.size_bytes else 0,
         identify(config.record).size_bytes or 0,
         Names(config.primary, config.secondary, config.record),
     )
-    if new is None:
-        return {"size_bytes": old.size_bytes, "changed": False}
-    await volume.grow(new)
-    return {"size_bytes": new.size_bytes, "changed": True}

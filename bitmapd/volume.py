@@ -25,7 +25,8 @@ from typing import Any
 from bitmapd.attach.direct import DirectPath
 from bitmapd.attach.kernel import SECTOR_BYTES, KernelAttachment
 from bitmapd.attach.listen import listen, tls_context
-from bitmapd.attach.routes import DIRECT, Routes
+from bitmapd.attach.routes import Routes
+from bitmapd.attach.serve import direct_status, serve_kernel
 from bitmapd.config import (
     Paths,
     VolumeConfig,
@@ -37,26 +38,33 @@ from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
-    ForeignRecordError,
     UnreachableError,
     UsageError,
     WrongStateError,
 )
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
-from bitmapd.media.base import Done, Target
+from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool
 from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.reporting import Reporting
-from bitmapd.nbd.client import NbdTarget
+from bitmapd.media.waiting import completion
 from bitmapd.nbd.server import NbdServer
-from bitmapd.nbd.uri import is_uri, parse_uri
+from bitmapd.nbd.uri import parse_uri
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.store import RecordStore
 from bitmapd.recovery import Recovery
-from bitmapd.resize import new_page_states, resize
+from bitmapd.requestlog import Recording
+from bitmapd.resize import new_page_states, wanted_geometry
+from bitmapd.secondary import (
+    leave_at_once,
+    make_secondary,
+    open_secondary,
+    present_size_bytes,
+    wrong_secondary,
+)
 from bitmapd.session import RecordSession
 from bitmapd.status import describe, state_of
 from bitmapd.verifying import Progress, Verifying
@@ -64,28 +72,11 @@ from bitmapd.verifying import Progress, Verifying
 HOST_POOL_BYTES = 32 << 20
 COPY_POOL_BYTES = 16 << 20
 TICK_S = 1.0
-OPEN_PATIENCE_S = 5.0  # for a secondary's server that does not answer while hosts wait to be served
-SECONDARY_CONNECTIONS = 4  # as nbdcopy opens; full copies: 0.61 to 0.68, 1.10 to 1.21 of its speed
 MIN_LIMIT_EXTENTS = 64
+LEAVE_TIMEOUT_S = 60.0  # for the requests that are under way when a volume grows
 LAST_BARRIERS = 5  # attempts to learn what hosts wrote last, at a stop
 
 Emit = Callable[..., None]
-
-
-async def completion(submit: Callable[[Done], None]) -> None:
-    """Await an operation with a `done` callback; its OSError is raised."""
-    future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def done(error: OSError | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(None)
-        else:
-            future.set_exception(error)
-
-    submit(done)
-    await future
 
 
 class Volume:
@@ -108,6 +99,7 @@ class Volume:
         self._verifying: Verifying | None = None
         self._stopping = False
         self._hurried = False
+        self.left = False  # grown, and not served any more: another one takes over
         self._tick_timer: asyncio.TimerHandle | None = None
         self._metrics: Any = None
         self._kernel: KernelAttachment | None = None
@@ -144,9 +136,9 @@ class Volume:
         self._record = KernelDevice(config.record, self._engine)
         opened.append(self._record.close)
         self._warn_if_buffered()
-        self._secondary = self._make_secondary()
+        self._secondary = make_secondary(config, loop, self._engine)
         opened.append(self._secondary.close)
-        await self._open_secondary()
+        await open_secondary(self._secondary, loop, self._session.secondary_mismatch, self._emit)
 
         self._session.begin()
         superblock = self._session.superblock
@@ -176,17 +168,29 @@ class Volume:
             Throttle(config.copy_rate_bytes_per_s),
             Backoff(),
             self._emit,
-            check_secondary=self._check_secondary,
+            check_secondary=partial(
+                wrong_secondary, self._secondary, self._session.secondary_mismatch
+            ),
             era_interval_s=effective_era_interval_s(config),
             read_primary=self._primary.read_aside,
         )
         self.copier.on_change = self._on_change
+        self._recording = Recording(self.gate, loop, self._emit)
+        opened.append(self._recording.close)
+        self._recording.record_to(config.trace)
         self._recovery = Recovery(
             self._session, self._store, self.gate, self.copier, loop.time, self._emit
         )
         self._recovery.begin()
         if self._kernel is not None and direct is not None:
-            await self._serve_kernel(self._kernel, direct)
+            self.server = self._make_server(None)
+            await serve_kernel(
+                self._kernel,
+                direct,
+                self.server,
+                covers=self._store.covers,
+                mark=lambda *blocks: completion(partial(self.gate.mark, *blocks)),
+            )
         else:
             context = tls_context(config)
             self.server = self._make_server(context)
@@ -225,47 +229,6 @@ class Volume:
                     " page cache holds until it is flushed",
                 )
 
-    def _make_secondary(self) -> Target:
-        target = self.config.secondary
-        if is_uri(target):
-            uri = parse_uri(target)
-            certificates = self.config.tls_certificates if uri.tls else None
-            return NbdTarget(
-                self._loop,
-                uri,
-                tls_certificates=certificates,
-                connections=SECONDARY_CONNECTIONS,
-            )
-        return KernelDevice(target, self._engine, exclusive=True, defer=True, aside=True)
-
-    async def _open_secondary(self) -> None:
-        """A secondary that is away does not keep hosts from working; a wrong one does."""
-        patience: asyncio.TimerHandle | None = None
-        if isinstance(self._secondary, NbdTarget):
-            # Closing ends the attempt; the copier makes the next one, while hosts are served.
-            patience = self._loop.call_later(OPEN_PATIENCE_S, self._secondary.close)
-        try:
-            await completion(self._secondary.open)
-        except OSError as error:
-            self._emit(
-                "link-down",
-                secondary=self.config.secondary,
-                message=f"cannot open the secondary: {error.strerror or error}",
-            )
-            return
-        finally:
-            if patience is not None:
-                patience.cancel()
-        mismatch = self._session.secondary_mismatch(self._secondary.size_bytes)
-        if mismatch is not None:
-            raise ForeignRecordError(
-                mismatch, hint="nothing was written; give the volume its own secondary back"
-            )
-
-    def _check_secondary(self) -> OSError | None:
-        mismatch = self._session.secondary_mismatch(self._secondary.size_bytes)
-        return None if mismatch is None else OSError(errno.ENODEV, mismatch)
-
     def _make_server(self, context: ssl.SSLContext | None) -> NbdServer:
         self._host_pool = BufferPool(self._loop, HOST_POOL_BYTES)
         server = NbdServer(
@@ -282,30 +245,6 @@ class Volume:
         )
         self._engine.after_reap.append(server.flush_replies)
         return server
-
-    async def _serve_kernel(self, kernel: KernelAttachment, direct: DirectPath) -> None:
-        """Bring the device up; what hosts can write directly from then on is in the record."""
-        self.server = self._make_server(None)
-        await kernel.connect(self.server)
-        extent_bytes = self.geometry.extent_bytes
-        in_force = [
-            (first // extent_bytes, -(-end // extent_bytes))
-            for first, end, kind in await kernel.attach()
-            if kind == DIRECT
-        ]
-        if not in_force:
-            return
-        direct.routes.adopt(extent for run in in_force for extent in range(*run))
-        missing = [run for run in in_force if not self._store.covers(*run)]
-        if missing:
-            self._emit(
-                "record-damaged",
-                device=self.config.record,
-                message="hosts write directly to extents that the record does not name; added",
-            )
-            per = self.geometry.blocks_per_extent
-            for first, stop in missing:
-                await completion(partial(self.gate.mark, first * per, stop * per))
 
     # -- running --------------------------------------------------------------------------
     def _emit(self, event: str, **fields: Any) -> None:
@@ -332,6 +271,7 @@ class Volume:
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
         self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
         self.gate.tick()
+        self._recording.flush()
         self._on_change()
 
     def _limit_extents(self, speed: float | None) -> int:
@@ -363,7 +303,7 @@ class Volume:
         return self.gate.in_sync and self.copier.pass_blocks is None
 
     async def _until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
+        while not (condition() or self.left):
             changed = self._changed
             await changed.wait()
 
@@ -391,17 +331,26 @@ class Volume:
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         if now or self._hurried:
-            self._leave_secondary()
+            leave_at_once(self._secondary)
         await stopped.wait()
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
         clean = await self._empty_record()
         self._emit("stopped", clean=clean, record_extents=self._store.recorded_extents)
+        await self._close(self._kernel)
+        return {"clean": clean, "record_extents": self._store.recorded_extents}
+
+    async def _close(self, kernel: KernelAttachment | None) -> None:
+        """Let go of everything; unless it is left to another one, the kernel's layers too."""
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        self._recording.close()
         while self._engine.in_flight:
             await asyncio.sleep(0)
-        if self._kernel is not None:
-            await self._detach(self._kernel)
-        self._session.seal()
+        if kernel is not None and self.left:
+            kernel.close()
+        elif kernel is not None:
+            await self._detach(kernel)
+        if not self.left:
+            self._session.seal()
         for close in (
             self._secondary.close,
             self._primary.close,
@@ -410,7 +359,6 @@ class Volume:
             self._engine.close,
         ):
             close()
-        return {"clean": clean, "record_extents": self._store.recorded_extents}
 
     async def _last_barriers(self, direct: DirectPath) -> None:
         """No host can write any more: have everything that was written known to the gate."""
@@ -439,16 +387,8 @@ class Volume:
         """Let a stop that is copying what is left end without it."""
         self._hurried = True
         if self.copier.state is CopyState.STOPPED:
-            self._leave_secondary()
+            leave_at_once(self._secondary)
         self._on_change()
-
-    def _leave_secondary(self) -> None:
-        """A server that does not answer must not hold up a stop in a hurry: end its requests.
-
-        What they were about is dirty, and stays in the record.
-        """
-        if isinstance(self._secondary, NbdTarget):
-            self._secondary.close()
 
     async def _drain(self) -> None:
         """Copy what is left, as long as there is a secondary and something that can be copied."""
@@ -545,30 +485,68 @@ class Volume:
             "unexpected": [list(run) for run in result.unexpected],
         }
 
-    async def resize(self) -> dict[str, Any]:
-        """Take up a larger size of primary and secondary."""
-        return await resize(self)
-
-    async def primary_size_bytes(self) -> int:
-        return self._primary.refresh_size()
-
     async def secondary_size_bytes(self) -> int:
-        """The secondary's present size; a server is asked over a connection of its own."""
-        if isinstance(self._secondary, KernelDevice):
-            return self._secondary.refresh_size() if self._secondary.connected else 0
-        probe = self._make_secondary()
-        try:
-            await completion(probe.open)
-            return probe.size_bytes
-        except OSError as error:
-            raise UnreachableError(
-                f"secondary {self.config.secondary} cannot be reached: {error.strerror or error}"
-            ) from error
-        finally:
-            probe.close()
+        """The secondary's present size."""
+        return await present_size_bytes(self._secondary, self.config, self._loop)
 
-    async def grow(self, geometry: Geometry) -> None:
-        """Go over to a larger geometry; `resize` has checked it."""
+    async def resize(self) -> dict[str, Any]:
+        """Take up a larger size of primary and secondary.
+
+        If this volume is `left` afterwards, another `Volume` has to be started in its place.
+        """
+        geometry = await wanted_geometry(self)
+        if geometry is None:
+            return {"size_bytes": self.geometry.size_bytes, "changed": False}
+        if self._kernel is not None and self._direct is not None:
+            await self._leave(self._kernel, self._direct, geometry)
+        else:
+            await self._grow(geometry)
+        return {"size_bytes": geometry.size_bytes, "changed": True}
+
+    async def _grow(self, geometry: Geometry) -> None:
+        self._primary.refresh_size()
+        await self._grow_record(geometry)
+        self.copier.grow(geometry)
+        self.gate.grow(geometry)
+        self._exchange_policy(self.config.predictor)
+        if not isinstance(self._secondary, KernelDevice):
+            # A server tells its size when a connection begins.
+            self.copier.reconnect()
+        self._emit("resized", size_bytes=geometry.size_bytes)
+
+    async def _leave(
+        self, kernel: KernelAttachment, direct: DirectPath, geometry: Geometry
+    ) -> None:
+        """Give the volume, grown, to the next `Volume`; hosts' writes wait in the kernel for it.
+
+        Up to the end of the server an error leaves everything as it was.
+        """
+        direct.routes.gate_all()
+        for _ in range(LAST_BARRIERS):
+            if direct.routes.all_gated:
+                break
+            await self._one_barrier(direct)
+        else:
+            direct.routes.gate_all(wanted=False)
+            raise UnreachableError(
+                "the kernel's table cannot be changed: no barrier passes",
+                hint=f"see 'barrier-error' in 'dmctl events {self.config.name}'",
+            )
+        if self._verifying is not None:
+            self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
+        self.left = True
+        self._on_change()
+        kernel.stay_disconnected()
+        await self.server.drain(timeout_s=LEAVE_TIMEOUT_S)
+        stopped = asyncio.Event()
+        self.copier.stop(stopped.set)
+        leave_at_once(self._secondary)
+        await stopped.wait()
+        await self._grow_record(geometry)
+        await self._close(kernel)
+        self._emit("resized", size_bytes=geometry.size_bytes)
+
+    async def _grow_record(self, geometry: Geometry) -> None:
         old, loop = self.geometry, self._loop
         await loop.run_in_executor(None, self._session.prepare_growth, geometry)
         self._store.grow(geometry, new_page_states(old, geometry))
@@ -586,13 +564,6 @@ class Volume:
                 geometry.size_bytes, self._session.superblock.secondary_size_bytes
             ),
         )
-        self.copier.grow(geometry)
-        self.gate.grow(geometry)
-        self._exchange_policy(self.config.predictor)
-        if not isinstance(self._secondary, KernelDevice):
-            # A server tells its size when a connection begins.
-            self.copier.reconnect()
-        self._emit("resized", size_bytes=geometry.size_bytes)
 
     def _exchange_policy(self, name: str) -> None:
         policy = make_policy(name, self.geometry)
@@ -607,6 +578,7 @@ class Volume:
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
         self.copier.era_interval_s = effective_era_interval_s(config)
+        self._recording.record_to(config.trace)
         self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
         self._emit("settings-changed")
 
@@ -623,27 +595,5 @@ class Volume:
             "connections": self.server.stats.connections,
             "session": self._session.superblock.session,
             "primary_errors_total": self._for_hosts.errors,
-            **self._direct_status(),
-        }
-
-    def _direct_status(self) -> dict[str, Any]:
-        """What only the kernel knows, and what following the record in its table costs."""
-        direct = self._direct
-        if direct is None:
-            return {}
-        hosts, routes = direct.host_counters, direct.routes
-        writes = hosts.writes + hosts.discards
-        return {
-            "writes_total": writes,
-            "hits_total": max(0, writes - self.gate.misses),
-            "written_bytes_total": hosts.written_bytes,
-            "direct_extents": routes.count_direct,
-            "gate_writes_total": self.gate.writes,
-            "barriers_total": direct.barriers,
-            "barriers_skipped_total": direct.skipped,
-            "barrier_errors_total": direct.failures,
-            "suspended_seconds_total": round(direct.window_s_total, 6),
-            "suspended_seconds_max": round(direct.window_s_max, 6),
-            "table_loads_total": routes.loads,
-            "table_moves_total": routes.moved,
+            **({} if self._direct is None else direct_status(self._direct, self.gate)),
         }

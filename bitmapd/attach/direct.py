@@ -11,9 +11,12 @@ begun in.  A barrier ends the era, waits until no write of it is in flight, and 
    would have been held up by the barrier before if it had begun before that one's reading, so
    three equal readings mean that nothing is unknown.
 3. Eras are collected without a gap: a barrier that fails is followed by one that brings the blocks
-   of both eras.
+   of both eras.  One that is put off, since the kernel is busy with earlier eras, is not an error,
+   and otherwise like one that failed.
 4. One barrier at a time.
-5. A write that was in flight when this process began may be marked in an era before the first one
+5. Hosts write directly only to what is recorded.  So if the kernel's marks cannot be read, every
+   block of the record counts as written.
+6. A write that was in flight when this process began may be marked in an era before the first one
    that is collected.  So the first barrier that lands counts every block as written that was
    direct before.
 
@@ -31,6 +34,10 @@ from bitmapd.attach.routes import Routes, Run, Segment
 from bitmapd.record.geometry import Geometry
 
 Emit = Callable[..., None]
+
+
+class PutOffError(OSError):
+    """A barrier has to wait until the kernel is done with earlier eras; nothing was done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +63,16 @@ class HostCounters:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """What a barrier brought: runs of blocks [first, stop) of the eras up to `era`."""
+    """What a barrier brought: runs of blocks [first, stop) of the eras up to `era`.
+
+    `damage`: why the kernel's marks cannot be read, although nothing of these eras is in flight.
+    """
 
     runs: Sequence[Run]
     era: int
     window_s: float
     skipped: bool = False
+    damage: str = ""
 
 
 BarrierDone = Callable[[OSError | None, Landed | None], None]
@@ -93,7 +104,7 @@ class DirectPath:
         *,
         since_era: int,
     ) -> None:
-        self._geometry = geometry
+        self.geometry = geometry
         self._kernel = kernel
         self._emit = emit
         self._since_era = since_era
@@ -104,6 +115,8 @@ class DirectPath:
         self.barriers = 0
         self.skipped = 0
         self.failures = 0
+        self.put_off = 0
+        self._is_put_off = False
         self.window_s_total = 0.0
         self.window_s_last = 0.0
         self.window_s_max = 0.0
@@ -125,7 +138,7 @@ class DirectPath:
     @property
     def tried(self) -> int:
         """Barriers that have ended, one way or the other."""
-        return self.barriers + self.failures
+        return self.barriers + self.failures + self.put_off
 
     @property
     def written(self) -> bool:
@@ -156,8 +169,9 @@ class DirectPath:
             raise RuntimeError("a barrier is under way")
         self._busy = True
         seen = self._kernel.counters()
+        recorded = tuple(recorded)
         table = self.routes.propose(recorded)
-        geometry = self._geometry
+        geometry = self.geometry
         segments = (
             None if table is None else table.segments(geometry.extent_bytes, geometry.size_bytes)
         )
@@ -165,15 +179,12 @@ class DirectPath:
         def ended(error: OSError | None, landed: Landed | None) -> None:
             self._busy = False
             if landed is None:
-                self.failures += 1
                 self.routes.failed()
-                reason = "no reason" if error is None else error.strerror or str(error)
-                self._emit(
-                    "barrier-error", message=f"a barrier failed and is tried again: {reason}"
-                )
+                self._not_landed(error)
                 done(None)
                 self.on_ended()
                 return
+            self._is_put_off = False
             self._seen_before, self._seen = self._seen, seen
             self._since_era = landed.era + 1
             self.barriers += 1
@@ -184,6 +195,9 @@ class DirectPath:
             per = geometry.blocks_per_extent
             blocks = geometry.blocks
             runs = [(first, min(stop, blocks)) for first, stop in landed.runs if first < blocks]
+            if landed.damage:
+                self._emit("era-damaged", message=f"all of the record is copied: {landed.damage}")
+                runs = [geometry.extent_blocks(*run) for run in recorded]
             if adopted := self.routes.take_adopted():
                 runs = merged([*runs, *(geometry.extent_blocks(e, e + 1) for e in adopted)])
             self.routes.landed(
@@ -197,6 +211,17 @@ class DirectPath:
             self.on_ended()
 
         self._kernel.barrier(segments, self._since_era, ended)
+
+    def _not_landed(self, error: OSError | None) -> None:
+        reason = "no reason" if error is None else error.strerror or str(error)
+        if not isinstance(error, PutOffError):
+            self.failures += 1
+            self._emit("barrier-error", message=f"a barrier failed and is tried again: {reason}")
+            return
+        self.put_off += 1
+        if not self._is_put_off:
+            self._emit("barrier-put-off", message=reason)
+        self._is_put_off = True
 
 
 def merged(runs: Iterable[Run]) -> list[Run]:

@@ -6,7 +6,10 @@ hosts can write).  Stop: `close_hosts`, last barriers, `detach`.
 
 1. A stack that was found alive keeps its table until the first barrier, and what it marks direct
    counts as open (`routes.adopt`).
-2. What the kernel has marked and this process has not collected survives it; after the host's
+2. The kernel gives up a connection on which an answer takes too long, whether a medium does not
+   answer or this process is stopped.  Then it gets a new one, on which it sends again what had no
+   answer; the server lets it in when all that came over the old one has been carried out.
+3. What the kernel has marked and this process has not collected survives it; after the host's
    death the record is what counts, and the stack is built anew.
 """
 
@@ -16,11 +19,11 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitmapd.attach.direct import BarrierDone, Counters, HostCounters, Landed
+from bitmapd.attach.direct import BarrierDone, Counters, HostCounters, Landed, PutOffError
 from bitmapd.attach.frames import Frame, FrameError, HelperError, unpack_runs
 from bitmapd.attach.routes import Segment
 from bitmapd.attach.wiring import BlockStat, Wiring
@@ -35,6 +38,7 @@ SECTOR_BYTES = 512
 # How long the kernel waits for an answer before it cuts the connection: longer than the slowest
 # record write that is not an error, for what waits is sent again only after it.
 REQUEST_TIMEOUT_S = 10
+RECONNECT_PAUSE_S = 1.0
 # How long requests wait for a gate that is gone; the administrator can give up earlier.
 DEAD_GATE_TIMEOUT_S = 30 * 24 * 3600
 BARRIER_DEADLINE_S = 5.0
@@ -58,7 +62,7 @@ class KernelAttachment:
         self._config = config
         self._geometry = geometry
         self._logical_block_bytes = logical_block_bytes
-        self._emit = emit
+        self.emit = emit
         self._wiring = Wiring(
             loop,
             {
@@ -72,6 +76,7 @@ class KernelAttachment:
             emit,
         )
         self._tasks: set[asyncio.Task[None]] = set()
+        self._server: NbdServer | None = None  # as long as the kernel is to be connected to it
         self._stats: dict[str, BlockStat] = {}
         self.era_device = ""
         self.adopted = False
@@ -88,16 +93,43 @@ class KernelAttachment:
         self._open_stat("era", self.era_device)
 
     async def connect(self, server: NbdServer) -> None:
-        """Have the kernel's NBD client talk to the server over a socket pair."""
+        """Have the kernel's NBD client talk to the server over a socket pair, until `detach`."""
+        self._server = server
+        try:
+            ended = await self._connect(server)
+        except BaseException:
+            self._server = None
+            raise
+        self._begin(self._keep_connected(server, ended))
+
+    async def _keep_connected(self, server: NbdServer, ended: asyncio.Event) -> None:
+        while True:
+            await ended.wait()
+            if self._server is not server:
+                return
+            try:
+                ended = await self._connect(server)
+            except (BitmapdError, OSError) as error:
+                if self._server is not server:
+                    return
+                message = f"the kernel cannot be connected again; that is tried again: {error}"
+                self.emit("gate-error", message=message)
+                await asyncio.sleep(RECONNECT_PAUSE_S)
+
+    async def _connect(self, server: NbdServer) -> asyncio.Event:
+        """What is set when the connection has ended."""
+        ended = asyncio.Event()
         ours, kernels = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             for sock in (ours, kernels):
                 for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
                     sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
             kernels.setblocking(False)
-            server.adopt(ours, "kernel")
+            server.adopt(ours, "kernel", ended.set)
             size, flags = await negotiate(self._loop, kernels, server.export_name)
             kernels.setblocking(True)
+            if ended.is_set() or self._server is not server:
+                raise OSError(errno.ECONNRESET, "the gate's server closed the connection")
             wanted = ExportFlag.HAS_FLAGS | ExportFlag.SEND_FLUSH | ExportFlag.SEND_FUA
             if self._offers_discard():
                 wanted |= ExportFlag.SEND_TRIM
@@ -114,6 +146,7 @@ class KernelAttachment:
             )
         finally:
             kernels.close()
+        return ended
 
     async def attach(self) -> list[Segment]:
         """Bring the tables up, with everything through the gate; hosts can write from here on.
@@ -138,13 +171,19 @@ class KernelAttachment:
                 ) from error
             raise self._failure(error) from error
 
+    def stay_disconnected(self) -> None:
+        """What the kernel sends from now on waits for another process, or for `connect`."""
+        self._server = None
+
     async def detach(self) -> None:
         """Remove the stack; afterwards nothing of the volume is left in the kernel."""
+        self._server = None
         self._close_stats()
         await self._call("detach")
 
     def close(self) -> None:
         """End the helper.  The stack stays as it is."""
+        self._server = None
         self._close_stats()
         self._wiring.close()
 
@@ -191,7 +230,10 @@ class KernelAttachment:
     def barrier(
         self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
     ) -> None:
-        task = self._loop.create_task(self._barrier(segments, since_era, done))
+        self._begin(self._barrier(segments, since_era, done))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -210,9 +252,11 @@ class KernelAttachment:
                 int(frame.header["collected_to_era"]),
                 float(frame.header["window_s"]),
                 bool(frame.header["skipped"]),
+                str(frame.header["damage"]),
             )
         except HelperError as error:
-            done(error, None)
+            late = error.code == "ENOBUFS"
+            done(PutOffError(errno.ENOBUFS, error.strerror) if late else error, None)
         except (FrameError, KeyError, ValueError, TypeError) as error:
             done(OSError(errno.EPROTO, f"the wiring helper's answer: {error}"), None)
         else:

@@ -15,7 +15,8 @@ goes through the gate.  What is direct can be written without bitmapd's knowledg
    written lately stay, and of these the longest.
 
 A table is changed only when that helps: something has to be cooled, or the gate has had writes to
-recorded extents that could have been direct.
+recorded extents that could have been direct.  When not all of them fit, one that goes in pushes
+another one out, so then it takes many such writes.
 
 A crash loses all of it.  A restarted bitmapd counts every recorded extent as direct until its
 first barrier has loaded a table of its own.
@@ -79,6 +80,8 @@ class Routes:
         self._gated: set[int] = set()  # recorded extents that the gate saw written since
         self._gated_hits = 0
         self._must_load = False
+        self._full = False  # the table has not room for all that is recorded
+        self._gating = False
         self._sealed = False
         self._last = False  # the barrier under way began after `seal`
         self.loads = 0
@@ -134,6 +137,16 @@ class Routes:
         """
         self._sealed = True
 
+    def gate_all(self, *, wanted: bool = True) -> None:
+        """Have the next barrier move everything to the gate, and nothing back until told so."""
+        self._gating = wanted
+        self._must_load |= not wanted
+
+    @property
+    def all_gated(self) -> bool:
+        """Whether no host can write past the gate."""
+        return not self._direct and not self._maybe
+
     # -- barriers ---------------------------------------------------------------------------
     @property
     def count_direct(self) -> int:
@@ -142,13 +155,13 @@ class Routes:
     @property
     def wants_change(self) -> bool:
         """Whether a barrier should load a table."""
-        if self._sealed:
-            return bool(self._direct or self._maybe)
-        return (
-            self._must_load
-            or not self._cooling.isdisjoint(self._direct)
-            or any(extent not in self._direct for extent in self._gated - self._cooling)
-        )
+        if self._sealed or self._gating:
+            return not self.all_gated
+        if self._must_load or not self._cooling.isdisjoint(self._direct):
+            return True
+        if self._full and self._gated_hits < URGENT_HITS:
+            return False
+        return any(extent not in self._direct for extent in self._gated - self._cooling)
 
     @property
     def urgent(self) -> bool:
@@ -158,7 +171,7 @@ class Routes:
     @property
     def settling(self) -> bool:
         """Whether another barrier is needed before extents that were moved are closed."""
-        return bool(self._leaving or (self._sealed and (self._direct or self._maybe)))
+        return bool(self._leaving or (self._sealed and not self.all_gated))
 
     def propose(self, recorded: Iterable[Run]) -> Table | None:
         """The table for the barrier that begins now, or None to keep the one in force.
@@ -169,8 +182,9 @@ class Routes:
         self._last = self._sealed
         if not self.wants_change:
             return None
-        runs = [] if self._sealed else self._without_cooling(recorded)
-        if len(runs) > self._max_runs:
+        runs = [] if self._sealed or self._gating else self._without_cooling(recorded)
+        self._full = len(runs) > self._max_runs
+        if self._full:
             hot = self._written | self._gated
             runs.sort(
                 key=lambda run: (

@@ -194,6 +194,17 @@ class VolumeConfig:
             "none",
         ),
     ]
+    trace: Annotated[
+        str | None,
+        Key(
+            "trace",
+            kinds.or_word("none", kinds.PATH),
+            "File to which the requests that change the volume are recorded, for 'dmctl simulate'."
+            " With device-mapper only those that reach the daemon are seen.",
+            "none",
+            live=True,
+        ),
+    ]
     start_at_boot: Annotated[
         bool,
         Key(

@@ -69,6 +69,7 @@ COUNTERS = {
     "gate_writes_total": "Writes that came through the gate (device-mapper).",
     "barriers_total": "Ends of eras in the kernel.",
     "barrier_errors_total": "Barriers that failed and were tried again.",
+    "barriers_put_off_total": "Barriers that waited for dm-era to digest earlier eras.",
     "suspended_seconds_total": "Time in which barriers made writes wait.",
     "table_loads_total": "Barriers that changed the kernel's table.",
     "table_moves_total": "Extents that were moved between the gate and the direct path.",

@@ -17,7 +17,8 @@ Invariants:
    may mean that a cache is gone.  Nothing is cleared on the word of a device that failed.
 4. A server whose connection was lost may carry out late what it had received.  Blocks whose write
    ended in an error are copied as usual after the reconnection and once more `LATE_WRITES_S` later;
-   until then their extents do not count as clean.
+   until then their extents do not count as clean.  Nothing is known of what a process that died had
+   sent: after it, the first copy waits so long.
 5. A read error of the primary holds back its own block only.  The block stays dirty, its extent
    stays in the record.
 6. A host never waits for anything here.  While hosts are at work copying is held to a rate
@@ -128,6 +129,7 @@ class Copier:
         self._next_settle = 0.0
         self._failures = 0
         self._hold_settle_until = 0.0
+        self._hold_copies_until = float("-inf")
         self._batch_bytes = 0  # copied since the last settle began
         self._batch_limit_bytes: int | None = None  # after an error: so much at risk at a time
         gate.on_flush_error = self._primary_not_flushed
@@ -193,8 +195,14 @@ class Copier:
         self._next_era = 0.0
         self._scheduler.call_soon(self._pump)
 
-    def begin_pass(self, *, compare: bool) -> None:
-        """Follow what is in `gate.taken` now until all of it has been copied once."""
+    def begin_pass(self, *, compare: bool, predecessor: bool = False) -> None:
+        """Follow what is in `gate.taken` now until all of it has been copied once.
+
+        `predecessor`: another process copied before this one, and may have died doing so.
+        """
+        if predecessor and self._secondary.writes_late:
+            self._hold_copies_until = self._scheduler.time() + LATE_WRITES_S
+            self._scheduler.call_later(LATE_WRITES_S, self._pump)
         self.pass_blocks = BlockSet()
         self.pass_blocks.update(self._gate.taken)
         self.pass_total_bytes = self.pass_remaining_bytes
@@ -273,8 +281,8 @@ class Copier:
 
     def _issue(self, now: float) -> bool:
         """Start copies; true if nothing was left that may be copied now."""
-        if now < self._not_before_s:
-            return False  # a rate says so, and a timer will call again; save the search
+        if now < self._not_before_s or now < self._hold_copies_until:
+            return False  # a timer will call again; save the search
         gate = self._gate
         yielding = self._load.active(now, *gate.host_load) and not gate.over_limit
         throttles = (self.throttle, self._load.throttle) if yielding else (self.throttle,)

@@ -38,6 +38,7 @@ from bitmapd.record.policy import Policy
 from bitmapd.record.store import RecordStore
 
 Submit = Callable[[Done], None]
+Watch = Callable[[float, str, int, int], None]  # time, W Z or T, offset and length in bytes
 
 # With a direct path one part in so many of the record's limit is kept free for misses.
 COOLING_PART = 16
@@ -90,6 +91,7 @@ class Gate:
         self._evicting: set[int] = set()  # cooled because the record is too large
         self._settling_since: float | None = None
         self.on_flush_error: Callable[[OSError], None] | None = None
+        self.watch: Watch | None = None  # is told of every change that a host asks for
         self.writes = 0
         self.hits = 0
         self.misses = 0
@@ -122,6 +124,8 @@ class Gate:
         now = self._scheduler.time()
         self.writes += 1
         self.written_bytes += length
+        if self.watch is not None:
+            self.watch(now, "W", offset_bytes, length)
         if not self._store.covers(first, stop):
             self._miss(
                 first,
@@ -172,6 +176,8 @@ class Gate:
         unmap: bool = True,
         fast: bool = False,
     ) -> None:
+        if self.watch is not None:
+            self.watch(self._scheduler.time(), "Z", offset_bytes, length_bytes)
         self._change(
             offset_bytes,
             length_bytes,
@@ -183,6 +189,8 @@ class Gate:
         )
 
     def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
+        if self.watch is not None:
+            self.watch(self._scheduler.time(), "T", offset_bytes, length_bytes)
         self._change(
             offset_bytes,
             length_bytes,

@@ -110,6 +110,7 @@ class NbdServer:
         self._spin = SpinPolicy(len(os.sched_getaffinity(0)))
         self._listeners: list[_Listener] = []
         self._connections: dict[Connection, None] = {}  # oldest first
+        self._adopted: dict[Connection, Callable[[], None]] = {}
         self._orphans: set[Connection] = set()
         self._at_the_door: list[Connection] = []
         self._last_active: Connection | None = None
@@ -209,11 +210,20 @@ class NbdServer:
     def export_name(self) -> str:
         return self._name
 
-    def adopt(self, sock: socket.socket, peer: str) -> None:
-        """Serve a local client whose connected socket is handed in; it begins with a handshake."""
-        self._welcome(sock, peer, tls=False, remote=False)
+    def adopt(self, sock: socket.socket, peer: str, on_closed: Callable[[], None]) -> None:
+        """Serve a local client whose connected socket is handed in; it begins with a handshake.
 
-    def _welcome(self, sock: socket.socket, peer: str, *, tls: bool, remote: bool) -> None:
+        `on_closed`: called when this connection has ended, unless the server is stopping.
+        """
+        connection = self._welcome(sock, peer, tls=False, remote=False)
+        if connection is None:
+            self.loop.call_soon(on_closed)
+        else:
+            self._adopted[connection] = on_closed
+
+    def _welcome(
+        self, sock: socket.socket, peer: str, *, tls: bool, remote: bool
+    ) -> Connection | None:
         self.stats.connections_total += 1
         if len(self._connections) >= self._max_connections:
             newcomers = (Phase.HANDSHAKE, Phase.TLS, Phase.ADMISSION)
@@ -222,7 +232,7 @@ class NbdServer:
                 self.stats.refused_total += 1
                 self._report(peer, f"{self._max_connections} clients are connected already")
                 sock.close()
-                return
+                return None
             oldest.refuse("a newer client needed the place")
         try:
             sock.setblocking(False)
@@ -231,13 +241,14 @@ class NbdServer:
                     sock.setsockopt(level, option, value)
         except OSError:
             sock.close()
-            return
+            return None
         handshake = ServerHandshake(self._offer(), TlsMode.REQUIRED if tls else TlsMode.OFF)
         connection = Connection(self, sock, peer, handshake, self._tls, remote=remote)
         self._connections[connection] = None
         self.stats.connections = len(self._connections)
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+        return connection
 
     def _offer(self) -> ServerOffer:
         block = self.export.block_size_bytes
@@ -426,6 +437,9 @@ class NbdServer:
             self._emit("client-disconnected", peer=connection.peer)
         if reason is not None:
             self._report(connection.peer, reason)
+        on_closed = self._adopted.pop(connection, None)
+        if on_closed is not None and self._quiet is None:
+            on_closed()
         self._let_in()
         self._check_quiet()
 

@@ -11,13 +11,20 @@ from bitmapd.units import human_size
 from dmctl.cli.context import Context, each, selected
 
 VERB_TIMEOUT_S = 60.0
+RESIZE_TIMEOUT_S = 600.0  # waits for requests that are under way
 
 
-def _ask(context: Context, name: str, verb: str, args: dict[str, Any]) -> Any:
+def _ask(
+    context: Context,
+    name: str,
+    verb: str,
+    args: dict[str, Any],
+    timeout_s: float = VERB_TIMEOUT_S,
+) -> Any:
     """The result of a verb; NotFoundError rather than "not running" for an unknown volume."""
     try:
         with context.control(name) as client:
-            return client.call(verb, args, timeout_s=VERB_TIMEOUT_S)
+            return client.call(verb, args, timeout_s=timeout_s)
     except WrongStateError:
         load_volume(context.paths, name)
         raise
@@ -74,8 +81,15 @@ def verify(context: Context, args: Namespace) -> int:
     return 0
 
 
-def _simple(context: Context, name: str, verb: str, args: dict[str, Any], said: str) -> int:
-    result = _ask(context, name, verb, args)
+def _simple(
+    context: Context,
+    name: str,
+    verb: str,
+    args: dict[str, Any],
+    said: str,
+    timeout_s: float = VERB_TIMEOUT_S,
+) -> int:
+    result = _ask(context, name, verb, args, timeout_s)
     context.output.say(f"volume '{name}': {said}")
     if context.output.as_json:
         context.output.json(verb, {"name": name, **result})
@@ -96,6 +110,7 @@ def change(context: Context, args: Namespace) -> int:
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UsageError(f"{word!r} is not of the form KEY=VALUE")
+        value = value or "none"
         if changes.setdefault(key.replace("-", "_"), value) != value:
             raise UsageError(f"{key} is given twice")
     said = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in changes.items())
@@ -103,4 +118,5 @@ def change(context: Context, args: Namespace) -> int:
 
 
 def resize(context: Context, args: Namespace) -> int:
-    return _simple(context, args.name, "resize", {}, "the new size is taken up")
+    said = "the new size is taken up"
+    return _simple(context, args.name, "resize", {}, said, RESIZE_TIMEOUT_S)

@@ -25,6 +25,10 @@ dm-era marks a block before a write to it goes on, in the era that is current th
    compared with those read two barriers ago: for discards, and to skip a barrier: if three
    readings in a row are equal nothing is unknown, nothing is claimed, and the era goes on.
 6. What a barrier needs of memory for 4 exists before.
+7. dm-era digests an ended era at a cost of the volume's size, some seconds per TiB, keeps its marks
+   until then, and fails writes when its metadata are full.  So no era is ended while more than half
+   of them are in use: that leaves room for a copy of all that a digestion changes while a snapshot
+   is held.
 """
 
 from __future__ import annotations
@@ -74,6 +78,7 @@ class Collected:
     window_s: float = 0.0
     skipped: bool = False
     widened: bool = False
+    damage: str = ""  # why the blocks could not be read: any may have been written
 
 
 class MetadataFile:
@@ -135,23 +140,36 @@ class Barrier:
         self, table: Sequence[Target] | None, since_era: int, deadline_s: float
     ) -> Collected:
         """TimeoutError if writes were in flight for longer than `deadline_s`; then nothing changed
-        but that an era ended, and the next barrier is to begin with the same `since_era`."""
+        but that an era ended, and the next barrier is to begin with the same `since_era`.
+        OSError ENOBUFS if no era can be ended for the time being."""
         before = self._read_counters()
         if table is None and before == self._last == self._earlier:
             return Collected(bitarray(), since_era - 1, skipped=True)
-        self.drop_stale_snapshot()
+        status = self.drop_stale_snapshot()
+        if 2 * status.used_blocks >= status.total_blocks:
+            raise OSError(
+                errno.ENOBUFS,
+                f"dm-era is still at work on the marks of earlier eras ({status.used_blocks} of"
+                f" {status.total_blocks} metadata blocks are in use)",
+            )
         self._mapper.message(self._era, TAKE_SNAPSHOT)
         try:
             if table is not None:
                 self._mapper.load(self._write, table)
             window_s = self._drain(table is None, deadline_s)
             after = self._read_counters()
-            blocks, to_era = self._collect(since_era)
+            try:
+                blocks, to_era = self._collect(since_era)
+                damage = ""
+            except era.EraDamagedError as error:
+                blocks, to_era, damage = bitarray(), status.current_era, str(error)
         finally:
             self._mapper.message(self._era, DROP_SNAPSHOT)
         widened = after.discards > (0 if self._earlier is None else self._earlier.discards)
         self._earlier, self._last = self._last, before
-        return Collected(widen(blocks) if widened else blocks, to_era, window_s, widened=widened)
+        if widened:
+            blocks = widen(blocks)
+        return Collected(blocks, to_era, window_s, widened=widened, damage=damage)
 
     def status(self) -> EraStatus:
         line = self._mapper.status(self._era)[0].parameters
@@ -160,10 +178,12 @@ class Barrier:
         except ValueError as error:
             raise OSError(errno.EIO, f"the state of '{self._era}': {error}") from error
 
-    def drop_stale_snapshot(self) -> None:
+    def drop_stale_snapshot(self) -> EraStatus:
         """One that a helper left which died; there is at most one."""
-        if self.status().held_root is not None:
+        status = self.status()
+        if status.held_root is not None:
             self._mapper.message(self._era, DROP_SNAPSHOT)
+        return status
 
     def _collect(self, since_era: int) -> tuple[bitarray, int]:
         root = self.status().held_root

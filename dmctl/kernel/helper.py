@@ -155,14 +155,16 @@ class Helper:
     def build(self, request: Request) -> Answer:
         del request
         self._forget()
-        steps = plan(self.awaken(), Wanted(self._volume, Goal.TRACKED))
+        seen = self.awaken()
+        steps = plan(seen, Wanted(self._volume, Goal.TRACKED))
         made = any(isinstance(step, Create) for step in steps)
         if made:
             selftest(self._mapper, self._actor)
         era = self._layer(self._reach(Goal.TRACKED), Layer.ERA)
         answer = {
             "era_device": device_path(era.name),
-            "adopted": not made,
+            # A volume that grows gets a new era device under hosts that go on.
+            "adopted": not made or seen.layer(self._volume, Layer.TOP) is not None,
             "current_era": self._barrier_of(era).status().current_era,
         }
         return answer, b""
@@ -237,6 +239,7 @@ class Helper:
             "window_s": collected.window_s,
             "skipped": collected.skipped,
             "widened": collected.widened,
+            "damage": collected.damage,
         }
         return answer, pack_runs(runs(collected.blocks))
 

@@ -27,7 +27,7 @@ from tests.support.records import blank_image
 from tests.support.sim import SECTOR, SimDisk, drain
 from tests.support.simkernel import SimKernel, finish_or_drop
 
-TROUBLES = ("restart", "helper", "close", "pause", "cache", "cut")
+TROUBLES = ("restart", "helper", "close", "gate", "pause", "cache", "cut")
 
 failures = st.sampled_from(["given up", "old table", "new table"])
 
@@ -311,6 +311,8 @@ class DirectMachine(MirrorMachine):
             self.loop.run_soon()
         elif what == "close":
             self.close_hosts_now()
+        elif what == "gate":
+            self.routes.gate_all(wanted=bool(seed & 1))
         elif what == "pause":
             super().pause_or_resume(0)
         elif what == "cache":
@@ -339,6 +341,8 @@ class DirectMachine(MirrorMachine):
         if not hasattr(self, "routes"):
             return
         certain = self.certainly_recorded()
+        if self.routes.all_gated:
+            assert not list(self.kernel.may_be_direct()), "not everything goes through the gate"
         for extent in self.kernel.may_be_direct():
             assert certain[extent], f"extent {extent} is direct and not recorded for certain"
             assert self.routes.is_open(extent), f"extent {extent} is direct and not open"

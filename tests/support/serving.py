@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from bitmapd.media.buffers import aligned
-from bitmapd.volume import Volume, completion
+from bitmapd.media.waiting import completion
+from bitmapd.volume import Volume
 from tests.support.local import LocalVolume
 
 WAIT_S = 30.0

@@ -93,6 +93,7 @@ def test_builtin_defaults(write: Write) -> None:
         tls_certificates=None,
         allow_plaintext_loopback=False,
         metrics_listen=None,
+        trace=None,
         start_at_boot=True,
     )
 
@@ -400,7 +401,7 @@ def test_the_manual_is_whole() -> None:
     fields = {field.name for field in dataclasses.fields(VolumeConfig)}
     assert set(keys()) == fields - {"name"}
     assert {key.name for key in keys().values() if key.live} == {
-        "copy_rate", "record_limit", "resync_target", "era_interval", "predictor",
+        "copy_rate", "record_limit", "resync_target", "era_interval", "predictor", "trace",
     }  # fmt: skip
     assert all(key.doc.endswith(".") for key in keys().values())
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from bitmapd.attach.direct import BarrierDone, Counters, DirectPath, HostCounters, Landed
+from bitmapd.attach.direct import (
+    BarrierDone,
+    Counters,
+    DirectPath,
+    HostCounters,
+    Landed,
+    PutOffError,
+)
 from bitmapd.attach.routes import DIRECT, GATE, Routes, Run, Segment
 from bitmapd.record.geometry import Geometry
 
@@ -117,6 +124,34 @@ def test_one_barrier_at_a_time(bench: Bench) -> None:
     bench.land()
     bench.begin()
     assert len(bench.helper.asked) == 2
+
+
+def test_marks_that_cannot_be_read_mean_that_all_of_the_record_was_written(bench: Bench) -> None:
+    bench.begin((0, 2), (4, 5))
+    bench.helper.done(None, Landed((), 7, 0.0, damage="bad checksum"))
+    assert bench.got == [[(0, 4), (8, 9)]]
+    (event,) = bench.events
+    assert event["event"] == "era-damaged"
+    assert "bad checksum" in event["message"]
+    bench.begin()
+    assert bench.helper.asked[-1] == (None, 8)
+
+
+def test_a_barrier_that_is_put_off_is_no_failure_and_is_told_once(bench: Bench) -> None:
+    bench.routes.gated_hit(0, 1)
+    for _ in range(2):
+        bench.begin((0, 1))
+        bench.helper.done(PutOffError(errno.ENOBUFS, "at work"), None)
+    assert bench.got == [None, None]
+    assert [event["event"] for event in bench.events] == ["barrier-put-off"]
+    assert (bench.path.put_off, bench.path.failures, bench.path.tried) == (2, 0, 2)
+    assert bench.routes.is_open(0)
+    bench.begin((0, 1))
+    bench.land()
+    bench.begin((0, 1))
+    bench.helper.done(PutOffError(errno.ENOBUFS, "at work"), None)
+    assert len(bench.events) == 2
+    assert {asked for _, asked in bench.helper.asked} == {7, 8}
 
 
 @pytest.mark.parametrize(

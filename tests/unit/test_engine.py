@@ -7,7 +7,7 @@ import errno
 
 import pytest
 
-from bitmapd.copier.engine import SETTLE_INTERVAL_S, Copier, CopyState
+from bitmapd.copier.engine import LATE_WRITES_S, SETTLE_INTERVAL_S, Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.media.base import Done
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror, begun, equal, until_reads
@@ -359,6 +359,20 @@ def test_a_pass_is_followed_to_its_end(mirror: Mirror) -> None:
     assert settles == [2], "after the settle, not before"
     assert copier.pass_blocks is None
     assert copier.pass_copied_bytes == 2 * EXTENT
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_process_that_died_had_sent_is_waited_for(mirror: Mirror, late: bool) -> None:
+    mirror.secondary.writes_late = late
+    mirror.put(0)
+    mirror.gate.take_recorded()
+    mirror.copier.begin_pass(compare=False, predecessor=True)
+    mirror.run(LATE_WRITES_S - 0.5)
+    assert (mirror.copier.pass_blocks is None) is not late
+    assert bool(mirror.copier.copied_bytes) is not late
+    mirror.run(1.0)
+    assert mirror.copier.pass_blocks is None
+    assert mirror.copier.copied_bytes == EXTENT
 
 
 def test_a_pass_without_listeners_ends_as_well(mirror: Mirror) -> None:

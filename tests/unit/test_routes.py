@@ -264,6 +264,48 @@ def test_sealed_with_nothing_direct_the_last_blocks_are_still_awaited() -> None:
     assert is_open(routes) == []
 
 
+# -- everything through the gate, while hosts go on --------------------------------------------
+
+
+def test_all_is_moved_to_the_gate_and_stays_open_for_another_barrier() -> None:
+    routes = direct((0, 2))
+    routes.gate_all()
+    assert routes.wants_change
+    assert not routes.all_gated
+    assert routes.propose([(0, 2)]) == EMPTY
+    assert not routes.all_gated, "the old table may still be in force"
+    routes.landed({0})
+    assert routes.all_gated
+    assert is_open(routes) == [0, 1]
+    routes.gated_hit(0, 2)
+    assert not routes.wants_change
+    assert routes.propose([(0, 2)]) is None
+    routes.landed(())
+    assert is_open(routes) == []
+
+
+def test_a_table_that_may_be_in_force_is_replaced_before_all_counts_as_gated() -> None:
+    routes = direct((0, 1))
+    routes.gate_all()
+    routes.propose([(0, 1)])
+    routes.failed()
+    assert not routes.all_gated
+    assert routes.propose([(0, 1)]) == EMPTY
+    routes.landed(())
+    assert routes.all_gated
+
+
+def test_when_it_is_given_up_the_record_is_direct_again() -> None:
+    routes = direct((0, 2))
+    routes.gate_all()
+    routes.propose([(0, 2)])
+    routes.landed(())
+    routes.gate_all(wanted=False)
+    assert routes.propose([(0, 2)]) == Table(((0, 2),))
+    routes.landed(())
+    assert not routes.all_gated
+
+
 # -- the number of segments -------------------------------------------------------------------
 
 
@@ -273,6 +315,9 @@ def test_when_runs_do_not_fit_those_written_lately_stay_and_then_the_longest() -
     routes.gated_hit(10, 11)
     assert routes.propose(runs) == Table(((5, 9), (10, 11), (12, 15)))
     routes.landed({0})
+    for _ in range(URGENT_HITS - 1):
+        routes.gated_hit(2, 3)
+    assert routes.propose(runs) is None, "few writes do not push out others"
     routes.gated_hit(2, 3)
     assert routes.propose(runs) == Table(((0, 1), (2, 4), (5, 9)))
 

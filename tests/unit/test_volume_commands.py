@@ -21,9 +21,9 @@ from bitmapd.errors import (
     UsageError,
     WrongStateError,
 )
+from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB, MIB, Geometry
 from bitmapd.resize import Names, larger_geometry
-from bitmapd.volume import completion
 from tests.support.local import LocalVolume
 from tests.support.serving import Served, nothing, run, serving
 

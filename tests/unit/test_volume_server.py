@@ -16,10 +16,10 @@ import pytest
 from bitmapd.errors import (
     UnreachableError,
 )
+from bitmapd.media.waiting import completion
 from bitmapd.nbd.client import NbdTarget
 from bitmapd.nbd.uri import format_uri, parse_uri
 from bitmapd.record.geometry import KIB, MIB
-from bitmapd.volume import completion
 from tests.support.local import LocalVolume
 from tests.support.nbdcerts import make_certificates
 from tests.support.nbdpeers import nbdkit, short_folder

@@ -58,23 +58,37 @@ def drop_cache(path: str) -> None:
 
 
 class Disk:
-    """A dm-linear device over a RAM disk (or over a loop device with larger sectors on it)."""
+    """A dm-linear device over a RAM disk (or over a loop device with larger sectors on it).
 
-    def __init__(self, name: str, size_bytes: int, sector_bytes: int = SECTOR) -> None:
+    RAM disks know no discard before 6.4, so one with `discards` is a loop device on a
+    file in memory.
+    """
+
+    def __init__(
+        self, name: str, size_bytes: int, sector_bytes: int = SECTOR, discards: bool = False
+    ) -> None:
         self.name = f"dmtest-{name}"
         self.path = f"/dev/mapper/{self.name}"
         self.size_bytes = size_bytes
         self._sectors = size_bytes // SECTOR
-        self._ram = _free_ram_disk()
+        self._ram = "" if discards else _free_ram_disk()
+        self._file = Path(f"/dev/shm/{self.name}")
         self._loop = ""
         lower = self._ram
-        if sector_bytes != SECTOR:
+        if discards:
+            with self._file.open("wb") as file:
+                file.truncate(RAM_DISK_KIB << 10)
+            lower = self._loop = sh(
+                "losetup", "-f", "--show", "-b", str(sector_bytes), str(self._file)
+            ).strip()
+        elif sector_bytes != SECTOR:
             self._loop = sh(
                 "losetup", "-f", "--show", "-b", str(sector_bytes), "--direct-io=on", self._ram
             ).strip()
             lower = self._loop
         self.lower = lower
-        sh("blkdiscard", "-f", lower, check=False)
+        # RAM disks keep what they have.
+        sh("blkdiscard", "-f", "-z", "-l", str(size_bytes), lower)
         sh("dmsetup", "create", self.name, "--noudevsync", "--table", self._linear)
         _make_node(self.name)
 
@@ -91,6 +105,10 @@ class Disk:
     def break_it(self) -> None:
         self.load(f"0 {self._sectors} error")
 
+    def grow(self, size_bytes: int) -> None:
+        self.size_bytes, self._sectors = size_bytes, size_bytes // SECTOR
+        self.load(self._linear)
+
     def mend(self) -> None:
         self.load(self._linear)
 
@@ -103,6 +121,7 @@ class Disk:
         sh("dmsetup", "remove", "--noudevsync", "--retry", self.name, check=False)
         if self._loop:
             sh("losetup", "-d", self._loop, check=False)
+        self._file.unlink(missing_ok=True)
         _USED.discard(self._ram)
 
 
@@ -124,13 +143,15 @@ def _make_node(name: str) -> None:
 
 
 @contextlib.contextmanager
-def disks(*sizes: tuple[str, int], sector_bytes: int = SECTOR) -> Iterator[list[Disk]]:
+def disks(
+    *sizes: tuple[str, int], sector_bytes: int = SECTOR, discards: bool = False
+) -> Iterator[list[Disk]]:
     """Fresh disks, by name and size in bytes."""
     load_modules()
     made: list[Disk] = []
     try:
         for name, size_bytes in sizes:
-            made.append(Disk(name, size_bytes, sector_bytes))
+            made.append(Disk(name, size_bytes, sector_bytes, discards))
         yield made
     finally:
         for disk in reversed(made):

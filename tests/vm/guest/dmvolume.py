@@ -128,6 +128,7 @@ def dm_volume(
     size_bytes: int = 64 * MIB,
     sector_bytes: int = SECTOR,
     started: bool = True,
+    discards: bool = False,
 ) -> Iterator[DmVolume]:
     with (
         tempfile.TemporaryDirectory(prefix="dmv-") as folder,
@@ -136,6 +137,7 @@ def dm_volume(
             (f"{name}-s", size_bytes),
             (f"{name}-r", 4 * MIB),
             sector_bytes=sector_bytes,
+            discards=discards,
         ) as media,
     ):
         volume = DmVolume(name, Path(folder), media)

@@ -75,10 +75,10 @@ class Stack:
         """A table for the write device."""
         return [Target(0, self.sectors, "linear", f"{device or self.era} 0")]
 
-    def renew_barrier(self) -> None:
+    def renew_barrier(self, metadata: str | None = None) -> None:
         """As a helper does that takes over a live era device."""
         self.close()
-        self._files = [MetadataFile(self.metadata), StatFile(number(self.era))]
+        self._files = [MetadataFile(metadata or self.metadata), StatFile(number(self.era))]
         reader, counters = self._files
         assert isinstance(reader, MetadataFile)
         assert isinstance(counters, StatFile)

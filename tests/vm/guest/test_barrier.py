@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import multiprocessing
 import os
@@ -12,14 +13,24 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from dmctl.kernel.barrier import TAKE_SNAPSHOT
 from dmctl.kernel.dm_ioctl import DeviceMapper
 from dmctl.kernel.dm_wire import Target
-from tests.vm.guest.disks import MIB
-from tests.vm.guest.erastack import BLOCK, WRITE, Stack, blocks, direct, stack
+from tests.vm.guest.disks import MIB, disks
+from tests.vm.guest.erastack import (
+    BLOCK,
+    WRITE,
+    Stack,
+    blocks,
+    clear_head,
+    direct,
+    stack,
+    stack_over,
+)
 
 SOON_S = 20.0
 
@@ -134,6 +145,36 @@ def test_a_deadline_that_passes_changes_nothing() -> None:
         slow.join()
         write(made.write, 8)
         assert blocks(made.barrier(None, 1, SOON_S).blocks) == {4, 8}
+
+
+def test_no_era_is_ended_while_half_of_the_metadata_are_in_use() -> None:
+    """Fault case 25: dm-era fails writes when it runs out of room."""
+    with disks(("lower", 64 * MIB), ("meta", 64 << 10)) as (lower, metadata):
+        clear_head(metadata.path)
+        with stack_over(lower.path, metadata.path, 64 * MIB) as made:
+            write(made.write, 1)
+            before = made.barrier.status()
+            assert 2 * before.used_blocks >= before.total_blocks, "the metadata are too large"
+            with pytest.raises(OSError, match="of 16 metadata blocks are in use") as caught:
+                made.barrier(made.linear(), 1, SOON_S)
+            assert caught.value.errno == errno.ENOBUFS
+            assert made.barrier.status() == before
+            assert at_work(made)
+
+
+def test_marks_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    zeros = tmp_path / "zeros"
+    zeros.write_bytes(bytes(16 * MIB))
+    with stack() as made:
+        write(made.write, 1)
+        made.renew_barrier(metadata=str(zeros))
+        era = made.barrier.status().current_era
+        found = made.barrier(made.linear(), 1, SOON_S)
+        assert "checksum" in found.damage
+        assert found.to_era == era
+        assert made.barrier.status().held_root is None
+        made.renew_barrier()
+        assert blocks(made.barrier(None, 1, SOON_S).blocks) == {1}
 
 
 def await_in_flight(made: Stack) -> None:

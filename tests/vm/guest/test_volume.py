@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.guest.disks import MIB, sh
+from tests.vm.guest.disks import MIB, sh, size_of
 from tests.vm.guest.dmvolume import DmVolume, dm_volume
 
 
@@ -59,7 +59,8 @@ def test_written_read_and_copied(volume: DmVolume) -> None:
     assert "stopped" in answer
     assert volume.is_equal()
     assert volume.status()["record_extents"] == 0
-    assert volume.name not in sh("dmsetup", "ls")
+    left = [line.split()[0] for line in sh("dmsetup", "ls").splitlines()]
+    assert [name for name in left if not name.startswith("dmtest-")] == []
     volume.start()
     assert volume.status()["last_recovery"]["extents"] == 0
 
@@ -100,34 +101,72 @@ def test_sectors_and_a_short_last_extent(sector_bytes: int) -> None:
         assert volume.is_equal()
 
 
-def test_an_ext4_that_is_used_and_trimmed(volume: DmVolume, tmp_path: Path) -> None:
-    sh("mkfs.ext4", "-q", volume.device)
-    mount = tmp_path / "mnt"
-    mount.mkdir()
-    sh("mount", volume.device, str(mount))
-    try:
-        shutil.copytree("/usr/include/linux", mount / "tree")
-        for name in ("a", "b"):
-            (mount / name).write_bytes(os.urandom(4 * MIB))
-        os.sync()
-        refused = volume.stop(status=12)
-        assert "in use" in refused
-        (mount / "a").unlink()
-        os.sync()
-        assert "bytes" in sh("fstrim", "-v", str(mount))
-        rng = random.Random(3)
-        with open(mount / "b", "r+b", buffering=0) as stream:
-            for _ in range(200):
-                stream.seek(rng.randrange(4 * MIB - 8192))
-                stream.write(os.urandom(8192))
-                if rng.random() < 0.1:
-                    os.fsync(stream.fileno())
-    finally:
-        sh("umount", str(mount))
-    volume.wait_in_sync()
-    volume.stop()
-    assert volume.is_equal()
-    sh("e2fsck", "-f", "-n", volume.secondary.path)
+def test_an_ext4_that_is_used_and_trimmed(tmp_path: Path) -> None:
+    with dm_volume("trimmed", discards=True) as volume:
+        sh("mkfs.ext4", "-q", volume.device)
+        mount = tmp_path / "mnt"
+        mount.mkdir()
+        sh("mount", volume.device, str(mount))
+        try:
+            shutil.copytree("/usr/include/linux", mount / "tree")
+            for name in ("a", "b"):
+                (mount / name).write_bytes(os.urandom(4 * MIB))
+            os.sync()
+            refused = volume.stop(status=12)
+            assert "in use" in refused
+            (mount / "a").unlink()
+            os.sync()
+            assert "bytes" in sh("fstrim", "-v", str(mount))
+            rng = random.Random(3)
+            with open(mount / "b", "r+b", buffering=0) as stream:
+                for _ in range(200):
+                    stream.seek(rng.randrange(4 * MIB - 8192))
+                    stream.write(os.urandom(8192))
+                    if rng.random() < 0.1:
+                        os.fsync(stream.fileno())
+        finally:
+            sh("umount", str(mount))
+        volume.wait_in_sync()
+        volume.stop()
+        assert volume.is_equal()
+        sh("e2fsck", "-f", "-n", volume.secondary.path)
+
+
+def test_an_ext4_that_grows_in_use(tmp_path: Path) -> None:
+    with dm_volume("grows") as volume:
+        sh("mkfs.ext4", "-q", volume.device)
+        mount = tmp_path / "mnt"
+        mount.mkdir()
+        sh("mount", volume.device, str(mount))
+        try:
+            shutil.copytree("/usr/include/linux", mount / "one")
+            words = ["fio", "--name=job", f"--filename={mount}/job", "--ioengine=libaio"]
+            words += ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--size=16m", "--direct=1"]
+            words += ["--loops=8", *VERIFY]
+            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as job:
+                volume.until(lambda status: status["direct_extents"] > 4)
+                volume.primary.grow(96 * MIB)
+                assert "secondary" in volume.dmctl("resize", volume.name, status=13)
+                volume.secondary.grow(96 * MIB)
+                volume.dmctl("resize", volume.name)
+                assert volume.status()["size_bytes"] == 96 * MIB
+                volume.dmctl("resize", volume.name)  # nothing left to do
+                assert size_of(volume.device) == 96 * MIB
+                sh("resize2fs", volume.device)
+                shutil.copytree("/usr/include/linux", mount / "two")
+                output, _ = job.communicate(timeout=300)
+                assert job.returncode == 0, output
+            (mount / "three").write_bytes(os.urandom(24 * MIB))
+            volume.until(lambda status: status["direct_extents"] > 4)
+        finally:
+            sh("umount", str(mount))
+        volume.wait_in_sync()
+        volume.stop()
+        volume.size_bytes = 96 * MIB
+        assert volume.is_equal()
+        sh("e2fsck", "-f", "-n", volume.secondary.path)
+        volume.start()
+        assert volume.status()["size_bytes"] == 96 * MIB
 
 
 def test_bitmapd_killed_under_load(volume: DmVolume) -> None:
