@@ -28,7 +28,7 @@ from bitmapd.attach.frames import Frame, FrameError, HelperError, unpack_runs
 from bitmapd.attach.routes import Segment
 from bitmapd.attach.wiring import BlockStat, Wiring
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import BitmapdError, BusyError
+from bitmapd.errors import BitmapdError, BusyError, error_from_json
 from bitmapd.nbd.numbers import ExportFlag, HandshakeFlag, Opt
 from bitmapd.nbd.server import NbdServer
 from bitmapd.nbd.wire import CLIENT_FLAGS, EXPORT_NAME_REPLY, GREETING, OPTION
@@ -201,7 +201,9 @@ class KernelAttachment:
             raise self._failure(error) from error
 
     def _failure(self, error: HelperError) -> BitmapdError:
-        return BitmapdError(f"cannot attach '{self._config.name}': {error.strerror}")
+        code = "busy" if error.code == "EBUSY" else error.code
+        message = f"cannot attach '{self._config.name}': {error.strerror}"
+        return error_from_json({"code": code, "message": message})
 
     # -- while hosts write --------------------------------------------------------------------
     def _open_stat(self, layer: str, device: str) -> None:
@@ -225,7 +227,8 @@ class KernelAttachment:
             return HostCounters(0, 0, 0, 0)
         written = self._stats["write"].read()
         top = self._stats["top"].read()
-        return HostCounters(written[4], written[6] * SECTOR_BYTES, written[11], top[0])
+        written_bytes = written[6] * SECTOR_BYTES
+        return HostCounters(written[4], written_bytes, written[11], top[0], written[8])
 
     def barrier(
         self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone

@@ -143,7 +143,7 @@ class Wiring:
 
 class BlockStat:
     """Counters of a block device: /sys/block/X/stat, numbered as in Documentation/block/stat.rst:
-    reads at 0, writes at 4, sectors written at 6, discards at 11."""
+    reads at 0, writes at 4, sectors written at 6, in flight at 8, discards at 11."""
 
     def __init__(self, number: int) -> None:
         path = f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/stat"

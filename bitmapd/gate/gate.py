@@ -464,7 +464,7 @@ class Gate:
         return (
             direct is not None
             and any(map(direct.routes.is_open, range(first // per, (stop - 1) // per + 1)))
-            and direct.written
+            and direct.being_written
         )
 
     def _has_differences(self, first: int, stop: int) -> bool:

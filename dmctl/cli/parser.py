@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from bitmapd import __version__
 from bitmapd.errors import UsageError
-from bitmapd.units import parse_duration
+from bitmapd.units import parse_duration, parse_rate, parse_size
 
 EXIT_CODES = """\
 exit status:
@@ -93,6 +93,19 @@ def duration(text: str) -> float:
     return parse_duration(text)
 
 
+def latency(text: str) -> float:
+    """A duration that may also be in microseconds."""
+    number = text.strip().removesuffix("us").strip()
+    if text.strip().endswith("us") and number.isascii() and number.isdigit():
+        return int(number) / 1e6
+    return parse_duration(text)
+
+
+def sizes(text: str) -> list[int]:
+    """Sizes with commas between them."""
+    return [parse_size(word) for word in text.split(",")]
+
+
 def _global_options(parser: argparse.ArgumentParser, *, again: bool) -> None:
     """The options that every command takes; `again` on a command, where they have no defaults so
     as not to undo what was said before the command."""
@@ -161,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     _watching(commands)
     _records(commands)
     _configuration(commands)
+    _simulate(commands)
     _later(commands)
     return parser
 
@@ -414,8 +428,9 @@ def _copying(commands: Commands) -> None:
         "set",
         "copying:change",
         "change settings of a running volume",
-        "Keys: copy-rate, record-limit, resync-target, era-interval, predictor. The new values"
-        " are also written to the volume's configuration.",
+        "Keys: copy-rate, record-limit, resync-target, era-interval, predictor, and trace=FILE,"
+        " which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that. The new"
+        " values are also written to the volume's configuration.",
     )
     _name(change)
     change.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="what to change")
@@ -527,15 +542,43 @@ def _later(commands: Commands) -> None:
         )
         parser.set_defaults(feature=f"the {feature} feature")
         _name(parser)
+
+
+def _simulate(commands: Commands) -> None:
     simulate = _command(
         commands,
         "simulate",
-        "later:refuse",
-        "run record policies over block traces (comes with the simulator)",
-        "This build does not have it yet: the command ends with status 14.",
+        "simulate:simulate",
+        "run record policies over block traces",
+        "The writes of each trace are replayed against models of every kind of record; every"
+        " combination of policy, limit, extent size and queue depth is run. Traces are CSV"
+        " (time_s,op,offset_bytes,length_bytes; also what 'dmctl set NAME trace=FILE' records),"
+        " blkparse text, vSCSI CSV, MSR Cambridge CSV or fio iologs, plain or gzip. Durations may"
+        " be in us. With --recommend settings for a volume with this workload are printed instead.",
     )
-    simulate.set_defaults(feature="the simulator")
     _completed(simulate.add_argument("traces", metavar="TRACE", nargs="+", help="the traces"), FILE)
-    simulate.add_argument("--policy", metavar="P", action="append", help="a policy")
-    simulate.add_argument("--record-limit", metavar="SIZE", action="append", help="a limit")
-    simulate.add_argument("--plot", metavar="FILE", help="draw the results")
+    for options, metavar, kind, text in (
+        (("--policy",), "P", str, "superset (ours), predictor:NAME, drbd-al[:SLOTS], drbd-pmem,"
+         " md-bitmap, md-llbitmap, dm-mirror, dm-era, lru, belady (default all)"),
+        (("--record-limit", "--sizes"), "SIZE[,SIZE...]", _type(sizes),
+         "what the record may name (default 64m,256m,1g)"),
+        (("--extent-size",), "SIZE[,SIZE...]", _type(sizes),
+         "of policies that have no size of their own (default 1m)"),
+        (("--queue-depth",), "N", int, "writes in flight together (default 1 and 32)"),
+        (("--plot",), "FILE", str, "draw the results into a .svg or .png file"),
+    ):  # fmt: skip
+        simulate.add_argument(*options, metavar=metavar, type=kind, action="append", help=text)
+    for option, metavar, kind, text in (
+        ("--format", "NAME", str, "csv, blkparse, vscsi, msr or fio (default: found out)"),
+        ("--block-size", "SIZE", parse_size, "unit of copying (default 64k)"),
+        ("--era-interval", "DURATION", latency, "the copy cycle (default 1s)"),
+        ("--link-speed", "RATE", parse_rate, "of the link to the secondary (default 112m/s)"),
+        ("--link-latency", "DURATION", latency, "round trip of the link (default 1ms)"),
+        ("--record-latency", "DURATION", latency, "of one record update (default 100us)"),
+        ("--resync-target", "DURATION", latency,
+         "with --recommend: how long copying after a crash may take (default 1min)"),
+    ):  # fmt: skip
+        simulate.add_argument(option, metavar=metavar, type=_type(kind), help=text)
+    simulate.add_argument(
+        "--recommend", action="store_true", help="print settings for this workload, with reasons"
+    )

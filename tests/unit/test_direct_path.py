@@ -29,6 +29,7 @@ class Helper:
 
     def __init__(self) -> None:
         self.now = Counters(0, 0)
+        self.in_flight = 0
         self.asked: list[tuple[Sequence[Segment] | None, int]] = []
         self.done: BarrierDone = lambda error, landed: None
 
@@ -36,7 +37,7 @@ class Helper:
         return self.now
 
     def host_counters(self) -> HostCounters:
-        return HostCounters(2, 2 * BLOCK, 1, 3)
+        return HostCounters(2, 2 * BLOCK, 1, 3, self.in_flight)
 
     def barrier(
         self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
@@ -115,6 +116,19 @@ def test_what_is_told_of_the_extents_written_decides_which_runs_stay() -> None:
     bench.begin((0, 1), (2, 4))
     assert bench.routes.is_open(0)
     assert not bench.routes.is_open(2)
+
+
+def test_a_write_that_is_not_counted_before_it_ends_is_seen_in_flight(bench: Bench) -> None:
+    for era in (7, 8):
+        bench.begin()
+        bench.land(era=era)
+    assert not bench.path.being_written
+    bench.helper.in_flight = 1
+    assert bench.path.being_written
+    assert not bench.path.written
+    bench.helper.in_flight = 0
+    bench.helper.now = Counters(BLOCK, 0)
+    assert bench.path.being_written
 
 
 def test_one_barrier_at_a_time(bench: Bench) -> None:

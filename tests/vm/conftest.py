@@ -40,9 +40,11 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 @pytest.fixture(scope="session")
 def vm() -> None:
-    """Skips what needs a guest where none can run."""
+    """Skips what needs a guest where none can run; fails it if LAB_REQUIRED is set."""
     try:
         check_machine()
         ready()
     except VmUnavailable as reason:
+        if os.environ.get("LAB_REQUIRED"):
+            pytest.fail(f"no virtual machine: {reason}")
         pytest.skip(f"NO VIRTUAL MACHINE: {reason}")
