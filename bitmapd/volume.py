@@ -48,7 +48,6 @@ from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool
 from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
-from bitmapd.media.reporting import Reporting
 from bitmapd.media.waiting import completion
 from bitmapd.nbd.server import NbdServer
 from bitmapd.nbd.uri import parse_uri
@@ -146,17 +145,17 @@ class Volume:
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
         self._engine.before_submit.append(self._store.commit)
-        self._for_hosts = Reporting(self._primary, self._primary_failed)
         direct = self._make_direct(geometry)
         self.gate = Gate(
             geometry,
-            self._for_hosts,
+            self._primary,
             self._store,
             make_policy(config.predictor, geometry),
             loop,
             limit_extents=self._limit_extents(None),
             direct=direct,
         )
+        self.gate.on_primary_error = self._primary_failed
         self._copy_pool = BufferPool(loop, COPY_POOL_BYTES)
         self.copier = Copier(
             geometry,
@@ -594,6 +593,6 @@ class Volume:
             "last_error": self._last_error,
             "connections": self.server.stats.connections,
             "session": self._session.superblock.session,
-            "primary_errors_total": self._for_hosts.errors,
+            "primary_errors_total": self.gate.primary_errors,
             **({} if self._direct is None else direct_status(self._direct, self.gate)),
         }

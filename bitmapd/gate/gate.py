@@ -28,6 +28,7 @@ marks all their blocks at the next start.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 
 from bitmapd.attach.direct import DirectPath
@@ -38,6 +39,8 @@ from bitmapd.record.policy import Policy
 from bitmapd.record.store import RecordStore
 
 Submit = Callable[[Done], None]
+# Verb, offset and length in bytes, and why the primary refused a host's request.
+PrimaryFailed = Callable[[str, int, int, OSError], None]
 Watch = Callable[[float, str, int, int], None]  # time, W Z or T, offset and length in bytes
 
 # With a direct path one part in so many of the record's limit is kept free for misses.
@@ -91,6 +94,8 @@ class Gate:
         self._evicting: set[int] = set()  # cooled because the record is too large
         self._settling_since: float | None = None
         self.on_flush_error: Callable[[OSError], None] | None = None
+        self.on_primary_error: PrimaryFailed | None = None  # told before the host is
+        self.primary_errors = 0
         self.watch: Watch | None = None  # is told of every change that a host asks for
         self.writes = 0
         self.hits = 0
@@ -114,7 +119,13 @@ class Gate:
 
     def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
         self.reads += 1
-        self._primary.read(offset_bytes, buffer, done)
+
+        def ended(error: OSError | None) -> None:
+            if error is not None:
+                self._tell("read", offset_bytes, len(buffer), error)
+            done(error)
+
+        self._primary.read(offset_bytes, buffer, ended)
 
     def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
         length = len(buffer)
@@ -135,6 +146,7 @@ class Gate:
                     done(error)
                     if error is not None
                     else self._land(
+                        "write",
                         offset_bytes,
                         length,
                         lambda landed: self._primary.write(offset_bytes, buffer, landed, fua),
@@ -160,8 +172,8 @@ class Gate:
             era.in_flight -= 1
             if era.when_landed is not None and not era.in_flight:
                 era.when_landed()
-            if fua:
-                self._durability_answer(error)
+            if error is not None:
+                self._failed("write", offset_bytes, length, error, fua)
             done(error)
 
         self._primary.write(offset_bytes, buffer, landed, fua)
@@ -179,6 +191,7 @@ class Gate:
         if self.watch is not None:
             self.watch(self._scheduler.time(), "Z", offset_bytes, length_bytes)
         self._change(
+            "zero",
             offset_bytes,
             length_bytes,
             lambda landed: self._primary.zero(
@@ -192,6 +205,7 @@ class Gate:
         if self.watch is not None:
             self.watch(self._scheduler.time(), "T", offset_bytes, length_bytes)
         self._change(
+            "trim",
             offset_bytes,
             length_bytes,
             lambda landed: self._primary.trim(offset_bytes, length_bytes, landed, fua=fua),
@@ -201,15 +215,32 @@ class Gate:
 
     def flush(self, done: Done) -> None:
         def flushed(error: OSError | None) -> None:
-            self._durability_answer(error)
+            if error is not None:
+                self._not_durable(error)
             done(error)
 
         self._primary.flush(flushed)
 
-    def _durability_answer(self, error: OSError | None) -> None:
+    def _tell(self, verb: str, offset_bytes: int, length_bytes: int, error: OSError) -> None:
+        """What the mirror asks of the primary is answered for where it is asked.  Of a host's
+        request nobody but the host would learn that the disk has begun to fail."""
+        if error.errno == errno.EOPNOTSUPP:  # not offered
+            return
+        self.primary_errors += 1
+        if self.on_primary_error is not None:
+            self.on_primary_error(verb, offset_bytes, length_bytes, error)
+
+    def _failed(
+        self, verb: str, offset_bytes: int, length_bytes: int, error: OSError, fua: bool
+    ) -> None:
+        self._tell(verb, offset_bytes, length_bytes, error)
+        if fua:
+            self._not_durable(error)
+
+    def _not_durable(self, error: OSError) -> None:
         """The kernel reports the loss of cached data once, to whoever asks first; the copier's own
         next flush would succeed although what it has read may be gone."""
-        if error is not None and self.on_flush_error is not None:
+        if self.on_flush_error is not None:
             self.on_flush_error(error)
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
@@ -220,7 +251,13 @@ class Gate:
 
     # -- writing --------------------------------------------------------------------------
     def _change(
-        self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done, fua: bool
+        self,
+        verb: str,
+        offset_bytes: int,
+        length_bytes: int,
+        submit: Submit,
+        done: Done,
+        fua: bool,
     ) -> None:
         """A change of the primary of any kind; `submit` starts it and is given the completion."""
         first, stop = self._geometry.extent_span(offset_bytes, length_bytes)
@@ -231,7 +268,7 @@ class Gate:
             if error is not None:
                 done(error)
             else:
-                self._land(offset_bytes, length_bytes, submit, done, fua)
+                self._land(verb, offset_bytes, length_bytes, submit, done, fua)
 
         if self._store.covers(first, stop):
             self.hits += 1
@@ -267,7 +304,13 @@ class Gate:
             covered(None)
 
     def _land(
-        self, offset_bytes: int, length_bytes: int, submit: Submit, done: Done, fua: bool
+        self,
+        verb: str,
+        offset_bytes: int,
+        length_bytes: int,
+        submit: Submit,
+        done: Done,
+        fua: bool,
     ) -> None:
         """Mark the blocks, count the write in its era and submit it: one event."""
         if self._current_since is None:
@@ -280,8 +323,8 @@ class Gate:
             era.in_flight -= 1
             if era.when_landed is not None and not era.in_flight:
                 era.when_landed()
-            if fua:
-                self._durability_answer(error)
+            if error is not None:
+                self._failed(verb, offset_bytes, length_bytes, error, fua)
             done(error)
 
         submit(landed)
