@@ -24,7 +24,7 @@ first barrier has loaded a table of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 Segment = tuple[int, int, str]  # first byte, end byte, "direct" or "gate"
@@ -86,6 +86,8 @@ class Routes:
         self._last = False  # the barrier under way began after `seal`
         self.loads = 0
         self.moved = 0
+        # Called now and then while there may be a reason to end the era early (`urgent`).
+        self.on_urgent: Callable[[], None] = lambda: None
 
     # -- what the gate asks -----------------------------------------------------------------
     def is_open(self, extent: int) -> bool:
@@ -117,6 +119,8 @@ class Routes:
         """A write to recorded extents [first, stop) came through the gate."""
         self._gated_hits += 1
         self._gated.update(range(first, stop))
+        if self._gated_hits % URGENT_HITS == 0:
+            self.on_urgent()
 
     def adopt(self, extents: Iterable[int]) -> None:
         """A table of an earlier process is in force, and these are direct in it."""

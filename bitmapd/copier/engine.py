@@ -133,6 +133,8 @@ class Copier:
         self._batch_bytes = 0  # copied since the last settle began
         self._batch_limit_bytes: int | None = None  # after an error: so much at risk at a time
         gate.on_flush_error = self._primary_not_flushed
+        gate.when_urgent(self._urgent)
+        self._urgent_timer: Timer | None = None
         self.throttle = throttle
         self.meter = SpeedMeter()
         self.era_interval_s = era_interval_s
@@ -273,6 +275,16 @@ class Copier:
         if now >= self._next_era:
             return gate.wants_era
         return gate.era_is_urgent and now >= self._next_era - self.era_interval_s + URGENT_ERA_S
+
+    def _urgent(self) -> None:
+        """Look when the era may end early; nothing else calls `_pump` while nothing is copied."""
+        if self._urgent_timer is None:
+            wait_s = self._next_era - self.era_interval_s + URGENT_ERA_S - self._scheduler.time()
+            self._urgent_timer = self._scheduler.call_later(max(0.0, wait_s), self._urgent_now)
+
+    def _urgent_now(self) -> None:
+        self._urgent_timer = None
+        self._pump()
 
     def _after_barrier(self) -> None:
         self._barrier = False

@@ -381,6 +381,11 @@ class Gate:
         if self._taken_since is None or self._known_until < self._taken_since:
             self._taken_since = self._known_until
 
+    def when_urgent(self, call: Callable[[], None]) -> None:
+        """Have `call` called when `era_is_urgent` may have become true by writes of hosts."""
+        if self._direct is not None:
+            self._direct.routes.on_urgent = call
+
     @property
     def has_direct(self) -> bool:
         return self._direct is not None

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bitmapd.attach.routes import DIRECT, GATE, URGENT_HITS
-from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Answers, Mirror, ScriptedPolicy, settled
+from bitmapd.copier.engine import URGENT_ERA_S
+from tests.support.mirror import (
+    BLOCK,
+    EXTENT,
+    PER_EXTENT,
+    Answers,
+    Mirror,
+    ScriptedPolicy,
+    begun,
+    settled,
+)
 
 
 def direct(*extents: int, **options: int) -> Mirror:
@@ -178,6 +188,21 @@ def test_many_hits_that_could_have_been_direct_make_the_era_urgent() -> None:
     assert not mirror.gate.era_is_urgent
     mirror.put(0)
     assert mirror.gate.era_is_urgent
+
+
+def test_a_busy_gate_is_relieved_before_the_era_is_over() -> None:
+    mirror = begun(direct=True)
+    mirror.copier.era_interval_s = 1000.0
+    mirror.run(1.0)  # the era that began with the other interval
+    for _ in range(URGENT_HITS):
+        mirror.put(0)
+    mirror.run(URGENT_ERA_S)
+    assert mirror.routes.loads == 0, "the first write is a miss"
+    for _ in range(2 * URGENT_HITS):
+        mirror.put(0)
+    mirror.run(URGENT_ERA_S)
+    assert mirror.routes.loads == 1
+    assert mirror.routes.count_direct == 1
 
 
 def test_the_table_has_what_is_durably_recorded() -> None:
