@@ -9,7 +9,7 @@ PURE_TESTS := tests/unit tests/property
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo test lint coverage test-fast test-real test-vm bench soak fuzz docs install uninstall clean
+.PHONY: help setup demo test lint coverage test-fast test-real test-vm bench bench-vm soak fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +23,7 @@ $(STAMP): packages.txt pyproject.toml tools/setup.sh
 demo: setup  ## mirror a real file system, kill the daemon in mid-write, recover, compare
 	$(PYTHON) examples/demo.py
 
-test: lint coverage test-real  ## lint, every test, coverage report and its gate
+test: lint coverage test-real test-vm  ## lint, every test, coverage report and its gate
 
 lint: setup  ## ruff, mypy --strict, import contracts, shellcheck
 	.venv/bin/ruff check .
@@ -53,6 +53,9 @@ test-vm: setup  ## in a virtual machine with Debian's kernel: device-mapper, pow
 
 bench: setup  ## side by side with nbdkit, qemu-nbd, nbdcopy, dd; writes docs/benchmarks.md
 	$(PYTHON) -m tests.bench.bench $(BENCH_ARGS)
+
+bench-vm: setup  ## beside md, dm-mirror, DRBD in a virtual machine; BENCH_ARGS=--quick
+	$(PYTHON) -m tests.bench.vm.bench_vm $(BENCH_ARGS)
 
 soak: setup  ## long property tests, then kill -9 under verify load; CYCLES=200, EXAMPLES=1200
 	STATEFUL_EXAMPLES=$(or $(EXAMPLES),1200) $(PYTEST) -n $(JOBS) --timeout 3600 tests/property

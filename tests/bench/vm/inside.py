@@ -1,0 +1,244 @@
+"""The part of `make bench-vm` that runs in the guest; what it measured goes to a file as JSON.
+
+1. All contenders exist at the same time, each over disks of its own.
+2. Contenders take turns within each load, and the order turns with each repeat, so that a slow
+   moment of the machine below does not always meet the same one.
+3. A volume's turn with writes lasts for one era, since dm-era marks blocks anew in each: it has
+   the marks and the barrier of one.  Where it is to copy meanwhile, an era comes first that does
+   not count.
+4. A volume's turn ends when its copier has nothing left to do.  At the end both ends of every
+   volume are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.bench.vm import loads, rig
+from tests.bench.vm.loads import Load
+from tests.bench.vm.media import sh
+from tests.bench.vm.rig import Rig
+from tests.bench.vm.stack import Delta
+
+Results = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured; `era_s` is the default era interval, or less where figures mean
+    nothing; `few`: of each kind of load only one or two."""
+
+    name: str
+    repeats: int
+    seconds: float
+    read_s: float
+    era_s: float
+    ramp_s: float
+    window_s: float
+    misses: int
+    few: bool = False
+
+    def of(self, chosen: tuple[Load, ...]) -> tuple[Load, ...]:
+        return tuple(load for load in chosen if load.name in FEW) if self.few else chosen
+
+
+FEW = {"rw16", "rr1", "fsync", "spread-fsync", "mix16"}
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale("full", 3, 1.2, 1.0, 5.0, 5.0, 8.0, 600),
+        Scale("quick", 1, 0.4, 0.3, 2.0, 0, 4.0, 200, few=True),
+        Scale("smoke", 1, 0.1, 0.1, 0.1, 0, 1.2, 50, few=True),
+    )
+}
+
+
+class Bench:
+    def __init__(self, made: Rig, scale: Scale) -> None:
+        self._rig = made
+        self._scale = scale
+        self._seed = 0
+
+    def compare(self, chosen: tuple[Load, ...], names: tuple[str, ...]) -> list[Results]:
+        return [self._compare(load, names) for load in self._scale.of(chosen)]
+
+    def _compare(self, load: Load, names: tuple[str, ...]) -> Results:
+        left_out = set() if load.steady else {rig.THREE, rig.PAUSED}
+        if load.reads:  # these do not differ from their neighbours then
+            left_out |= {rig.ERA, rig.MD_BEHIND, rig.DRBD_ALONE}
+        present = [name for name in names if name in self._rig.devices and name not in left_out]
+        outcomes: dict[str, list[Results]] = {name: [] for name in present}
+        for repeat in range(self._scale.repeats):
+            turn = repeat % len(present)
+            for name in present[turn:] + present[:turn]:
+                outcomes[name].append(self._turn(name, load))
+        self._tell(load.title, _rates(outcomes))
+        fields = {"name": load.name, "title": load.title, "unit": load.unit}
+        return {**fields, "outcomes": outcomes}
+
+    def _turn(self, name: str, load: Load) -> Results:
+        scale, stack = self._scale, self._rig.stacks.get(name)
+        self._rig.keep_awake()
+        self._seed += 1
+        device = self._rig.devices[name]
+        if stack is None:
+            seconds = scale.read_s if load.reads else scale.seconds
+            return asdict(loads.fio(device, load, seconds, 0, self._seed))
+        seconds = scale.read_s if load.reads else scale.era_s
+        ramp_s = scale.ramp_s if load.steady and name != rig.PAUSED else 0
+        if name == rig.PAUSED:
+            stack.call("pause")
+        with stack.watched() as deltas:
+            outcome = loads.fio(device, load, seconds, ramp_s, self._seed)
+        if name == rig.PAUSED:
+            stack.call("resume")
+        stack.settle()
+        return {**asdict(outcome), "busy_s": seconds + ramp_s, **_said(deltas)}
+
+    def misses(self) -> list[Results]:
+        """Every write goes to an extent that is not in the record; each extent is used once."""
+        stack, count, found = self._rig.stacks[rig.MISSES], self._scale.misses, []
+        first_byte = 0
+        for depth in loads.MISS_DEPTHS:
+            outcomes = []
+            for _ in range(self._scale.repeats):
+                with stack.watched() as deltas:
+                    outcome = loads.fio_each_once(
+                        stack.device, first_byte, rig.MISS_EXTENT_BYTES, count, depth
+                    )
+                first_byte += count * rig.MISS_EXTENT_BYTES
+                stack.settle()
+                outcomes.append({**asdict(outcome), **_said(deltas)})
+            title = f"each write into another extent, depth {depth}"
+            found.append(
+                {"name": f"miss{depth}", "title": title, "unit": "1/s"}
+                | {"outcomes": {rig.MISSES: outcomes}}
+            )
+            self._tell(title, {rig.MISSES: [one["rate"] for one in outcomes]})
+        return found
+
+    def windows(self) -> list[Results]:
+        """How long barriers hold writes; with short eras, so that there are many of them."""
+        found = []
+        for name, load in (
+            (rig.HITS, loads.RANDOM_WRITES[1]),
+            (rig.SEGMENTS, loads.SPREAD[0]),
+            (rig.MIX, loads.MIXED[1]),
+        ):
+            self._rig.keep_awake()
+            stack = self._rig.stacks[name]
+            stack.call("set", era_interval="300ms")
+            # The era that has begun lasts as long as it was to last.
+            stack.touch()
+            stack.settle()
+            with stack.watched() as deltas, stack.sampled() as windows_s:
+                loads.fio(stack.device, load, self._scale.window_s, 0, 1)
+            stack.call("set", era_interval="auto")
+            stack.settle()
+            found.append({"name": name, "windows_s": windows_s, **_said(deltas)})
+            self._tell(f"windows, {name}, ms", {name: [1000 * one for one in windows_s]})
+        return found
+
+    def databases(self) -> Results:
+        """SQLite on ext4 on each of them."""
+        left_out = {rig.THREE, rig.PAUSED}
+        names = [name for name in rig.MAIN if name in self._rig.devices and name not in left_out]
+        outcomes: dict[str, list[Results]] = {name: [] for name in names}
+        for repeat in range(self._scale.repeats):
+            turn = repeat % len(names)
+            for name in names[turn:] + names[:turn]:
+                self._rig.keep_awake()
+                with _mounted(self._rig.devices[name]) as folder:
+                    rate = loads.database(folder, self._scale.seconds)
+                outcomes[name].append({"rate": rate})
+                stack = self._rig.stacks.get(name)
+                if stack is not None:
+                    stack.settle()
+        title = "SQLite, one row a transaction, on ext4"
+        self._tell(title, _rates(outcomes))
+        return {"name": loads.DATABASE, "title": title, "unit": "1/s", "outcomes": outcomes}
+
+    def equal(self) -> dict[str, bool]:
+        """Stops the volumes."""
+        stacks = self._rig.stacks
+        return {name: stack.stop() for name, stack in stacks.items() if name != rig.PAUSED}
+
+    def _tell(self, what: str, figures: dict[str, list[float]]) -> None:
+        shown = ", ".join(f"{name} {max(all_, default=0):.1f}" for name, all_ in figures.items())
+        print(f"  {what}: {shown}", flush=True)
+
+
+@contextmanager
+def _mounted(device: str) -> Iterator[Path]:
+    sh("mkfs.ext4", "-q", "-F", device)
+    with tempfile.TemporaryDirectory(prefix="bvm") as folder:
+        sh("mount", "-o", "noatime", device, folder)
+        try:
+            yield Path(folder)
+        finally:
+            sh("umount", folder)
+
+
+def _rates(outcomes: dict[str, list[Results]]) -> dict[str, list[float]]:
+    return {name: [one["rate"] for one in all_] for name, all_ in outcomes.items()}
+
+
+def _said(deltas: list[Delta]) -> Results:
+    (delta,) = deltas
+    shares = {"hit_share": delta.hit_share, "direct_share": delta.direct_share}
+    return {"volume": {**asdict(delta), **shares}}
+
+
+def measure(scale: Scale) -> Results:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bvm")))
+        began_s = time.monotonic()
+        made = stack.enter_context(rig.rig(folder))
+        print("bench: contenders: " + ", ".join(made.devices), flush=True)
+        whole = {rig.SEGMENTS, rig.MIX, rig.MISSES}  # their loads have no region
+        for device in {device for name, device in made.devices.items() if name not in whole}:
+            loads.fill(device, loads.REGION_BYTES)
+        for volume in made.stacks.values():
+            volume.settle()
+        print(f"bench: set up: {time.monotonic() - began_s:.0f} s", flush=True)
+        bench = Bench(made, scale)
+        results: Results = {
+            "missing": made.missing,
+            "versions": made.versions,
+            "scale": asdict(scale),
+        }
+        for part, work in (
+            ("main", lambda: bench.compare(loads.MAIN, rig.MAIN)),
+            ("slow", lambda: bench.compare(loads.RANDOM_WRITES, (rig.SLOW_LINEAR, rig.SLOW_HITS))),
+            ("spread", lambda: bench.compare(loads.SPREAD, (rig.LINEAR, rig.HITS, rig.SEGMENTS))),
+            ("misses", bench.misses),
+            ("mixed", lambda: bench.compare(loads.MIXED, (rig.LINEAR, rig.MIX))),
+            ("windows", bench.windows),
+            ("database", bench.databases),
+            ("equal", bench.equal),
+        ):
+            began_s = time.monotonic()
+            results[part] = work()
+            print(f"bench: {part}: {time.monotonic() - began_s:.0f} s", flush=True)
+        return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="the guest's part of make bench-vm")
+    parser.add_argument("--scale", choices=sorted(SCALES), default="full")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.write_text(json.dumps(measure(SCALES[options.scale]), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

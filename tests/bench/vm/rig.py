@@ -1,0 +1,109 @@
+"""All contenders side by side in one guest; one that cannot be set up is named, with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.bench.vm import peers
+from tests.bench.vm.loads import KIB, MIB, PLACE_BYTES, PLACES
+from tests.bench.vm.media import CommandFailed, Media, sh
+from tests.bench.vm.stack import Shape, Stack
+
+SIZE_BYTES = 256 * MIB
+MISS_EXTENT_BYTES = 64 * KIB
+
+RAW, LINEAR, ERA = "raw device", "dm-linear", "dm-era alone"
+THREE = "dm-linear, three deep"
+HITS, PAUSED = "stack, all hits", "stack, all hits, paused"
+SEGMENTS, MIX, MISSES = "stack, 2,000 segments", "stack, mix", "stack, all misses"
+MD, MD_BEHIND = "md raid1, bitmap", "md raid1, bitmap, write-behind"
+MIRROR = "dm-mirror, disk log"
+DRBD, DRBD_ALONE = "DRBD 8.4, protocol A", "DRBD 8.4, disconnected"
+SLOW_LINEAR, SLOW_HITS = "dm-linear, slow disk", "stack, all hits, slow disk"
+PEERS = (MD, MD_BEHIND, MIRROR, DRBD, DRBD_ALONE)
+MAIN = (RAW, LINEAR, THREE, ERA, HITS, PAUSED, *PEERS)
+
+# The emulated processor is about ten times slower than the bare one, so beside it this is what a
+# quick NVMe drive is beside the bare one.
+LATENCY_US = 100
+
+_ROOMY = ("--record-limit", f"{2 * SIZE_BYTES}B", "--predictor", "lru")
+# Nothing leaves a roomy record by itself, so what is direct stays direct.
+SHAPES = {
+    HITS: Shape("hits", SIZE_BYTES, MIB, _ROOMY),
+    SLOW_HITS: Shape("slow", SIZE_BYTES, MIB, _ROOMY, LATENCY_US),
+    SEGMENTS: Shape("segs", SIZE_BYTES, PLACE_BYTES // 2, _ROOMY),
+    MISSES: Shape("miss", SIZE_BYTES, MISS_EXTENT_BYTES, _ROOMY),
+    MIX: Shape("mix", SIZE_BYTES, MIB),
+}
+
+
+@dataclass(slots=True)
+class Rig:
+    """Devices by contender, volumes by contender, and why others are not here."""
+
+    devices: dict[str, str] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def keep_awake(self) -> None:
+        for stack in set(self.stacks.values()):
+            stack.keep_awake()
+
+
+@contextmanager
+def rig(folder: Path) -> Iterator[Rig]:
+    """The volumes' configuration and sockets are in the folder, whose path must be short."""
+    made = Rig(versions=_versions())
+    with ExitStack() as stack:
+        media = stack.enter_context(Media())
+
+        def add(name: str, device: AbstractContextManager[str]) -> None:
+            try:
+                made.devices[name] = stack.enter_context(device)
+            except (CommandFailed, OSError, TimeoutError) as error:
+                made.missing[name] = str(error)
+                print(f"bench: NOT MEASURED: {name}: {error}", flush=True)
+
+        # A disk each, so that each can have a file system.
+        raw, lower, deep, tracked = (
+            media.make(name, SIZE_BYTES) for name in ("raw", "lower", "deep", "tracked")
+        )
+        slow = media.make("slow", SIZE_BYTES, LATENCY_US)
+        made.devices[RAW] = raw
+        sh("modprobe", "dm-mod")
+        add(LINEAR, peers.linear("linear", lower, SIZE_BYTES))
+        add(THREE, peers.three_deep(deep, SIZE_BYTES))
+        add(SLOW_LINEAR, peers.linear("slow-linear", slow, SIZE_BYTES))
+        add(ERA, peers.era(media, tracked, SIZE_BYTES))
+        add(MD, peers.md_raid1(media, 0, SIZE_BYTES, write_behind=False))
+        add(MD_BEHIND, peers.md_raid1(media, 1, SIZE_BYTES, write_behind=True))
+        add(MIRROR, peers.dm_mirror(media, SIZE_BYTES))
+        add(DRBD, peers.drbd_connected(media, SIZE_BYTES))
+        add(DRBD_ALONE, peers.drbd_alone(media, SIZE_BYTES))
+        # Without these there is nothing to compare: what goes wrong here ends the run.
+        for name, shape in SHAPES.items():
+            volume = stack.enter_context(Stack(media, folder, shape))
+            made.stacks[name], made.devices[name] = volume, volume.device
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(Stack.start, made.stacks.values()))
+        made.stacks[PAUSED], made.devices[PAUSED] = made.stacks[HITS], made.devices[HITS]
+        for name in (HITS, SLOW_HITS):
+            made.stacks[name].make_direct(list(range(0, SIZE_BYTES, MIB)))
+        made.stacks[SEGMENTS].make_direct([place * PLACE_BYTES for place in range(PLACES)])
+        yield made
+
+
+def _versions() -> dict[str, str]:
+    found = {"guest kernel": sh("uname", "-r").strip(), "fio": sh("fio", "--version").strip()}
+    for module in ("drbd", "md-mod"):
+        version = sh("modinfo", "-F", "version", module, check=False).strip()
+        if version:
+            found[module] = version
+    return found

@@ -1,0 +1,237 @@
+"""A volume attached with device-mapper, as the benchmark uses it: made with dmctl, then asked over
+its control socket, since a command of dmctl costs a second of the emulated processor."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.bench.vm.media import MIB, CommandFailed, Media
+from tests.support.volumes import Control
+
+WAIT_S = 60.0
+POLL_S = 0.1
+RECORD_BYTES = 8 * MIB
+PAGE_BYTES = 4096
+# The record of an idle volume shrinks to nothing; it counts as idle after 30 s.
+IDLE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a volume is made with; `options` are those of `dmctl create`."""
+
+    name: str
+    size_bytes: int
+    extent_bytes: int
+    options: tuple[str, ...] = ()
+    latency_us: int = 0  # of primary and secondary
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a volume did in a measurement."""
+
+    seconds: float
+    writes: int
+    misses: int
+    gate_writes: int
+    copied_bytes: int
+    barriers: int
+    table_loads: int
+    suspended_s: float
+
+    @property
+    def hit_share(self) -> float | None:
+        return 1 - self.misses / self.writes if self.writes else None
+
+    @property
+    def direct_share(self) -> float | None:
+        return 1 - self.gate_writes / self.writes if self.writes else None
+
+
+class Stack(AbstractContextManager["Stack"]):
+    """See the module docstring.  It begins with `start`; whatever there is of it ends."""
+
+    def __init__(self, media: Media, folder: Path, shape: Shape) -> None:
+        self.shape = shape
+        self.name = f"bvm-{shape.name}"
+        self.device = f"/dev/mapper/{self.name}"
+        self.primary, self.secondary = (
+            media.make(f"{shape.name}-{end}", shape.size_bytes, shape.latency_us) for end in "ps"
+        )
+        self._record = media.make(f"{shape.name}-r", RECORD_BYTES)
+        self._folder = folder
+        self._fd = -1
+        self._written_at = 0.0
+
+    def start(self) -> None:
+        devices = ("--primary", self.primary, "--secondary", self.secondary)
+        extent = ("--extent-size", f"{self.shape.extent_bytes}B", "--initial-sync", "skip")
+        self._dmctl(
+            *("create", self.name, "--attach", "dm", *devices, "--record", self._record),
+            *(*extent, *self.shape.options),
+        )
+        self._dmctl("start", self.name)
+        self._fd = os.open(self.device, os.O_RDWR | os.O_DIRECT)
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        self._dmctl("stop", self.name, "--now", check=False)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def stop(self) -> bool:
+        """An orderly stop; whether both ends hold the same bytes afterwards."""
+        self._close()
+        self._dmctl("stop", self.name)
+        return _same(self.primary, self.secondary, self.shape.size_bytes)
+
+    def _dmctl(self, *words: str, check: bool = True) -> None:
+        (self._folder / "run").mkdir(exist_ok=True)
+        places = {
+            "DMCTL_CONFIG_DIR": str(self._folder / "etc"),
+            "DMCTL_RUN_DIR": str(self._folder / "run"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "dmctl", *words],
+            env={**os.environ, **places, "NO_COLOR": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S * 2,
+            check=False,
+        )
+        if check and done.returncode:
+            said = f"{done.stdout}{done.stderr}".strip()
+            raise CommandFailed(f"dmctl {' '.join(words)}: exit status {done.returncode}: {said}")
+
+    # -- asking -------------------------------------------------------------------------------
+    def call(self, verb: str, **args: Any) -> Any:
+        """On a connection of its own: an idle one is closed by the volume after a while."""
+        with Control(self._folder / "run" / f"{self.name}.ctl", WAIT_S) as control:
+            return control.call(verb, **args)
+
+    def status(self) -> dict[str, Any]:
+        return dict(self.call("status"))
+
+    def settle(self) -> None:
+        """Return when the copier has nothing left to do."""
+        self.call("wait", **{"for": "in-sync"})
+
+    def until(self, condition: Callable[[dict[str, Any]], bool], what: str) -> None:
+        end_s = time.monotonic() + WAIT_S
+        while not condition(status := self.status()):
+            if time.monotonic() > end_s:
+                raise TimeoutError(f"volume '{self.name}': not {what} in {WAIT_S} s: {status}")
+            time.sleep(POLL_S)
+
+    # -- writing ------------------------------------------------------------------------------
+    def touch(self, offsets: Iterable[int] = (0,)) -> None:
+        """Write a page at each of these."""
+        with mmap.mmap(-1, PAGE_BYTES) as page:
+            for offset in offsets:
+                os.pwrite(self._fd, page, offset)
+        self._written_at = time.monotonic()
+
+    def make_direct(self, offsets: list[int]) -> None:
+        """Have the extents at these offsets, and no others, on the direct path.
+
+        Written once they are in the record; written again they are worth a change of the table.
+        """
+        self.touch(offsets)
+        self.touch(offsets)
+        self.until(lambda status: status["direct_extents"] == len(offsets), "direct")
+        self.settle()
+
+    def keep_awake(self) -> None:
+        """So that its record stays while others are measured."""
+        if time.monotonic() - self._written_at > IDLE_S:
+            self.touch()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[Delta]]:
+        """What it does meanwhile is in the list afterwards."""
+        found: list[Delta] = []
+        before, began_s = self.status(), time.monotonic()
+        yield found
+        self._written_at = time.monotonic()
+        after = self.status()
+        found.append(_delta(before, after, time.monotonic() - began_s))
+
+    @contextlib.contextmanager
+    def sampled(self) -> Iterator[list[float]]:
+        """Seconds for which each barrier held writes meanwhile.
+
+        Barriers that end between two looks share the sum of their times.
+        """
+        found: list[float] = []
+        over = threading.Event()
+
+        def look() -> None:
+            last = self.status()
+            while not over.wait(POLL_S):
+                now = self.status()
+                passed = _took_place(now) - _took_place(last)
+                if passed:
+                    held_s = now["suspended_seconds_total"] - last["suspended_seconds_total"]
+                    found.extend([held_s / passed] * passed)
+                    last = now
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            thread.join()
+
+
+def _took_place(status: dict[str, Any]) -> int:
+    return int(status["barriers_total"] - status["barriers_skipped_total"])
+
+
+def _delta(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Delta:
+    def grown(key: str) -> Any:
+        return after[key] - before[key]
+
+    return Delta(
+        seconds=seconds,
+        writes=grown("writes_total"),
+        misses=grown("misses_total"),
+        gate_writes=grown("gate_writes_total"),
+        copied_bytes=grown("copied_bytes_total"),
+        barriers=_took_place(after) - _took_place(before),
+        table_loads=grown("table_loads_total"),
+        suspended_s=grown("suspended_seconds_total"),
+    )
+
+
+def _same(one: str, other: str, size_bytes: int) -> bool:
+    """Past the page cache, which device-mapper does not feed."""
+    fds = [os.open(path, os.O_RDONLY | os.O_DIRECT) for path in (one, other)]
+    pieces = [mmap.mmap(-1, 4 * MIB) for _ in fds]
+    try:
+        for offset in range(0, size_bytes, 4 * MIB):
+            for fd, piece in zip(fds, pieces, strict=True):
+                os.preadv(fd, [piece], offset)
+            if pieces[0][:] != pieces[1][:]:
+                return False
+        return True
+    finally:
+        for fd, piece in zip(fds, pieces, strict=True):
+            os.close(fd)
+            piece.close()
