@@ -6,10 +6,12 @@ STAMP := .venv/.ready
 JOBS ?= auto
 # First the tests that prove the pure modules, under coverage; then those that run real programs.
 PURE_TESTS := tests/unit tests/property
+# Those of the virtual machine that are part of every test run; `make test-vm` runs all.
+VM_CORE := tests/vm/guest/test_volume.py tests/vm/guest/test_barrier.py tests/vm/guest/test_helper.py
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo test lint coverage test-fast test-real test-vm bench bench-vm soak fuzz docs install uninstall clean
+.PHONY: help setup demo test lint coverage test-fast test-real test-vm test-vm-core bench bench-vm soak fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +25,7 @@ $(STAMP): packages.txt pyproject.toml tools/setup.sh
 demo: setup  ## mirror a real file system, kill the daemon in mid-write, recover, compare
 	$(PYTHON) examples/demo.py
 
-test: lint coverage test-real test-vm  ## lint, every test, coverage report and its gate
+test: lint coverage test-real test-vm-core  ## lint, tests, coverage report and its gate; see test-vm
 
 lint: setup  ## ruff, mypy --strict, import contracts, shellcheck
 	.venv/bin/ruff check .
@@ -46,6 +48,9 @@ test-fast: setup  ## unit and property tests only, under a minute
 
 test-real: setup  ## foreign clients and servers, faults, fuzzing, demo and benchmark smoke
 	$(PYTEST) -n $(JOBS) --durations=20 $(wildcard $(REAL_TESTS))
+
+test-vm-core: setup  ## the part of test-vm that make test runs
+	$(PYTHON) -m tests.vm.lab pytest -- $(VM_CORE)
 
 test-vm: setup  ## in a virtual machine with Debian's kernel: device-mapper, power cuts; VM_ARGS="-k x"
 	$(PYTHON) -m tests.vm.lab pytest -- $(VM_ARGS)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.bench.vm import inside, report, rig
 from tests.bench.vm.media import sh
+
+pytestmark = pytest.mark.skipif(
+    "BENCH_SMOKE" not in os.environ,
+    reason="SETTING UP ALL CONTENDERS TAKES LONG: BENCH_SMOKE=1 runs it",
+)
 
 
 @pytest.fixture(scope="module")
