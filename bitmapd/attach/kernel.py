@@ -8,7 +8,8 @@ hosts can write).  Stop: `close_hosts`, last barriers, `detach`.
    counts as open (`routes.adopt`).
 2. The kernel gives up a connection on which an answer takes too long, whether a medium does not
    answer or this process is stopped.  Then it gets a new one, on which it sends again what had no
-   answer; the server lets it in when all that came over the old one has been carried out.
+   answer; the server lets it in when all that came over the old one has been carried out.  That is
+   done by a helper of its own, which exists before it is needed.
 3. What the kernel has marked and this process has not collected survives it; after the host's
    death the record is what counts, and the stack is built anew.
 """
@@ -63,18 +64,17 @@ class KernelAttachment:
         self._geometry = geometry
         self._logical_block_bytes = logical_block_bytes
         self.emit = emit
-        self._wiring = Wiring(
-            loop,
-            {
-                "name": config.name,
-                "uuid": config.uuid.hex,
-                "primary": str(Path(config.primary).resolve()),
-                "size_bytes": geometry.size_bytes,
-                "logical_block_bytes": logical_block_bytes,
-                "block_bytes": geometry.block_bytes,
-            },
-            emit,
-        )
+        hello = {
+            "name": config.name,
+            "uuid": config.uuid.hex,
+            "primary": str(Path(config.primary).resolve()),
+            "size_bytes": geometry.size_bytes,
+            "logical_block_bytes": logical_block_bytes,
+            "block_bytes": geometry.block_bytes,
+        }
+        self._wiring = Wiring(loop, hello, emit)
+        # A helper that holds the writes of hosts may wait for what needs the connection.
+        self._connector = Wiring(loop, {**hello, "connects_only": True}, emit)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: NbdServer | None = None  # as long as the kernel is to be connected to it
         self._stats: dict[str, BlockStat] = {}
@@ -97,6 +97,9 @@ class KernelAttachment:
         self._server = server
         try:
             ended = await self._connect(server)
+        except HelperError as error:
+            self._server = None
+            raise self._failure(error) from error
         except BaseException:
             self._server = None
             raise
@@ -133,7 +136,7 @@ class KernelAttachment:
             wanted = ExportFlag.HAS_FLAGS | ExportFlag.SEND_FLUSH | ExportFlag.SEND_FUA
             if self._offers_discard():
                 wanted |= ExportFlag.SEND_TRIM
-            await self._call(
+            await self._connector.call(
                 "connect",
                 {
                     "size_bytes": size,
@@ -178,6 +181,7 @@ class KernelAttachment:
     async def detach(self) -> None:
         """Remove the stack; afterwards nothing of the volume is left in the kernel."""
         self._server = None
+        self._connector.close()
         self._close_stats()
         await self._call("detach")
 
@@ -185,6 +189,7 @@ class KernelAttachment:
         """End the helper.  The stack stays as it is."""
         self._server = None
         self._close_stats()
+        self._connector.close()
         self._wiring.close()
 
     def _close_stats(self) -> None:

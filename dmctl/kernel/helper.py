@@ -4,9 +4,12 @@ It changes the kernel's tables for bitmapd, over a socket pair and `bitmapd.atta
 what holds writes must not be what those writes wait for.  It carries out one request at a time and
 ends when the other end of its socket has gone.
 
-1. There is one helper of a volume: a lock, which the kernel takes back when its holder dies, is
-   waited for.  A new helper begins, and every helper ends, by resuming whatever of the volume is
-   suspended.
+1. One helper of a volume changes its devices: a lock, which the kernel takes back when its holder
+   dies, is waited for.  Who has it begins and ends by resuming whatever of the volume is suspended.
+   The lock is not needed to give the kernel a connection to bitmapd: a suspend first submits what
+   was held back by the one before, which nothing interrupts, and which waits for room in the
+   kernel's NBD client, and so for that connection.  Hence another helper can make it, of this
+   bitmapd or of the next one, that takes a living stack over.
 2. While it serves it needs nothing that could wait for the volume: its memory is locked, allocation
    does not write pages back, everything is imported, and signals of the terminal do not end it.
    What of this is not permitted is told in the answer to `hello`, and is no error.
@@ -18,6 +21,7 @@ ends when the other end of its socket has gone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -61,6 +65,8 @@ __all__ = ["main", "nbd_messages"]  # the latter is imported for later
 
 # Longer than any barrier's deadline, so that a helper that is about to end is outlived.
 LOCK_TIMEOUT_S: Final = 30.0
+# For a helper whose bitmapd has died: the time that it takes to see that, and to end.
+LOCK_PATIENCE_S: Final = 2.0
 RECONNECT_TIMEOUT_S: Final = 20.0
 _CHUNK_BYTES: Final = 1 << 20
 _MAX_FDS: Final = 4
@@ -84,6 +90,9 @@ class Request:
 
     def seconds(self, key: str) -> float:
         return float(self._get(key, int, float))
+
+    def flag(self, key: str) -> bool:
+        return self._header.get(key) is True
 
     def segments(self) -> tuple[Segment, ...] | None:
         """First byte, end byte and route of each; None if there are none."""
@@ -113,6 +122,7 @@ class Helper:
         self._volume = volume
         self._mapper = mapper
         self._actor = Dmsetup(mapper)
+        self._lock: int | None = None
         self._barrier: Barrier | None = None
         self._files: list[MetadataFile | StatFile] = []
         self.verbs: dict[str, Callable[[Request], Answer]] = {
@@ -125,12 +135,27 @@ class Helper:
             "detach": self.detach,
         }
 
-    # -- looking ------------------------------------------------------------------------------
-    def awaken(self) -> Observed:
-        """Resume what is suspended."""
-        return self._reach(Goal.AWAKE)
+    # -- the lock -----------------------------------------------------------------------------
+    def own(self, timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        """Lock the volume and resume what is suspended, once; BusyError if another one has it."""
+        if self._lock is not None:
+            return
+        self._lock = lock(self._volume.uuid, timeout_s)
+        self._reach(Goal.AWAKE)
 
-    def described(self, seen: Observed) -> dict[str, Any]:
+    def owns(self) -> bool:
+        """Whether the volume is, or can be, locked within a moment."""
+        with contextlib.suppress(BusyError):
+            self.own(LOCK_PATIENCE_S)
+        return self._lock is not None
+
+    def end(self) -> None:
+        if self._lock is not None:
+            self._reach(Goal.AWAKE)
+
+    # -- looking ------------------------------------------------------------------------------
+    def described(self) -> dict[str, Any]:
+        seen = observe(self._volume, self._mapper)
         era = seen.layer(self._volume, Layer.ERA)
         return {
             "era": era is not None,
@@ -155,12 +180,18 @@ class Helper:
     def build(self, request: Request) -> Answer:
         del request
         self._forget()
-        seen = self.awaken()
-        steps = plan(seen, Wanted(self._volume, Goal.TRACKED))
-        made = any(isinstance(step, Create) for step in steps)
-        if made:
-            selftest(self._mapper, self._actor)
-        era = self._layer(self._reach(Goal.TRACKED), Layer.ERA)
+        made, served = False, False
+        if not self.owns():
+            seen = observe(self._volume, self._mapper)
+            served = seen.layer(self._volume, Layer.TOP) is not None
+        if not served:
+            self.own()
+            seen = self._reach(Goal.AWAKE)
+            steps = plan(seen, Wanted(self._volume, Goal.TRACKED))
+            made = any(isinstance(step, Create) for step in steps)
+            if made:
+                selftest(self._mapper, self._actor)
+        era = self._layer(seen if served else self._reach(Goal.TRACKED), Layer.ERA)
         answer = {
             "era_device": device_path(era.name),
             # A volume that grows gets a new era device under hosts that go on.
@@ -208,6 +239,7 @@ class Helper:
         return queue_number(primary.number, "max_sectors_kb") if primary is not None else 0
 
     def attach(self, request: Request) -> Answer:
+        self.own()
         self._forget()
         seen = self._reach(Goal.ATTACHED, request.segments() or ())
         write = self._layer(seen, Layer.WRITE)
@@ -221,6 +253,7 @@ class Helper:
 
     def barrier(self, request: Request) -> Answer:
         segments = request.segments()
+        self.own()
         since_era, deadline_s = request.number("since_era"), request.seconds("deadline_s")
         if self._barrier is None or segments is not None:
             seen = observe(self._volume, self._mapper)
@@ -261,11 +294,13 @@ class Helper:
 
     def close_top(self, request: Request) -> Answer:
         del request
+        self.own()
         self._reach(Goal.CLOSED)
         return {}, b""
 
     def detach(self, request: Request) -> Answer:
         del request
+        self.own()
         self._forget()
         self._reach(Goal.GONE)
         return {}, b""
@@ -332,7 +367,6 @@ class Server:
         self._socket = sock
         self._warnings = list(warnings)
         self._helper: Helper | None = None
-        self._lock: int | None = None
 
     def serve(self) -> None:
         reader = FrameReader()
@@ -355,7 +389,7 @@ class Server:
         finally:
             _close_all(fds)
             if self._helper is not None:
-                self._helper.awaken()
+                self._helper.end()
 
     def _answer(self, frame: Frame, fds: Sequence[int]) -> Answer:
         number = frame.header.get("id")
@@ -394,15 +428,16 @@ class Server:
         )
         load_module("dm_mod")
         mapper = DeviceMapper()
+        helper = Helper(volume, mapper)
         try:
-            self._lock = lock(volume.uuid)
-            helper = Helper(volume, mapper)
-            seen = helper.awaken()
+            if not request.flag("connects_only"):
+                helper.owns()
+            described = helper.described()
         except BaseException:
             mapper.close()
             raise
         self._helper = helper
-        return {**helper.described(seen), "warnings": self._warnings}, b""
+        return {**described, "warnings": self._warnings}, b""
 
 
 def _with_hint(error: BitmapdError) -> str:

@@ -169,7 +169,10 @@ class Writing(threading.Thread):
 
 
 @contextlib.contextmanager
-def fio_at_work(volume: DmVolume, *options: str) -> Iterator[subprocess.Popen[str]]:
+def fio_at_work(
+    volume: DmVolume, *options: str, finished: bool = True
+) -> Iterator[subprocess.Popen[str]]:
+    """`finished`: wait for its end; otherwise it is ended."""
     words = ["fio", "--name=job", f"--filename={volume.device}", "--direct=1", "--rw=randwrite"]
     words += ["--ioengine=libaio", "--bs=4k", "--iodepth=8", *VERIFY, *(options or ("--loops=2",))]
     with subprocess.Popen(
@@ -177,10 +180,11 @@ def fio_at_work(volume: DmVolume, *options: str) -> Iterator[subprocess.Popen[st
     ) as job:
         try:
             yield job
-            output, _ = job.communicate(timeout=300)
-            assert job.returncode == 0, output
+            if finished:
+                output, _ = job.communicate(timeout=300)
+                assert job.returncode == 0, output
         finally:
-            job.kill()
+            job.send_signal(signal.SIGTERM if not finished else signal.SIGKILL)
 
 
 def layers(volume: DmVolume) -> list[str]:
@@ -222,10 +226,9 @@ def stopped_and_equal(volume: DmVolume) -> None:
     assert volume.is_equal()
 
 
-def helper_of(volume: DmVolume) -> int | None:
+def helpers_of(volume: DmVolume) -> list[int]:
     pid = volume.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return int(children[0]) if children else None
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def await_cut(before: str) -> None:
@@ -481,14 +484,38 @@ def test_case_23_a_helper_that_is_killed_at_any_moment(restless: DmVolume) -> No
             barriers = restless.status()["barriers_total"]
             restless.until(lambda status: status["barriers_total"] > barriers + 1)
             time.sleep(chance.random() * 0.2)  # anywhere between two barriers, or in one
-            pid = helper_of(restless)
-            if pid is not None:
+            for pid in chance.sample(helpers_of(restless), 1):
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
     assert killed > 2
     put(restless.device, FAR)
     equal(restless)
     assert "helper-died" in restless.dmctl("events", restless.name, "--now")
+
+
+def test_case_04_and_22_when_the_kernel_has_no_room_for_more(restless: DmVolume) -> None:
+    """A suspend under way waits for what the kernel cannot send, since nobody answers."""
+    chance = random.Random(4)
+    flood = ("--bs=4k", "--size=40m", "--loops=20", "--iodepth=512")
+    with fio_at_work(restless, *flood, finished=False) as job:
+        for turn in range(4):
+            writes = restless.status()["writes_total"]
+            restless.until(lambda status, so_far=writes: status["writes_total"] > so_far + 1000)
+            time.sleep(chance.random() * 0.3)
+            if turn % 2:
+                restless.kill()
+                restless.start()
+            else:
+                log = sh("dmesg")
+                os.kill(restless.pid, signal.SIGSTOP)
+                try:
+                    await_cut(log)
+                finally:
+                    os.kill(restless.pid, signal.SIGCONT)
+        writes = restless.status()["writes_total"]
+        restless.until(lambda status: status["writes_total"] > writes + 1000)
+        assert job.poll() is None
+    equal(restless)
 
 
 def test_case_25_does_not_come_by_itself(restless: DmVolume) -> None:
