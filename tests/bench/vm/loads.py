@@ -25,14 +25,13 @@ PLACES = 999
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """`options` are fio's own; `steady`: what a volume does in its first era does not count."""
+    """`options` are fio's own."""
 
     name: str
     title: str
     options: tuple[str, ...]
     block_bytes: int = 4 * KIB
     reads: bool = False
-    steady: bool = False
 
     @property
     def unit(self) -> str:
@@ -55,8 +54,8 @@ def _mixed(depth: int) -> tuple[str, ...]:
 
 
 RANDOM_WRITES = (
-    Load("rw1", "4 KiB random write, depth 1", _random("randwrite", 1), steady=True),
-    Load("rw16", "4 KiB random write, depth 16", _random("randwrite", 16), steady=True),
+    Load("rw1", "4 KiB random write, depth 1", _random("randwrite", 1)),
+    Load("rw16", "4 KiB random write, depth 16", _random("randwrite", 16)),
 )
 RANDOM_READS = (
     Load("rr1", "4 KiB random read, depth 1", _random("randread", 1), reads=True),

@@ -23,8 +23,9 @@ WAIT_S = 60.0
 POLL_S = 0.1
 RECORD_BYTES = 8 * MIB
 PAGE_BYTES = 4096
-# The record of an idle volume shrinks to nothing; it counts as idle after 30 s.
-IDLE_S = 15.0
+# The record of an idle volume shrinks to nothing; it counts as idle after 30 s, and a turn of
+# another contender may last for half of that.
+IDLE_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Stack(AbstractContextManager["Stack"]):
         self._folder = folder
         self._fd = -1
         self._written_at = 0.0
+        self._direct: list[int] = []
 
     def start(self) -> None:
         devices = ("--primary", self.primary, "--secondary", self.secondary)
@@ -152,6 +154,7 @@ class Stack(AbstractContextManager["Stack"]):
 
         Written once they are in the record; written again they are worth a change of the table.
         """
+        self._direct = offsets
         self.touch(offsets)
         self.touch(offsets)
         self.until(lambda status: status["direct_extents"] == len(offsets), "direct")
@@ -161,6 +164,12 @@ class Stack(AbstractContextManager["Stack"]):
         """So that its record stays while others are measured."""
         if time.monotonic() - self._written_at > IDLE_S:
             self.touch()
+
+    def make_ready(self) -> None:
+        """What was made direct is so, and there is nothing to copy."""
+        if self._direct and self.status()["direct_extents"] != len(self._direct):
+            self.make_direct(self._direct)
+        self.settle()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Delta]]:
