@@ -508,10 +508,13 @@ def test_case_04_and_22_when_the_kernel_has_no_room_for_more(restless: DmVolume)
             else:
                 log = sh("dmesg")
                 os.kill(restless.pid, signal.SIGSTOP)
+                # What fio writes may all be direct by now, and then nothing waits for the gate.
+                waiting = Writing(restless, (44 + 8 * turn) * MIB)
                 try:
                     await_cut(log)
                 finally:
                     os.kill(restless.pid, signal.SIGCONT)
+                waiting.finish()
         writes = restless.status()["writes_total"]
         restless.until(lambda status: status["writes_total"] > writes + 1000)
         assert job.poll() is None

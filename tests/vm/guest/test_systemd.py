@@ -26,6 +26,7 @@ SYSTEMD = Path("/lib/systemd/systemd")
 UNITS = Path("/etc/systemd/system")
 RULES = Path("/etc/udev/rules.d")
 CONFIG = Path("/etc/dmctl")
+TMP = Path("/etc/tmpfiles.d/tmp.conf")
 DISK = Path("/dev/lab/disk0")
 BY_ID = Path("/dev/disk/by-id")
 MEDIA = {"primary": 1, "secondary": 2, "record": 3}
@@ -131,6 +132,7 @@ def installed(media: dict[str, str]) -> Iterator[None]:
     for source in (ROOT / "udev").glob("*.rules"):
         write(RULES / source.name, source.read_text())
     write(UNITS / "lab.target", TARGET)
+    write(TMP, "")  # a boot would clear /tmp, where other tests have their folders
     for name in NOT_WANTED:
         path = UNITS / f"{name}.service"
         if not path.exists():
