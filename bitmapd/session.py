@@ -171,6 +171,12 @@ class RecordSession:
             page_count(geometry.extents),
         )
 
+    def read_hints(self) -> bytes:
+        return tool.read_hints(self._medium)
+
+    def write_hints(self, area: bytes) -> None:
+        tool.write_hints(self._medium, area)
+
     def finish(self) -> None:
         """The record is empty and both media are flushed: mark it clean."""
         self.update(flags=self.superblock.flags | RecordFlag.CLEAN)

@@ -43,6 +43,7 @@ from bitmapd.errors import (
     WrongStateError,
 )
 from bitmapd.gate.gate import Gate
+from bitmapd.hintkeeper import HintKeeper
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool
@@ -52,6 +53,7 @@ from bitmapd.media.waiting import completion
 from bitmapd.nbd.server import NbdServer
 from bitmapd.nbd.uri import parse_uri
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.hints import encode_hints
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.store import RecordStore
 from bitmapd.recovery import Recovery
@@ -146,11 +148,13 @@ class Volume:
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
         self._engine.before_submit.append(self._store.commit)
         direct = self._make_direct(geometry)
+        policy = make_policy(config.predictor, geometry)
+        policy.recall(self._session.read_hints())
         self.gate = Gate(
             geometry,
             self._primary,
             self._store,
-            make_policy(config.predictor, geometry),
+            policy,
             loop,
             limit_extents=self._limit_extents(None),
             direct=direct,
@@ -174,6 +178,7 @@ class Volume:
             read_primary=self._primary.read_aside,
         )
         self.copier.on_change = self._on_change
+        self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
         self._recording = Recording(self.gate, loop, self._emit)
         opened.append(self._recording.close)
         self._recording.record_to(config.trace)
@@ -271,6 +276,7 @@ class Volume:
         self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
         self.gate.tick()
         self._recording.flush()
+        self._hints.tick()
         self._on_change()
 
     def _limit_extents(self, speed: float | None) -> int:
@@ -342,6 +348,7 @@ class Volume:
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self._recording.close()
+        await self._hints.save()
         while self._engine.in_flight:
             await asyncio.sleep(0)
         if kernel is not None and self.left:
@@ -565,7 +572,9 @@ class Volume:
         )
 
     def _exchange_policy(self, name: str) -> None:
-        policy = make_policy(name, self.geometry)
+        policy, learnt = make_policy(name, self.geometry), self.gate.policy.hints()
+        if learnt is not None:
+            policy.recall(encode_hints(learnt))
         for first, stop in self._store.recorded_runs():
             policy.added(first, stop, self._loop.time())
         self.gate.set_policy(policy)

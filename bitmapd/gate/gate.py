@@ -282,10 +282,8 @@ class Gate:
         self.misses += 1
         policy, store = self._policy, self._store
         policy.wrote(first, stop, now, False)
-        # Predictions may go an eighth beyond the limit: what they displace is evicted right after,
-        # and a record that is full would else never predict.
-        room = self.limit_extents - store.recorded_extents - store.missing(first, stop)
-        extra = policy.predict(first, stop, now, max(0, room + self.limit_extents // 8))
+        needed = store.recorded_extents + store.missing(first, stop)
+        extra = policy.predict(first, stop, now, self.limit_extents, needed)
 
         def recorded(error: OSError | None) -> None:
             dropped_meanwhile = error is None and not store.covers(first, stop)
@@ -583,6 +581,10 @@ class Gate:
 
     def _may_retire(self, extent: int) -> bool:
         return extent not in self._evicting and self._is_settled(extent)
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
 
     def set_policy(self, policy: Policy) -> None:
         """Exchange the policy; the new one has been told what is recorded."""

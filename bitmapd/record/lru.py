@@ -30,7 +30,9 @@ class LruPolicy:
             if stays.recorded[extent]:
                 stays.place(extent, 0, now_s)
 
-    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
+    def predict(
+        self, first: int, stop: int, now_s: float, limit: int, recorded: int
+    ) -> Sequence[tuple[int, int]]:
         return ()
 
     def added(self, first: int, stop: int, now_s: float) -> None:
@@ -51,6 +53,12 @@ class LruPolicy:
         for extent in named:
             self._stays.forget(extent)
         return named + self._stays.take_loose()
+
+    def hints(self) -> None:
+        return None
+
+    def recall(self, area: bytes) -> bool:
+        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         return self._stays.coldest(count, is_clean)

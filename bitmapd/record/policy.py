@@ -24,6 +24,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from bitmapd.record.hints import Hints
+
 
 class Policy(Protocol):
     """See the module docstring for the order of calls."""
@@ -34,10 +36,14 @@ class Policy(Protocol):
     def wrote(self, first: int, stop: int, now_s: float, hit: bool) -> None:
         """A write to extents [first, stop) arrived; `hit` if all were in the record."""
 
-    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
-        """Extra ranges [first, stop) to record with this miss, at most `room` extents in total.
+    def predict(
+        self, first: int, stop: int, now_s: float, limit: int, recorded: int
+    ) -> Sequence[tuple[int, int]]:
+        """Extra ranges [first, stop) to record with this miss; those that matter most.
 
-        Ranges may overlap one another and what is recorded already; they lie inside the volume.
+        In extents: `limit` of the record, and `recorded` once this miss is.  What goes beyond the
+        limit is evicted right afterwards, with what `victims` names.  Ranges may overlap one
+        another and what is recorded already; they lie inside the volume.
         """
 
     def added(self, first: int, stop: int, now_s: float) -> None:
@@ -51,6 +57,13 @@ class Policy(Protocol):
 
     def expired(self, now_s: float) -> Sequence[int]:
         """Recorded extents that are no longer worth keeping; each is named once."""
+
+    def hints(self) -> Hints | None:
+        """What was learnt, for the next session; none if nothing was."""
+
+    def recall(self, area: bytes) -> bool:
+        """Before the first event: go on from the hints that stand in the record's area for them.
+        False if they are of no use; then nothing has changed."""
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         """Up to `count` recorded extents for which `is_clean` holds, least useful first."""

@@ -9,11 +9,11 @@ from bitmapd.errors import UsageError
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.lru import LruPolicy
 from bitmapd.record.policy import Policy
-from bitmapd.record.streams import StreamsPolicy
+from bitmapd.record.superset import SupersetPolicy
 
 PolicyFactory = Callable[[Geometry], Policy]
 
-PREDICTORS: dict[str, PolicyFactory] = {"superset": StreamsPolicy, "lru": LruPolicy}
+PREDICTORS: dict[str, PolicyFactory] = {"superset": SupersetPolicy, "lru": LruPolicy}
 DEFAULT_PREDICTOR = "superset"
 
 

@@ -11,13 +11,15 @@ shrinks to nothing.
    unwanted as soon as it is clean.  So the table may forget whatever it likes, whenever it likes.
 3. Memory: two bits for each extent of the volume (256 KiB per TiB at 1 MiB), and details of at
    most `capacity` extents, about 250 bytes each.  The least recently used one is forgotten first.
-4. Each level is a dict in order of use, so what is due stands at its front: naming costs time for
-   what is named, not for what is kept.
+4. Each level is in order of use, so what is due stands at its front: naming costs time for what is
+   named, not for what is kept.  (A plain dict would have to be searched for its front from where
+   it once began.)
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -30,7 +32,7 @@ CAPACITY = 32768
 # extent: nothing is learnt from them, and they leave the record as soon as they are clean.
 BULK_EXTENTS = 1024
 
-LOOKS = 1024
+LOOKS = 256
 LOOSE_BATCH = 16384
 _ONE = bitarray("1")
 
@@ -46,7 +48,7 @@ class StayTable:
         self._loose = bitarray(extents)  # recorded, without details, not named yet
         self._loose_any = False
         self._level: dict[int, int] = {}
-        self._used: list[dict[int, float]] = [{} for _ in self.stays_s]
+        self._used: list[OrderedDict[int, float]] = [OrderedDict() for _ in self.stays_s]
 
     def __len__(self) -> int:
         """How many extents have a stay."""
@@ -74,6 +76,16 @@ class StayTable:
             del self._used[old][extent]
         self._level[extent] = level
         self._used[level][extent] = now_s
+        return self._shrink() if len(self._level) > self.capacity else []
+
+    def admit(self, extent: int, level: int, now_s: float) -> list[tuple[int, int, float]]:
+        """`enter` and `place` in one, for an extent that has no stay."""
+        self.recorded[extent] = True
+        self._level[extent] = level
+        self._used[level][extent] = now_s
+        return self._shrink() if len(self._level) > self.capacity else []
+
+    def _shrink(self) -> list[tuple[int, int, float]]:
         forgotten = []
         while len(self._level) > self.capacity:
             _, coldest = min(next(self._by_use(used)) for used in self._used if used)
@@ -126,14 +138,25 @@ class StayTable:
             self._loose[found[0] : found[-1] + 1] = False
         return [extent for extent in found if extent not in self._level]
 
-    def coldest(self, count: int, is_clean: Callable[[int], bool]) -> list[int]:
+    def count(self, level: int) -> int:
+        """How many extents have a stay of this level."""
+        return len(self._used[level])
+
+    def oldest(self, level: int, count: int) -> Iterator[tuple[int, float]]:
+        """Up to `count` extents of this level and when each was last used, oldest first."""
+        return islice(self._used[level].items(), count)
+
+    def coldest(
+        self, count: int, is_clean: Callable[[int], bool], levels: Iterable[int] | None = None
+    ) -> list[int]:
         """Up to `count` extents for which `is_clean` holds, least recently used first.
 
         Looks at a bounded number of extents: where very many old ones are dirty the secondary is
         away, and a miss must not pay for a search through them.
         """
         looks = LOOKS + 4 * count if count > 0 else 0
-        in_order = heapq.merge(*(self._by_use(used) for used in self._used))
+        chosen = self._used if levels is None else [self._used[level] for level in levels]
+        in_order = heapq.merge(*(self._by_use(used) for used in chosen))
         clean = (extent for _, extent in islice(in_order, looks) if is_clean(extent))
         return list(islice(clean, max(count, 0)))
 

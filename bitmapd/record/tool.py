@@ -4,9 +4,9 @@ Everything is synchronous and goes past the page cache where the medium allows i
 
 1. `load` reads, then flushes the medium: what it returned survives a power cut, even if the write
    that brought it was cut off by the death of the process that made it.
-2. `format_record` takes the old superblocks away first, then writes the pages, then the new
-   superblocks, each durably before the next.  A crash in between leaves no record, or one without
-   valid superblock: nothing that lies.
+2. `format_record` takes the old superblocks and hints away first, then writes the pages, then the
+   new superblocks, each durably before the next.  A crash in between leaves no record, or one
+   without valid superblock: nothing that lies.
 3. `write_superblock` returns when both copies are durable; only then may anything rely on it.
 4. `heal` makes damaged pages whole again, as ones.  It comes before anything relies on the record.
 5. `repair` writes to another medium, never to the one it reads.
@@ -45,6 +45,7 @@ from bitmapd.errors import (
     UsageError,
 )
 from bitmapd.media.identity import in_use, same_medium, signature
+from bitmapd.record.hints import HINTS_BYTES
 from bitmapd.record.layout import (
     PAGE_BYTES,
     PAGES_OFFSET,
@@ -80,8 +81,10 @@ __all__ = [
     "heal",
     "load",
     "probe",
+    "read_hints",
     "repair",
     "with_superblock",
+    "write_hints",
     "write_pages",
     "write_superblock",
 ]
@@ -89,6 +92,7 @@ __all__ = [
 Source: TypeAlias = "str | Path | RecordMedium"
 Read = Callable[[int, list[memoryview], int], int]
 
+HINTS_OFFSET: Final = SUPERBLOCK_OFFSETS[1] + SUPERBLOCK_BYTES  # up to the pages
 CHUNK_BYTES: Final = 1 << 20
 _PAGES_PER_CHUNK: Final = CHUNK_BYTES // (2 * PAGE_BYTES)
 _FLOCK: Final = struct.Struct("@hhqqi")  # struct flock with 64-bit offsets
@@ -312,7 +316,23 @@ def load(source: Source, read: Read = os.preadv) -> Loaded:
     return replace(loaded, warnings=tuple(warnings))
 
 
+def read_hints(medium: RecordMedium) -> bytes:
+    """The area of hints as it is; less than `HINTS_BYTES` if it cannot be read."""
+    buffer = mmap.mmap(-1, HINTS_BYTES)
+    try:
+        return buffer[: os.preadv(medium.fd, [buffer], HINTS_OFFSET)]
+    except OSError:
+        return b""
+
+
 # -- writing ------------------------------------------------------------------------------------
+
+
+def write_hints(medium: RecordMedium, area: bytes) -> None:
+    """A crash leaves old ones, new ones, or some that are ignored."""
+    view = memoryview(mmap.mmap(-1, HINTS_BYTES))
+    view[:] = area
+    medium.write(HINTS_OFFSET, view)
 
 
 def write_superblock(medium: RecordMedium, superblock: Superblock) -> None:
@@ -442,6 +462,7 @@ def _write_record(
     nothing = memoryview(mmap.mmap(-1, SUPERBLOCK_BYTES))
     for offset_bytes in SUPERBLOCK_OFFSETS:
         medium.write(offset_bytes, nothing, os.RWF_DSYNC)
+    write_hints(medium, bytes(HINTS_BYTES))
     write_pages(medium, superblock, bits, 0, superblock.page_count, sequence)
     write_superblock(medium, superblock)
     medium.sync()

@@ -6,9 +6,8 @@ under a microsecond; `tests/property/test_simulate_gate.py` runs both over the s
 compares every call of the policy, every record write and every state.
 
 1. A hit tells the policy and marks its extents dirty in the current era.
-2. A miss asks for predictions, with an eighth of the limit as room beyond what is free; records
-   what is needed and, on pages that are written anyway, what is predicted; evicts clean extents
-   down to the limit; then waits for its pages.
+2. A miss asks for predictions; records what is needed and, on pages that are written anyway, what
+   is predicted; evicts clean extents down to the limit; then waits for its pages.
 3. The misses of a batch share the writes of their pages.  A write whose extents were dropped while
    it waited records them again.
 4. When an era is settled, extents that were not written since are offered to the policy, and those
@@ -190,8 +189,7 @@ class GateModel(BatchModel):
         policy, limit = self.policy, self.limit_units
         policy.wrote(low, high, now_s, False)
         missing = high - low - self._wanted.count(1, low, high)
-        room = limit - self.recorded - missing
-        extra = policy.predict(low, high, now_s, max(0, room + limit // 8))
+        extra = policy.predict(low, high, now_s, limit, self.recorded + missing)
         waits = self._add(low, high, extra, ready)
         policy.added(low, high, now_s)
         for begin, end in extra:

@@ -16,16 +16,17 @@ from hypothesis.stateful import (
 )
 
 from bitmapd.record.geometry import MIB, Geometry
+from bitmapd.record.hints import HINTS_BYTES, encode_hints
 from bitmapd.record.lru import LruPolicy
 from bitmapd.record.policy import Policy
 from bitmapd.record.stays import BULK_EXTENTS
-from bitmapd.record.streams import Options, StreamsPolicy
+from bitmapd.record.superset import Options, SupersetPolicy
 from tests.support.machines import machine_settings
 
 EXTENTS = BULK_EXTENTS + 176
-SMALL = Options(stays=12, past=6, successors=5, sources=7)
+SMALL = Options(stays=12, past=6, trail=9, watched=7)
 
-# Most extents lie close together, so that streams, neighbours and rewriting come about.
+# Most extents lie close together, so that streams, neighbours and repetitions come about.
 extents = st.one_of(st.integers(0, 40), st.integers(0, EXTENTS - 1))
 
 
@@ -55,15 +56,16 @@ class Protocol(RuleBasedStateMachine):
         self.recorded.update(range(first, stop))
         self.policy.added(first, stop, self.now_s)
 
-    def write(self, first: int, stop: int, room: int, record_fails: bool) -> None:
+    def write(self, first: int, stop: int, limit: int, record_fails: bool) -> None:
         span = range(first, stop)
         hit = self.recorded.issuperset(span)
         self.policy.wrote(first, stop, self.now_s, hit)
         self.named.difference_update(span)
         if not hit:
-            extra = list(self.policy.predict(first, stop, self.now_s, room))
+            needed = len(self.recorded.union(span))
+            extra = list(self.policy.predict(first, stop, self.now_s, limit, needed))
             assert all(0 <= low < high <= EXTENTS for low, high in extra)
-            assert sum(high - low for low, high in extra) <= max(room, 0)
+            assert sum(high - low for low, high in extra) <= max(limit - needed, 0) + limit // 4
             if record_fails:
                 return
             self.enter(first, stop)
@@ -74,11 +76,11 @@ class Protocol(RuleBasedStateMachine):
     @rule(
         first=extents,
         length=st.integers(1, 4),
-        room=st.integers(-3, 200),
+        limit=st.integers(0, 300),
         record_fails=st.booleans(),
     )
-    def write_some(self, first: int, length: int, room: int, record_fails: bool) -> None:
-        self.write(first, min(first + length, EXTENTS), room, record_fails)
+    def write_some(self, first: int, length: int, limit: int, record_fails: bool) -> None:
+        self.write(first, min(first + length, EXTENTS), limit, record_fails)
 
     @rule(first=extents, length=st.integers(2, 12), direction=st.sampled_from([1, -1]))
     def write_stream(self, first: int, length: int, direction: int) -> None:
@@ -127,6 +129,16 @@ class Protocol(RuleBasedStateMachine):
         assert set(victims) <= self.recorded - self.dirty
         self.drop(victims)
 
+    @rule()
+    def remember(self) -> None:
+        """What is learnt may be carried over at any time, and is bounded."""
+        if isinstance(self.policy, SupersetPolicy):
+            area = encode_hints(self.policy.hints())
+            assert len(area) == HINTS_BYTES
+            other = SupersetPolicy(Geometry(EXTENTS * MIB))
+            assert other.recall(area)
+            assert encode_hints(other.hints()) == area
+
     @rule(which=st.lists(extents, max_size=5))
     def drop_anything_clean(self, which: list[int]) -> None:
         self.drop([e for e in which if e in self.recorded and e not in self.dirty])
@@ -143,27 +155,28 @@ class Protocol(RuleBasedStateMachine):
     @invariant()
     def memory_is_bounded(self) -> None:
         policy = getattr(self, "policy", None)
-        if isinstance(policy, StreamsPolicy):
+        if isinstance(policy, SupersetPolicy):
             sizes = policy._options
             assert len(policy._stays) <= sizes.stays
             assert len(policy._past) <= sizes.past
-            assert len(policy._successors) <= sizes.successors
-            assert len(policy._source) <= sizes.sources
-            assert len(policy._streams) <= 64
-            assert len(policy._recent) <= 4
+            assert len(policy._nearby.trail) <= sizes.trail
+            assert len(policy._odds) <= sizes.watched
+            assert len(policy._offered) <= 64
+            assert all(len(gone) <= sizes.stays for gone in policy._gone)
             assert len(policy._fresh) <= sizes.stays
+            assert 0 < policy._share <= 0.5
         elif isinstance(policy, LruPolicy):
             assert len(policy._stays) <= policy._stays.capacity
 
 
-def streams(small: bool) -> Policy:
-    return StreamsPolicy(Geometry(EXTENTS * MIB), SMALL if small else None)
+def superset(small: bool) -> Policy:
+    return SupersetPolicy(Geometry(EXTENTS * MIB), SMALL if small else None)
 
 
 def lru(small: bool) -> Policy:
     return LruPolicy(Geometry(EXTENTS * MIB), *((12,) if small else ()))
 
 
-@pytest.mark.parametrize("make", [streams, lru])
+@pytest.mark.parametrize("make", [superset, lru])
 def test_any_order_of_events(make: Callable[[bool], Policy]) -> None:
     run_state_machine_as_test(lambda: Protocol(make), settings=machine_settings(150, 40))

@@ -20,7 +20,7 @@ from bitmapd.record.layout import EXTENTS_PER_PAGE
 from bitmapd.record.lru import LruPolicy
 from bitmapd.record.policy import Policy
 from bitmapd.record.store import RecordStore
-from bitmapd.record.streams import StreamsPolicy
+from bitmapd.record.superset import SupersetPolicy
 from bitmapd.simulate.eras import plan_eras
 from bitmapd.simulate.model import NEVER_S
 from bitmapd.simulate.params import Params
@@ -50,9 +50,11 @@ class Overheard:
         self.calls.append(("wrote", first, stop, now_s, hit))
         self.inner.wrote(first, stop, now_s, hit)
 
-    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
-        answer = self.inner.predict(first, stop, now_s, room)
-        self.calls.append(("predict", first, stop, now_s, room, list(answer)))
+    def predict(
+        self, first: int, stop: int, now_s: float, limit: int, recorded: int
+    ) -> Sequence[tuple[int, int]]:
+        answer = self.inner.predict(first, stop, now_s, limit, recorded)
+        self.calls.append(("predict", first, stop, now_s, limit, recorded, list(answer)))
         return answer
 
     def added(self, first: int, stop: int, now_s: float) -> None:
@@ -73,6 +75,12 @@ class Overheard:
         answer = self.inner.expired(now_s)
         self.calls.append(("expired", now_s, list(answer)))
         return answer
+
+    def hints(self) -> None:
+        return None
+
+    def recall(self, area: bytes) -> bool:
+        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         answer = self.inner.victims(count, is_clean, now_s)
@@ -96,7 +104,9 @@ class Erratic:
     def wrote(self, first: int, stop: int, now_s: float, hit: bool) -> None:
         """Nothing is learnt."""
 
-    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
+    def predict(
+        self, first: int, stop: int, now_s: float, limit: int, recorded: int
+    ) -> Sequence[tuple[int, int]]:
         return [(extent, extent + self.rng.randint(1, 3)) for extent in self.some(3)]
 
     def added(self, first: int, stop: int, now_s: float) -> None:
@@ -110,6 +120,12 @@ class Erratic:
 
     def expired(self, now_s: float) -> Sequence[int]:
         return self.some(10)
+
+    def hints(self) -> None:
+        return None
+
+    def recall(self, area: bytes) -> bool:
+        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         return [*self.some(20), *self.some(2)]
@@ -241,7 +257,7 @@ def test_the_restatement_does_what_gate_and_store_do(
         if kind == "erratic":
             return Overheard(Erratic(Random(seed)))
         geometry = Geometry(SIZE, EXTENT, EXTENT)
-        return Overheard(StreamsPolicy(geometry) if kind == "superset" else LruPolicy(geometry))
+        return Overheard(SupersetPolicy(geometry) if kind == "superset" else LruPolicy(geometry))
 
     ours, theirs = new_policy(), new_policy()
     model = GateModel(trace, params, plan_eras(trace, params), ours, limit)

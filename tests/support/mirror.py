@@ -45,8 +45,10 @@ class ScriptedPolicy:
     def wrote(self, first: int, stop: int, now_s: float, hit: bool) -> None:
         self.told.append(("wrote", first, stop, hit))
 
-    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
-        self.told.append(("predict", first, stop, room))
+    def predict(
+        self, first: int, stop: int, now_s: float, limit: int, recorded: int
+    ) -> Sequence[tuple[int, int]]:
+        self.told.append(("predict", first, stop, limit, recorded))
         return self.predictions
 
     def added(self, first: int, stop: int, now_s: float) -> None:
@@ -60,6 +62,12 @@ class ScriptedPolicy:
 
     def expired(self, now_s: float) -> Sequence[int]:
         return self.expiring
+
+    def hints(self) -> None:
+        return None
+
+    def recall(self, area: bytes) -> bool:
+        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         self.told.append(("victims", count))

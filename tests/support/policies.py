@@ -19,7 +19,9 @@ class MischievousPolicy:
     def wrote(self, first: int, stop: int, now_s: float, hit: bool) -> None:
         assert 0 <= first < stop <= self._extents
 
-    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
+    def predict(
+        self, first: int, stop: int, now_s: float, limit: int, recorded: int
+    ) -> Sequence[tuple[int, int]]:
         start = self._rng.randrange(self._extents)
         return [(start, min(self._extents, start + self._rng.randint(1, 3)))]
 
@@ -35,6 +37,12 @@ class MischievousPolicy:
     def expired(self, now_s: float) -> Sequence[int]:
         return [extent for extent in range(self._extents) if self._rng.random() < 0.5]
 
+    def hints(self) -> None:
+        return None
+
+    def recall(self, area: bytes) -> bool:
+        return False
+
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         # Unclean ones too, against the rules: the gate has to look for itself.
         return self._rng.sample(range(self._extents), min(count, self._extents))
@@ -48,7 +56,9 @@ class KeepNothing:
     def wrote(self, first: int, stop: int, now_s: float, hit: bool) -> None:
         """Nothing is learnt."""
 
-    def predict(self, first: int, stop: int, now_s: float, room: int) -> Sequence[tuple[int, int]]:
+    def predict(
+        self, first: int, stop: int, now_s: float, limit: int, recorded: int
+    ) -> Sequence[tuple[int, int]]:
         return ()
 
     def added(self, first: int, stop: int, now_s: float) -> None:
@@ -62,6 +72,12 @@ class KeepNothing:
 
     def expired(self, now_s: float) -> Sequence[int]:
         return ()
+
+    def hints(self) -> None:
+        return None
+
+    def recall(self, area: bytes) -> bool:
+        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         return ()

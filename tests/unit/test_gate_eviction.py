@@ -27,7 +27,7 @@ def test_predictions_ride_along_with_the_miss(mirror: Mirror) -> None:
     assert mirror.stored() == {1, 2, 3, 7}
     assert mirror.policy.told == [
         ("wrote", 1, 2, False),
-        ("predict", 1, 2, 99 + 100 // 8),
+        ("predict", 1, 2, 100, 1),
         ("added", 1, 2),
         ("added", 2, 4),
         ("added", 7, 8),

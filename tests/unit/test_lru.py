@@ -15,7 +15,7 @@ GEOMETRY = Geometry(4000 * MIB)
 
 def record(policy: LruPolicy, extent: int, now_s: float) -> None:
     policy.wrote(extent, extent + 1, now_s, False)
-    assert policy.predict(extent, extent + 1, now_s, 100) == ()
+    assert policy.predict(extent, extent + 1, now_s, 100, 1) == ()
     policy.added(extent, extent + 1, now_s)
 
 

@@ -27,6 +27,7 @@ from bitmapd.errors import (
 )
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.hints import HINTS_BYTES
 from bitmapd.record.layout import (
     EXTENTS_PER_PAGE,
     PAGE_BYTES,
@@ -162,11 +163,11 @@ class PowerCut(Exception):
     """Stands for the end of the machine."""
 
 
-@pytest.mark.parametrize("remaining", range(6))
+@pytest.mark.parametrize("remaining", range(7))
 def test_a_format_cut_short_leaves_nothing_that_lies(
     remaining: int, golden: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut after 0, 1, … writes: first the old superblocks go, then the pages, then the new ones."""
+    """Cut after 0, 1, … writes: old superblocks and hints go, then come pages and superblocks."""
     path = golden("dirty")
     write, left = os.pwritev, [remaining]
 
@@ -179,18 +180,47 @@ def test_a_format_cut_short_leaves_nothing_that_lies(
     block = superblock(volume_uuid=OTHER, name="new")
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", counted)
-        if remaining < 5:
+        if remaining < 6:
             with pytest.raises(PowerCut):
                 tool.format_record(path, block, True, force=True)
         else:
             tool.format_record(path, block, True, force=True)
     if remaining < 2:
         assert tool.load(path).superblock == superblock()
-    elif remaining < 4:
+    elif remaining < 5:
         assert tool.probe(path) is None
     else:
         assert tool.load(path).superblock == block
         assert tool.load(path).bits.all()
+
+
+# -- hints --------------------------------------------------------------------------------------
+
+
+def test_hints_have_a_place_of_their_own(medium: str) -> None:
+    assert tool.HINTS_OFFSET + HINTS_BYTES == PAGES_OFFSET
+    tool.format_record(medium, superblock(), True)
+    before = tool.load(medium)
+    area = bytes(range(256)) * (HINTS_BYTES // 256)
+    with tool.RecordMedium.open(medium) as opened:
+        assert tool.read_hints(opened) == bytes(HINTS_BYTES)
+        tool.write_hints(opened, area)
+        assert tool.read_hints(opened) == area
+    assert tool.load(medium) == before
+    assert tool.check(medium, VOLUME).findings == ()
+    tool.format_record(medium, superblock(), False, force=True)
+    with tool.RecordMedium.open(medium) as opened:
+        assert tool.read_hints(opened) == bytes(HINTS_BYTES)
+
+
+def test_hints_that_cannot_be_read_are_none(golden: Callable[[str], str]) -> None:
+    with tool.RecordMedium.open(golden("dirty")) as opened:
+        readable, opened.fd = opened.fd, os.open("/", os.O_RDONLY)
+        try:
+            assert tool.read_hints(opened) == b""
+        finally:
+            os.close(opened.fd)
+            opened.fd = readable
 
 
 # -- opening ------------------------------------------------------------------------------------

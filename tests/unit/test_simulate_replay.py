@@ -11,7 +11,7 @@ import pytest
 from bitmapd.errors import UsageError
 from bitmapd.record.geometry import MIB, Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE
-from bitmapd.record.streams import StreamsPolicy
+from bitmapd.record.superset import SupersetPolicy
 from bitmapd.simulate.chart import bar, hit_rate_chart, limit_text, sparkline, updates_chart
 from bitmapd.simulate.eras import plan_eras
 from bitmapd.simulate.meter import HitRate
@@ -47,7 +47,7 @@ def test_what_is_predicted_rides_along() -> None:
     drive(trace, model)
     assert model.meter.waited_updates == 2
     assert list(model.meter.waits) == [0, 3]
-    assert ("predict", 1, 2, 100 - 1 + 12) in policy.told
+    assert ("predict", 1, 2, 100, 1) in policy.told
     assert ("added", 4, 7) in policy.told
     model.elapse(3.0)  # 8 was not wanted and is gone by the next second
     assert model.covers(4, 7)
@@ -216,9 +216,9 @@ def test_limits_are_those_that_a_policy_keeps_to() -> None:
 def test_a_policy_may_be_given_as_a_function() -> None:
     seen: list[Geometry] = []
 
-    def factory(geometry: Geometry) -> StreamsPolicy:
+    def factory(geometry: Geometry) -> SupersetPolicy:
         seen.append(geometry)
-        return StreamsPolicy(geometry)
+        return SupersetPolicy(geometry)
 
     found = replay(TRACE, factory)
     assert found == replay(TRACE, "superset")

@@ -367,6 +367,8 @@ def test_the_stored_record_shrinks_while_the_volume_runs(
 
 
 def test_a_record_that_fails_fails_misses_alone(local: LocalVolume) -> None:
+    local.config = dataclasses.replace(local.config, predictor="lru")  # a miss is one extent
+
     async def test() -> None:
         async with serving(local) as served:
             await served.write(0, b"a" * 4096)

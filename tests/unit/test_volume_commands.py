@@ -84,6 +84,8 @@ def test_resync_hurries_what_is_not_in_sync(local: LocalVolume) -> None:
 
 
 def test_resync_with_checksum_sends_what_differs_in_the_record(local: LocalVolume) -> None:
+    local.config = dataclasses.replace(local.config, predictor="lru")  # a miss is one extent
+
     async def test() -> None:
         async with serving(local) as served:
             volume = served.volume
