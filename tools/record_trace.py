@@ -8,11 +8,15 @@ is let loose.  The kernel's tracepoint `block_rq_issue` tells of every request t
 device; an instance of the tracing file system of its own keeps this from disturbing anybody else.
 One gzip file for each workload comes out of it, in the CSV format of `bitmapd.simulate.formats`.
 
+A virtual machine has no use for a mounted folder: its disk is filled and unmounted first, and it
+is given the device.  What filled the disk is not in the trace.
+
 Nothing of what the programs do is made up: where a program is missing, its workload says so and
 is left out.  Times, and so the traces, differ a little from one recording to the next.
 
-It needs root, loop devices and tracefs, and about 8 GiB of room in the temporary folder.  What it
-mounts and attaches it takes away again, on errors too.
+It needs root, loop devices and tracefs, and about 8 GiB of room in the temporary folder; the
+virtual machine needs debootstrap, qemu-system-x86 and a Debian mirror too.  What it mounts and
+attaches it takes away again, on errors too.
 """
 
 from __future__ import annotations
@@ -47,6 +51,10 @@ POSTGRES = Path("/usr/lib/postgresql")
 ARCHIVES = Path("/var/cache/apt/archives")
 SYSTEM = Path("/usr/lib/python3")
 SOURCES = "pycryptodome==3.20.0"
+MIRROR = "http://deb.debian.org/debian"
+RELEASE = "bookworm"
+QEMU = "qemu-system-x86_64"
+BOOT_LIMIT_S = 900
 ISSUE = re.compile(r" (\d+\.\d+): block_rq_issue: \d+,\d+ (\w+) \d+ \(.*?\) (\d+) \+ (\d+) ")
 
 
@@ -54,14 +62,30 @@ class Missing(Exception):
     """Something that a workload needs is not on this machine."""
 
 
-def run(*command: str | Path, folder: Path | None = None, user: str | None = None) -> str:
+def need(program: str) -> None:
+    if shutil.which(program) is None:
+        raise Missing(f"{program} is not installed")
+
+
+def run(
+    *command: str | Path,
+    folder: Path | None = None,
+    user: str | None = None,
+    limit_s: float | None = None,
+) -> str:
     words = [str(word) for word in command]
     if user is not None:
         words = ["runuser", "-u", user, "--", *words]
-    if shutil.which(words[0]) is None:
-        raise Missing(f"{words[0]} is not installed")
+    need(words[0])
     done = subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        words,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=limit_s,
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} failed: {(done.stdout + done.stderr).strip()}")
@@ -84,13 +108,14 @@ def loop_disk(image: Path, size_bytes: int) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def mounted(device: Path, folder: Path) -> Iterator[None]:
+def mounted(device: Path, folder: Path, options: str = "rw") -> Iterator[None]:
     folder.mkdir(exist_ok=True)
-    run("mount", device, folder)
+    run("mount", "-o", options, device, folder)
     try:
         yield
     finally:
-        run("umount", folder)
+        # What debootstrap mounts in there stays when it fails.
+        run("umount", "--recursive", folder)
 
 
 @contextlib.contextmanager
@@ -327,11 +352,98 @@ def files(folder: Path) -> None:
         time.sleep(0.1)  # people are slower than disks
 
 
+# In the image: besides systemd, what a small server has.
+GUEST_PACKAGES = (
+    *("linux-image-cloud-amd64", "initramfs-tools", "systemd-sysv", "udev", "dbus", "kmod"),
+    *("e2fsprogs", "rsyslog", "logrotate", "cron", "openssh-server", "ca-certificates"),
+)
+# Installed in the virtual machine; the first keeps /etc in git and commits what the second adds.
+GUEST_INSTALLS = ("etckeeper", "nginx-light")
+GUEST_DONE = "what this boot was for is done"
+GUEST_FILES = {
+    "etc/hostname": "guest\n",
+    "etc/fstab": "/dev/vda / ext4 errors=remount-ro 0 1\n",
+    "etc/machine-id": "",
+    "etc/systemd/journald.conf.d/disk.conf": "[Journal]\nStorage=persistent\n",
+    "etc/systemd/system/errand.service": """\
+[Unit]
+After=multi-user.target
+SuccessAction=poweroff
+FailureAction=poweroff
+
+[Service]
+Type=oneshot
+Environment=HOME=/root DEBIAN_FRONTEND=noninteractive
+ExecStart=/bin/sh -ex /etc/errand
+StandardOutput=journal+console
+""",
+    "etc/errand": f"""\
+if [ ! -e /etc/ssh/ssh_host_ed25519_key ]; then
+    ssh-keygen -A
+    systemctl restart ssh
+else
+    for package in {" ".join(GUEST_INSTALLS)}; do
+        apt-get install -y --no-download --no-install-recommends "$package"
+    done
+    systemctl is-active nginx
+    apt-get clean
+    journalctl --rotate
+    logrotate --force /etc/logrotate.conf
+fi
+echo {GUEST_DONE}
+""",
+}
+
+
+def guest(folder: Path) -> None:
+    """Install a Debian system that has never been booted."""
+    need(QEMU)  # said before the long part
+    run(
+        *("debootstrap", "--variant=minbase", f"--include={','.join(GUEST_PACKAGES)}"),
+        *(RELEASE, folder, MIRROR),
+    )
+    run(
+        *("chroot", folder, "apt-get", "install", "-y", "--download-only"),
+        *("--no-install-recommends", *GUEST_INSTALLS),
+    )
+    for key in (folder / "etc" / "ssh").glob("ssh_host_*"):
+        key.unlink()
+    for name, text in GUEST_FILES.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    wanted = folder / "etc" / "systemd" / "system" / "graphical.target.wants"
+    wanted.mkdir(exist_ok=True)
+    (wanted / "errand.service").symlink_to("../errand.service")
+
+
+def boot(device: Path) -> None:
+    """Boot a fresh Debian system (keys, journal), then again, and install packages in it."""
+    with tempfile.TemporaryDirectory(prefix="boot-") as made:
+        room = Path(made)
+        with mounted(device, room / "mnt", "ro,noload"):
+            for name in ("vmlinuz", "initrd.img"):
+                shutil.copy(room / "mnt" / name, room / name)
+        for _ in range(2):
+            said = run(
+                *(QEMU, "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "1024"),
+                *("-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
+                *("-drive", f"file={device},format=raw,cache=none,aio=native,if=virtio"),
+                *("-kernel", room / "vmlinuz", "-initrd", room / "initrd.img"),
+                # A busy machine may keep the guest from counting the ticks it tests its timer by.
+                *("-append", "root=/dev/vda ro console=ttyS0 panic=-1 no_timer_check"),
+                limit_s=BOOT_LIMIT_S,
+            )
+            if f"]: {GUEST_DONE}" not in said:
+                raise RuntimeError(f"the virtual machine ended too early: {said[-2000:]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
     kind: str  # of file system
     size_bytes: int
-    work: Callable[[Path], None]
+    work: Callable[[Path], None]  # on the folder where it is mounted
+    fill: Callable[[Path], None] | None = None  # not recorded; `work` is given the device then
 
 
 WORKLOADS = {
@@ -343,6 +455,7 @@ WORKLOADS = {
     "xfs-postgres": Workload("xfs", 16 * GIB, postgres),
     "xfs-mail": Workload("xfs", 32 * GIB, mail),
     "ext4-files": Workload("ext4", 64 * GIB, files),
+    "ext4-vm-boot": Workload("ext4", 8 * GIB, boot, guest),
 }
 
 
@@ -355,8 +468,14 @@ def record(name: str, out: Path, instance: Path) -> None:
         with loop_disk(room / "image", workload.size_bytes) as device:
             run(f"mkfs.{workload.kind}", "-q", "-f" if workload.kind == "xfs" else "-F", device)
             target = out / f"{name}.csv.gz"
-            with recorded(instance, device, target), mounted(device, room / "mnt"):
-                workload.work(room / "mnt")
+            if workload.fill is None:
+                with recorded(instance, device, target), mounted(device, room / "mnt"):
+                    workload.work(room / "mnt")
+            else:
+                with mounted(device, room / "mnt"):
+                    workload.fill(room / "mnt")
+                with recorded(instance, device, target):
+                    workload.work(device)
 
 
 def main() -> int:

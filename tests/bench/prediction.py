@@ -2,8 +2,9 @@
 
     .venv/bin/python -m tests.bench.prediction [TRACE...]
 
-Without traces: those below tests/data/traces that were recorded from real programs, and writes at
-uniformly random places.  Markdown on standard output; everything in it can be had again.
+The traces below tests/data/traces that were recorded from real programs, over which the means are
+taken; before them the traces that are given; and writes at uniformly random places.  Markdown on
+standard output; everything in it can be had again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def uniform(size_gib: float, count: int = 8000, rate_per_s: float = 200.0) -> Tr
 
 
 def size(count: float) -> str:
-    return f"{count / GIB:.3g} GiB" if count >= GIB else f"{count / MIB:.3g} MiB"
+    return f"{count / GIB:.3g} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 
 def mean(ratios: list[float]) -> float:
@@ -48,7 +49,7 @@ def row(*cells: object) -> None:
     print("| " + " | ".join(map(str, cells)) + " |")
 
 
-def updates(traces: list[Trace]) -> None:
+def updates(others: list[Trace], recorded: list[Trace]) -> None:
     """Waited-for updates, and what a power cut would leave."""
     print("\nRecord updates that a write waited for, per 1,000 writes, one request at a time.\n")
     row(
@@ -63,7 +64,7 @@ def updates(traces: list[Trace]) -> None:
     row(*["---"] * 10)
     to_drbd: dict[int, list[float]] = {limit: [] for limit in LIMITS}
     resync: dict[int, list[float]] = {limit: [] for limit in LIMITS}
-    for trace in traces:
+    for trace in others + recorded:
         for limit in LIMITS:
             params = Params(record_limit_bytes=limit)
             results = {name: replay(trace, name, params) for name in POLICIES}
@@ -71,8 +72,9 @@ def updates(traces: list[Trace]) -> None:
             ours = results["superset"]
             drbd = part(ours, results["drbd-al"])
             left = ours.mean_resync_bytes / log.mean_resync_bytes
-            to_drbd[limit].append(drbd)
-            resync[limit].append(left)
+            if trace in recorded:
+                to_drbd[limit].append(drbd)
+                resync[limit].append(left)
             row(
                 trace.name,
                 size(limit),
@@ -84,7 +86,7 @@ def updates(traces: list[Trace]) -> None:
             )
             if ours.violations or ours.idle_resync_bytes:
                 raise SystemExit(f"{trace.name}: {ours.violations} violations, or never at rest")
-    print("\nGeometric means over these traces:\n")
+    print(f"\nGeometric means over the {len(recorded)} recorded traces:\n")
     row("limit", "updates to DRBD", "mean resync to DRBD 1237")
     row(*["---"] * 3)
     for limit in LIMITS:
@@ -109,8 +111,8 @@ def without_pattern() -> None:
 
 
 def main() -> None:
-    paths = [Path(name) for name in sys.argv[1:]] or sorted(RECORDED.glob("*-*.csv.gz"))
-    updates([load_trace(str(path)) for path in paths])
+    recorded = sorted(RECORDED.glob("*-*.csv.gz"))
+    updates(list(map(load_trace, sys.argv[1:])), [load_trace(str(path)) for path in recorded])
     without_pattern()
 
 
