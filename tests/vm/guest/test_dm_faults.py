@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import tempfile
@@ -232,9 +233,10 @@ def helpers_of(volume: DmVolume) -> list[int]:
 
 
 def await_cut(before: str) -> None:
-    """Until the kernel has given its connection to bitmapd up."""
+    """Until the kernel has given its connection to bitmapd up: no answer came, or, where so much is
+    written that the socket's buffer is full, nothing could be sent."""
     end_s = time.monotonic() + SOON_S
-    while "timed out" not in sh("dmesg").removeprefix(before):
+    while not re.search("timed out|Dead connection", sh("dmesg").removeprefix(before)):
         assert time.monotonic() < end_s, "the kernel waits for a gate that does not answer"
         time.sleep(0.2)  # a line of the kernel's log has no event
 
