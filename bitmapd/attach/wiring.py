@@ -35,8 +35,16 @@ Emit = Callable[..., None]
 class Wiring:
     """See the module docstring.  All methods are called on the loop's thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, hello: dict[str, Any], emit: Emit) -> None:
-        """`hello`: what the helper is to know of the volume, sent to each one that is started."""
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        hello: dict[str, Any],
+        emit: Emit,
+        *options: str,
+    ) -> None:
+        """`hello`: what the helper is to know of the volume, sent to each one that is started with
+        these options."""
+        self._options = options
         self._loop = loop
         self._hello = hello
         self._emit = emit
@@ -66,7 +74,8 @@ class Wiring:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             ours.setblocking(False)
-            command = [sys.executable, "-P", "-m", HELPER_MODULE, "--fd", str(theirs.fileno())]
+            command = [sys.executable, "-P", "-m", HELPER_MODULE, *self._options]
+            command += ["--fd", str(theirs.fileno())]
             self._process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, cwd="/"
             )

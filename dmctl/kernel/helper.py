@@ -9,7 +9,8 @@ ends when the other end of its socket has gone.
    The lock is not needed to give the kernel a connection to bitmapd: a suspend first submits what
    was held back by the one before, which nothing interrupts, and which waits for room in the
    kernel's NBD client, and so for that connection.  Hence another helper can make it, of this
-   bitmapd or of the next one, that takes a living stack over.
+   bitmapd or of the next one, that takes a living stack over.  Started with `--connects` it does
+   only that, and it alone has pyroute2 in memory: 20 MiB.
 2. While it serves it needs nothing that could wait for the volume: its memory is locked, allocation
    does not write pages back, everything is imported, and signals of the terminal do not end it.
    What of this is not permitted is told in the answer to `hello`, and is no error.
@@ -37,7 +38,6 @@ from typing import Any, Final
 
 from bitmapd.attach.frames import Frame, FrameError, FrameReader, encode, failure, pack_runs, result
 from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError
-from dmctl.kernel import nbd_messages
 from dmctl.kernel.barrier import Barrier, MetadataFile, StatFile, alarm
 from dmctl.kernel.dm_ioctl import CONTROL, DeviceMapper, load_module
 from dmctl.kernel.dm_wire import Target
@@ -60,8 +60,6 @@ from dmctl.model.stack import (
 )
 from dmctl.model.steps import Create
 from dmctl.model.targets import SECTOR_BYTES, Table, kind_and_parameters
-
-__all__ = ["main", "nbd_messages"]  # the latter is imported for later
 
 # Longer than any barrier's deadline, so that a helper that is about to end is outlived.
 LOCK_TIMEOUT_S: Final = 30.0
@@ -90,9 +88,6 @@ class Request:
 
     def seconds(self, key: str) -> float:
         return float(self._get(key, int, float))
-
-    def flag(self, key: str) -> bool:
-        return self._header.get(key) is True
 
     def segments(self) -> tuple[Segment, ...] | None:
         """First byte, end byte and route of each; None if there are none."""
@@ -363,8 +358,9 @@ def counters_of(number: str) -> dict[str, int]:
 class Server:
     """Frames in, frames out; until the other end has gone."""
 
-    def __init__(self, sock: socket.socket, warnings: Sequence[str]) -> None:
+    def __init__(self, sock: socket.socket, warnings: Sequence[str], *, connects: bool) -> None:
         self._socket = sock
+        self._connects = connects
         self._warnings = list(warnings)
         self._helper: Helper | None = None
 
@@ -430,7 +426,7 @@ class Server:
         mapper = DeviceMapper()
         helper = Helper(volume, mapper)
         try:
-            if not request.flag("connects_only"):
+            if not self._connects:
                 helper.owns()
             described = helper.described()
         except BaseException:
@@ -507,17 +503,20 @@ def _complain(kind: type[BaseException], error: BaseException, trace: object) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dmctl.kernel.helper", description=__doc__)
     parser.add_argument("--fd", type=int, required=True, help="one end of a stream socket pair")
-    fd = parser.parse_args(arguments).fd
+    parser.add_argument("--connects", action="store_true", help="make connections, nothing else")
+    given = parser.parse_args(arguments)
+    if given.connects:
+        from dmctl.kernel import nbd_messages  # noqa: F401, PLC0415  (for later)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs would inherit
     sys.excepthook = _complain
-    with socket.socket(fileno=fd) as sock:
+    with socket.socket(fileno=given.fd) as sock:
         sock.set_inheritable(False)
         os.chdir("/")
         warnings = harden()
         gc.disable()
         gc.freeze()
-        Server(sock, warnings).serve()
+        Server(sock, warnings, connects=given.connects).serve()
     return 0
 
 
