@@ -7,7 +7,6 @@ would ever be written again.  The guest has as little memory as it can boot and 
 from __future__ import annotations
 
 import filecmp
-import os
 
 import pytest
 
@@ -18,18 +17,12 @@ MEMORY_MIB = 448
 WRITTEN = "768m"
 SECONDS = 420.0
 
-pytestmark = [
-    pytest.mark.usefixtures("vm"),
-    pytest.mark.skipif(
-        "MEMORY_PRESSURE" not in os.environ,
-        reason="NOT PROVEN: on a busy machine the writes had not ended after seven minutes;"
-        " MEMORY_PRESSURE=1 runs it",
-    ),
-]
+pytestmark = pytest.mark.usefixtures("vm")
 
 DMCTL = f"{CHECKOUT}/.venv/bin/dmctl --config-dir /tmp/etc --run-dir /run/dmctl"
-# Pages stay dirty until there is no other way.
-RATIOS = "sysctl -q vm.dirty_background_ratio=60 vm.dirty_ratio=80 vm.dirty_expire_centisecs=360000"
+# Half of the memory may be dirty.  With 80 % the kernel ended the hog, since a machine as slow as
+# this one wrote too little back while it looked for pages that it could take.
+RATIOS = "sysctl -q vm.dirty_background_ratio=30 vm.dirty_ratio=50 vm.dirty_expire_centisecs=360000"
 HOG = "m = bytearray(64 << 20); m[::4096] = b'x' * (len(m) // 4096); import time; time.sleep(1e4)"
 
 
