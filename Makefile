@@ -7,7 +7,8 @@ JOBS ?= auto
 # First the tests that prove the pure modules, under coverage; then those that run real programs.
 PURE_TESTS := tests/unit tests/property
 # Those of the virtual machine that are part of every test run; `make test-vm` runs all.
-VM_CORE := tests/vm/guest/test_volume.py tests/vm/guest/test_barrier.py tests/vm/guest/test_helper.py
+VM_CORE := $(addprefix tests/vm/guest/test_,volume.py barrier.py helper.py stack.py discards.py \
+  era_metadata.py nbd_attach.py systemd.py)
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
