@@ -163,14 +163,14 @@ def measure_serving(media: Path, state: Path, away: Path, scale: Scale) -> dict[
 def measure_misses(
     media: Path, state: Path, away: Path, scale: Scale, data_server: str
 ) -> dict[str, Any]:
-    """Random writes into extents of 64 KiB that are not in the record, at depth 1."""
+    """Random writes into extents of 64 KiB that are not in the record, at depth 1: without
+    predictions, so that nearly all of them miss, and with."""
     size, requests = scale.miss_device_bytes, scale.miss_requests
     one = Load("miss", "randwrite", 4 * KIB, 1, size, align_bytes=64 * KIB, requests=requests)
     again = Load("hit", "randwrite", 4 * KIB, 1, scale.region_bytes)
     small = Load("record", "randwrite", 4 * KIB, 1, MIB, requests=requests)
-    found: dict[str, Any] = {
-        name: [] for name in ("record_us", "data_us", "hit_us", "miss_us", "miss_share")
-    }
+    names = ("record_us", "data_us", "hit_us", "miss_us", "miss_share")
+    found: dict[str, Any] = {name: [] for name in (*names, "predicted_us", "predicted_share")}
     options = ("--extent-size", "64KiB", "--record-limit", f"{size // 2}B")
     scratch, backing = media / "record.scratch", media / "data.img"
     loads.make_written(scratch, MIB)
@@ -188,12 +188,8 @@ def measure_misses(
             loads.fill(server.uri, size)
             settle(server)
         for repeat in range(scale.repeats):
-            forget_record(ours)
-            before = counters(ours) or (0, 0)
-            mixed = loads.over_nbd(ours.uri, one, 0, 1000 + repeat)
-            after = counters(ours) or (0, 0)
-            share = 1 - (after[1] - before[1]) / max(1, after[0] - before[0])
-            settle(ours)
+            mixed, share = from_an_empty_record(ours, one, 1000 + repeat, "lru")
+            predicted, predicted_share = from_an_empty_record(ours, one, 1000 + repeat, "superset")
             hit = loads.over_nbd(ours.uri, again, scale.seconds, repeat)
             settle(ours)
             found["record_us"].append(
@@ -204,6 +200,8 @@ def measure_misses(
             found["hit_us"].append(hit.mean_us)
             found["miss_us"].append(only_misses(mixed, hit, share))
             found["miss_share"].append(share)
+            found["predicted_us"].append(predicted.mean_us)
+            found["predicted_share"].append(predicted_share)
     say("misses: " + ", ".join(f"{name} {report.median(v):.2f}" for name, v in found.items()))
     return {**found, "data_server": other.name}
 
@@ -213,11 +211,19 @@ def only_misses(mixed: Outcome, hit: Outcome, share: float) -> float:
     return (mixed.mean_us - (1 - share) * hit.mean_us) / share if share else 0.0
 
 
-def forget_record(server: Server) -> None:
-    """A clean stop leaves an empty record: the next writes all miss."""
+def from_an_empty_record(
+    server: Server, load: Load, seed: int, predictor: str
+) -> tuple[Outcome, float]:
+    """What the load does, and the share of misses; a clean stop leaves an empty record."""
     if server.volume is not None:
         server.volume.stop()
         server.volume.start()
+        server.volume.dmctl("set", server.volume.name, f"predictor={predictor}")
+    before = counters(server) or (0, 0)
+    outcome = loads.over_nbd(server.uri, load, 0, seed)
+    after = counters(server) or (0, 0)
+    settle(server)
+    return outcome, 1 - (after[1] - before[1]) / max(1, after[0] - before[0])
 
 
 def measure_copies(parent: Path, scale: Scale) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ def test_quick_run_measures_every_part(tmp_path: Path) -> None:
         assert len(random_writes) == 2
         misses = backing["miss"]["miss_share"][0]
         assert misses > 0.5
+        assert backing["miss"]["predicted_share"][0] < misses
         assert all(one["hit_share"] > 1 - misses for one in random_writes)
         assert len(backing["copies"]) == 2
     assert all(one["resident_mib"] > 0 for one in results["memory"].values())
