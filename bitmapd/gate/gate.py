@@ -35,7 +35,7 @@ from bitmapd.attach.direct import DirectPath
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.policy import Policy
+from bitmapd.record.policy import Policy, evictions
 from bitmapd.record.store import RecordStore
 
 Submit = Callable[[Done], None]
@@ -282,7 +282,8 @@ class Gate:
         self.misses += 1
         policy, store = self._policy, self._store
         policy.wrote(first, stop, now, False)
-        needed = store.recorded_extents + store.missing(first, stop)
+        before = store.recorded_extents
+        needed = before + store.missing(first, stop)
         extra = policy.predict(first, stop, now, self.limit_extents, needed)
 
         def recorded(error: OSError | None) -> None:
@@ -295,9 +296,9 @@ class Gate:
         for begin, end in extra:
             for run_first, run_stop in store.recorded_runs(begin, end):
                 policy.added(run_first, run_stop, now)
-        excess = store.recorded_extents - self.limit_extents
-        if excess > 0:
-            self._evict(excess, first, stop, now)
+        count = evictions(store.recorded_extents, before, self.limit_extents)
+        if count > 0:
+            self._evict(count, first, stop, now)
         if not waiting:
             covered(None)
 
@@ -495,7 +496,15 @@ class Gate:
         """Whether it is recorded, and equal and durable on both sides as far as the gate knows."""
         if not self._store.covers(extent, extent + 1):
             return False
-        return not self._has_differences(*self._geometry.extent_blocks(extent, extent + 1))
+        # As `_has_differences`, written out: an eviction asks for many.
+        if extent in self._copied or extent in self._settling:
+            return False
+        first, stop = self._geometry.extent_blocks(extent, extent + 1)
+        return not (
+            self.current.any(first, stop)
+            or self.taken.any(first, stop)
+            or any(held.any(first, stop) for held in self._held)
+        )
 
     def is_dirty(self, first: int, stop: int) -> bool:
         """Whether some of blocks [first, stop) wait to be copied."""
@@ -524,7 +533,9 @@ class Gate:
         )
 
     def _drop_clean(self, extents: Iterable[int], now: float) -> None:
-        gone = [extent for extent in extents if self.is_clean(extent)]
+        self._let_go([extent for extent in extents if self.is_clean(extent)], now)
+
+    def _let_go(self, gone: list[int], now: float) -> None:
         if gone:
             self._store.drop(gone)
             self._policy.dropped(gone, now)
@@ -552,13 +563,18 @@ class Gate:
     def _evict(self, count: int, first: int, stop: int, now: float) -> None:
         """Make room for a miss; the clears ride along with the miss's own page where they can."""
 
+        asked: set[int] = set()
+
         def may_go(extent: int) -> bool:
             # The miss's own extents are clean until its blocks are marked, which comes after this.
-            return not first <= extent < stop and self.is_clean(extent)
+            if first <= extent < stop or not self.is_clean(extent):
+                return False
+            asked.add(extent)
+            return True
 
-        # The policy is not relied upon: whatever it names is looked at again.
+        # The policy is not relied upon: what it names without having asked is looked at.
         victims = self._policy.victims(count, may_go, now)
-        self._drop_clean([extent for extent in victims if may_go(extent)], now)
+        self._let_go([extent for extent in victims if extent in asked or may_go(extent)], now)
 
     def tick(self) -> None:
         """Once a second: cooling, the limit, lazy clears."""

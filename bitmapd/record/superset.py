@@ -14,7 +14,8 @@ times the interval it came back after.
 Invariants:
 1. A prediction lies inside the volume, is not recorded yet, and all of them together are at most
    `MAX_PREDICTED`, and what is free below the record's limit and a `ROOM_PART`th of the limit
-   besides: a record that is full, or overfull of what is dirty, would else never predict.
+   besides: a record that is full, or overfull of what is dirty, would else never predict.  What
+   displaces others is at most `CROWDED`: it makes the miss longer by its own time and theirs.
 2. What has odds below `FLOOR` is not predicted: so uniformly random writes on a volume that is
    large compared to the record soon get no predictions at all.
 3. Guests displace what was written only up to `MOST_GUESTS` of the record, and stale ones are never
@@ -43,6 +44,7 @@ from bitmapd.record.stays import BULK_EXTENTS, CAPACITY, LOOKS, StayTable, as_ru
 from bitmapd.record.trail import Trail
 
 MAX_PREDICTED = 64
+CROWDED = 32  # as many where others have to go for them
 ROOM_PART = 4
 FLOOR = 1 / 64
 FRESH_S = 2.0
@@ -274,6 +276,8 @@ class SupersetPolicy:
         worthy.sort(key=lambda group: -group[0])
         self._nearby.active(high - 1, now_s)
         budget = min(max(limit - recorded, 0) + limit // ROOM_PART, MAX_PREDICTED)
+        if recorded + CROWDED > limit:
+            budget = min(budget, max(CROWDED, limit - recorded))
         if before > limit:
             # Where leaving takes time, as under device-mapper, guests must not heap up.
             most = int(self._size * MOST_GUESTS) + self._size // ROOM_PART

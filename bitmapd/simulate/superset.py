@@ -7,7 +7,7 @@ compares every call of the policy, every record write and every state.
 
 1. A hit tells the policy and marks its extents dirty in the current era.
 2. A miss asks for predictions; records what is needed and, on pages that are written anyway, what
-   is predicted; evicts clean extents down to the limit; then waits for its pages.
+   is predicted; evicts clean extents towards the limit; then waits for its pages.
 3. The misses of a batch share the writes of their pages.  A write whose extents were dropped while
    it waited records them again.
 4. When an era is settled, extents that were not written since are offered to the policy, and those
@@ -24,7 +24,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from bitmapd.record.layout import EXTENTS_PER_PAGE, PAGE_BYTES
-from bitmapd.record.policy import Policy
+from bitmapd.record.policy import Policy, evictions
 from bitmapd.simulate.eras import EraPlan
 from bitmapd.simulate.model import NEVER_S, BatchModel
 from bitmapd.simulate.params import Params
@@ -188,16 +188,17 @@ class GateModel(BatchModel):
         """Whether the write has to wait for the pages in `ready`."""
         policy, limit = self.policy, self.limit_units
         policy.wrote(low, high, now_s, False)
+        before = self.recorded
         missing = high - low - self._wanted.count(1, low, high)
-        extra = policy.predict(low, high, now_s, limit, self.recorded + missing)
+        extra = policy.predict(low, high, now_s, limit, before + missing)
         waits = self._add(low, high, extra, ready)
         policy.added(low, high, now_s)
         for begin, end in extra:
             for run_first, run_stop in self._recorded_runs(begin, end):
                 policy.added(run_first, run_stop, now_s)
-        excess = self.recorded - limit
-        if excess > 0:
-            self._evict(excess, low, high, now_s)
+        count = evictions(self.recorded, before, limit)
+        if count > 0:
+            self._evict(count, low, high, now_s)
         return waits
 
     def _evict(self, count: int, low: int, high: int, now_s: float) -> None:
