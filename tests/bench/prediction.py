@@ -1,6 +1,6 @@
 """Tables of docs/prediction.md: what every policy needs, on every trace, at equal record bytes.
 
-    .venv/bin/python -m tests.bench.prediction [TRACE...]
+    make bench-prediction [TRACES="FILE ..."]
 
 The traces below tests/data/traces that were recorded from real programs, over which the means are
 taken; before them the traces that are given; and writes at uniformly random places.  Markdown on

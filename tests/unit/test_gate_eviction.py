@@ -55,6 +55,37 @@ def test_a_full_record_makes_room_from_clean_extents_only() -> None:
     assert mirror.gate.over_limit
 
 
+def test_a_miss_evicts_twice_what_it_brings_and_the_tick_the_rest() -> None:
+    mirror = Mirror(extents=16)
+    for extent in range(10):
+        mirror.put(extent * PER_EXTENT)
+    mirror.policy.kept = set(range(10))
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.gate.limit_extents = 3
+    mirror.policy.unloved = list(range(10))
+    mirror.put(12 * PER_EXTENT)
+    assert mirror.recorded() == {*range(2, 10), 12}
+    mirror.policy.predictions = [(14, 16)]
+    mirror.put(13 * PER_EXTENT)
+    assert mirror.recorded() == {8, 9, 12, 13, 14, 15}
+    mirror.gate.tick()
+    assert mirror.recorded() == {12, 13, 14, 15}
+
+
+def test_what_the_policy_names_without_asking_is_looked_at() -> None:
+    mirror = Mirror(limit_extents=2)
+    for extent in (0, 1):
+        mirror.put(extent * PER_EXTENT)
+    mirror.policy.kept = {0, 1}
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.put(PER_EXTENT)  # extent 1 is dirty again
+    mirror.policy.victims = lambda count, is_clean, now_s: [1, 2, 0]  # type: ignore[method-assign]
+    mirror.put(2 * PER_EXTENT)
+    assert mirror.recorded() == {1, 2}
+
+
 def test_a_miss_never_evicts_itself() -> None:
     mirror = Mirror(limit_extents=1)
     mirror.policy.unloved = [0, 1]
