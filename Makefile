@@ -15,7 +15,7 @@ SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs gre
 .PHONY: help setup demo test lint coverage test-fast test-real test-vm test-vm-core bench bench-vm bench-prediction soak fuzz docs install uninstall clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(STAMP)  ## install Debian packages (as root) and make .venv; quick when nothing changed
 
