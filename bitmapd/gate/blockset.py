@@ -59,6 +59,10 @@ class BlockSet:
 
     def any(self, first: int, stop: int) -> bool:
         """Whether some block of the range is in the set."""
+        region = first >> REGION_SHIFT
+        if region == (stop - 1) >> REGION_SHIFT:  # nearly always; evictions ask for many
+            bits = self._regions.get(region)
+            return bits is not None and bits.find(True, first & _MASK, (stop - 1 & _MASK) + 1) >= 0
         for region, low, high in self._pieces(first, stop):
             bits = self._regions.get(region)
             if bits is not None and bits.find(True, low, high) >= 0:
