@@ -280,8 +280,9 @@ class SupersetPolicy:
             budget = min(budget, max(CROWDED, limit - recorded))
         if before > limit:
             # Where leaving takes time, as under device-mapper, guests must not heap up.
-            most = int(self._size * MOST_GUESTS) + self._size // ROOM_PART
-            budget = min(budget, most - self._guests())
+            guests = self._guests()
+            most = int(max(limit, before - guests) * MOST_GUESTS) + limit // ROOM_PART
+            budget = min(budget, most - guests)
         offered = self._offered
         for chance, extents in worthy:
             level = sum(chance >= bound for bound in CLASS_ODDS)

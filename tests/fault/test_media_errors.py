@@ -22,7 +22,9 @@ def failing_volume(stack: ExitStack, folder: Path, role: str) -> tuple[Volume, F
     """A running volume, one of whose media can be made to fail."""
     backing = make_file(folder / "backing", 2 * MIB if role == "record" else SIZE)
     disk = stack.enter_context(faulty_disk(folder / "faulty", backing))
-    volume = Volume(folder, SIZE, options=SKIP, media={role: disk.path})
+    # Predictions would leave no misses in so small a volume.
+    options = [*SKIP, "--predictor", "lru"]
+    volume = Volume(folder, SIZE, options=options, media={role: disk.path})
     stack.enter_context(volume)
     volume.create()
     volume.start()
