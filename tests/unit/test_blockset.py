@@ -75,3 +75,11 @@ def test_update_and_clear(
     blocks.clear()
     assert not blocks
     assert members(blocks) == set()
+
+
+def test_a_run_that_ends_with_its_region() -> None:
+    blocks = BlockSet()
+    blocks.add(REGION_BLOCKS - 3, REGION_BLOCKS)
+    assert blocks.next_run(0) == (REGION_BLOCKS - 3, REGION_BLOCKS)
+    assert blocks.any(REGION_BLOCKS - 1, REGION_BLOCKS + 1)
+    assert not blocks.any(REGION_BLOCKS, REGION_BLOCKS)
