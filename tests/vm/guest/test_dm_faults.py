@@ -29,6 +29,8 @@ FAR = 40 * MIB
 SOON_S = 120.0  # the machine that emulates this one may be busy
 # A table that changes all the time: small extents, few of them in the record, short eras.
 RESTLESS = ("--extent-size", "128KiB", "--record-limit", "8MiB", "--era-interval", "100ms")
+# Of volumes as small as these it would soon have everything in the record, and nothing would miss.
+NO_PREDICTIONS = ("--predictor", "lru")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def quick_volume(name: str, *options: str, size_bytes: int = 64 * MIB) -> Iterat
     with (
         tempfile.TemporaryDirectory(prefix="dmv-") as folder,
         disks(*sizes) as media,
-        over(name, Path(folder), media, *options) as volume,
+        over(name, Path(folder), media, *NO_PREDICTIONS, *options) as volume,
     ):
         yield volume
 
