@@ -129,8 +129,8 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
         if backing.get("miss"):
             note = (
                 "Random 4 KiB writes, each into another extent of 64 KiB, without predictions"
-                ' (`predictor = "lru"`); the few hits are taken out of the figure of a miss. With'
-                " predictions the same load mostly hits, since its extents lie close together."
+                ' (`predictor = "lru"`); the few hits are taken out of the figure of a miss. For'
+                " predictions this is the worst load: twice as many extents as the record may hold."
             )
             parts.append((f"Misses: {backing['name']}", note, table(*miss_rows(backing["miss"]))))
         for copies in backing["copies"]:
