@@ -496,15 +496,7 @@ class Gate:
         """Whether it is recorded, and equal and durable on both sides as far as the gate knows."""
         if not self._store.covers(extent, extent + 1):
             return False
-        # As `_has_differences`, written out: an eviction asks for many.
-        if extent in self._copied or extent in self._settling:
-            return False
-        first, stop = self._geometry.extent_blocks(extent, extent + 1)
-        return not (
-            self.current.any(first, stop)
-            or self.taken.any(first, stop)
-            or any(held.any(first, stop) for held in self._held)
-        )
+        return not self._has_differences(*self._geometry.extent_blocks(extent, extent + 1))
 
     def is_dirty(self, first: int, stop: int) -> bool:
         """Whether some of blocks [first, stop) wait to be copied."""

@@ -9,18 +9,18 @@ standard output; everything in it can be had again.
 
 from __future__ import annotations
 
-import math
 import random
+import statistics
 import sys
 from pathlib import Path
 
+from bitmapd.record.geometry import MIB
 from bitmapd.simulate import Params, Request, Result, Trace, make_trace, replay
 from bitmapd.simulate.files import load_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "data" / "traces"
-MIB = 1 << 20
-GIB = 1 << 30
+GIB = 1024 * MIB
 LIMITS = (64 * MIB, 256 * MIB, 1024 * MIB)
 POLICIES = ("superset", "drbd-al", "lru", "belady")
 ACTIVITY_LOG = "drbd-al:1237"
@@ -39,10 +39,6 @@ def uniform(size_gib: float, count: int = 8000, rate_per_s: float = 200.0) -> Tr
 
 def size(count: float) -> str:
     return f"{count / GIB:.3g} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
-
-
-def mean(ratios: list[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def row(*cells: object) -> None:
@@ -90,7 +86,10 @@ def updates(others: list[Trace], recorded: list[Trace]) -> None:
     row("limit", "updates to DRBD", "mean resync to DRBD 1237")
     row(*["---"] * 3)
     for limit in LIMITS:
-        row(size(limit), f"{mean(to_drbd[limit]):.2f}", f"{mean(resync[limit]):.2f}")
+        row(
+            size(limit),
+            *(f"{statistics.geometric_mean(ratios[limit]):.2f}" for ratios in (to_drbd, resync)),
+        )
 
 
 def part(ours: Result, other: Result) -> float:

@@ -27,6 +27,7 @@ from bitmapd.simulate.params import Params
 from bitmapd.simulate.replay import drive
 from bitmapd.simulate.superset import TICK_S, GateModel
 from bitmapd.simulate.trace import Request, Trace, make_trace
+from tests.support.policies import Forgetful
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain
 
@@ -37,7 +38,7 @@ SIZE = EXTENTS * EXTENT
 Call = tuple[Any, ...]
 
 
-class Overheard:
+class Overheard(Forgetful):
     """A policy that writes down what it is asked and what it answers."""
 
     name = "overheard"
@@ -76,19 +77,13 @@ class Overheard:
         self.calls.append(("expired", now_s, list(answer)))
         return answer
 
-    def hints(self) -> None:
-        return None
-
-    def recall(self, area: bytes) -> bool:
-        return False
-
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         answer = self.inner.victims(count, is_clean, now_s)
         self.calls.append(("victims", count, now_s, list(answer)))
         return answer
 
 
-class Erratic:
+class Erratic(Forgetful):
     """A policy that says what chance tells it, against the rules too: the gate looks for itself."""
 
     name = "erratic"
@@ -120,12 +115,6 @@ class Erratic:
 
     def expired(self, now_s: float) -> Sequence[int]:
         return self.some(10)
-
-    def hints(self) -> None:
-        return None
-
-    def recall(self, area: bytes) -> bool:
-        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         return [*self.some(20), *self.some(2)]

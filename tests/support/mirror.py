@@ -19,6 +19,7 @@ from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
+from tests.support.policies import Forgetful
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain
 from tests.support.simkernel import SimKernel
@@ -30,7 +31,7 @@ EXTENT = PER_EXTENT * BLOCK
 Answers = list[OSError | None]
 
 
-class ScriptedPolicy:
+class ScriptedPolicy(Forgetful):
     """A `Policy`: answers are attributes, calls are in `told`."""
 
     name = "scripted"
@@ -62,12 +63,6 @@ class ScriptedPolicy:
 
     def expired(self, now_s: float) -> Sequence[int]:
         return self.expiring
-
-    def hints(self) -> None:
-        return None
-
-    def recall(self, area: bytes) -> bool:
-        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         self.told.append(("victims", count))

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 
-class MischievousPolicy:
+class Forgetful:
+    """The part of a policy that has nothing to tell its next session."""
+
+    def hints(self) -> None:
+        return None
+
+    def recall(self, area: bytes) -> bool:
+        return False
+
+
+class MischievousPolicy(Forgetful):
     """Predicts, keeps and gives up extents at random: the gate must be right whatever it says."""
 
     name = "mischievous"
@@ -37,18 +47,12 @@ class MischievousPolicy:
     def expired(self, now_s: float) -> Sequence[int]:
         return [extent for extent in range(self._extents) if self._rng.random() < 0.5]
 
-    def hints(self) -> None:
-        return None
-
-    def recall(self, area: bytes) -> bool:
-        return False
-
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         # Unclean ones too, against the rules: the gate has to look for itself.
         return self._rng.sample(range(self._extents), min(count, self._extents))
 
 
-class KeepNothing:
+class KeepNothing(Forgetful):
     """Predicts nothing and lets every extent go as soon as it is clean."""
 
     name = "keep-nothing"
@@ -72,12 +76,6 @@ class KeepNothing:
 
     def expired(self, now_s: float) -> Sequence[int]:
         return ()
-
-    def hints(self) -> None:
-        return None
-
-    def recall(self, area: bytes) -> bool:
-        return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         return ()

@@ -20,6 +20,18 @@ def mirror() -> Mirror:
     return Mirror()
 
 
+def full_and_half_dirty() -> Mirror:
+    """Extents 0 and 1 fill the record; 0 is clean, 1 is not."""
+    mirror = Mirror(limit_extents=2)
+    for extent in (0, 1):
+        mirror.put(extent * PER_EXTENT)
+    mirror.policy.kept = {0, 1}
+    copy_everything(mirror)
+    settled(mirror)
+    mirror.put(PER_EXTENT)
+    return mirror
+
+
 def test_predictions_ride_along_with_the_miss(mirror: Mirror) -> None:
     mirror.policy.predictions = [(2, 4), (7, 8)]
     mirror.put(4)
@@ -37,13 +49,7 @@ def test_predictions_ride_along_with_the_miss(mirror: Mirror) -> None:
 
 
 def test_a_full_record_makes_room_from_clean_extents_only() -> None:
-    mirror = Mirror(limit_extents=2)
-    for extent in (0, 1):
-        mirror.put(extent * PER_EXTENT)
-    mirror.policy.kept = {0, 1}
-    copy_everything(mirror)
-    settled(mirror)
-    mirror.put(PER_EXTENT)  # extent 1 is dirty again
+    mirror = full_and_half_dirty()
     mirror.policy.unloved = [1, 0]
     updates = mirror.store.updates
     mirror.put(2 * PER_EXTENT)
@@ -74,13 +80,7 @@ def test_a_miss_evicts_twice_what_it_brings_and_the_tick_the_rest() -> None:
 
 
 def test_what_the_policy_names_without_asking_is_looked_at() -> None:
-    mirror = Mirror(limit_extents=2)
-    for extent in (0, 1):
-        mirror.put(extent * PER_EXTENT)
-    mirror.policy.kept = {0, 1}
-    copy_everything(mirror)
-    settled(mirror)
-    mirror.put(PER_EXTENT)  # extent 1 is dirty again
+    mirror = full_and_half_dirty()
     mirror.policy.victims = lambda count, is_clean, now_s: [1, 2, 0]  # type: ignore[method-assign]
     mirror.put(2 * PER_EXTENT)
     assert mirror.recorded() == {1, 2}
