@@ -35,7 +35,7 @@ from bitmapd.attach.direct import DirectPath
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.policy import Policy, evictions
+from bitmapd.record.policy import EVICTIONS_PER_ADDITION, Policy
 from bitmapd.record.store import RecordStore
 
 Submit = Callable[[Done], None]
@@ -91,6 +91,8 @@ class Gate:
         self._taken_since: float | None = None
         # Loop time up to which every completed write of the direct path is known.
         self._known_until = scheduler.time()
+        self._brought = 0  # extents that the misses of this turn have added
+        self._making_room = False  # is due in this turn
         self._evicting: set[int] = set()  # cooled because the record is too large
         self._settling_since: float | None = None
         self.on_flush_error: Callable[[OSError], None] | None = None
@@ -296,9 +298,10 @@ class Gate:
         for begin, end in extra:
             for run_first, run_stop in store.recorded_runs(begin, end):
                 policy.added(run_first, run_stop, now)
-        count = evictions(store.recorded_extents, before, self.limit_extents)
-        if count > 0:
-            self._evict(count, first, stop, now)
+        self._brought += store.recorded_extents - before
+        if not self._making_room:
+            self._making_room = True
+            self._scheduler.call_soon(self._make_room)
         if not waiting:
             covered(None)
 
@@ -493,10 +496,18 @@ class Gate:
         return self._is_settled(extent)
 
     def _is_settled(self, extent: int) -> bool:
-        """Whether it is recorded, and equal and durable on both sides as far as the gate knows."""
+        """Whether it is recorded, and equal and durable on both sides as far as the gate knows.
+
+        `_has_differences` for one extent, written out: a miss on a full record asks for dozens."""
+        if extent in self._copied or extent in self._settling:
+            return False
         if not self._store.covers(extent, extent + 1):
             return False
-        return not self._has_differences(*self._geometry.extent_blocks(extent, extent + 1))
+        first = extent << self._extent_shift - self._block_shift
+        stop = first + (1 << self._extent_shift - self._block_shift)
+        if self.current.any(first, stop) or self.taken.any(first, stop):
+            return False
+        return not self._held or not any(held.any(first, stop) for held in self._held)
 
     def is_dirty(self, first: int, stop: int) -> bool:
         """Whether some of blocks [first, stop) wait to be copied."""
@@ -552,14 +563,23 @@ class Gate:
         direct.routes.warm(wanted)
         self._drop_clean(set(closed).difference(wanted), now)
 
-    def _evict(self, count: int, first: int, stop: int, now: float) -> None:
-        """Make room for a miss; the clears ride along with the miss's own page where they can."""
+    def _make_room(self) -> None:
+        """Evict for the misses of this turn of the loop.
 
+        Their pages are on their way by now, so a disk writes while this goes on: it takes as long
+        as all else of a miss together.  An extent of a write that still waits may go, too, if it
+        was clean; the write looks again when it no longer waits.
+        """
+        self._making_room = False
+        most, self._brought = EVICTIONS_PER_ADDITION * self._brought, 0
+        count = min(self._store.recorded_extents - self.limit_extents, most)
+        if count <= 0:
+            return
+        now = self._scheduler.time()
         asked: set[int] = set()
 
         def may_go(extent: int) -> bool:
-            # The miss's own extents are clean until its blocks are marked, which comes after this.
-            if first <= extent < stop or not self.is_clean(extent):
+            if not self.is_clean(extent):
                 return False
             asked.add(extent)
             return True

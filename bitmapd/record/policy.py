@@ -26,14 +26,9 @@ from typing import Protocol
 
 from bitmapd.record.hints import Hints
 
-# How many extents a miss may evict for each that it brought: a record that is overfull of what is
-# dirty shrinks, and no miss pays for a search through it.
+# How many extents are evicted at most for each that misses have brought: a record that is overfull
+# of what is dirty shrinks, and no miss has to wait for a search through it.
 EVICTIONS_PER_ADDITION = 2
-
-
-def evictions(recorded: int, before: int, limit: int) -> int:
-    """How many extents a miss is to evict; the size of the record after and before it."""
-    return min(recorded - limit, EVICTIONS_PER_ADDITION * (recorded - before))
 
 
 class Policy(Protocol):

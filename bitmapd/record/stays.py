@@ -104,7 +104,8 @@ class StayTable:
         """The extent is in the record no more; level and last use if it had a stay."""
         self.recorded[extent] = False
         self._loose[extent] = False
-        return self.forget(extent) if extent in self._level else None
+        level = self._level.pop(extent, None)
+        return None if level is None else (level, self._used[level].pop(extent))
 
     def idle(self, now_s: float) -> bool:
         return now_s - self.last_write_s >= IDLE_S

@@ -211,6 +211,11 @@ class RecordStore:
                     batch.pages += 1
                     self._make_ready(page)
         for first, stop in extra:
+            index = first // EXTENTS_PER_PAGE
+            if index == (stop - 1) // EXTENTS_PER_PAGE:  # nearly always, and there are many
+                if index in asked:
+                    self._want(first, stop)
+                continue
             for page in self._pages_of(first, stop):
                 if page.index in asked:
                     self._want(max(first, page.first), min(stop, page.stop))

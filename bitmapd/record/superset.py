@@ -139,13 +139,16 @@ class SupersetPolicy:
                         self._left(*cold)
 
     def dropped(self, extents: Iterable[int], now_s: float) -> None:
+        leave, most = self._stays.leave, min(self._size, self._options.stays)
         for extent in extents:
-            state = self._stays.leave(extent)
+            state = leave(extent)
             if state is not None:
-                self._left(extent, *state)
-                gone = self._gone[state[0] < ONCE]
+                level, used_s = state
+                if level >= ONCE:
+                    self._left(extent, level, used_s)
+                gone = self._gone[level < ONCE]
                 gone[extent] = None
-                if len(gone) > min(self._size, self._options.stays):
+                if len(gone) > most:
                     gone.popitem(last=False)
 
     def _regret(self, extent: int) -> None:

@@ -47,13 +47,12 @@ class Trail:
     def between(self, first: int, stop: int) -> list[int]:
         """The extents whose last place is in [first, stop), in order."""
         first, stop = max(first, self._end - self._capacity, 0), min(stop, self._end)
-        ring, capacity, place = self._ring, self._capacity, self._place
-        found = []
-        for number in range(first, stop):
-            extent = ring[number % capacity]
-            if place[extent] == number:
-                found.append(extent)
-        return found
+        if first >= stop:
+            return []
+        ring, begin, end = self._ring, first % self._capacity, stop % self._capacity
+        part = ring[begin:end] if begin < end else ring[begin:] + ring[:end]
+        place = self._place
+        return [extent for number, extent in enumerate(part, first) if place[extent] == number]
 
     def latest(self, count: int) -> list[int]:
         """The extents that came into use last, oldest first, at most `count`."""

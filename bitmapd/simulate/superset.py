@@ -7,9 +7,10 @@ compares every call of the policy, every record write and every state.
 
 1. A hit tells the policy and marks its extents dirty in the current era.
 2. A miss asks for predictions; records what is needed and, on pages that are written anyway, what
-   is predicted; evicts clean extents towards the limit; then waits for its pages.
-3. The misses of a batch share the writes of their pages.  A write whose extents were dropped while
-   it waited records them again.
+   is predicted; then waits for its pages.
+3. The misses of a batch share the writes of their pages.  While these are under way, clean extents
+   are evicted towards the limit.  A write whose extents were among them records them again, free
+   of charge (5).
 4. When an era is settled, extents that were not written since are offered to the policy, and those
    it does not want are dropped.  So are, once a second, those that have expired.
 5. What was dropped stays in the stored record until its page is written again, at the latest
@@ -24,7 +25,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from bitmapd.record.layout import EXTENTS_PER_PAGE, PAGE_BYTES
-from bitmapd.record.policy import Policy, evictions
+from bitmapd.record.policy import EVICTIONS_PER_ADDITION, Policy
 from bitmapd.simulate.eras import EraPlan
 from bitmapd.simulate.model import NEVER_S, BatchModel
 from bitmapd.simulate.params import Params
@@ -62,6 +63,7 @@ class GateModel(BatchModel):
         self._covered = bytearray(extents)
         self._pages: dict[int, _Page] = {}
         self._stored = 0
+        self._brought = 0  # extents that the misses of this batch have added
         self._era_of = array("q", [-1]) * extents  # the last era in which it was written
         self._plan = plan
         self._ended = self._settled = 0  # how many eras have
@@ -115,7 +117,7 @@ class GateModel(BatchModel):
             self._drop_clean(self.policy.victims(excess, self.is_clean, now_s), now_s)
         for page in self._pages.values():
             if page.lazy:
-                self._write_page(page, now_s)
+                self._write_page(page)
         self._count(now_s)
 
     # -- writes ---------------------------------------------------------------------------
@@ -161,21 +163,16 @@ class GateModel(BatchModel):
                 waiting.append((write, low, high))
             else:
                 self._land(low, high)
-        wait_s = 0.0
-        while waiting:
-            wait_s += self.params.record_latency_s
-            self.meter.waited_updates += len(ready)
-            for page in ready.values():
-                self._write_page(page, now_s)
-            ready = {}
-            again: list[tuple[int, int, int]] = []
-            for write, low, high in waiting:
-                if self._covered.find(0, low, high) >= 0 and self._add(low, high, (), ready):
-                    again.append((write, low, high))
-                else:
-                    self._land(low, high)
-                    self.meter.waited((write,), wait_s)
-            waiting = again
+        self.meter.waited_updates += len(ready)
+        under_way = [self._begin(page) for page in ready.values()]
+        self._make_room(now_s)
+        for uncovered in under_way:
+            self._finish(uncovered)
+        for write, low, high in waiting:
+            if self._covered.find(0, low, high) >= 0:
+                self._add(low, high, (), {})  # evicted, and still stored: costs nothing
+            self._land(low, high)
+            self.meter.waited((write,), self.params.record_latency_s)
         self._count(now_s)
 
     def _land(self, low: int, high: int) -> None:
@@ -196,16 +193,18 @@ class GateModel(BatchModel):
         for begin, end in extra:
             for run_first, run_stop in self._recorded_runs(begin, end):
                 policy.added(run_first, run_stop, now_s)
-        count = evictions(self.recorded, before, limit)
-        if count > 0:
-            self._evict(count, low, high, now_s)
+        self._brought += self.recorded - before
         return waits
 
-    def _evict(self, count: int, low: int, high: int, now_s: float) -> None:
+    def _make_room(self, now_s: float) -> None:
+        most, self._brought = EVICTIONS_PER_ADDITION * self._brought, 0
+        count = min(self.recorded - self.limit_units, most)
+        if count <= 0:
+            return
         covered, era_of, settled = self._covered, self._era_of, self._settled
 
         def may_go(extent: int) -> bool:  # asked often, so `is_clean` is written out
-            return era_of[extent] < settled and covered[extent] == 1 and not low <= extent < high
+            return era_of[extent] < settled and covered[extent] == 1
 
         victims = self.policy.victims(count, may_go, now_s)
         self._drop_clean([extent for extent in victims if may_go(extent)], now_s)
@@ -266,18 +265,25 @@ class GateModel(BatchModel):
         page.stale.add(extent)
         page.lazy = True
 
-    def _write_page(self, page: _Page, now_s: float) -> None:
+    def _write_page(self, page: _Page) -> None:
+        self._finish(self._begin(page))
+
+    def _begin(self, page: _Page) -> set[int]:
+        """A page is on its way; the extents that it will cover."""
         for extent in page.stale:
             self._durable[extent] = 0
             self.meter.violations += self._era_of[extent] >= self._settled
-        for extent in page.uncovered:
-            self._stored += 1 - self._durable[extent]
-            self._durable[extent] = self._covered[extent] = 1
         self._stored -= len(page.stale)
         page.stale.clear()
-        page.uncovered.clear()
+        uncovered, page.uncovered = page.uncovered, set()
         page.lazy = False
         self.meter.wrote_record(1, PAGE_BYTES)
+        return uncovered
+
+    def _finish(self, uncovered: set[int]) -> None:
+        for extent in uncovered:
+            self._stored += 1 - self._durable[extent]
+            self._durable[extent] = self._covered[extent] = 1
 
     def _recorded_runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         first = self._wanted.find(1, start, end)

@@ -54,11 +54,40 @@ def test_a_full_record_makes_room_from_clean_extents_only() -> None:
     updates = mirror.store.updates
     mirror.put(2 * PER_EXTENT)
     assert mirror.recorded() == {1, 2}
-    assert mirror.stored() == {1, 2}, "the clear rode along with the page of the miss"
+    assert mirror.stored() == {0, 1, 2}, "the page was on its way by then"
     assert (mirror.store.updates, mirror.store.clears) == (updates + 1, 0)
     mirror.put(3 * PER_EXTENT)
     assert mirror.recorded() == {1, 2, 3}, "dirty extents stay whatever the limit says"
+    assert mirror.stored() == {1, 2, 3}, "the clear rode along with the next page"
+    assert (mirror.store.updates, mirror.store.clears) == (updates + 2, 0)
     assert mirror.gate.over_limit
+
+
+def test_room_is_made_while_the_disk_writes_the_page() -> None:
+    mirror = full_and_half_dirty()
+    mirror.policy.unloved = [0]
+    answers = mirror.write(2 * PER_EXTENT)
+    mirror.loop.run_soon()
+    assert mirror.record.pending
+    assert mirror.recorded() == {1, 2}
+    mirror.run()
+    assert answers == [None]
+    updates = mirror.store.updates
+    mirror.put(0)
+    assert mirror.store.updates == updates, "what was evicted last is still in the stored copy"
+
+
+def test_a_write_that_waits_looks_again_at_what_was_evicted_meanwhile() -> None:
+    mirror = full_and_half_dirty()
+    mirror.policy.unloved = [0]
+    mirror.policy.unloved = [0]
+    answers = mirror.write(0, 3 * PER_EXTENT)  # extent 0 is clean, 2 is missing
+    mirror.loop.run_soon()
+    assert mirror.record.pending
+    assert mirror.recorded() == {1, 2}
+    mirror.run()
+    assert answers == [None]
+    assert mirror.recorded() == mirror.stored() == {0, 1, 2}
 
 
 def test_a_miss_evicts_twice_what_it_brings_and_the_tick_the_rest() -> None:

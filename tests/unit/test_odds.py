@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.record.odds import FEW, LIFE_S, PRIOR, WATCH_EVERY, Odds
+from bitmapd.record.odds import FEW, LIFE_S, PRIOR, SAMPLE, WATCH_EVERY, Odds
 
 
 def test_what_comes_true_within_its_time_raises_the_odds() -> None:
@@ -51,16 +51,25 @@ def test_a_candidate_is_watched_once_at_a_time() -> None:
 
 def test_while_few_are_watched_every_miss_is() -> None:
     odds = Odds(1)
-    odds.watch(range(FEW - 1), 0, 0.0)
+    for extent in range(FEW - 1):
+        odds.watch([extent], 0, 0.0)
     assert all(odds.due() for _ in range(3 * WATCH_EVERY))
 
 
 def test_else_the_candidates_of_every_fourth_miss_are_watched() -> None:
     odds = Odds(1)
-    odds.watch(range(FEW), 0, 0.0)
+    for extent in range(FEW):
+        odds.watch([extent], 0, 0.0)
     due = [odds.due() for _ in range(3 * WATCH_EVERY)]
     assert due.count(True) == 3
     assert due[WATCH_EVERY - 1]
+
+
+@pytest.mark.parametrize("count", range(40))
+def test_some_candidates_of_a_kind_stand_for_all(count: int) -> None:
+    odds = Odds(1)
+    odds.watch(range(count), 0, 0.0)
+    assert min(count, SAMPLE // 2) <= len(odds) <= SAMPLE
 
 
 def test_a_full_table_watches_nobody_else() -> None:
