@@ -46,7 +46,7 @@ class Policy(Protocol):
         """Extra ranges [first, stop) to record with this miss; those that matter most.
 
         In extents: `limit` of the record, and `recorded` once this miss is.  What goes beyond the
-        limit is evicted right afterwards, with what `victims` names.  Ranges may overlap one
+        limit is evicted soon afterwards, with what `victims` names.  Ranges may overlap one
         another and what is recorded already; they lie inside the volume.
         """
 
