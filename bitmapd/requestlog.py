@@ -29,13 +29,14 @@ from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
-from bitmapd.errors import UsageError
+from bitmapd.errors import BitmapdError, ExistsError, UsageError
 from bitmapd.gate.gate import Gate
 
 HEADER = b"time_s,op,offset_bytes,length_bytes\n"
 BATCH_REQUESTS = 1024
 BATCHES = 32
 CLOSE_PATIENCE_S = 5.0
+_NEW_FILE = "name a new file for the log"
 
 Entry = tuple[float, str, int, int]
 Batch = tuple[list[Entry], int]  # and how many were dropped before it
@@ -43,12 +44,21 @@ Failed = Callable[[OSError], None]
 
 
 def open_log(path: str | Path) -> int:
-    """A descriptor to append to; `UsageError` if it is no regular file."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    """A descriptor to append to.
+
+    `UsageError` if it is no regular file, `ExistsError` if it is one that holds something else: the
+    name of a medium, or of the volume's own configuration, is soon given by mistake."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     fd = os.open(path, flags, 0o600)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{path} is not a regular file", hint=_NEW_FILE)
+        if found.st_size > 0 and os.pread(fd, len(HEADER), 0) != HEADER:
+            raise ExistsError(f"{path} exists and is not a log of requests", hint=_NEW_FILE)
+    except BaseException:
         os.close(fd)
-        raise UsageError(f"{path} is not a regular file", hint="name a new file for the log")
+        raise
     return fd
 
 
@@ -148,7 +158,7 @@ class Recording:
         offset_s = time.time() - self._loop.time()
         try:
             self._log = RequestLog(path, offset_s, partial(self._failed, path))
-        except (OSError, UsageError) as error:
+        except (OSError, BitmapdError) as error:
             self._tell(path, error)
             return
         self._gate.watch = self._log.note

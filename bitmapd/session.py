@@ -101,6 +101,11 @@ class RecordSession:
         """Whether the primary is as the last session left it."""
         config, sealed = self._config, state.get("fingerprint")
         if sealed is None or state.get("session") != superblock.session:
+            if superblock.clean and superblock.session > 0:
+                self._unsealed(
+                    "was not remembered by this host when the volume stopped: nobody can tell"
+                    " whether it was written since"
+                )
             return
         try:
             found = self._fingerprint(superblock)

@@ -408,7 +408,7 @@ class Gate:
         """Mark every block of every recorded extent as to be copied: recovery, or a resync."""
         for first, stop in self._store.recorded_runs():
             self.taken.add(*self._geometry.extent_blocks(first, stop))
-        if self._taken_since is None:
+        if self.taken and self._taken_since is None:
             self._taken_since = self._scheduler.time()
 
     def mark(self, first: int, stop: int, done: Done) -> None:

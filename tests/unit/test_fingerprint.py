@@ -111,6 +111,7 @@ class Host:
         session = self.session()
         session.begin()
         if orderly:
+            session.finish()
             session.seal()
         session.close()
 
@@ -170,6 +171,17 @@ def test_a_fingerprint_of_an_older_session_does_not_count(host: Host) -> None:
     host.local.paths.state_file(host.local.config.uuid).write_bytes(old)
     host.scribble()
     host.serve()
+    assert host.events == [], "after a crash the record says what to copy"
+
+
+def test_a_clean_volume_whose_state_was_lost_is_told_of(host: Host) -> None:
+    host.serve()
+    assert host.events == [], "the first session has nothing to compare"
+    host.local.paths.state_file(host.local.config.uuid).unlink()
+    host.serve()
+    assert host.events == ["not-sealed"]
+    host.serve()
+    assert host.events == ["not-sealed"], "the stop has remembered it again"
 
 
 def test_a_session_that_has_not_begun_seals_nothing(host: Host) -> None:

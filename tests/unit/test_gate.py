@@ -307,6 +307,13 @@ def test_hot_means_written_since_the_last_barrier(mirror: Mirror) -> None:
     assert not mirror.gate.is_hot(2, 4)
 
 
+def test_an_empty_record_leaves_nothing_to_wait_for() -> None:
+    mirror = Mirror()
+    mirror.gate.take_recorded()
+    mirror.loop.advance(60.0)
+    assert mirror.gate.oldest_dirty_s() is None
+
+
 def test_recovery_marks_every_block_of_every_recorded_extent() -> None:
     mirror = Mirror(size_bytes=3 * EXTENT - BLOCK)
     for extent in (0, 2):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bitmapd.config import changed
-from bitmapd.errors import UsageError
+from bitmapd.errors import ExistsError, UsageError
 from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB
 from bitmapd.requestlog import (
@@ -69,6 +69,17 @@ def test_what_is_not_a_new_or_regular_file_is_refused(tmp_path: Path) -> None:
         open_log(tmp_path / "link")
     check_log(tmp_path / "log")
     assert (tmp_path / "log").read_bytes() == b""
+
+
+@pytest.mark.parametrize("content", [b"uuid = 1\n", bytes(4096), HEADER[:-1]])
+def test_a_file_that_holds_something_else_is_refused_and_kept(
+    tmp_path: Path, content: bytes
+) -> None:
+    file = tmp_path / "primary"
+    file.write_bytes(content)
+    with pytest.raises(ExistsError, match="primary exists and is not a log of requests"):
+        check_log(file)
+    assert file.read_bytes() == content
 
 
 def test_a_full_batch_is_handed_over_at_once(tmp_path: Path) -> None:

@@ -173,9 +173,10 @@ def test_a_state_file_that_says_nothing_is_told_of(host: Host, content: str) -> 
     host.serve()
     state.write_text(content)
     host.serve()
-    ((event, fields),) = host.events
+    (event, fields), (other, _) = host.events
     assert event == "state-unreadable"
     assert fields["file"] == str(state)
+    assert other == "not-sealed", "what the primary looked like was in it"
     assert json.loads(state.read_text())["session"] == 2, "and mended"
 
 
