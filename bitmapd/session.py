@@ -28,6 +28,7 @@ from bitmapd.media.fingerprint import fingerprint
 from bitmapd.media.identity import Identity, identify
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.hints import Hints, decode_hints, encode_hints
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, page_count
 from bitmapd.resize import all_ones
 
@@ -176,11 +177,13 @@ class RecordSession:
             page_count(geometry.extents),
         )
 
-    def read_hints(self) -> bytes:
-        return tool.read_hints(self._medium)
+    def read_hints(self) -> Hints | None:
+        """Inflating the map of a large volume takes longer than a host's write should wait."""
+        return decode_hints(tool.read_hints(self._medium), self.superblock.geometry.extents)
 
-    def write_hints(self, area: bytes) -> None:
-        tool.write_hints(self._medium, area)
+    def write_hints(self, hints: Hints) -> None:
+        """Deflating it takes longer still."""
+        tool.write_hints(self._medium, encode_hints(hints))
 
     def finish(self) -> None:
         """The record is empty and both media are flushed: mark it clean."""

@@ -53,7 +53,6 @@ from bitmapd.media.waiting import completion
 from bitmapd.nbd.server import NbdServer
 from bitmapd.nbd.uri import parse_uri
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.hints import encode_hints
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.store import RecordStore
 from bitmapd.recovery import Recovery
@@ -148,18 +147,18 @@ class Volume:
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
         self._engine.before_submit.append(self._store.commit)
         direct = self._make_direct(geometry)
-        policy = make_policy(config.predictor, geometry)
-        policy.recall(self._session.read_hints())
         self.gate = Gate(
             geometry,
             self._primary,
             self._store,
-            policy,
+            make_policy(config.predictor, geometry),
             loop,
             limit_extents=self._limit_extents(None),
             direct=direct,
         )
         self.gate.on_primary_error = self._primary_failed
+        self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
+        self._hints.begin()
         self._copy_pool = BufferPool(loop, COPY_POOL_BYTES)
         self.copier = Copier(
             geometry,
@@ -178,7 +177,6 @@ class Volume:
             read_primary=self._primary.read_aside,
         )
         self.copier.on_change = self._on_change
-        self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
         self._recording = Recording(self.gate, loop, self._emit)
         opened.append(self._recording.close)
         self._recording.record_to(config.trace)
@@ -572,9 +570,8 @@ class Volume:
         )
 
     def _exchange_policy(self, name: str) -> None:
-        policy, learnt = make_policy(name, self.geometry), self.gate.policy.hints()
-        if learnt is not None:
-            policy.recall(encode_hints(learnt))
+        policy = make_policy(name, self.geometry)
+        self._hints.hand_over(policy)
         for first, stop in self._store.recorded_runs():
             policy.added(first, stop, self._loop.time())
         self.gate.set_policy(policy)

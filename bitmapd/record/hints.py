@@ -1,4 +1,4 @@
-"""What a policy remembers over a restart, as bytes (pure).
+"""What a policy remembers over a restart, as a value and as bytes (pure).
 
 Hints make the first predictions of a session better and nothing else depends on them.  They have a
 place of their own on the record device, between the second superblock and the pages.  They are
@@ -37,9 +37,10 @@ _CRC = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """`ever` has one bit for each extent."""
+    """`ever` has one bit for each of the extents, the trail names none beyond them, and odds are
+    from 0 to 1."""
 
-    extents: int
+    extents: int  # of the volume when this was learnt
     odds: tuple[float, ...]
     trail: tuple[int, ...]
     ever: bitarray
@@ -63,12 +64,12 @@ def encode_hints(hints: Hints) -> bytes:
     return (body + _CRC.pack(crc32c(body))).ljust(HINTS_BYTES, b"\0")
 
 
-def decode_hints(data: bytes, extents: int, kinds: int) -> Hints | None:
-    """None for what are not whole hints for a volume that has, or had, so many extents or less."""
+def decode_hints(data: bytes, extents: int) -> Hints | None:
+    """None for what are not whole hints for a volume that has so many extents, or had fewer."""
     if len(data) != HINTS_BYTES:
         return None
     magic, for_extents, odds_count, steps, map_bytes = _HEAD.unpack_from(data)
-    if magic != MAGIC or for_extents > extents or odds_count != kinds:
+    if magic != MAGIC or for_extents > extents:
         return None
     odds_end = _HEAD.size + 4 * odds_count
     trail_end = odds_end + 4 * steps
@@ -83,7 +84,7 @@ def decode_hints(data: bytes, extents: int, kinds: int) -> Hints | None:
         return None
     if any(extent >= for_extents for extent in trail):
         return None
-    return Hints(extents, odds, trail, ever + bitarray(extents - for_extents))
+    return Hints(for_extents, odds, trail, ever)
 
 
 def _inflate(deflated: bytes, extents: int) -> bitarray | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.hints import Hints
 from bitmapd.record.stays import BULK_EXTENTS, CAPACITY, StayTable
 
 
@@ -57,7 +58,7 @@ class LruPolicy:
     def hints(self) -> None:
         return None
 
-    def recall(self, area: bytes) -> bool:
+    def recall(self, hints: Hints) -> bool:
         return False
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:

@@ -84,9 +84,9 @@ class Nearby:
         self._recent.append((extent, now_s))
 
     def restore(self, trail: Iterable[int], ever: bitarray) -> None:
-        """Begin with what was known before a restart."""
+        """Begin with what was known before a restart, of a volume that may have grown since."""
         self.trail.restore(trail)
-        self.ever |= ever
+        self.ever[: len(ever)] |= ever
 
     def groups(
         self,

@@ -65,9 +65,9 @@ class Policy(Protocol):
     def hints(self) -> Hints | None:
         """What was learnt, for the next session; none if nothing was."""
 
-    def recall(self, area: bytes) -> bool:
-        """Before the first event: go on from the hints that stand in the record's area for them.
-        False if they are of no use; then nothing has changed."""
+    def recall(self, hints: Hints) -> bool:
+        """Before the first event: go on from what was learnt before, when the volume may have been
+        smaller.  False if it does not fit this policy; then nothing has changed."""
 
     def victims(self, count: int, is_clean: Callable[[int], bool], now_s: float) -> Sequence[int]:
         """Up to `count` recorded extents for which `is_clean` holds, least useful first."""

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from bitmapd.record import odds as odds_module
 from bitmapd.record import trail as trail_module
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.hints import TRAIL_EXTENTS, Hints, decode_hints
+from bitmapd.record.hints import TRAIL_EXTENTS, Hints
 from bitmapd.record.nearby import KINDS, Nearby
 from bitmapd.record.odds import Odds
 from bitmapd.record.stays import BULK_EXTENTS, CAPACITY, LOOKS, StayTable, as_runs
@@ -302,9 +302,8 @@ class SupersetPolicy:
         trail = nearby.trail.latest(TRAIL_EXTENTS)
         return Hints(self._geometry.extents, tuple(self._odds.of), tuple(trail), nearby.ever.copy())
 
-    def recall(self, area: bytes) -> bool:
-        hints = decode_hints(area, self._geometry.extents, KINDS)
-        if hints is None:
+    def recall(self, hints: Hints) -> bool:
+        if hints.extents > self._geometry.extents or len(hints.odds) != KINDS:
             return False
         self._odds.restore(hints.odds)
         self._nearby.restore(hints.trail, hints.ever)

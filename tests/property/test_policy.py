@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from bitmapd.record.geometry import MIB, Geometry
-from bitmapd.record.hints import HINTS_BYTES, encode_hints
+from bitmapd.record.hints import decode_hints, encode_hints
 from bitmapd.record.lru import LruPolicy
 from bitmapd.record.policy import Policy
 from bitmapd.record.stays import BULK_EXTENTS
@@ -133,11 +133,13 @@ class Protocol(RuleBasedStateMachine):
     def remember(self) -> None:
         """What is learnt may be carried over at any time, and is bounded."""
         if isinstance(self.policy, SupersetPolicy):
-            area = encode_hints(self.policy.hints())
-            assert len(area) == HINTS_BYTES
-            other = SupersetPolicy(Geometry(EXTENTS * MIB))
-            assert other.recall(area)
-            assert encode_hints(other.hints()) == area
+            learnt = self.policy.hints()
+            read = decode_hints(encode_hints(learnt), EXTENTS)
+            assert read is not None
+            for hints in (learnt, read):
+                other = SupersetPolicy(Geometry(EXTENTS * MIB))
+                assert other.recall(hints)
+                assert other.hints() == hints
 
     @rule(which=st.lists(extents, max_size=5))
     def drop_anything_clean(self, which: list[int]) -> None:

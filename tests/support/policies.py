@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
+from bitmapd.record.hints import Hints
+
 
 class Forgetful:
     """The part of a policy that has nothing to tell its next session."""
@@ -12,7 +14,7 @@ class Forgetful:
     def hints(self) -> None:
         return None
 
-    def recall(self, area: bytes) -> bool:
+    def recall(self, hints: Hints) -> bool:
         return False
 
 

@@ -177,6 +177,13 @@ def test_memory_is_restored() -> None:
     assert [e for e in range(20) if found.ever[e]] == [5, 6]
 
 
+def test_memory_of_a_smaller_volume_is_restored() -> None:
+    found = nearby()
+    found.restore((6,), bitarray("0000001"))
+    assert len(found.ever) == EXTENTS
+    assert [e for e in range(20) if found.ever[e]] == [6]
+
+
 @given(
     st.lists(st.integers(0, 99), max_size=80),
     st.integers(0, 99),

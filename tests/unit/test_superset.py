@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from bitarray import bitarray
 
 from bitmapd.record.geometry import MIB, Geometry
-from bitmapd.record.hints import HINTS_BYTES, encode_hints
+from bitmapd.record.nearby import KINDS
 from bitmapd.record.stays import BULK_EXTENTS, IDLE_S
 from bitmapd.record.superset import (
     FRESH_MISSES,
@@ -445,16 +448,30 @@ def test_hints_carry_what_was_learnt_over_a_restart() -> None:
     record = Record()
     write_runs(record, 500)
     fresh = Record()
-    assert fresh.policy.recall(encode_hints(record.policy.hints()))
+    assert fresh.policy.recall(record.policy.hints())
     predicted = fresh.write(80_000)
     assert {80_001, 80_002} <= predicted
     assert not any(extent < 80_000 for extent in predicted)
 
 
-def test_hints_that_are_none_change_nothing() -> None:
+def test_a_volume_that_has_grown_keeps_what_was_learnt() -> None:
+    record = Record()
+    write_runs(record, 500)
+    learnt = record.policy.hints()
+    larger = SupersetPolicy(Geometry((EXTENTS + 1) * MIB))
+    assert larger.recall(learnt)
+    assert larger.hints() == replace(learnt, extents=EXTENTS + 1, ever=learnt.ever + bitarray(1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"extents": EXTENTS + 1, "ever": bitarray(EXTENTS + 1)}, {"odds": (0.5,) * (KINDS + 1)}],
+    ids=["of a larger volume", "of other kinds"],
+)
+def test_hints_that_do_not_fit_change_nothing(change: dict[str, Any]) -> None:
+    record = Record()
+    write_runs(record, 5)
     policy = SupersetPolicy(Geometry(EXTENTS * MIB))
     before = policy.hints()
-    larger = SupersetPolicy(Geometry((EXTENTS + 1) * MIB)).hints()
-    for area in (b"", bytes(HINTS_BYTES), encode_hints(larger)):
-        assert not policy.recall(area)
+    assert not policy.recall(replace(record.policy.hints(), **change))
     assert policy.hints() == before
