@@ -13,17 +13,22 @@ is copied again.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from typing import TYPE_CHECKING
 
 from bitarray import bitarray
 
 from bitmapd.errors import NoSpaceError, WrongStateError
+from bitmapd.media.base import Done
 from bitmapd.media.identity import identify
+from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import PageState, Verdict, page_count, record_size_bytes
+from bitmapd.record.store import RecordStore
 
 if TYPE_CHECKING:
+    from bitmapd.session import RecordSession
     from bitmapd.volume import Volume
 
 
@@ -86,4 +91,28 @@ async def wanted_geometry(volume: Volume) -> Geometry | None:
         await volume.secondary_size_bytes() if primary_bytes > old.size_bytes else 0,
         identify(config.record).size_bytes or 0,
         Names(config.primary, config.secondary, config.record),
+    )
+
+
+async def grow_record(
+    session: RecordSession,
+    store: RecordStore,
+    geometry: Geometry,
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """The three steps of the module docstring; the new size is in force on return."""
+    old = session.superblock.geometry
+    await loop.run_in_executor(None, session.prepare_growth, geometry)
+    store.grow(geometry, new_page_states(old, geometry))
+    first = old.size_bytes // geometry.extent_bytes
+
+    def record_new_extents(done: Done) -> None:
+        if not store.add([(first, geometry.extents)], (), done):
+            loop.call_soon(done, None)
+
+    await completion(record_new_extents)
+    session.update(
+        geometry=geometry,
+        primary_size_bytes=geometry.size_bytes,
+        secondary_size_bytes=max(geometry.size_bytes, session.superblock.secondary_size_bytes),
     )

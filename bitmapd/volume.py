@@ -1,10 +1,11 @@
-"""One volume, put together: record, gate, copier, export, and what an administrator may ask of it.
+"""One volume, put together: record, gate, copier, hosts, and what an administrator may ask of it.
 
 Start: record session (lock, load, checks), primary, secondary (may be absent), gate with every
-recorded extent to be copied, copier, export.  Hosts are served as soon as the record has
-been read; the copying of what it names goes on meanwhile.
+recorded extent to be copied, copier, hosts (`attach/modes.py` has the two ways in which they reach
+it).  They are served as soon as the record has been read; the copying of what it names goes on
+meanwhile.
 
-Clean stop: the export first (requests that were received are carried out and answered), then
+Clean stop: hosts first (requests that were received are carried out and answered), then
 copy what is left, flush both sides, empty the record, mark it clean.  A stop with `now`, or one
 while the secondary is away, leaves in the record what is not copied.
 
@@ -14,19 +15,13 @@ A crash at any point of either leaves a record that names whatever differs.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import ssl
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from bitmapd.attach.direct import DirectPath
-from bitmapd.attach.kernel import SECTOR_BYTES, KernelAttachment
-from bitmapd.attach.listen import listen, tls_context
-from bitmapd.attach.routes import Routes
-from bitmapd.attach.serve import direct_status, serve_kernel
+from bitmapd.attach.modes import DmMode, Mode, NbdMode
 from bitmapd.config import (
     Paths,
     VolumeConfig,
@@ -36,7 +31,6 @@ from bitmapd.config import (
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.errors import (
-    BitmapdError,
     BusyError,
     UnreachableError,
     UsageError,
@@ -45,19 +39,15 @@ from bitmapd.errors import (
 from bitmapd.gate.gate import Gate
 from bitmapd.hintkeeper import HintKeeper
 from bitmapd.media.aio import AioEngine
-from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool
-from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
-from bitmapd.nbd.server import NbdServer
-from bitmapd.nbd.uri import parse_uri
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.store import RecordStore
 from bitmapd.recovery import Recovery
 from bitmapd.requestlog import Recording
-from bitmapd.resize import new_page_states, wanted_geometry
+from bitmapd.resize import grow_record, wanted_geometry
 from bitmapd.secondary import (
     leave_at_once,
     make_secondary,
@@ -69,12 +59,9 @@ from bitmapd.session import RecordSession
 from bitmapd.status import describe, state_of
 from bitmapd.verifying import Progress, Verifying
 
-HOST_POOL_BYTES = 32 << 20
 COPY_POOL_BYTES = 16 << 20
 TICK_S = 1.0
 MIN_LIMIT_EXTENTS = 64
-LEAVE_TIMEOUT_S = 60.0  # for the requests that are under way when a volume grows
-LAST_BARRIERS = 5  # attempts to learn what hosts wrote last, at a stop
 
 Emit = Callable[..., None]
 
@@ -101,37 +88,35 @@ class Volume:
         self._hurried = False
         self.left = False  # grown, and not served any more: another one takes over
         self._tick_timer: asyncio.TimerHandle | None = None
-        self._metrics: Any = None
-        self._kernel: KernelAttachment | None = None
-        self._direct: DirectPath | None = None
 
     # -- start ----------------------------------------------------------------------------
     async def start(self) -> None:
         """Recover and export; on an error everything that was opened is closed again."""
         self._session = RecordSession(self.config, self._paths, self._emit)
+        self._mode = self._make_mode()
         opened: list[Callable[[], None]] = [self._session.close]
         try:
             await self._assemble(opened)
         except BaseException:
             for close in reversed(opened):
                 close()
-            if self._kernel is not None and not self._kernel.adopted:
-                # Nothing was written through it: leave the primary as it was found.
-                with contextlib.suppress(BitmapdError):
-                    await self._kernel.detach()
-                self._kernel.close()
-            if self._kernel is None or not self._kernel.adopted:
+            await self._mode.undo()
+            if not self._mode.adopted:
                 self._session.seal()
             raise
+
+    def _make_mode(self) -> Mode:
+        config, loop = self.config, self._loop
+        if config.attach == "dm":
+            return DmMode(config, loop, self._emit, on_barrier=self._on_change)
+        return NbdMode(config, loop, self._emit)
 
     async def _assemble(self, opened: list[Callable[[], None]]) -> None:
         config, loop = self.config, self._loop
         self._engine = AioEngine(loop)
         opened.append(self._engine.close)
-        primary = await self._prepare_kernel(opened) if config.attach == "dm" else config.primary
-        # Device-mapper has claimed it already.
-        exclusive = self._kernel is None
-        self._primary = KernelDevice(primary, self._engine, exclusive=exclusive)
+        primary = await self._mode.prepare(self.geometry, opened)
+        self._primary = KernelDevice(primary, self._engine, exclusive=self._mode.exclusive)
         opened.append(self._primary.close)
         self._record = KernelDevice(config.record, self._engine)
         opened.append(self._record.close)
@@ -146,7 +131,6 @@ class Volume:
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
         self._engine.before_submit.append(self._store.commit)
-        direct = self._make_direct(geometry)
         self.gate = Gate(
             geometry,
             self._primary,
@@ -154,7 +138,7 @@ class Volume:
             make_policy(config.predictor, geometry),
             loop,
             limit_extents=self._limit_extents(None),
-            direct=direct,
+            direct=self._mode.direct,
         )
         self.gate.on_primary_error = self._primary_failed
         self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
@@ -184,42 +168,11 @@ class Volume:
             self._session, self._store, self.gate, self.copier, loop.time, self._emit
         )
         self._recovery.begin()
-        if self._kernel is not None and direct is not None:
-            self.server = self._make_server(None)
-            await serve_kernel(
-                self._kernel,
-                direct,
-                self.server,
-                covers=self._store.covers,
-                mark=lambda *blocks: completion(partial(self.gate.mark, *blocks)),
-            )
-        else:
-            context = tls_context(config)
-            self.server = self._make_server(context)
-            opened.append(self.server.close_listeners)
-            listen(self.server, config, context)
+        await self._mode.begin(
+            self._engine, self.gate, self._store, lambda: self.copier.idle, opened
+        )
         self.copier.start()
         self._tick_timer = loop.call_later(TICK_S, self._tick)
-
-    async def _prepare_kernel(self, opened: list[Callable[[], None]]) -> str:
-        """The device that gate and copier work on; the layers above it come last."""
-        config, geometry = self.config, self.geometry
-        logical = identify(config.primary).logical_block_bytes or SECTOR_BYTES
-        kernel = KernelAttachment(self._loop, config, geometry, logical, self._emit)
-        opened.append(kernel.close)
-        await kernel.prepare()
-        self._kernel = kernel
-        return kernel.era_device
-
-    def _make_direct(self, geometry: Geometry) -> DirectPath | None:
-        kernel = self._kernel
-        if kernel is None:
-            return None
-        # Everything recorded is copied anyway, so eras that have ended need not be collected.
-        direct = DirectPath(geometry, kernel, Routes(), self._emit, since_era=kernel.current_era)
-        direct.on_ended = self._on_change
-        self._direct = direct
-        return direct
 
     def _warn_if_buffered(self) -> None:
         for device in (self._primary, self._record):
@@ -230,23 +183,6 @@ class Volume:
                     message="the file system has no direct I/O: a power cut may lose what the"
                     " page cache holds until it is flushed",
                 )
-
-    def _make_server(self, context: ssl.SSLContext | None) -> NbdServer:
-        self._host_pool = BufferPool(self._loop, HOST_POOL_BYTES)
-        server = NbdServer(
-            self._loop,
-            self.gate,
-            self._host_pool,
-            self._engine.kick,
-            export_name=parse_uri(self.config.listen).export,
-            description=f"bitmapd volume {self.config.name}",
-            tls=context,
-            emit=self._emit,
-            cork=self._engine.cork,
-            may_spin=lambda: self.copier.idle,
-        )
-        self._engine.after_reap.append(server.flush_replies)
-        return server
 
     # -- running --------------------------------------------------------------------------
     def _emit(self, event: str, **fields: Any) -> None:
@@ -316,19 +252,14 @@ class Volume:
         if self._stopping:
             raise WrongStateError(f"volume '{self.config.name}' is stopping already")
         self._stopping = True
-        if self._kernel is not None:
-            try:
-                await self._kernel.close_hosts()
-            except BusyError:
-                self._stopping = False
-                raise
+        try:
+            await self._mode.close_hosts()
+        except BusyError:
+            self._stopping = False
+            raise
         if self._verifying is not None:
             self._verifying.cancel(errno.ECANCELED, "the volume is being stopped")
-        if self._direct is not None:
-            await self._last_barriers(self._direct)
-        else:
-            self.server.close_listeners()
-            await self.server.drain(timeout_s=5.0)
+        await self._mode.last_writes(self._end_eras)
         if not now:
             await self._drain()
         stopped = asyncio.Event()
@@ -338,23 +269,22 @@ class Volume:
         await stopped.wait()
         clean = await self._empty_record()
         self._emit("stopped", clean=clean, record_extents=self._store.recorded_extents)
-        await self._close(self._kernel)
+        await self._finish()
+        await self._mode.detach(self._primary.close)
+        self._session.seal()
+        self._close()
         return {"clean": clean, "record_extents": self._store.recorded_extents}
 
-    async def _close(self, kernel: KernelAttachment | None) -> None:
-        """Let go of everything; unless it is left to another one, the kernel's layers too."""
+    async def _finish(self) -> None:
+        """What is done last while everything is still open."""
         if self._tick_timer is not None:
             self._tick_timer.cancel()
         self._recording.close()
         await self._hints.save()
         while self._engine.in_flight:
             await asyncio.sleep(0)
-        if kernel is not None and self.left:
-            kernel.close()
-        elif kernel is not None:
-            await self._detach(kernel)
-        if not self.left:
-            self._session.seal()
+
+    def _close(self) -> None:
         for close in (
             self._secondary.close,
             self._primary.close,
@@ -364,28 +294,9 @@ class Volume:
         ):
             close()
 
-    async def _last_barriers(self, direct: DirectPath) -> None:
-        """No host can write any more: have everything that was written known to the gate."""
-        direct.routes.seal()
-        for _ in range(LAST_BARRIERS):
-            if not direct.routes.settling:
-                return
-            await self._one_barrier(direct)
-        # What stays open stays in the record.
-
-    async def _one_barrier(self, direct: DirectPath) -> None:
-        tried = direct.tried
+    async def _end_eras(self, enough: Callable[[], bool]) -> None:
         self.copier.wake()
-        await self._until(lambda: direct.tried > tried)
-
-    async def _detach(self, kernel: KernelAttachment) -> None:
-        self._primary.close()
-        try:
-            await kernel.detach()
-        except BitmapdError as error:
-            self._emit("detach-error", message=error.message)
-        await self.server.drain(timeout_s=5.0)
-        kernel.close()
+        await self._until(enough)
 
     def hurry(self) -> None:
         """Let a stop that is copying what is left end without it."""
@@ -501,15 +412,15 @@ class Volume:
         geometry = await wanted_geometry(self)
         if geometry is None:
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
-        if self._kernel is not None and self._direct is not None:
-            await self._leave(self._kernel, self._direct, geometry)
+        if isinstance(self._mode, DmMode):
+            await self._leave(self._mode, geometry)
         else:
             await self._grow(geometry)
         return {"size_bytes": geometry.size_bytes, "changed": True}
 
     async def _grow(self, geometry: Geometry) -> None:
         self._primary.refresh_size()
-        await self._grow_record(geometry)
+        await grow_record(self._session, self._store, geometry, self._loop)
         self.copier.grow(geometry)
         self.gate.grow(geometry)
         self._exchange_policy(self.config.predictor)
@@ -518,56 +429,26 @@ class Volume:
             self.copier.reconnect()
         self._emit("resized", size_bytes=geometry.size_bytes)
 
-    async def _leave(
-        self, kernel: KernelAttachment, direct: DirectPath, geometry: Geometry
-    ) -> None:
+    async def _leave(self, mode: DmMode, geometry: Geometry) -> None:
         """Give the volume, grown, to the next `Volume`; hosts' writes wait in the kernel for it.
 
         Up to the end of the server an error leaves everything as it was.
         """
-        direct.routes.gate_all()
-        for _ in range(LAST_BARRIERS):
-            if direct.routes.all_gated:
-                break
-            await self._one_barrier(direct)
-        else:
-            direct.routes.gate_all(wanted=False)
-            raise UnreachableError(
-                "the kernel's table cannot be changed: no barrier passes",
-                hint=f"see 'barrier-error' in 'dmctl events {self.config.name}'",
-            )
+        await mode.close_direct(self._end_eras)
         if self._verifying is not None:
             self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
         self.left = True
         self._on_change()
-        kernel.stay_disconnected()
-        await self.server.drain(timeout_s=LEAVE_TIMEOUT_S)
+        await mode.hold_hosts()
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         leave_at_once(self._secondary)
         await stopped.wait()
-        await self._grow_record(geometry)
-        await self._close(kernel)
+        await grow_record(self._session, self._store, geometry, self._loop)
+        await self._finish()
+        mode.hand_over()
+        self._close()
         self._emit("resized", size_bytes=geometry.size_bytes)
-
-    async def _grow_record(self, geometry: Geometry) -> None:
-        old, loop = self.geometry, self._loop
-        await loop.run_in_executor(None, self._session.prepare_growth, geometry)
-        self._store.grow(geometry, new_page_states(old, geometry))
-        first = old.size_bytes // geometry.extent_bytes
-
-        def record_new_extents(done: Done) -> None:
-            if not self._store.add([(first, geometry.extents)], (), done):
-                loop.call_soon(done, None)
-
-        await completion(record_new_extents)
-        self._session.update(
-            geometry=geometry,
-            primary_size_bytes=geometry.size_bytes,
-            secondary_size_bytes=max(
-                geometry.size_bytes, self._session.superblock.secondary_size_bytes
-            ),
-        )
 
     def _exchange_policy(self, name: str) -> None:
         policy = make_policy(name, self.geometry)
@@ -594,11 +475,14 @@ class Volume:
 
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""
-        return describe(self.config, self.geometry, self._store, self.gate, self.copier) | {
-            "last_recovery": self._recovery.result,
-            "last_error": self._last_error,
-            "connections": self.server.stats.connections,
-            "session": self._session.superblock.session,
-            "primary_errors_total": self.gate.primary_errors,
-            **({} if self._direct is None else direct_status(self._direct, self.gate)),
-        }
+        return (
+            describe(self.config, self.geometry, self._store, self.gate, self.copier)
+            | {
+                "last_recovery": self._recovery.result,
+                "last_error": self._last_error,
+                "connections": self._mode.server.stats.connections,
+                "session": self._session.superblock.session,
+                "primary_errors_total": self.gate.primary_errors,
+            }
+            | self._mode.figures(self.gate)
+        )

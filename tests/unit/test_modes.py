@@ -1,0 +1,216 @@
+"""attach/modes: dm mode's steps, and what becomes of the layers when one of them fails.
+
+The kernel only notes what it is told.  With a real one, dm mode is tested in tests/vm/guest; nbd
+mode is tested with the volume.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from bitmapd.attach import modes
+from bitmapd.attach.direct import DirectPath
+from bitmapd.attach.modes import LAST_BARRIERS, DmMode, EndEras
+from bitmapd.attach.routes import Table
+from bitmapd.errors import BitmapdError, UnreachableError
+from tests.support.local import LocalVolume
+
+
+class NotedKernel:
+    """A `KernelAttachment` without a kernel."""
+
+    era_device = "/dev/mapper/dmctl-vol0-era"
+    current_era = 7
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.adopted = False
+        self.fails = False
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if self.fails:
+            raise BitmapdError("no helper")
+
+    async def prepare(self) -> None:
+        self._note("prepare")
+
+    async def detach(self) -> None:
+        self._note("detach")
+
+    def stay_disconnected(self) -> None:
+        self.calls.append("stay disconnected")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class NotedServer:
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    async def drain(self, timeout_s: float) -> None:
+        self._calls.append(f"drain {timeout_s:g} s")
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotedKernel]:
+    made = NotedKernel()
+    monkeypatch.setattr(modes, "KernelAttachment", lambda *_: made)
+    return made
+
+
+class Attached:
+    """A mode after `prepare`."""
+
+    def __init__(self, local: LocalVolume) -> None:
+        self.events: list[str] = []
+        self.opened: list[Callable[[], None]] = []
+        self.barriers = 0
+        self.mode = DmMode(
+            local.config,
+            asyncio.get_running_loop(),
+            lambda event, **fields: self.events.append(event),
+            on_barrier=lambda: None,
+        )
+        self._geometry = local.geometry
+
+    async def prepare(self) -> str:
+        return await self.mode.prepare(self._geometry, self.opened)
+
+    @property
+    def direct(self) -> DirectPath:
+        return self.mode.direct
+
+    def barriers_that(self, land: Callable[[int], bool]) -> EndEras:
+        """`land`: whether the barrier of this number does, the first being 1."""
+
+        async def end_eras(enough: Callable[[], bool]) -> None:
+            assert not enough()
+            self.barriers += 1
+            if land(self.barriers):
+                self.direct.routes.propose([])
+                self.direct.routes.landed(())
+                self.direct.barriers += 1
+            else:
+                self.direct.failures += 1
+            assert enough()
+
+        return end_eras
+
+
+def run(test: Callable[[], Any]) -> None:
+    asyncio.run(test())
+
+
+def test_the_device_below_the_layers_is_what_the_volume_works_on(
+    local: LocalVolume, kernel: NotedKernel
+) -> None:
+    async def test() -> None:
+        attached = Attached(local)
+        assert not attached.mode.adopted
+        assert await attached.prepare() == kernel.era_device
+        assert attached.direct.collected_era == 6
+        assert not attached.mode.exclusive
+        for close in attached.opened:
+            close()
+
+    run(test)
+    assert kernel.calls == ["prepare", "close"]
+
+
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_start_that_failed_removes_what_it_made(
+    local: LocalVolume, kernel: NotedKernel, adopted: bool
+) -> None:
+    kernel.adopted = adopted
+
+    async def test() -> None:
+        attached = Attached(local)
+        await attached.prepare()
+        assert attached.mode.adopted is adopted
+        await attached.mode.undo()
+
+    run(test)
+    assert kernel.calls == ["prepare", *([] if adopted else ["detach", "close"])]
+
+
+def test_a_start_that_failed_before_the_layers_were_there(
+    local: LocalVolume, kernel: NotedKernel
+) -> None:
+    kernel.fails = True
+
+    async def test() -> None:
+        attached = Attached(local)
+        with pytest.raises(BitmapdError):
+            await attached.prepare()
+        await attached.mode.undo()
+        assert not attached.mode.adopted
+
+    run(test)
+    assert kernel.calls == ["prepare"]
+
+
+@pytest.mark.parametrize(("first_that_lands", "needed"), [(1, 1), (3, 3), (99, LAST_BARRIERS)])
+def test_the_last_writes_are_asked_for_a_few_times(
+    local: LocalVolume, kernel: NotedKernel, first_that_lands: int, needed: int
+) -> None:
+    async def test() -> None:
+        attached = Attached(local)
+        await attached.prepare()
+        attached.direct.routes.adopt([2])
+        barriers = attached.barriers_that(lambda number: number >= first_that_lands)
+        await attached.mode.last_writes(barriers)
+        assert attached.direct.routes.settling is (first_that_lands > LAST_BARRIERS)
+        assert attached.barriers == needed
+
+    run(test)
+
+
+def test_what_cannot_be_closed_is_left_open(local: LocalVolume, kernel: NotedKernel) -> None:
+    async def test() -> None:
+        attached = Attached(local)
+        await attached.prepare()
+        routes = attached.direct.routes
+        routes.adopt([2])
+        with pytest.raises(UnreachableError) as caught:
+            await attached.mode.close_direct(attached.barriers_that(lambda number: False))
+        assert attached.barriers == LAST_BARRIERS
+        assert caught.value.hint is not None
+        assert "dmctl events vol0" in caught.value.hint
+        assert routes.propose([(0, 8)]) == Table(((0, 8),)), "as before"
+        routes.failed()
+        await attached.mode.close_direct(attached.barriers_that(lambda number: True))
+        assert routes.all_gated
+
+    run(test)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_detaching_goes_on_to_its_end(local: LocalVolume, kernel: NotedKernel, fails: bool) -> None:
+    async def test() -> None:
+        attached = Attached(local)
+        await attached.prepare()
+        attached.mode.server = NotedServer(kernel.calls)  # type: ignore[assignment]
+        kernel.fails = fails
+        await attached.mode.detach(lambda: kernel.calls.append("device released"))
+        assert attached.events == (["detach-error"] if fails else [])
+
+    run(test)
+    assert kernel.calls == ["prepare", "device released", "detach", "drain 5 s", "close"]
+
+
+def test_another_one_finds_the_layers_as_they_are(local: LocalVolume, kernel: NotedKernel) -> None:
+    async def test() -> None:
+        attached = Attached(local)
+        await attached.prepare()
+        attached.mode.server = NotedServer(kernel.calls)  # type: ignore[assignment]
+        await attached.mode.hold_hosts()
+        attached.mode.hand_over()
+
+    run(test)
+    assert kernel.calls == ["prepare", "stay disconnected", "drain 60 s", "close"]
