@@ -571,6 +571,7 @@ class Gate:
         was clean; the write looks again when it no longer waits.
         """
         self._making_room = False
+        self._store.commit()  # is done already, unless the first of these misses needed no page
         most, self._brought = EVICTIONS_PER_ADDITION * self._brought, 0
         count = min(self._store.recorded_extents - self.limit_extents, most)
         if count <= 0:

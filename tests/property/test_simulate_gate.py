@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from bitmapd.gate.gate import Gate
@@ -221,6 +221,31 @@ def make(steps: Sequence[tuple[float, int, int]]) -> Trace:
     round_trip_s=st.sampled_from([0.0, 0.05, 0.2]),
     era_s=st.sampled_from([0.2, 1.0]),
     seed=st.integers(0, 99),
+)
+@example(
+    steps=[
+        (7.0, 21, 1),
+        (0.1, 29, 1),
+        (0.3, 4, 4),
+        (1.0, 31487, 2),
+        (0.01, 26, 3),
+        (0.2, 5, 2),
+        (0.45, 31487, 1),
+        (0.1, 0, 3),
+        (0.3, 1, 2),
+        (1.5, 1, 4),
+        (1.5, 5, 3),
+        (0.1, 1, 4),
+        (0.0, 31486, 4),
+        (0.0, 21, 1),
+    ],
+    limit=6,
+    depth=32,
+    kind="superset",
+    link=1e9,
+    round_trip_s=0.0,
+    era_s=1.0,
+    seed=17,
 )
 def test_the_restatement_does_what_gate_and_store_do(
     steps: list[tuple[float, int, int]],
