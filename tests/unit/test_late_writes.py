@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 
-from bitmapd.copier.engine import LATE_WRITES_S, Copier, CopyState
+from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.link import LATE_WRITES_S
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.gate.gate import Gate
 from bitmapd.media.buffers import BufferPool, aligned

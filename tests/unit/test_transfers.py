@@ -1,0 +1,150 @@
+"""copier/transfers without a copier: what `begin` answers, and what the owner is told, when."""
+
+from __future__ import annotations
+
+import errno
+import math
+
+import pytest
+
+from bitmapd.copier.throttle import SpeedMeter, Throttle
+from bitmapd.copier.transfers import Transfers
+from tests.support.mirror import BLOCK, Mirror
+
+PIECE = 4
+
+
+class Rig:
+    """Transfers of a mirror whose own copier never starts; `told` holds what the owner hears."""
+
+    def __init__(self, blocks: int, *, rate_bytes_per_s: float | None = None, pool: int = 1 << 20):
+        self.mirror = Mirror(pool_bytes=pool)
+        self.primary, self.secondary = self.mirror.primary, self.mirror.secondary
+        self.told: list[object] = []
+        self.transfers = Transfers(
+            self.mirror.geometry,
+            self.mirror.gate,
+            self.primary.read,
+            self.secondary,
+            self.mirror.loop,
+            self.mirror.pool,
+            Throttle(rate_bytes_per_s, PIECE * BLOCK),
+            SpeedMeter(),
+            owner=self,
+            piece_bytes=PIECE * BLOCK,
+        )
+        self.mirror.put(0, blocks)
+        self.mirror.gate.take_era(lambda: None)
+        self.mirror.turn()
+        self.mirror.loop.advance(1.0)  # hosts are quiet
+
+    def begin(self, most_bytes: float = math.inf) -> float | None:
+        return self.transfers.begin(self.mirror.loop.now_s, most_bytes)
+
+    # What the owner is told, with what is in flight and out of the pool at that moment.
+    def copied(self, first: int, stop: int, length_bytes: int) -> None:
+        self.told.append(("copied", first, stop, length_bytes, self.transfers.in_flight_bytes))
+
+    def not_read(self, first: int, stop: int, error: OSError) -> None:
+        self.told.append(("not read", first, stop, error.errno))
+
+    def not_compared(self, error: OSError) -> None:
+        self.told.append(("not compared", error.errno))
+
+    def not_written(self, first: int, stop: int, error: OSError) -> None:
+        self.told.append(("not written", first, stop, error.errno))
+
+    def proceed(self) -> None:
+        self.told.append(("proceed", self.mirror.pool.out_bytes))
+
+
+def test_a_run_is_reported_while_it_is_in_flight_and_the_gate_is_left_alone() -> None:
+    rig = Rig(3)
+    assert rig.begin() is None
+    assert not rig.transfers.idle
+    rig.mirror.finish(rig.primary)
+    rig.mirror.finish(rig.secondary)
+    assert rig.told == [("copied", 0, 3, 3 * BLOCK, 3 * BLOCK), ("proceed", 0)]
+    assert rig.transfers.idle
+    assert list(rig.mirror.gate.taken.runs()) == [(0, 3)]
+    assert not rig.mirror.gate.has_copied
+
+
+def test_no_transfer_begins_once_so_much_is_in_flight() -> None:
+    rig = Rig(12)
+    assert rig.begin(0) is None
+    assert rig.transfers.idle
+    assert rig.begin(BLOCK) is None
+    assert rig.transfers.in_flight_bytes == PIECE * BLOCK
+    assert rig.begin(PIECE * BLOCK) is None
+    assert rig.begin(PIECE * BLOCK + 1) is None
+    assert rig.primary.asked("read") == [(0, PIECE), (PIECE, PIECE)]
+
+
+def test_begin_says_how_long_the_rate_holds_back_the_next() -> None:
+    rig = Rig(8, rate_bytes_per_s=2 * BLOCK)
+    assert rig.begin() == PIECE / 2
+    assert rig.primary.asked("read") == [(0, PIECE)]
+    assert rig.transfers.withheld_blocks == PIECE, "the other is handed out again"
+    rig.mirror.loop.advance(PIECE / 2)
+    assert rig.begin() is None
+    assert rig.primary.asked("read") == [(0, PIECE), (PIECE, PIECE)]
+
+
+def test_memory_that_is_free_again_is_a_reason_to_proceed() -> None:
+    rig = Rig(4, pool=PIECE * BLOCK)
+    other = rig.mirror.pool.take(PIECE * BLOCK)
+    assert other is not None
+    assert rig.begin() == rig.begin() == 0.0
+    assert rig.told == []
+    rig.mirror.pool.give(other)
+    rig.mirror.turn()
+    assert rig.told == [("proceed", 0)]
+    assert rig.begin() is None
+    assert rig.primary.asked("read") == [(0, PIECE)]
+
+
+def test_what_was_in_flight_when_it_was_revoked_is_not_reported_and_copied_again() -> None:
+    rig = Rig(4)
+    rig.begin()
+    rig.mirror.finish(rig.primary)
+    rig.transfers.revoke()
+    rig.mirror.finish(rig.secondary)
+    assert rig.told == [("proceed", 0)]
+    assert rig.begin() is None
+    rig.mirror.finish(rig.primary)
+    rig.mirror.finish(rig.secondary)
+    assert rig.told[1:] == [("copied", 0, PIECE, PIECE * BLOCK, PIECE * BLOCK), ("proceed", 0)]
+
+
+def test_comparing_is_decided_when_the_primary_has_been_read() -> None:
+    rig = Rig(8)
+    rig.begin()
+    rig.mirror.finish(rig.primary)
+    rig.transfers.compare = True
+    rig.mirror.finish(rig.primary)
+    assert rig.secondary.asked("write") == [(0, PIECE)]
+    assert rig.secondary.asked("read") == [(PIECE, PIECE)]
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "told", "withheld"),
+    [
+        ("read", errno.EIO, ("not read", 0, 1, errno.EIO), 1),
+        ("compare", errno.EIO, ("not compared", errno.EIO), 0),
+        ("write", errno.EIO, ("not written", 0, 1, errno.EIO), 1),
+        ("write", errno.ENOTCONN, ("not written", 0, 1, errno.ENOTCONN), 0),
+    ],
+)
+def test_a_bad_place_waits_and_a_lost_connection_does_not(
+    step: str, number: int, told: tuple[object, ...], withheld: int
+) -> None:
+    rig = Rig(1)
+    rig.transfers.compare = step == "compare"
+    rig.begin()
+    if step != "read":
+        rig.mirror.finish(rig.primary)
+    rig.secondary.connected = number != errno.ENOTCONN
+    rig.mirror.fail(rig.primary if step == "read" else rig.secondary, number)
+    assert rig.told == [told, ("proceed", 0)]
+    assert rig.transfers.withheld_blocks == withheld
