@@ -1,7 +1,7 @@
 """Our own record: the policies that the gate runs, under the gate's and the store's rules (pure).
 
-The policy is the very object that a volume uses.  The rules around it are those of `gate/gate.py`
-and `record/store.py`, written anew without devices, buffers and callbacks, so that a hit costs well
+The policy is the very object that a volume uses.  The rules around it are those of `gate/` and
+`record/store.py`, written anew without devices, buffers and callbacks, so that a hit costs well
 under a microsecond; `tests/property/test_simulate_gate.py` runs both over the same events and
 compares every call of the policy, every record write and every state.
 
