@@ -23,7 +23,9 @@ dm-era marks a block before a write to it goes on, in the era that is current th
    reading may have been marked after the snapshot that followed; but the swap of the barrier
    before would have waited for it if it had begun before that one's reading.  Hence counters are
    compared with those read two barriers ago: for discards, and to skip a barrier: if three
-   readings in a row are equal nothing is unknown, nothing is claimed, and the era goes on.
+   readings in a row are equal nothing is unknown, nothing is claimed, and the era goes on.  But
+   what was brought may have got lost on its way: whoever asks again from the same era on gets it
+   again.
 6. What a barrier needs of memory for 4 exists before.
 7. dm-era digests an ended era at a cost of the volume's size, some seconds per TiB, keeps its marks
    until then, and fails writes when its metadata are full.  So no era is ended while more than half
@@ -135,6 +137,7 @@ class Barrier:
         # Not known of an era device that was found: then every discard since it was made counts.
         self._last: Counters | None = None
         self._earlier: Counters | None = None
+        self._next_era: int | None = None  # asked for by who has got all that was brought
 
     def __call__(
         self, table: Sequence[Target] | None, since_era: int, deadline_s: float
@@ -143,7 +146,8 @@ class Barrier:
         but that an era ended, and the next barrier is to begin with the same `since_era`.
         OSError ENOBUFS if no era can be ended for the time being."""
         before = self._read_counters()
-        if table is None and before == self._last == self._earlier:
+        known = since_era == self._next_era and before == self._last == self._earlier
+        if table is None and known:
             return Collected(bitarray(), since_era - 1, skipped=True)
         status = self.drop_stale_snapshot()
         if 2 * status.used_blocks >= status.total_blocks:
@@ -167,6 +171,7 @@ class Barrier:
             self._mapper.message(self._era, DROP_SNAPSHOT)
         widened = after.discards > (0 if self._earlier is None else self._earlier.discards)
         self._earlier, self._last = self._last, before
+        self._next_era = to_era + 1
         if widened:
             blocks = widen(blocks)
         return Collected(blocks, to_era, window_s, widened=widened, damage=damage)

@@ -224,6 +224,7 @@ class SimKernel:
         # The helper's memory: counters as they were before the latest two snapshots.
         self._previous: tuple[int, int] | None = None
         self._earlier: tuple[int, int] | None = None
+        self._next_era: int | None = None
 
     # -- Kernel ---------------------------------------------------------------------------
     def counters(self) -> Counters:
@@ -260,7 +261,8 @@ class SimKernel:
         if barrier.stage is Stage.ASKED:
             barrier.writes, barrier.discards = self.era.writes, self.era.discards
             read = (barrier.writes, barrier.discards)
-            if barrier.segments is None and self._earlier == self._previous == read:
+            known = barrier.since_era == self._next_era and self._earlier == self._previous == read
+            if barrier.segments is None and known:
                 barrier.landed = Landed((), barrier.since_era - 1, 0.0, skipped=True)
                 barrier.stage = Stage.READ
                 return
@@ -285,6 +287,7 @@ class SimKernel:
         runs = self._runs(barrier.marked, self._discards_since(self._earlier))
         barrier.landed = Landed(runs, barrier.era, 0.001)
         self._earlier, self._previous = self._previous, (barrier.writes, barrier.discards)
+        self._next_era = barrier.era + 1
 
     def _discards_since(self, previous: tuple[int, int] | None) -> bool:
         """Whether a discard may be marked in the eras that are collected."""

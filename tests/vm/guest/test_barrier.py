@@ -82,6 +82,16 @@ def test_skipped_when_nothing_was_written() -> None:
         assert blocks(made.barrier(None, wanted.to_era + 1, SOON_S).blocks) == {6}
 
 
+def test_what_got_lost_on_its_way_is_brought_again() -> None:
+    with stack() as made:
+        write(made.write, 5)
+        for _ in range(4):  # nobody has got the answer: the same era is asked for again
+            lost = made.barrier(None, 1, SOON_S)
+            assert not lost.skipped
+            assert blocks(lost.blocks) == {5}
+        assert made.barrier(None, lost.to_era + 1, SOON_S).skipped
+
+
 def test_the_eras_of_a_helper_that_died_are_collected_by_the_next() -> None:
     with stack() as made:
         write(made.write, 1)
