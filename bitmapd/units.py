@@ -80,11 +80,12 @@ def format_duration(duration_s: float) -> str:
     return "0s"
 
 
-def parse_rate(text: str) -> int:
-    """Bytes per second, written as a size with an optional `/s`; zero is refused."""
+def parse_rate(text: str, instead_of_zero: str | None = None) -> int:
+    """Bytes per second, written as a size with an optional `/s`; zero is refused, with a hint at
+    what to do instead."""
     rate_bytes_per_s = parse_size(text.strip().removesuffix("/s"))
     if rate_bytes_per_s == 0:
-        raise UsageError(f"{text!r}: a rate of zero copies nothing", hint="use 'dmctl pause'")
+        raise UsageError(f"{text!r}: a rate of zero copies nothing", hint=instead_of_zero)
     return rate_bytes_per_s
 
 

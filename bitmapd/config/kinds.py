@@ -85,7 +85,7 @@ def _positive_duration(value: Any) -> float:
 
 
 def _rate(value: Any) -> int:
-    return parse_rate(str(value) if type(value) is int else _text(value))
+    return parse_rate(str(value) if type(value) is int else _text(value), "use 'dmctl pause'")
 
 
 def _boolean(value: Any) -> bool:

@@ -26,6 +26,10 @@ def load_trace(path: str | Path, form: str | None = None) -> Trace:
     name = file.name
     while Path(name).suffix in SUFFIXES:
         name = Path(name).stem
+    if file.is_dir():
+        raise UsageError(
+            f"{path}: this is a directory, not a trace", hint="name the files in it that are traces"
+        )
     with open(file, "rb") as raw:
         packed = raw.read(2) == GZIP_MAGIC
         raw.seek(0)

@@ -31,6 +31,7 @@ from bitmapd.simulate.trace import Request
 SECTOR_BYTES = 512
 HEAD_LINES = 1000
 MAX_BYTE = 1 << 62
+QUOTED_CHARACTERS = 40
 
 _SCSI_WRITES = frozenset((0x0A, 0x2A, 0xAA, 0x8A, 0x2E, 0xAE, 0x8E, 0x41, 0x93, 0x42))
 _SCSI_READS = frozenset((0x08, 0x28, 0xA8, 0x88))
@@ -39,6 +40,10 @@ _FIO = re.compile(r"fio version ([0-9]+) iolog")
 _CSV_OPS = {"R": False, "W": True, "Z": True, "T": True}
 _FIO_OPS = {"read": False, "write": True, "trim": True}
 _FIO_QUIET = frozenset(("add", "open", "close", "sync", "datasync", "wait"))
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= QUOTED_CHARACTERS else text[:QUOTED_CHARACTERS] + "…"
 
 
 class _Lines:
@@ -57,8 +62,14 @@ class _Lines:
             if text and not text.startswith("#"):
                 yield text
 
-    def wrong(self, reason: str) -> NoReturn:
-        raise UsageError(f"{self.name}, line {self.number}: {reason}")
+    def wrong(self, reason: str, *quoted: str) -> NoReturn:
+        """`reason` has a `{}` for each piece of the trace that it quotes.
+
+        A file that is no trace may be one line, however large it is: only the beginning of what is
+        quoted is told.
+        """
+        told = reason.format(*(repr(_beginning(text)) for text in quoted))
+        raise UsageError(f"{self.name}, line {self.number}: {told}")
 
     def fields(self, text: str, names: Sequence[str]) -> list[str]:
         found = [word.strip() for word in text.split(",")]
@@ -70,18 +81,18 @@ class _Lines:
         try:
             value = int(text)
         except ValueError:
-            self.wrong(f"{what} {text!r} is not a whole number")
+            self.wrong(f"{what} {{}} is not a whole number", text)
         if not 0 <= value <= MAX_BYTE:
-            self.wrong(f"{what} {text} is out of range")
+            self.wrong(f"{what} {{}} is out of range", text)
         return value
 
     def seconds(self, text: str) -> float:
         try:
             value = float(text)
         except ValueError:
-            self.wrong(f"time {text!r} is not a number")
+            self.wrong("time {} is not a number", text)
         if not 0 <= value < MAX_BYTE:
-            self.wrong(f"time {text} is out of range")
+            self.wrong("time {} is out of range", text)
         return value
 
     def only(self, device: str) -> None:
@@ -89,7 +100,7 @@ class _Lines:
         if self._device is None:
             self._device = device
         elif device != self._device:
-            self.wrong(f"a request to {device}, after others to {self._device}: keep one device")
+            self.wrong("a request to {}, after others to {}: keep one device", device, self._device)
 
 
 def _csv(lines: _Lines) -> Iterator[Request]:
@@ -99,7 +110,7 @@ def _csv(lines: _Lines) -> Iterator[Request]:
         if time_s == "time_s":
             continue
         if op not in _CSV_OPS:
-            lines.wrong(f"op {op!r} is none of {' '.join(_CSV_OPS)}")
+            lines.wrong(f"op {{}} is none of {' '.join(_CSV_OPS)}", op)
         yield Request(
             lines.seconds(time_s),
             _CSV_OPS[op],
@@ -117,7 +128,7 @@ def _vscsi(lines: _Lines) -> Iterator[Request]:
         try:
             code = int(op, 16)
         except ValueError:
-            lines.wrong(f"op {op!r} is not a SCSI operation code in hex")
+            lines.wrong("op {} is not a SCSI operation code in hex", op)
         if code in _SCSI_WRITES or code in _SCSI_READS:
             yield Request(
                 lines.seconds(time_s),
@@ -135,7 +146,7 @@ def _msr(lines: _Lines) -> Iterator[Request]:
         if ticks == "Timestamp":
             continue
         if kind not in ("Read", "Write"):
-            lines.wrong(f"type {kind!r} is neither Read nor Write")
+            lines.wrong("type {} is neither Read nor Write", kind)
         lines.only(f"{host} disk {disk}")
         at = lines.integer(ticks, "timestamp")
         # As a float of seconds since 1601 it would lose the microseconds.

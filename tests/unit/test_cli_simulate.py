@@ -190,5 +190,19 @@ def test_a_violation_would_be_seen(cli: Cli, trace: str) -> None:
     assert said.getvalue().splitlines()[1].endswith("3 violations")
 
 
+def test_a_directory_is_no_trace(cli: Cli, tmp_path: Path) -> None:
+    outcome = cli.call("simulate", str(tmp_path))
+    assert outcome.status == 2
+    assert f"{tmp_path}: this is a directory, not a trace" in outcome.err
+    assert "name the files in it" in outcome.err
+
+
+def test_a_link_without_speed_has_no_hint_at_another_command(cli: Cli, trace: str) -> None:
+    outcome = cli.call("simulate", trace, "--link-speed", "0")
+    assert outcome.status == 2
+    assert "a rate of zero copies nothing" in outcome.err
+    assert "pause" not in outcome.err
+
+
 def test_a_trace_that_is_not_there(cli: Cli) -> None:
     assert cli.call("simulate", "/nowhere").status == 10

@@ -56,11 +56,11 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     [
         ("csv", "1.0,W,0", "3 columns, not 4 (time_s,op,offset_bytes,length_bytes)"),
         ("csv", "soon,W,0,512", "time 'soon' is not a number"),
-        ("csv", "nan,W,0,512", "time nan is out of range"),
-        ("csv", "-1,W,0,512", "time -1 is out of range"),
+        ("csv", "nan,W,0,512", "time 'nan' is out of range"),
+        ("csv", "-1,W,0,512", "time '-1' is out of range"),
         ("csv", "1,X,0,512", "op 'X' is none of R W Z T"),
         ("csv", "1,W,0x10,512", "offset '0x10' is not a whole number"),
-        ("csv", "1,W,-512,512", "offset -512 is out of range"),
+        ("csv", "1,W,-512,512", "offset '-512' is out of range"),
         ("csv", f"1,W,0,{1 << 63}", "is out of range"),
         ("vscsi", "1,2,write,512,0", "op 'write' is not a SCSI operation code"),
         ("vscsi", "1,2,2a,512,x", "lbn 'x'"),
@@ -86,7 +86,7 @@ def test_a_bad_line_is_named(form: str, line: str, reason: str) -> None:
         ("/dev/sdb write 0", "neither 'FILE ACTION' nor"),
         ("/dev/sdb write zero 512", "offset 'zero'"),
         ("/dev/sdb wait long 0", "wait 'long'"),
-        ("/dev/sdc write 0 512", "a request to /dev/sdc, after others to /dev/sdb: keep one"),
+        ("/dev/sdc write 0 512", "a request to '/dev/sdc', after others to '/dev/sdb': keep one"),
     ],
 )
 def test_a_bad_line_of_an_iolog(line: str, reason: str) -> None:
@@ -96,16 +96,37 @@ def test_a_bad_line_of_an_iolog(line: str, reason: str) -> None:
     assert reason in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("form", "line"),
+    [
+        ("csv", "0,{},0,512"),
+        ("csv", "{},W,0,512"),
+        ("csv", "0,W,0,{}"),
+        ("vscsi", "1,2,2a,{},0"),
+        ("msr", "1,h,0,{},0,512,1"),
+        ("fio", "fio version 2 iolog\nf write 0 512\n{} write 0 512"),
+    ],
+)
+@pytest.mark.parametrize("filling", ["\0" * 100_000, "-" + "9" * 4000])
+def test_what_is_quoted_of_a_line_is_short_however_long_the_line(
+    form: str, line: str, filling: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        list(parse("a", line.replace("{}", filling).splitlines(), form))
+    assert repr(filling[:40])[:-1] in caught.value.message
+    assert len(caught.value.message) < 400
+
+
 def test_an_action_without_a_place_moves_nothing() -> None:
     lines = ["fio version 3 iolog", "0 f write", "1 f write 0 512", "2 f wait"]
     assert len(list(parse("a", lines))) == 1
 
 
 def test_requests_to_a_second_device_are_refused() -> None:
-    with pytest.raises(UsageError, match="line 2: a request to web disk 1, after others to web"):
+    with pytest.raises(UsageError, match="line 2: a request to 'web disk 1', after others to 'web"):
         list(parse("a", ["1,web,0,Write,0,512,1", "2,web,1,Write,0,512,1"]))
     events = ["8,0 3 1 0.5 9 Q W 0 + 8 [a]", "8,16 3 1 0.5 9 Q W 0 + 8 [a]"]
-    with pytest.raises(UsageError, match="a request to 8,16"):
+    with pytest.raises(UsageError, match="a request to '8,16'"):
         list(parse("a", events))
 
 
