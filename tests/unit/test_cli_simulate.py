@@ -159,7 +159,8 @@ def test_recommendations(cli: Cli, trace: str) -> None:
     assert row["trace"] == "mixed"
     assert row["result"]["record_limit_bytes"] <= 128 * MIB
     assert row["extent_size"] in ("256KiB", "1MiB")
-    assert len(row["reasons"]) == 4
+    assert len(row["reasons"]) == 5
+    assert "a trace of 480 writes says little" in row["reasons"][-1]
     small = cli.call(*words, "--record-limit", "1m")
     assert small.status == 2
     assert "not enough for a record of 64 extents" in small.err
