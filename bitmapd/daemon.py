@@ -44,7 +44,7 @@ from bitmapd.control.events import EventLog, LineSink, format_line
 from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
-from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError
+from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError, explain
 from bitmapd.record.predictors import make_policy
 from bitmapd.record.tool import RecordMedium
 from bitmapd.requestlog import check_log
@@ -299,7 +299,7 @@ def serve(paths: Paths, name: str, *, foreground: bool) -> int:
         log.emit("failed", code=error.code, message=error.message, hint=error.hint)
         status = error.exit_status
     except OSError as error:
-        failure = BitmapdError(f"volume '{name}': {error}")
+        failure = explain(error, f"volume '{name}'")
         _write_error(paths, name, failure)
         log.emit("failed", code=failure.code, message=failure.message)
         status = failure.exit_status
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
             with RecordMedium.open(config.record) as medium:
                 medium.lock()
     except (BitmapdError, OSError) as problem:
-        error = problem if isinstance(problem, BitmapdError) else BitmapdError(str(problem))
+        error = problem if isinstance(problem, BitmapdError) else explain(problem)
         if paths is not None:
             _write_error(paths, arguments.name, error)
         print(f"bitmapd: error: {error.message}", file=sys.stderr)

@@ -3,11 +3,12 @@
 An error carries a message that names the value and the reason, and, where there is one, a hint
 that says what to do.  `code` is stable and appears in JSON; `exit_status` is the process's exit
 status.  Device errors stay `OSError`; they are turned into one of these only at the edge where
-a user is told of them.
+a user is told of them (`explain`).
 """
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 
@@ -142,3 +143,26 @@ def error_from_json(data: dict[str, Any]) -> BitmapdError:
     by_code = {cls.code: cls for cls in BitmapdError.__subclasses__()}
     cls = by_code.get(str(data.get("code")), BitmapdError)
     return cls(str(data.get("message", "unknown error")), data.get("hint"))
+
+
+_BY_ERRNO: dict[int, type[BitmapdError]] = {
+    errno.ENOENT: NotFoundError,
+    errno.ENODEV: NotFoundError,
+    errno.ENXIO: NotFoundError,
+    errno.EEXIST: ExistsError,
+    errno.EBUSY: BusyError,
+    errno.ENOSPC: NoSpaceError,
+    errno.EDQUOT: NoSpaceError,
+    errno.EACCES: PermissionError_,
+    errno.EPERM: PermissionError_,
+    errno.EROFS: PermissionError_,
+    errno.ETIMEDOUT: TimeOutError,
+}
+
+
+def explain(error: OSError, about: str | None = None) -> BitmapdError:
+    """A system call's error as one of ours; it names the file, or else what it is `about`."""
+    cls = _BY_ERRNO.get(error.errno or 0, BitmapdError)
+    named = about if error.filename is None else error.filename
+    place = f"{named}: " if named is not None else ""
+    return cls(f"{place}{error.strerror or error}")

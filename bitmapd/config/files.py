@@ -260,22 +260,28 @@ def remove_volume(paths: Paths, name: str, uuid: UUID | None) -> None:
 
 
 def atomic_write(path: Path, data: bytes | str, *, new: bool = False, mode: int = 0o600) -> None:
-    """Replace a file, or with `new` make one that must not exist; durable on return."""
+    """Replace a file, or with `new` make one that must not exist; durable on return.
+
+    An `OSError` names the file itself, whichever step failed.
+    """
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        with open(os.open(temporary, flags, mode), "wb") as stream:
-            stream.write(data if isinstance(data, bytes) else data.encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        if new:
-            os.link(temporary, path)
-        else:
-            temporary.rename(path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with open(os.open(temporary, flags, mode), "wb") as stream:
+                stream.write(data if isinstance(data, bytes) else data.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            if new:
+                os.link(temporary, path)
+            else:
+                temporary.rename(path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -34,7 +34,7 @@ from bitmapd.control.protocol import (
     encode_result,
 )
 from bitmapd.control.sockets import UnixListener, listen_unix, peer_credentials
-from bitmapd.errors import BitmapdError, BusyError, PermissionError_, UsageError
+from bitmapd.errors import BitmapdError, BusyError, PermissionError_, UsageError, explain
 
 CONNECTION_LIMIT = 32
 REQUEST_TIMEOUT_S = 30.0
@@ -187,7 +187,7 @@ class ControlServer:
         except BitmapdError as error:
             return encode_error(error), True
         except OSError as error:
-            return encode_error(BitmapdError(str(error))), True
+            return encode_error(explain(error, f"volume '{self.path.stem}'")), True
 
     async def _while_there(self, reader: asyncio.StreamReader, work: Awaitable[Json]) -> Json:
         """The value of `work`, which is cancelled as soon as the client goes away."""

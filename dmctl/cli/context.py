@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,31 +9,8 @@ from typing import Any
 
 from bitmapd.config import Paths, check_name, volume_names
 from bitmapd.control.client import ControlClient
-from bitmapd.errors import (
-    BitmapdError,
-    BusyError,
-    ExistsError,
-    NoSpaceError,
-    NotFoundError,
-    PermissionError_,
-    TimeOutError,
-    UsageError,
-)
+from bitmapd.errors import BitmapdError, UsageError, explain
 from dmctl.cli.output import Output
-
-_BY_ERRNO: dict[int, type[BitmapdError]] = {
-    errno.ENOENT: NotFoundError,
-    errno.ENODEV: NotFoundError,
-    errno.ENXIO: NotFoundError,
-    errno.EEXIST: ExistsError,
-    errno.EBUSY: BusyError,
-    errno.ENOSPC: NoSpaceError,
-    errno.EDQUOT: NoSpaceError,
-    errno.EACCES: PermissionError_,
-    errno.EPERM: PermissionError_,
-    errno.EROFS: PermissionError_,
-    errno.ETIMEDOUT: TimeOutError,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +21,6 @@ class Context:
     def control(self, name: str) -> ControlClient:
         """WrongStateError if the volume does not run."""
         return ControlClient(self.paths.control_socket(check_name(name)), name)
-
-
-def explain(error: OSError) -> BitmapdError:
-    """A system call's error as one of ours."""
-    cls = _BY_ERRNO.get(error.errno or 0, BitmapdError)
-    place = f"{error.filename}: " if error.filename is not None else ""
-    return cls(f"{place}{error.strerror or error}")
 
 
 def worst(statuses: Iterable[int]) -> int:

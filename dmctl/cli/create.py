@@ -2,8 +2,8 @@
 
 1. Nothing is changed before every check has been made; all that speaks against it is told at once.
 2. The configuration is written last and appears whole, so that a volume exists completely or not at
-   all.  A crash in between leaves a record that was never started: creating the volume again
-   overwrites it without being forced to.
+   all.  If it cannot be written the record is wiped again.  A crash in between leaves a record that
+   was never started: creating the volume again overwrites it without being forced to.
 3. What is in use is never taken, and the primary is never written.  `--force` overrides what was
    found on the record and on the secondary, and nothing else.
 """
@@ -16,7 +16,7 @@ import re
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,7 @@ from bitmapd.errors import (
     PermissionError_,
     RecordDamagedError,
     UsageError,
+    explain,
 )
 from bitmapd.media.identity import Identity, identify, in_use, same_medium, signature
 from bitmapd.nbd.tls import client_context, server_context
@@ -58,10 +59,11 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
 from bitmapd.record.predictors import make_policy
 from bitmapd.units import human_size
-from dmctl.cli.context import Context, combine, explain
+from dmctl.cli.context import Context, combine
 from dmctl.cli.media import first_difference, open_export, open_file
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
+from dmctl.cli.record import wipe
 from dmctl.model.names import Layer, layer_name
 
 OPTION_KEYS = (
@@ -124,7 +126,10 @@ def create(context: Context, args: Namespace) -> int:
         raise combine(found.errors, doing)
     plan = _plan(config, superblock, found)
     if not args.dry_run:
-        _make(context, config, superblock, table)
+        try:
+            _make(context, config, superblock, table)
+        except OSError as error:
+            raise combine([explain(error)], doing) from error
         keep_rules(context)
     if context.output.as_json:
         context.output.json("create", {"dry_run": args.dry_run, "volume": plan})
@@ -492,4 +497,10 @@ def _make(
     ones = superblock.initial_sync is not InitialSync.NONE
     # The checks above said what may be overwritten; the tool's own look again would know less.
     tool.format_record(config.record, superblock, ones=ones, force=True)
-    create_volume(context.paths, config.name, kept)
+    try:
+        create_volume(context.paths, config.name, kept)
+    except (BitmapdError, OSError):
+        # A record of a volume that does not exist would be in somebody's way.
+        with suppress(BitmapdError, OSError):
+            wipe(config)
+        raise

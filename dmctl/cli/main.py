@@ -16,8 +16,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from bitmapd.config import Paths
-from bitmapd.errors import BitmapdError
-from dmctl.cli.context import Context, explain
+from bitmapd.errors import BitmapdError, explain
+from dmctl.cli.context import Context
 from dmctl.cli.output import Output
 from dmctl.cli.parser import build_parser
 

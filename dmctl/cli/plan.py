@@ -12,10 +12,10 @@ from uuid import UUID
 
 from bitmapd.attach.support import resolved
 from bitmapd.config import VolumeConfig, load_volume
-from bitmapd.errors import BitmapdError, NotFoundError, PermissionError_, WrongStateError
+from bitmapd.errors import BitmapdError, NotFoundError, PermissionError_, WrongStateError, explain
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
-from dmctl.cli.context import Context, explain
+from dmctl.cli.context import Context
 from dmctl.kernel.dm_ioctl import CONTROL, DeviceMapper
 from dmctl.kernel.observe import observe, primary_facts
 from dmctl.model.plan import plan

@@ -13,9 +13,9 @@ from bitmapd.config import (
     load_volume,
 )
 from bitmapd.control.events import iso_time
-from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
+from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError, explain
 from bitmapd.units import human_duration, human_size
-from dmctl.cli.context import Context, explain, selected, worst
+from dmctl.cli.context import Context, selected, worst
 from dmctl.cli.processes import last_error
 
 CHECK_STATUS = {

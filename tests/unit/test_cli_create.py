@@ -281,6 +281,7 @@ def test_a_configuration_that_cannot_be_written_leaves_no_volume(
         patched.setattr("dmctl.cli.create.create_volume", full)
         assert media.call(*words(media)).status == 13
     assert media.call("status", "vol0").status == 10
+    assert tool.probe(media.folder / "r") is None
     media.ok(*words(media))
 
 

@@ -131,7 +131,7 @@ def test_results_events_and_several_requests_on_one_connection(path: Path) -> No
     ("verb", "kind", "message"),
     [
         ("busy", BusyError, "somebody is there"),
-        ("broken-disk", BitmapdError, "Input/output error"),
+        ("broken-disk", BitmapdError, "^volume 'v': Input/output error$"),
         ("too-much", BitmapdError, "longer than"),
         ("no-such-verb", UsageError, "unknown verb 'no-such-verb'"),
     ],

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from bitmapd import errors
-from bitmapd.errors import BitmapdError, BusyError, UsageError, error_from_json
+from bitmapd.errors import BitmapdError, BusyError, UsageError, error_from_json, explain
 
 CLASSES = [
     found
@@ -66,3 +66,26 @@ def test_what_is_not_known_is_a_plain_failure(data: dict[str, object]) -> None:
 
 def test_an_error_has_no_hint_unless_there_is_one() -> None:
     assert UsageError("no").hint is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(28, "No space left on device", "/etc/x"), "no-space", "/etc/x: No space left on"),
+        (OSError(28, "No space left on device"), "no-space", "volume 'v': No space left on device"),
+        (OSError(2, "No such file or directory", "/x"), "not-found", "/x: No such file"),
+        (OSError(30, "Read-only file system", "/x"), "permission", "/x: Read-only"),
+        (OSError(5, "Input/output error"), "failed", "volume 'v': Input/output error"),
+        (OSError("timed out"), "failed", "volume 'v': timed out"),
+    ],
+)
+def test_a_system_error_names_the_file_or_what_it_is_about(
+    error: OSError, code: str, message: str
+) -> None:
+    found = explain(error, "volume 'v'")
+    assert found.code == code
+    assert found.message.startswith(message)
+
+
+def test_a_system_error_about_nothing_that_is_known() -> None:
+    assert explain(OSError(5, "Input/output error")).message == "Input/output error"
