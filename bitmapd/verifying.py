@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from bitmapd.copier.verify import Verify, VerifyResult
-from bitmapd.errors import UnreachableError
+from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Device, Target
 from bitmapd.media.buffers import BufferPool
@@ -34,6 +34,8 @@ class Verifying:
         repair: bool,
     ) -> None:
         self._finished: asyncio.Future[tuple[OSError | None, VerifyResult]] = loop.create_future()
+        self._primary = primary
+        self._secondary = secondary
         self._verify = Verify(
             geometry,
             gate,
@@ -49,7 +51,11 @@ class Verifying:
         self._verify.cancel(OSError(number, reason))
 
     async def run(self, progress: Progress) -> VerifyResult:
-        """UnreachableError if it ends early; withdrawn if the caller is cancelled."""
+        """Withdrawn if the caller is cancelled.
+
+        If it ends early: UnreachableError for the secondary, WrongStateError if it was cancelled
+        for what happens to the volume, BitmapdError for the primary and the record.
+        """
         finished = self._finished
         try:
             self._verify.start()
@@ -61,5 +67,18 @@ class Verifying:
             if not finished.done():
                 self.cancel(errno.ECANCELED, "the request was withdrawn")
         if error is not None:
-            raise UnreachableError(f"verify ended early: {error.strerror or error}")
+            raise self._ended_early(error)
         return result
+
+    def _ended_early(self, error: OSError) -> BitmapdError:
+        reason = error.strerror or str(error)
+        failed = self._verify.failed
+        if failed is not None:
+            role = "primary" if failed is self._primary else "secondary"
+            reason = f"cannot read the {role} {failed.name}: {reason}"
+        message = f"verify ended early: {reason}"
+        if failed is self._secondary or error.errno == errno.ENOTCONN:
+            return UnreachableError(message)
+        if error.errno == errno.ECANCELED:
+            return WrongStateError(message)
+        return BitmapdError(message)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import xxhash
 
@@ -44,7 +45,10 @@ class VerifyResult:
 
 
 class Verify:
-    """One comparison of the whole volume; `done(error, result)` is called once."""
+    """One comparison of the whole volume; `done(error, result)` is called once.
+
+    `failed` is then the side whose reading ended it, if that is what did.
+    """
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Verify:
         self._in_flight = 0
         self._suspects: deque[tuple[int, int]] = deque()  # block, tries so far
         self._error: OSError | None = None
+        self.failed: Device | None = None  # the side that could not be read
         self._finished = False
         self._timer_set = False
         self.result = VerifyResult()
@@ -175,10 +180,11 @@ class Verify:
         self._in_flight += 1
         waiting = 2
 
-        def was_read(error: OSError | None) -> None:
+        def was_read(side: Device, error: OSError | None) -> None:
             nonlocal waiting
             waiting -= 1
-            self._error = self._error or error
+            if error is not None and self._error is None:
+                self._error, self.failed = error, side
             if waiting:
                 return
             if self._error is None:
@@ -187,8 +193,8 @@ class Verify:
             self._in_flight -= 1
             self._pump()
 
-        self._primary.read(offset, mine, was_read)
-        self._secondary.read(offset, theirs, was_read)
+        self._primary.read(offset, mine, partial(was_read, self._primary))
+        self._secondary.read(offset, theirs, partial(was_read, self._secondary))
         return True
 
     def _unexpected(self, block: int) -> None:

@@ -9,7 +9,8 @@ latter off, and rather than threads because of the measurement in docs/decisions
    submitting call.
 2. Operations queue up until `kick`; if nobody kicks, the loop does at its next turn.
 3. At most `depth` operations are at the kernel; the rest wait in order of submission.
-4. A short transfer is carried on where it stopped; no progress at all is EIO.
+4. A short transfer is carried on where it stopped; no progress at all is EIO, which names the file
+   and where it ends.
 
 There are files on which AIO does all the work inside `io_submit` (those in memory, and those that
 are not open for direct I/O).  For them there are `read_now` and `write_now`, plain calls at a
@@ -72,6 +73,18 @@ T = TypeVar("T")
 def _words(address: int, length_bytes: int, kind: Literal["I", "q"]) -> memoryview:
     """Memory at an address, as unsigned words of 32 bits (I) or signed ones of 64 (q)."""
     return memoryview((ctypes.c_char * length_bytes).from_address(address)).cast("B").cast(kind)
+
+
+def _no_progress(fd: int, offset_bytes: int) -> str:
+    """Why nothing could be transferred: usually a medium that has shrunk."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        end_bytes = os.lseek(fd, 0, os.SEEK_END)
+    except OSError:
+        return f"no progress at byte {offset_bytes}"
+    if end_bytes <= offset_bytes:
+        return f"{path} ends at byte {end_bytes}"
+    return f"no progress at byte {offset_bytes} of {path}"
 
 
 class AioEngine:
@@ -385,7 +398,7 @@ class AioEngine:
                 return
             done(OSError(-result, os.strerror(-result)))
         elif result == 0 or buffer is None:
-            done(OSError(errno.EIO, f"no progress at byte {offset}"))
+            done(OSError(errno.EIO, _no_progress(fd, offset)))
         else:
             rest = buffer[result:]
             self._enqueue((opcode, fd, rest, length - result, offset + result, flags, done))

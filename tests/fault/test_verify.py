@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -154,5 +155,19 @@ def test_a_second_verify_is_refused_and_a_stop_ends_one(short_path: Path) -> Non
             volume.stop()
             while "error" not in (answer := verifying.line()):
                 pass
-            assert answer["error"]["exit_status"] == 15
+            assert answer["error"]["exit_status"] == 14
         assert volume.recorded() == set()
+
+
+@pytest.mark.parametrize(("role", "status"), [("primary", 1), ("secondary", 15)])
+def test_a_side_that_was_cut_off_is_named(short_path: Path, role: str, status: int) -> None:
+    with Volume(short_path, SIZE, options=SKIP) as volume:
+        volume.create()
+        volume.start()
+        medium = {"primary": volume.primary, "secondary": volume.secondary}[role]
+        os.truncate(medium, 8 * MIB)
+        error = volume.refused("verify", volume.name)
+        os.truncate(medium, SIZE)
+    assert error["exit_status"] == status
+    assert f"cannot read the {role} {medium}" in error["message"]
+    assert f"ends at byte {8 * MIB}" in error["message"]

@@ -183,6 +183,8 @@ def test_errors_beside_hosts_reach_done(
         lambda done: device.write(0, buffer, done),
         lambda done: device.write(0, buffer, done, True),
     )
+    end = f"{os.path.realpath(file)} ends at byte {2 * MIB + length // 2}"
+    assert [error and error.strerror for error in (cut, beyond)] == [end, end]
     assert [error and error.errno for error in (cut, beyond)] == [errno.EIO, errno.EIO]
     assert [error and error.errno for error in (refused, fua)] == [errno.EBADF, errno.EBADF]
     assert engine.in_flight == 0

@@ -17,7 +17,6 @@ from bitmapd.errors import (
     BitmapdError,
     BusyError,
     NoSpaceError,
-    UnreachableError,
     UsageError,
     WrongStateError,
 )
@@ -161,7 +160,7 @@ def test_one_verify_at_a_time_and_a_stop_ends_it(local: LocalVolume) -> None:
             with pytest.raises(BusyError):
                 await served.volume.verify(False, nothing)
             await served.volume.stop(True)
-            with pytest.raises(UnreachableError, match="the volume is being stopped"):
+            with pytest.raises(WrongStateError, match="the volume is being stopped"):
                 await held.task
 
     run(test())
