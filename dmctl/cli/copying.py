@@ -9,6 +9,7 @@ from bitmapd.config import load_volume
 from bitmapd.errors import DifferencesError, UsageError, WrongStateError
 from bitmapd.units import human_size
 from dmctl.cli.context import Context, each, selected
+from dmctl.cli.processes import is_running
 
 VERB_TIMEOUT_S = 60.0
 RESIZE_TIMEOUT_S = 600.0  # waits for requests that are under way
@@ -39,12 +40,39 @@ def resync(context: Context, args: Namespace) -> int:
         except WrongStateError as error:
             if named:
                 raise
-            context.output.detail(f"passed over: {error.message}")
-            return {"result": "passed over", "state": None}
+            reason = error.message
+            if not is_running(context.paths, name):
+                left = _left_in_record(context, name)
+                if left is None:
+                    context.output.detail(f"passed over: {reason}")
+                    return {"result": "passed over", "state": None, "reason": reason}
+                reason = f"volume '{name}' is not running, and {left}; first: dmctl start {name}"
+            elif error.hint:
+                reason = f"{reason}; first: {error.hint}"
+            context.output.say(f"passed over: {reason}")
+            return {"result": "passed over", "state": None, "reason": reason}
+        if answer.get("state") == "link-down":
+            reason = (
+                f"volume '{name}' is link-down: it copies as soon as its secondary answers; see"
+                f" 'dmctl events {name} --now'"
+            )
+            context.output.say(f"passed over: {reason}")
+            return {"result": "done", **answer, "reason": reason}
         context.output.detail(f"volume '{name}' is {answer.get('state')}")
         return {"result": "done", **answer}
 
     return each(context, "resync", selected(context, args, default_all=True), "resync", one)
+
+
+def _left_in_record(context: Context, name: str) -> str | None:
+    """What keeps a stopped volume from being in sync; None if nothing does."""
+    from dmctl.cli.record import recorded_extents  # noqa: PLC0415  (imports the whole format)
+
+    config = load_volume(context.paths, name)
+    extents = recorded_extents(config)
+    if extents is None:
+        return f"its record {config.record} cannot be read"
+    return f"its record names {extents} extents that the secondary may lack" if extents else None
 
 
 def verify(context: Context, args: Namespace) -> int:

@@ -396,8 +396,9 @@ def _copying(commands: Commands) -> None:
         "resync",
         "copying:resync",
         "have volumes that are not in sync copy what their record names",
-        "Without names all running volumes; those that are stopped or paused are then passed over."
-        " Returns at once; safe to run at any moment and any number of times.",
+        "Without names all running volumes; those that are stopped or paused are then passed over,"
+        " and named unless their record is empty. Returns at once; safe to run at any moment and"
+        " any number of times.",
     )
     _names(resync)
     resync.add_argument(

@@ -319,16 +319,43 @@ def test_pause_resume_resync(started: Cli) -> None:
     assert started.status()["state"] == "paused"
     write(started, MIB, b"w" * 4096)
     assert started.call("resync", "vol0").status == 14
-    assert "passed over" in started.ok("resync", "-v").err
-    assert started.ok("resync", "--all").err == ""
+    told = started.ok("resync", "--all").err
+    assert told == "passed over: volume 'vol0' is paused; first: dmctl resume vol0\n"
+    assert started.ok("--quiet", "resync", "--all").err == ""
+    row = started.ok("--quiet", "resync", "--all", "--json").json["volumes"][0]
+    assert (row["result"], row["error"]) == ("passed over", None)
+    assert "is paused" in row["reason"]
     started.ok("resume", "vol0")
     started.ok("wait", "vol0", "--for", "in-sync", "--timeout", "30s")
     row = started.ok("resync", "vol0", "--json").json["volumes"][0]
     assert (row["name"], row["result"], row["error"]) == ("vol0", "done", None)
     started.ok("stop", "vol0")
-    assert started.ok("resync", "--all").status == 0
+    assert started.ok("resync", "--all").err == "", "nothing is left in its record"
+    assert "passed over" in started.ok("resync", "-v").err
     assert started.call("resync", "vol0").status == 14
     assert started.call("resync", "nosuch").status == 10
+
+
+def test_resync_tells_which_volumes_it_can_do_nothing_for(cli: Cli) -> None:
+    cli.create("left")
+    cli.create("damaged")
+    cli.create("away")
+    with (cli.folder / "damaged.record").open("r+b") as stream:
+        stream.write(bytes(MIB))
+
+    async def resync(_args: dict[str, Any], _progress: Progress) -> Any:
+        return {"extents": 0, "state": "link-down"}
+
+    with control_thread(cli.paths.control_socket("away"), {"resync": resync}):
+        outcome = cli.ok("resync", "--all")
+    away, damaged, left = outcome.err.splitlines()
+    assert away.startswith("passed over: volume 'away' is link-down: it copies as soon as its")
+    assert damaged.startswith("passed over: volume 'damaged' is not running, and its record")
+    assert "cannot be read" in damaged
+    assert left == (
+        "passed over: volume 'left' is not running, and its record names 8 extents that the"
+        " secondary may lack; first: dmctl start left"
+    )
 
 
 def test_verify(started: Cli) -> None:
