@@ -317,18 +317,26 @@ def _to_syslog(level: int, fields: Any) -> None:
 def _daemonise(paths: Paths, name: str) -> int:
     import daemon  # noqa: PLC0415  (costs 40 ms that the foreground need not pay)
     from daemon.pidfile import TimeoutPIDLockFile  # noqa: PLC0415
+    from lockfile import LockError  # noqa: PLC0415
 
-    lock = TimeoutPIDLockFile(str(paths.pid_file(name)), acquire_timeout=0)
-    if lock.read_pid() is not None:
-        # Left behind: nobody holds the lock on the record, which is what proves a living one.
-        lock.break_lock()
+    # One that is left behind goes, whatever is in it (nothing, if the disk was full): nobody holds
+    # the lock on the record, which is what proves a living process.
+    paths.pid_file(name).unlink(missing_ok=True)
     syslog.openlog("bitmapd", syslog.LOG_PID, syslog.LOG_DAEMON)
-    with daemon.DaemonContext(
+    context = daemon.DaemonContext(
         working_directory="/",
         umask=0o077,
-        pidfile=lock,
+        pidfile=TimeoutPIDLockFile(str(paths.pid_file(name)), acquire_timeout=0),
         signal_map={},
-    ):
+    )
+    try:
+        context.open()
+    except (OSError, LockError) as error:  # nobody reads what it prints any more
+        failure = BitmapdError(f"volume '{name}' cannot become a daemon: {error}")
+        syslog.syslog(syslog.LOG_ERR, failure.message)
+        _write_error(paths, name, failure)
+        return failure.exit_status
+    with context:
         return serve(paths, name, foreground=False)
 
 

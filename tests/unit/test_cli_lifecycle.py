@@ -202,6 +202,18 @@ def test_after_a_kill_it_is_stopped_and_starts_again(started: Cli) -> None:
     assert started.status()["last_recovery"]["reason"] in ("crash", "clean")
 
 
+@pytest.mark.parametrize("content", ["", "nonsense\n"])
+def test_a_pid_file_that_says_nothing_holds_up_no_start(cli: Cli, content: str) -> None:
+    cli.create()
+    file = cli.paths.pid_file("vol0")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+    cli.ok("start", "vol0")
+    assert int(file.read_text()) > 0
+    cli.ok("stop", "vol0")
+    assert not file.exists()
+
+
 def test_a_bitmapd_that_hangs_is_failed(started: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dmctl.cli.status.ANSWER_TIMEOUT_S", 0.2)
     os.kill(started.pid(), signal.SIGSTOP)

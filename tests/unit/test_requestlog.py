@@ -232,8 +232,8 @@ def test_recording_is_begun_and_ended_by_command(cli: Cli) -> None:
     assert file.exists()
     assert f'trace = "{file}"' in cli.paths.volume_file("vol0").read_text()
     wrong = cli.call("set", "vol0", f"trace={cli.folder}/nowhere/log")
-    assert wrong.status == 1
-    assert "No such file" in wrong.err
+    assert wrong.status == 10
+    assert "nowhere/log: No such file" in wrong.err
     assert f'trace = "{file}"' in cli.paths.volume_file("vol0").read_text()
     assert cli.call("set", "vol0", "trace=/dev/null").status == 2
     cli.ok("set", "vol0", "trace=")
