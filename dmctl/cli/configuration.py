@@ -21,7 +21,8 @@ from dmctl.cli.context import Context, selected, worst
 
 def check(context: Context, _args: Namespace) -> int:
     configs = load_all(context.paths)
-    context.output.say(f"no errors in {context.paths.config_dir}; {len(configs)} volumes")
+    count = f"{len(configs)} volume{'' if len(configs) == 1 else 's'}"
+    context.output.say(f"no errors in {context.paths.config_dir}; {count}")
     if context.output.as_json:
         context.output.json("config check", {"volumes": sorted(configs), "errors": []})
     return 0

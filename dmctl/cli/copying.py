@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import load_volume
+from bitmapd.config import changed, load_volume
 from bitmapd.errors import DifferencesError, UsageError, WrongStateError
 from bitmapd.units import human_size
 from dmctl.cli.context import Context, each, selected
@@ -109,15 +109,8 @@ def verify(context: Context, args: Namespace) -> int:
     return 0
 
 
-def _simple(
-    context: Context,
-    name: str,
-    verb: str,
-    args: dict[str, Any],
-    said: str,
-    timeout_s: float = VERB_TIMEOUT_S,
-) -> int:
-    result = _ask(context, name, verb, args, timeout_s)
+def _simple(context: Context, name: str, verb: str, args: dict[str, Any], said: str) -> int:
+    result = _ask(context, name, verb, args)
     context.output.say(f"volume '{name}': {said}")
     if context.output.as_json:
         context.output.json(verb, {"name": name, **result})
@@ -142,9 +135,23 @@ def change(context: Context, args: Namespace) -> int:
         if changes.setdefault(key.replace("-", "_"), value) != value:
             raise UsageError(f"{key} is given twice")
     said = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in changes.items())
-    return _simple(context, args.name, "set", dict(changes), said)
+    try:
+        return _simple(context, args.name, "set", dict(changes), said)
+    except WrongStateError:
+        # A mistake in what was asked for is there whether or not the volume runs.
+        changed(load_volume(context.paths, args.name), changes)
+        raise
 
 
 def resize(context: Context, args: Namespace) -> int:
-    said = "the new size is taken up"
-    return _simple(context, args.name, "resize", {}, said, RESIZE_TIMEOUT_S)
+    result = _ask(context, args.name, "resize", {}, RESIZE_TIMEOUT_S)
+    size = human_size(result["size_bytes"])
+    said = (
+        f"the new size is taken up: {size}"
+        if result["changed"]
+        else f"still {size}, it has not grown"
+    )
+    context.output.say(f"volume '{args.name}': {said}")
+    if context.output.as_json:
+        context.output.json("resize", {"name": args.name, **result})
+    return 0

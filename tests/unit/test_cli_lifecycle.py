@@ -406,10 +406,14 @@ def test_set(started: Cli) -> None:
     assert started.call("set", "vol0", "predictor=nosuch").status == 2
     started.ok("stop", "vol0")
     assert started.call("set", "vol0", "copy-rate=1m").status == 14
+    wrong = started.call("set", "vol0", "foo=1")
+    assert wrong.status == 2
+    assert "foo: unknown key" in wrong.err
 
 
 def test_resize(started: Cli) -> None:
     assert started.status()["size_bytes"] == 8 * MIB
+    assert started.ok("resize", "vol0").err == "volume 'vol0': still 8.0 MiB, it has not grown\n"
     for side in ("secondary", "primary"):
         os.truncate(started.folder / f"vol0.{side}", 16 * MIB)
     assert started.ok("resize", "vol0", "--json").json["name"] == "vol0"
