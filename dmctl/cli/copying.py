@@ -110,7 +110,10 @@ def verify(context: Context, args: Namespace) -> int:
 
 
 def _simple(context: Context, name: str, verb: str, args: dict[str, Any], said: str) -> int:
-    result = _ask(context, name, verb, args)
+    return _tell(context, name, verb, _ask(context, name, verb, args), said)
+
+
+def _tell(context: Context, name: str, verb: str, result: dict[str, Any], said: str) -> int:
     context.output.say(f"volume '{name}': {said}")
     if context.output.as_json:
         context.output.json(verb, {"name": name, **result})
@@ -151,7 +154,4 @@ def resize(context: Context, args: Namespace) -> int:
         if result["changed"]
         else f"still {size}, it has not grown"
     )
-    context.output.say(f"volume '{args.name}': {said}")
-    if context.output.as_json:
-        context.output.json("resize", {"name": args.name, **result})
-    return 0
+    return _tell(context, args.name, "resize", result, said)
