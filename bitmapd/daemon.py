@@ -18,20 +18,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
-import errno
 import json
 import os
 import signal
 import sys
 import syslog
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from bitmapd import __version__
-from bitmapd.attach.support import resolved
+from bitmapd.attach.choose import resolved
 from bitmapd.config import (
     Paths,
     atomic_write,
@@ -45,16 +42,11 @@ from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
 from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError, explain
-from bitmapd.record.predictors import make_policy
+from bitmapd.hardening import protect_memory
+from bitmapd.predict.predictors import make_policy
 from bitmapd.record.tool import RecordMedium
-from bitmapd.requestlog import check_log
-from bitmapd.volume import Volume
-
-_PR_SET_IO_FLUSHER = 57
-_MCL_CURRENT = 1
-_MCL_FUTURE = 2
-_MCL_ONFAULT = 4
-_STACK_BYTES = 512 << 10  # of a thread; locked memory, and 8 MiB by default
+from bitmapd.volume.requestlog import check_log
+from bitmapd.volume.volume import Volume
 
 Emit = Callable[..., None]
 
@@ -78,31 +70,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", metavar="DIR", help="default /run/dmctl")
     parser.add_argument("--version", action="version", version=f"bitmapd {__version__}")
     return parser
-
-
-def protect_memory(emit: Emit) -> None:
-    """Never wait for memory that only our own progress can free; see docs/recovery.md.
-
-    Without the privilege, as in a container, this is told and the volume is served all the same.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINVAL:  # kernels before 5.6 do not know it
-            emit(
-                "not-io-flusher",
-                message=f"PR_SET_IO_FLUSHER: {os.strerror(number)}; grant CAP_SYS_RESOURCE",
-            )
-    threading.stack_size(_STACK_BYTES)
-    # What is mapped now is brought in and locked; what is mapped later is locked as it is used.
-    if (
-        libc.mlockall(_MCL_CURRENT) != 0
-        or libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0
-    ):
-        emit(
-            "memory-not-locked",
-            message=f"mlockall: {os.strerror(ctypes.get_errno())}; raise RLIMIT_MEMLOCK",
-        )
 
 
 class Daemon:

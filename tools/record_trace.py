@@ -6,7 +6,7 @@
 A sparse file is attached to a loop device, a file system is made on it and mounted, and a program
 is let loose.  The kernel's tracepoint `block_rq_issue` tells of every request that reaches the
 device; an instance of the tracing file system of its own keeps this from disturbing anybody else.
-One gzip file for each workload comes out of it, in the CSV format of `bitmapd.simulate.formats`.
+One gzip file for each workload comes out of it, in the CSV format of `dmctl.simulate.formats`.
 
 A virtual machine has no use for a mounted folder: its disk is filled and unmounted first, and it
 is given the device.  What filled the disk is not in the trace.

@@ -24,14 +24,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitmapd.attach.direct import BarrierDone, Counters, HostCounters, Landed, PutOffError
-from bitmapd.attach.frames import Frame, FrameError, HelperError, unpack_runs
-from bitmapd.attach.routes import Segment
-from bitmapd.attach.wiring import BlockStat, Wiring
+from bitmapd.attach.helper import Wiring
+from bitmapd.attach.helper_frames import Frame, FrameError, HelperError, unpack_runs
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, BusyError, error_from_json
+from bitmapd.gate.direct import BarrierDone, Counters, HostCounters, Landed, PutOffError
+from bitmapd.gate.routes import Segment
+from bitmapd.media.blockstat import BlockStat
 from bitmapd.nbd.numbers import ExportFlag, HandshakeFlag, Opt
-from bitmapd.nbd.server import NbdServer
+from bitmapd.nbd.server.export import NbdServer
 from bitmapd.nbd.wire import CLIENT_FLAGS, EXPORT_NAME_REPLY, GREETING, OPTION
 from bitmapd.record.geometry import Geometry
 

@@ -18,7 +18,7 @@ from bitmapd.config.problems import ConfigError, Problem, nearest
 from bitmapd.config.tables import build_volume, layer, parse_table, render
 from bitmapd.config.volume import VolumeConfig, keys
 from bitmapd.errors import ExistsError, NotFoundError, UsageError
-from bitmapd.nbd.uri import MAX_SOCKET_PATH_BYTES, NbdUri, format_uri
+from bitmapd.net.uri import MAX_SOCKET_PATH_BYTES, NbdUri, format_uri
 
 DEFAULT_CONFIG_DIR = "/etc/dmctl"
 DEFAULT_RUN_DIR = "/run/dmctl"

@@ -11,7 +11,7 @@ from uuid import UUID
 
 from bitmapd.config.problems import nearest
 from bitmapd.errors import UsageError
-from bitmapd.nbd.uri import parse_uri
+from bitmapd.net.uri import parse_uri
 from bitmapd.units import (
     format_duration,
     format_rate,

@@ -10,7 +10,7 @@ from bitmapd.config.kinds import is_loopback
 from bitmapd.config.problems import ConfigError, Problem, nearest
 from bitmapd.config.volume import VolumeConfig, keys
 from bitmapd.errors import UsageError
-from bitmapd.nbd.uri import NbdUri, is_uri, parse_uri
+from bitmapd.net.uri import NbdUri, is_uri, parse_uri
 from bitmapd.record.geometry import Geometry
 
 _EXCLUSIVE = ("record_limit", "resync_target")

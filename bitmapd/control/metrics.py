@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmapd.config.kinds import parse_metrics_listen
-from bitmapd.control.sockets import UnixListener, listen_unix
 from bitmapd.errors import UsageError
+from bitmapd.net.sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric

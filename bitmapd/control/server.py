@@ -33,8 +33,8 @@ from bitmapd.control.protocol import (
     encode_event,
     encode_result,
 )
-from bitmapd.control.sockets import UnixListener, listen_unix, peer_credentials
 from bitmapd.errors import BitmapdError, BusyError, PermissionError_, UsageError, explain
+from bitmapd.net.sockets import UnixListener, listen_unix, peer_credentials
 
 CONNECTION_LIMIT = 32
 REQUEST_TIMEOUT_S = 30.0

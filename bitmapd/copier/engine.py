@@ -28,7 +28,7 @@ import math
 from collections.abc import Callable
 from enum import Enum
 
-from bitmapd.copier.link import Link
+from bitmapd.copier.reconnect import Link
 from bitmapd.copier.throttle import Backoff, SpeedMeter, Throttle
 from bitmapd.copier.transfers import Transfers
 from bitmapd.gate.blockset import BlockSet

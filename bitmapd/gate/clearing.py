@@ -22,10 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bitmapd.attach.routes import Routes
+from bitmapd.gate.routes import Routes
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import Scheduler
-from bitmapd.record.policy import EVICTIONS_PER_ADDITION, Policy
+from bitmapd.predict.policy import EVICTIONS_PER_ADDITION, Policy
 from bitmapd.record.store import RecordStore
 
 # With a direct path one part in so many of the record's limit is kept free for misses.

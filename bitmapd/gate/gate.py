@@ -30,13 +30,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Sequence
 
-from bitmapd.attach.direct import DirectPath
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.clearing import Clearing
+from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
+from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.policy import Policy
 from bitmapd.record.store import RecordStore
 
 Submit = Callable[[Done], None]

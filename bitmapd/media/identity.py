@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Final
 
 from bitmapd.errors import BitmapdError, NotFoundError, PermissionError_, UsageError
-from bitmapd.nbd.uri import is_uri, parse_uri
+from bitmapd.net.uri import is_uri, parse_uri
 
 SECTOR_BYTES: Final = 512  # of sysfs, whatever the device's own sectors are
 MAX_TEXT_BYTES: Final = 255

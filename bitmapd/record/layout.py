@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from bitarray import bitarray
 
 from bitmapd.errors import BitmapdError, RecordDamagedError
+from bitmapd.record.geometry import Geometry
 from bitmapd.record.pages import (
     EXTENTS_PER_PAGE,
     HEAL_JUMP,
@@ -152,3 +153,9 @@ def healed(loaded: Loaded, sequence: int) -> Loaded:
 def with_superblock(loaded: Loaded, superblock: Superblock) -> Loaded:
     """`loaded` after its superblock was replaced on the medium."""
     return dataclasses.replace(loaded, superblock=superblock)
+
+
+def all_ones(geometry: Geometry) -> bitarray:
+    bits = bitarray(geometry.extents, endian="little")
+    bits.setall(True)
+    return bits

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from bitmapd.attach.support import resolved
+from bitmapd.attach.choose import resolved
 from bitmapd.config import (
     ConfigError,
     Problem,
@@ -52,12 +52,12 @@ from bitmapd.errors import (
     explain,
 )
 from bitmapd.media.identity import Identity, identify, in_use, same_medium, signature
-from bitmapd.nbd.tls import client_context, server_context
-from bitmapd.nbd.uri import is_uri, parse_uri
+from bitmapd.net.tls import client_context, server_context
+from bitmapd.net.uri import is_uri, parse_uri
+from bitmapd.predict.predictors import make_policy
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
-from bitmapd.record.predictors import make_policy
 from bitmapd.units import human_size
 from dmctl.cli.context import Context, combine
 from dmctl.cli.media import first_difference, open_export, open_file

@@ -47,7 +47,7 @@ def _distrust(context: Context, config: VolumeConfig, *, running: bool) -> None:
             f"volume '{config.name}' runs already; --resync-all is for one that is stopped",
             hint=f"'dmctl verify {config.name} --repair' compares everything while it runs",
         )
-    from bitmapd.session import distrust  # noqa: PLC0415  (rarely needed, imports the format)
+    from bitmapd.volume.session import distrust  # noqa: PLC0415  (rarely needed, imports the format)
 
     distrust(config, context.paths)
     context.output.say(f"volume '{config.name}': everything is compared, and copied if it differs")

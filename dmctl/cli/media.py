@@ -12,8 +12,8 @@ from pathlib import Path
 
 from bitmapd.errors import UnreachableError
 from bitmapd.media.base import Done
-from bitmapd.nbd.client import NbdTarget
-from bitmapd.nbd.uri import parse_uri
+from bitmapd.nbd.client.target import NbdTarget
+from bitmapd.net.uri import parse_uri
 
 CONNECT_TIMEOUT_S = 10.0
 SAMPLE_BYTES = 64 << 10

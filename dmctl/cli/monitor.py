@@ -38,8 +38,8 @@ import pyudev
 from bitmapd.config import Paths, VolumeConfig, load_volume, volume_names
 from bitmapd.control.client import ControlClient
 from bitmapd.control.events import EventLog, LineSink, Sink, format_line
-from bitmapd.control.sockets import peer_credentials
 from bitmapd.errors import BitmapdError, BusyError, TimeOutError, WrongStateError, error_from_json
+from bitmapd.net.sockets import peer_credentials
 from dmctl.cli.assemble import missing_media, start_command
 from dmctl.cli.context import Context
 from dmctl.model.assembly import PATIENCE_S, Assembly, Do

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from bitmapd.attach.support import resolved
+from bitmapd.attach.choose import resolved
 from bitmapd.config import VolumeConfig, load_volume
 from bitmapd.errors import BitmapdError, NotFoundError, PermissionError_, WrongStateError, explain
 from bitmapd.record import tool

@@ -24,8 +24,8 @@ from bitmapd.config import Paths
 from bitmapd.config.files import DEFAULT_CONFIG_DIR, DEFAULT_RUN_DIR
 from bitmapd.control.client import ControlClient
 from bitmapd.control.events import iso_time
-from bitmapd.control.sockets import peer_credentials
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError, error_from_json
+from bitmapd.net.sockets import peer_credentials
 
 POLL_S = 0.03
 SYSTEMD_RUNS = Path("/run/systemd/system")  # sd_booted(3)

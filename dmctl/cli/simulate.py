@@ -11,18 +11,18 @@ from pathlib import Path
 
 from bitmapd.errors import BitmapdError, UsageError
 from bitmapd.record.geometry import MIB
-from bitmapd.simulate.chart import hit_rate_chart, limit_text, updates_chart
-from bitmapd.simulate.drbd import DEFAULT_SLOTS
-from bitmapd.simulate.files import load_trace
-from bitmapd.simulate.params import GIB, Params
-from bitmapd.simulate.recommend import EXTENT_SIZES, recommend
-from bitmapd.simulate.replay import POLICIES, make_model, replay
-from bitmapd.simulate.result import Result
-from bitmapd.simulate.svg import render
-from bitmapd.simulate.trace import Trace
 from bitmapd.units import format_size, human_size
 from dmctl.cli.context import Context
 from dmctl.cli.output import Bar
+from dmctl.simulate.chart import hit_rate_chart, limit_text, updates_chart
+from dmctl.simulate.drbd import DEFAULT_SLOTS
+from dmctl.simulate.files import load_trace
+from dmctl.simulate.params import GIB, Params
+from dmctl.simulate.recommend import EXTENT_SIZES, recommend
+from dmctl.simulate.replay import POLICIES, make_model, replay
+from dmctl.simulate.result import Result
+from dmctl.simulate.svg import render
+from dmctl.simulate.trace import Trace
 
 DEFAULT_POLICIES = (*POLICIES, f"drbd-al:{DEFAULT_SLOTS}", "drbd-al:6433")
 DEFAULT_LIMITS = (64 * MIB, 256 * MIB, GIB)

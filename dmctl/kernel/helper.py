@@ -1,8 +1,8 @@
 """The wiring helper of one volume: `python -P -m dmctl.kernel.helper --fd N` (edge).
 
-It changes the kernel's tables for bitmapd, over a socket pair and `bitmapd.attach.frames`, because
-what holds writes must not be what those writes wait for.  It carries out one request at a time and
-ends when the other end of its socket has gone.
+It changes the kernel's tables for bitmapd, over a socket pair and `bitmapd.attach.helper_frames`,
+because what holds writes must not be what those writes wait for.  It carries out one request at a
+time and ends when the other end of its socket has gone.
 
 1. One helper of a volume changes its devices: a lock, which the kernel takes back when its holder
    dies, is waited for.  Who has it begins and ends by resuming whatever of the volume is suspended.
@@ -36,7 +36,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bitmapd.attach.frames import Frame, FrameError, FrameReader, encode, failure, pack_runs, result
+from bitmapd.attach.helper_frames import (
+    Frame,
+    FrameError,
+    FrameReader,
+    encode,
+    failure,
+    pack_runs,
+    result,
+)
 from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError
 from dmctl.kernel.barrier import Barrier, MetadataFile, StatFile, alarm
 from dmctl.kernel.dm_ioctl import CONTROL, DeviceMapper, load_module

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from bitmapd.config.volume import VolumeConfig
-from bitmapd.nbd.uri import is_uri
+from bitmapd.net.uri import is_uri
 
 PATIENCE_S = 30.0
 FIRST_RETRY_S = 1.0

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from bitmapd.record.geometry import MIB
-from bitmapd.simulate import Params, Request, Result, Trace, make_trace, replay
-from bitmapd.simulate.files import load_trace
+from dmctl.simulate import Params, Request, Result, Trace, make_trace, replay
+from dmctl.simulate.files import load_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDED = ROOT / "tests" / "data" / "traces"

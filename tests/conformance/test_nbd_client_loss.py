@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bitmapd.nbd.client import NbdTarget
+from bitmapd.nbd.client.target import NbdTarget
 from tests.support.nbdpeers import (
     KIB,
     MIB,

@@ -11,8 +11,8 @@ import pytest
 
 from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO
 from bitmapd.media.kdevice import KernelDevice
-from bitmapd.nbd.tls import server_context
-from bitmapd.nbd.uri import NbdUri
+from bitmapd.net.tls import server_context
+from bitmapd.net.uri import NbdUri
 from tests.support.nbdcerts import make_certificates
 from tests.support.nbdpeers import (
     KIB,

@@ -12,8 +12,8 @@ import pytest
 
 from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO
 from bitmapd.media.buffers import aligned
-from bitmapd.nbd.client import NbdTarget
-from bitmapd.nbd.uri import NbdUri
+from bitmapd.nbd.client.target import NbdTarget
+from bitmapd.net.uri import NbdUri
 from tests.support.nbdpeers import (
     KIB,
     MIB,

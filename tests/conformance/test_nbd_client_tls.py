@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from bitmapd.errors import UsageError
-from bitmapd.nbd.client import NbdTarget
-from bitmapd.nbd.uri import NbdUri
+from bitmapd.nbd.client.target import NbdTarget
+from bitmapd.net.uri import NbdUri
 from tests.support.nbdcerts import issue, make_certificates
 from tests.support.nbdpeers import (
     MIB,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from bitmapd.errors import BitmapdError, BusyError, ExistsError, UsageError
-from bitmapd.nbd.hub import ConnectionLimits
 from bitmapd.nbd.numbers import Cmd, Opt
+from bitmapd.nbd.server.hub import ConnectionLimits
 from tests.support.nbdraw import RawClient, info_data, option, request, write
 from tests.support.nbdserve import MIB
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from bitmapd.nbd.hub import ConnectionLimits
 from bitmapd.nbd.numbers import Cmd, CmdFlag, Errno, ExportFlag, Opt
+from bitmapd.nbd.server.hub import ConnectionLimits
 from tests.support.nbdraw import info_data, option, request, write
 from tests.support.nbdserve import MIB
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from bitmapd.errors import NotFoundError, PermissionError_, UsageError
-from bitmapd.nbd.hub import ConnectionLimits
 from bitmapd.nbd.numbers import Cmd, Opt, Rep
-from bitmapd.nbd.tls import client_context, server_context
+from bitmapd.nbd.server.hub import ConnectionLimits
+from bitmapd.net.tls import client_context, server_context
 from tests.support.nbdcerts import make_authority, make_certificates
 from tests.support.nbdraw import RawClient, info_data, option, request, write
 from tests.support.nbdserve import MIB, HeldDevice, ServerThread, serve

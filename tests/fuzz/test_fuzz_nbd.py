@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmapd.nbd.numbers import Cmd, CmdFlag, Opt
-from bitmapd.nbd.requests import Rules, descriptors
+from bitmapd.nbd.server.requests import Rules, descriptors
 from tests.support.nbdraw import RawClient, context_data, info_data, option, request
 from tests.support.nbdserve import HeldDevice, ServerThread
 

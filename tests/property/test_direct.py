@@ -16,9 +16,9 @@ from random import Random
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from bitmapd.attach.direct import DirectPath
-from bitmapd.attach.routes import Routes, Table
+from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.gate import Gate
+from bitmapd.gate.routes import Routes, Table
 from bitmapd.media.base import Done
 from tests.property.test_mirror import EXTENTS, GEOMETRY, SIZE, Clock, MirrorMachine, offsets, seeds
 from tests.support.machines import machine_settings

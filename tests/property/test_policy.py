@@ -15,12 +15,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from bitmapd.predict.lru import LruPolicy
+from bitmapd.predict.policy import Policy
+from bitmapd.predict.stays import BULK_EXTENTS
+from bitmapd.predict.superset import Options, SupersetPolicy
 from bitmapd.record.geometry import MIB, Geometry
 from bitmapd.record.hints import decode_hints, encode_hints
-from bitmapd.record.lru import LruPolicy
-from bitmapd.record.policy import Policy
-from bitmapd.record.stays import BULK_EXTENTS
-from bitmapd.record.superset import Options, SupersetPolicy
 from tests.support.machines import machine_settings
 
 EXTENTS = BULK_EXTENTS + 176

@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 
 from bitmapd.gate.gate import Gate
 from bitmapd.media.buffers import aligned
+from bitmapd.predict.lru import LruPolicy
+from bitmapd.predict.policy import Policy
+from bitmapd.predict.superset import SupersetPolicy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE
-from bitmapd.record.lru import LruPolicy
-from bitmapd.record.policy import Policy
 from bitmapd.record.store import RecordStore
-from bitmapd.record.superset import SupersetPolicy
-from bitmapd.simulate.eras import plan_eras
-from bitmapd.simulate.model import NEVER_S
-from bitmapd.simulate.params import Params
-from bitmapd.simulate.replay import drive
-from bitmapd.simulate.superset import TICK_S, GateModel
-from bitmapd.simulate.trace import Request, Trace, make_trace
+from dmctl.simulate.eras import plan_eras
+from dmctl.simulate.model import NEVER_S
+from dmctl.simulate.params import Params
+from dmctl.simulate.replay import drive
+from dmctl.simulate.superset import TICK_S, GateModel
+from dmctl.simulate.trace import Request, Trace, make_trace
 from tests.support.policies import Forgetful
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain

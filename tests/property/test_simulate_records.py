@@ -11,12 +11,12 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from bitmapd.record.geometry import MIB
-from bitmapd.simulate.eras import plan_eras
-from bitmapd.simulate.model import Link, Model
-from bitmapd.simulate.paging import Belady, Lru
-from bitmapd.simulate.params import Params
-from bitmapd.simulate.replay import POLICIES, drive, make_model, replay
-from bitmapd.simulate.trace import Request, Trace, make_trace
+from dmctl.simulate.eras import plan_eras
+from dmctl.simulate.model import Link, Model
+from dmctl.simulate.paging import Belady, Lru
+from dmctl.simulate.params import Params
+from dmctl.simulate.replay import POLICIES, drive, make_model, replay
+from dmctl.simulate.trace import Request, Trace, make_trace
 
 SIZE = 256 * MIB
 PIECE = 64 << 10

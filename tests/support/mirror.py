@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bitmapd.attach.direct import DirectPath
-from bitmapd.attach.routes import Routes
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.gate import Gate
+from bitmapd.gate.routes import Routes
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.record.geometry import Geometry

@@ -21,7 +21,6 @@ from bitmapd.nbd.numbers import (
     Opt,
     Rep,
 )
-from bitmapd.nbd.uri import NbdUri
 from bitmapd.nbd.wire import (
     CLIENT_FLAGS,
     GREETING,
@@ -33,6 +32,7 @@ from bitmapd.nbd.wire import (
     SIMPLE_REPLY,
     STRUCTURED_REPLY,
 )
+from bitmapd.net.uri import NbdUri
 from tests.support.nbdpeers import (
     MIB,
     WAIT_S,

@@ -24,8 +24,8 @@ import pytest
 
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
-from bitmapd.nbd.client import NbdTarget
-from bitmapd.nbd.uri import NbdUri
+from bitmapd.nbd.client.target import NbdTarget
+from bitmapd.net.uri import NbdUri
 
 WAIT_S = 30.0
 KIB = 1 << 10

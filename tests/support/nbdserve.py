@@ -27,9 +27,9 @@ from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import AllocationDone, Done
 from bitmapd.media.buffers import BufferPool
 from bitmapd.media.kdevice import KernelDevice
-from bitmapd.nbd.hub import ConnectionLimits
-from bitmapd.nbd.server import NbdServer
-from bitmapd.nbd.tls import server_context
+from bitmapd.nbd.server.export import NbdServer
+from bitmapd.nbd.server.hub import ConnectionLimits
+from bitmapd.net.tls import server_context
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]

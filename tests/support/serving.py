@@ -10,7 +10,7 @@ from typing import Any
 
 from bitmapd.media.buffers import aligned
 from bitmapd.media.waiting import completion
-from bitmapd.volume import Volume
+from bitmapd.volume.volume import Volume
 from tests.support.local import LocalVolume
 
 WAIT_S = 30.0

@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from bitmapd.attach.direct import BarrierDone, Counters, HostCounters, Landed
-from bitmapd.attach.routes import DIRECT, GATE, Run, Segment
 from bitmapd.gate.blockset import BlockSet
+from bitmapd.gate.direct import BarrierDone, Counters, HostCounters, Landed
+from bitmapd.gate.routes import DIRECT, GATE, Run, Segment
 from bitmapd.media.base import AllocationDone, Device, Done
 from bitmapd.media.buffers import aligned
 from bitmapd.record.geometry import Geometry

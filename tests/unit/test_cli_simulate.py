@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bitmapd.simulate import replay
-from bitmapd.simulate.files import load_trace
 from dmctl.cli.context import Context
 from dmctl.cli.output import Output
 from dmctl.cli.simulate import _table
+from dmctl.simulate import replay
+from dmctl.simulate.files import load_trace
 from tests.support.cli import Cli, new_cli
 
 TRACES = Path(__file__).parents[1] / "data" / "traces"

@@ -28,7 +28,6 @@ from bitmapd.control.server import (
     Progress,
     events_handler,
 )
-from bitmapd.control.sockets import listen_unix, peer_credentials
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
@@ -38,6 +37,7 @@ from bitmapd.errors import (
     UsageError,
     WrongStateError,
 )
+from bitmapd.net.sockets import listen_unix, peer_credentials
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bitmapd.attach.direct import (
+from bitmapd.gate.direct import (
     BarrierDone,
     Counters,
     DirectPath,
@@ -16,7 +16,7 @@ from bitmapd.attach.direct import (
     Landed,
     PutOffError,
 )
-from bitmapd.attach.routes import DIRECT, GATE, Routes, Run, Segment
+from bitmapd.gate.routes import DIRECT, GATE, Routes, Run, Segment
 from bitmapd.record.geometry import Geometry
 
 BLOCK = 4096

@@ -8,7 +8,7 @@ import errno
 import pytest
 
 from bitmapd.copier.engine import SETTLE_INTERVAL_S, Copier, CopyState
-from bitmapd.copier.link import LATE_WRITES_S
+from bitmapd.copier.reconnect import LATE_WRITES_S
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.media.base import Done
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror, begun, equal, until_reads

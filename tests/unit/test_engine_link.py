@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from bitmapd.copier.engine import CopyState
-from bitmapd.copier.link import LATE_WRITES_S
+from bitmapd.copier.reconnect import LATE_WRITES_S
 from bitmapd.media.buffers import aligned
 from tests.support.mirror import BLOCK, PER_EXTENT, Mirror, begun, equal, until_reads
 from tests.support.sim import SimOp, drain

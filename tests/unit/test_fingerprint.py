@@ -17,7 +17,7 @@ from bitmapd.media import fingerprint as module
 from bitmapd.media.fingerprint import END_BYTES, SAMPLE_BYTES, SAMPLES, fingerprint, places
 from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, RecordFlag
-from bitmapd.session import RecordSession, distrust
+from bitmapd.volume.session import RecordSession, distrust
 from tests.support.cli import MIB, Cli, new_cli
 from tests.support.local import LocalVolume
 from tests.support.loops import loop_device
@@ -202,7 +202,7 @@ def test_a_primary_that_cannot_be_read_is_told_and_not_refused(
     def broken(*_: object) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("bitmapd.session.fingerprint", broken)
+    monkeypatch.setattr("bitmapd.volume.session.fingerprint", broken)
     host.serve()
     assert host.events == ["not-sealed", "not-sealed"]
     assert "fingerprint" not in host.state

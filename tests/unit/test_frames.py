@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.attach.frames import (
+from bitmapd.attach.helper_frames import (
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     PREFIX,

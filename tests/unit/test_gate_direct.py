@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bitmapd.attach.routes import DIRECT, GATE, URGENT_HITS
 from bitmapd.copier.engine import URGENT_ERA_S
+from bitmapd.gate.routes import DIRECT, GATE, URGENT_HITS
 from tests.support.mirror import (
     BLOCK,
     EXTENT,

@@ -9,11 +9,11 @@ import zlib
 
 import pytest
 
-from bitmapd import hintkeeper
-from bitmapd import volume as volume_module
 from bitmapd.record import tool
 from bitmapd.record.geometry import MIB
 from bitmapd.record.hints import HINTS_BYTES, Hints, decode_hints
+from bitmapd.volume import hints as hintkeeper
+from bitmapd.volume import volume as volume_module
 from tests.support.local import LocalVolume
 from tests.support.serving import Served, run, serving
 

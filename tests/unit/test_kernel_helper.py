@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bitmapd.attach.frames import Frame, FrameReader, encode
+from bitmapd.attach.helper_frames import Frame, FrameReader, encode
 from bitmapd.errors import UsageError
 from dmctl.kernel.dm_wire import Target
 from dmctl.kernel.helper import Request, wired

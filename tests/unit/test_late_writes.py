@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 from bitmapd.copier.engine import Copier, CopyState
-from bitmapd.copier.link import LATE_WRITES_S
+from bitmapd.copier.reconnect import LATE_WRITES_S
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.gate.gate import Gate
 from bitmapd.media.buffers import BufferPool, aligned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from bitmapd.copier.link import LATE_WRITES_S, Link
+from bitmapd.copier.reconnect import LATE_WRITES_S, Link
 from bitmapd.copier.throttle import Backoff
 from tests.support.mirror import Mirror
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from bitmapd.errors import UsageError
+from bitmapd.predict.lru import LruPolicy
+from bitmapd.predict.predictors import DEFAULT_PREDICTOR, PREDICTORS, make_policy
+from bitmapd.predict.stays import BULK_EXTENTS, IDLE_S
 from bitmapd.record.geometry import MIB, Geometry
-from bitmapd.record.lru import LruPolicy
-from bitmapd.record.predictors import DEFAULT_PREDICTOR, PREDICTORS, make_policy
-from bitmapd.record.stays import BULK_EXTENTS, IDLE_S
 
 GEOMETRY = Geometry(4000 * MIB)
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from bitmapd.attach import modes
-from bitmapd.attach.direct import DirectPath
-from bitmapd.attach.modes import LAST_BARRIERS, DmMode, EndEras
-from bitmapd.attach.routes import Table
+from bitmapd.attach import dm_mode
+from bitmapd.attach.dm_mode import LAST_BARRIERS, DmMode
+from bitmapd.attach.mode import EndEras
 from bitmapd.errors import BitmapdError, UnreachableError
+from bitmapd.gate.direct import DirectPath
+from bitmapd.gate.routes import Table
 from tests.support.local import LocalVolume
 
 
@@ -60,7 +61,7 @@ class NotedServer:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotedKernel]:
     made = NotedKernel()
-    monkeypatch.setattr(modes, "KernelAttachment", lambda *_: made)
+    monkeypatch.setattr(dm_mode, "KernelAttachment", lambda *_: made)
     return made
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from bitmapd.errors import UsageError
 from bitmapd.media.buffers import aligned
-from bitmapd.nbd.client import MAX_STATUS_BYTES, NbdTarget
+from bitmapd.nbd.client.target import MAX_STATUS_BYTES, NbdTarget
 from bitmapd.nbd.numbers import (
     NBD_MAGIC,
     OPTS_MAGIC,
@@ -24,12 +24,12 @@ from bitmapd.nbd.numbers import (
     CmdFlag,
     ExportFlag,
 )
-from bitmapd.nbd.uri import NbdUri
 from bitmapd.nbd.wire import (
     GREETING,
     REQUEST,
     SIMPLE_REPLY,
 )
+from bitmapd.net.uri import NbdUri
 from tests.support.nbdfake import ALL, LEAST, FakeServer, Script, served
 from tests.support.nbdpeers import (
     KIB,
@@ -186,7 +186,7 @@ def test_a_bug_while_opening_is_told_and_not_swallowed(monkeypatch: pytest.Monke
         loop = asyncio.get_running_loop()
         problems: list[object] = []
         loop.set_exception_handler(lambda _, context: problems.append(context["exception"]))
-        monkeypatch.setattr("bitmapd.nbd.client.connect", broken)
+        monkeypatch.setattr("bitmapd.nbd.client.target.connect", broken)
         target = NbdTarget(loop, NbdUri(False, socket_path="/x"))
         assert "ZeroDivisionError" in await fail(errno.EIO, target.open)
         assert isinstance(problems[0], ZeroDivisionError)
@@ -562,7 +562,7 @@ def test_connections_have_to_agree_and_to_stay() -> None:
 def test_a_server_without_room_for_more_is_used_with_what_there_is(
     refusal: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bitmapd.nbd.client.MORE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("bitmapd.nbd.client.target.MORE_TIMEOUT_S", 0.1)
     asked = asyncio.Event()
 
     async def first(server: FakeServer) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from bitmapd.nbd.client_handshake import (
+from bitmapd.nbd.client.handshake import (
     MAX_REPLIES,
     MAX_REPLY_BYTES,
     OLDSTYLE_MAGIC,
@@ -22,8 +22,8 @@ from bitmapd.nbd.client_handshake import (
     check_secondary,
     printable,
 )
-from bitmapd.nbd.handshake import HandshakeState, ServerHandshake, ServerOffer, TlsMode
 from bitmapd.nbd.numbers import NBD_MAGIC, OPTS_MAGIC, REP_MAGIC, ExportFlag, Info, Opt, Rep
+from bitmapd.nbd.server.handshake import HandshakeState, ServerHandshake, ServerOffer, TlsMode
 from bitmapd.nbd.wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,

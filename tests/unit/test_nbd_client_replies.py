@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.nbd.client_replies import (
+from bitmapd.nbd.client.replies import (
     MAX_DESCRIPTORS,
     MAX_PAYLOAD_BYTES,
     STAGING_BYTES,

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from bitmapd.nbd.handshake import (
+from bitmapd.nbd.numbers import MAX_REQUEST_BYTES, ExportFlag, Info, Opt, Rep
+from bitmapd.nbd.server.handshake import (
     BASE_ALLOCATION,
     MAX_OPTION_BYTES,
     MAX_OPTIONS,
@@ -19,7 +20,6 @@ from bitmapd.nbd.handshake import (
     ServerOffer,
     TlsMode,
 )
-from bitmapd.nbd.numbers import MAX_REQUEST_BYTES, ExportFlag, Info, Opt, Rep
 from bitmapd.nbd.wire import GREETING, ProtocolError
 from tests.support.nbdraw import (
     context_data,

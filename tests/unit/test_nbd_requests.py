@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmapd.nbd.numbers import MAX_REQUEST_BYTES, Chunk, Cmd, CmdFlag, Errno
-from bitmapd.nbd.requests import (
+from bitmapd.nbd.server.requests import (
     MAX_DESCRIPTORS,
     MAX_MESSAGE_BYTES,
     Replies,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmapd.errors import UsageError
-from bitmapd.nbd.uri import NbdUri, format_uri, is_uri, parse_uri
+from bitmapd.net.uri import NbdUri, format_uri, is_uri, parse_uri
 
 
 @pytest.mark.parametrize(

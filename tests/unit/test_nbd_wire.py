@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmapd.nbd import wire
-from bitmapd.nbd.outbox import Outbox
-from bitmapd.nbd.patience import SLOWEST_BYTES_PER_S, Transfer
-from bitmapd.nbd.spin import MAX_PASSED, SpinPolicy
+from bitmapd.nbd.server.outbox import Outbox
+from bitmapd.nbd.server.patience import SLOWEST_BYTES_PER_S, Transfer
+from bitmapd.nbd.server.spin import MAX_PASSED, SpinPolicy
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from bitarray import bitarray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.record.nearby import (
+from bitmapd.predict.nearby import (
     ALONE,
     BACKWARDS,
     FORWARDS,
@@ -22,7 +22,7 @@ from bitmapd.record.nearby import (
     kind_in_space,
     kind_in_time,
 )
-from bitmapd.record.trail import Trail
+from bitmapd.predict.trail import Trail
 
 EXTENTS = 1000
 EVERYTHING = [1.0] * KINDS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.record.odds import FEW, LIFE_S, PRIOR, SAMPLE, WATCH_EVERY, Odds
+from bitmapd.predict.odds import FEW, LIFE_S, PRIOR, SAMPLE, WATCH_EVERY, Odds
 
 
 def test_what_comes_true_within_its_time_raises_the_odds() -> None:

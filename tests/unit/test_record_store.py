@@ -11,7 +11,7 @@ import pytest
 from bitmapd.record.geometry import KIB, Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE, PAGE_BYTES, encode_page, page_offset
 from bitmapd.record.store import SLOW_S, RecordStore
-from bitmapd.resize import new_page_states
+from bitmapd.volume.resize import new_page_states
 from tests.support.records import VOLUME, blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain
 

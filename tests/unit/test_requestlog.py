@@ -18,7 +18,7 @@ from bitmapd.config import changed
 from bitmapd.errors import ExistsError, UsageError
 from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB
-from bitmapd.requestlog import (
+from bitmapd.volume.requestlog import (
     BATCH_REQUESTS,
     BATCHES,
     HEADER,
@@ -27,7 +27,7 @@ from bitmapd.requestlog import (
     check_log,
     open_log,
 )
-from bitmapd.simulate.files import load_trace
+from dmctl.simulate.files import load_trace
 from tests.support.cli import Cli, new_cli
 from tests.support.local import LocalVolume
 from tests.support.serving import run, serving

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.attach.routes import (
+from bitmapd.gate.routes import (
     DIRECT,
     EMPTY,
     GATE,

@@ -18,7 +18,7 @@ from bitmapd.media.identity import identify
 from bitmapd.record import tool
 from bitmapd.record.geometry import MIB, Geometry
 from bitmapd.record.layout import PAGE_BYTES, RecordFlag, page_offset
-from bitmapd.session import RecordSession
+from bitmapd.volume.session import RecordSession
 from tests.support.local import LocalVolume
 from tests.support.loops import loop_device, sparse_file
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bitmapd.errors import UsageError
-from bitmapd.simulate.files import load_trace
-from bitmapd.simulate.formats import FORMATS, detect, parse
+from dmctl.simulate.files import load_trace
+from dmctl.simulate.formats import FORMATS, detect, parse
 
 TRACES = Path(__file__).parents[1] / "data" / "traces"
 FILES = {

@@ -9,16 +9,16 @@ from typing import TypeVar
 import pytest
 
 from bitmapd.record.geometry import MIB
-from bitmapd.simulate.dm import Era, MirrorLog
-from bitmapd.simulate.drbd import ActivityLog, PmemLog
-from bitmapd.simulate.eras import plan_eras
-from bitmapd.simulate.llbitmap import LocklessBitmap, chunk_bytes
-from bitmapd.simulate.md import IntentBitmap
-from bitmapd.simulate.model import BatchModel, Model
-from bitmapd.simulate.paging import Belady, Lru, Paging
-from bitmapd.simulate.params import GIB, Params
-from bitmapd.simulate.replay import drive
-from bitmapd.simulate.trace import Request, Trace, make_trace
+from dmctl.simulate.dm import Era, MirrorLog
+from dmctl.simulate.drbd import ActivityLog, PmemLog
+from dmctl.simulate.eras import plan_eras
+from dmctl.simulate.llbitmap import LocklessBitmap, chunk_bytes
+from dmctl.simulate.md import IntentBitmap
+from dmctl.simulate.model import BatchModel, Model
+from dmctl.simulate.paging import Belady, Lru, Paging
+from dmctl.simulate.params import GIB, Params
+from dmctl.simulate.replay import drive
+from dmctl.simulate.trace import Request, Trace, make_trace
 
 PERFECT = Params(link_bytes_per_s=1e18, link_round_trip_s=0.0, record_latency_s=0.001)
 M = TypeVar("M", bound=Model)

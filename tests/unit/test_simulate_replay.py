@@ -9,19 +9,19 @@ from xml.etree import ElementTree
 import pytest
 
 from bitmapd.errors import UsageError
+from bitmapd.predict.superset import SupersetPolicy
 from bitmapd.record.geometry import MIB, Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE
-from bitmapd.record.superset import SupersetPolicy
-from bitmapd.simulate.chart import bar, hit_rate_chart, limit_text, sparkline, updates_chart
-from bitmapd.simulate.eras import plan_eras
-from bitmapd.simulate.meter import HitRate
-from bitmapd.simulate.params import Params
-from bitmapd.simulate.recommend import recommend
-from bitmapd.simulate.replay import POLICIES, drive, make_model, replay
-from bitmapd.simulate.result import Result
-from bitmapd.simulate.superset import GateModel
-from bitmapd.simulate.svg import render
-from bitmapd.simulate.trace import Request, Trace, make_trace
+from dmctl.simulate.chart import bar, hit_rate_chart, limit_text, sparkline, updates_chart
+from dmctl.simulate.eras import plan_eras
+from dmctl.simulate.meter import HitRate
+from dmctl.simulate.params import Params
+from dmctl.simulate.recommend import recommend
+from dmctl.simulate.replay import POLICIES, drive, make_model, replay
+from dmctl.simulate.result import Result
+from dmctl.simulate.superset import GateModel
+from dmctl.simulate.svg import render
+from dmctl.simulate.trace import Request, Trace, make_trace
 from tests.support.mirror import ScriptedPolicy
 
 PERFECT = Params(link_bytes_per_s=1e18, link_round_trip_s=0.0, record_latency_s=0.001)

@@ -8,10 +8,10 @@ import pytest
 
 from bitmapd.errors import UsageError
 from bitmapd.record.geometry import MIB
-from bitmapd.simulate.eras import plan_eras
-from bitmapd.simulate.meter import Level, Meter, Watch, hit_rate
-from bitmapd.simulate.params import GIB, Params
-from bitmapd.simulate.trace import Request, Trace, make_trace
+from dmctl.simulate.eras import plan_eras
+from dmctl.simulate.meter import Level, Meter, Watch, hit_rate
+from dmctl.simulate.params import GIB, Params
+from dmctl.simulate.trace import Request, Trace, make_trace
 
 BLOCK = 64 << 10
 

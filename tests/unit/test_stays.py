@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bitmapd.record import stays as stays_module
-from bitmapd.record.stays import IDLE_S, StayTable, as_runs
+from bitmapd.predict import stays as stays_module
+from bitmapd.predict.stays import IDLE_S, StayTable, as_runs
 
 
 def table(*, capacity: int = 100, stays_s: tuple[float, ...] = (10.0, 40.0)) -> StayTable:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from bitarray import bitarray
 
-from bitmapd.record.geometry import MIB, Geometry
-from bitmapd.record.nearby import KINDS
-from bitmapd.record.stays import BULK_EXTENTS, IDLE_S
-from bitmapd.record.superset import (
+from bitmapd.predict.nearby import KINDS
+from bitmapd.predict.stays import BULK_EXTENTS, IDLE_S
+from bitmapd.predict.superset import (
     FRESH_MISSES,
     FRESH_S,
     MAX_PREDICTED,
@@ -22,6 +21,7 @@ from bitmapd.record.superset import (
     Options,
     SupersetPolicy,
 )
+from bitmapd.record.geometry import MIB, Geometry
 
 EXTENTS = 100_000
 FAR = 90_000  # from everything else that these tests write

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.record.trail import Trail
+from bitmapd.predict.trail import Trail
 
 
 def test_an_extent_counts_where_it_stands_last() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from bitmapd import volume as volume_module
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
@@ -25,6 +24,7 @@ from bitmapd.errors import (
 )
 from bitmapd.record.geometry import KIB, MIB
 from bitmapd.record.layout import InitialSync, RecordFlag, page_offset
+from bitmapd.volume import volume as volume_module
 from tests.support.cli import check_status
 from tests.support.local import LocalVolume
 from tests.support.mirror import ScriptedPolicy

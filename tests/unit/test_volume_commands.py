@@ -22,7 +22,7 @@ from bitmapd.errors import (
 )
 from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB, MIB, Geometry
-from bitmapd.resize import Names, larger_geometry
+from bitmapd.volume.resize import Names, larger_geometry
 from tests.support.local import LocalVolume
 from tests.support.serving import Served, nothing, run, serving
 

@@ -17,8 +17,8 @@ from bitmapd.errors import (
     UnreachableError,
 )
 from bitmapd.media.waiting import completion
-from bitmapd.nbd.client import NbdTarget
-from bitmapd.nbd.uri import format_uri, parse_uri
+from bitmapd.nbd.client.target import NbdTarget
+from bitmapd.net.uri import format_uri, parse_uri
 from bitmapd.record.geometry import KIB, MIB
 from tests.support.local import LocalVolume
 from tests.support.nbdcerts import make_certificates

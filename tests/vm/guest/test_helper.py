@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from bitmapd.attach.frames import HelperError, unpack_runs
-from bitmapd.attach.wiring import Wiring
+from bitmapd.attach.helper import Wiring
+from bitmapd.attach.helper_frames import HelperError, unpack_runs
 from bitmapd.errors import WrongStateError
 from dmctl.kernel import barrier, helper
 from dmctl.kernel.dm_ioctl import DeviceMapper

@@ -1,0 +1,201 @@
+"""Hosts reach a volume through device-mapper, and write past the gate what is recorded (edge).
+
+Hosts can write from `begin` on.  What they can write directly is in the record by then: if the
+layers were found alive, with a table of an earlier process, whatever is direct in it.  The order of
+the steps is in `attach/mode.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from bitmapd.attach.kernel import SECTOR_BYTES, KernelAttachment
+from bitmapd.attach.mode import DRAIN_TIMEOUT_S, Emit, EndEras, Undo, make_server
+from bitmapd.config import VolumeConfig
+from bitmapd.errors import BitmapdError, UnreachableError
+from bitmapd.gate.direct import DirectPath
+from bitmapd.gate.gate import Gate
+from bitmapd.gate.routes import DIRECT, Routes
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.identity import identify
+from bitmapd.media.waiting import completion
+from bitmapd.nbd.server.export import NbdServer
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+
+LEAVE_TIMEOUT_S = 60.0  # for the requests that are under way when a volume grows
+LAST_BARRIERS = 5  # attempts to learn what hosts wrote last
+
+Covers = Callable[[int, int], bool]  # whether the record has all of extents [first, stop)
+Mark = Callable[[int, int], Awaitable[None]]  # record and copy blocks [first, stop)
+
+
+class DmMode:
+    """Hosts have a block device; what is recorded they write past the gate."""
+
+    exclusive = False  # device-mapper has claimed it already
+    server: NbdServer
+
+    def __init__(
+        self,
+        config: VolumeConfig,
+        loop: asyncio.AbstractEventLoop,
+        emit: Emit,
+        on_barrier: Callable[[], None],
+    ) -> None:
+        """`on_barrier` is called after every barrier, once the gate knows what it brought."""
+        self._config = config
+        self._loop = loop
+        self._emit = emit
+        self._on_barrier = on_barrier
+        self._prepared = False
+
+    @property
+    def direct(self) -> DirectPath:
+        return self._direct
+
+    @property
+    def adopted(self) -> bool:
+        return self._prepared and self._kernel.adopted
+
+    async def prepare(self, geometry: Geometry, opened: Undo) -> str:
+        config = self._config
+        logical = identify(config.primary).logical_block_bytes or SECTOR_BYTES
+        kernel = KernelAttachment(self._loop, config, geometry, logical, self._emit)
+        opened.append(kernel.close)
+        await kernel.prepare()
+        self._kernel = kernel
+        self._prepared = True
+        # Everything recorded is copied anyway, so eras that have ended need not be collected.
+        since_era = kernel.current_era
+        self._direct = DirectPath(geometry, kernel, Routes(), self._emit, since_era=since_era)
+        self._direct.on_ended = self._on_barrier
+        return kernel.era_device
+
+    async def begin(
+        self,
+        engine: AioEngine,
+        gate: Gate,
+        store: RecordStore,
+        may_spin: Callable[[], bool],
+        opened: Undo,
+    ) -> None:
+        self.server = make_server(
+            self._config, self._loop, engine, gate, self._emit, tls=None, may_spin=may_spin
+        )
+        await _serve_kernel(
+            self._kernel,
+            self._direct,
+            self.server,
+            covers=store.covers,
+            mark=lambda *blocks: completion(partial(gate.mark, *blocks)),
+        )
+
+    async def undo(self) -> None:
+        if self._prepared and not self._kernel.adopted:
+            # Nothing was written through it: leave the primary as it was found.
+            with contextlib.suppress(BitmapdError):
+                await self._kernel.detach()
+            self._kernel.close()
+
+    async def close_hosts(self) -> None:
+        await self._kernel.close_hosts()
+
+    async def last_writes(self, end_eras: EndEras) -> None:
+        routes = self._direct.routes
+        routes.seal()
+        for _ in range(LAST_BARRIERS):
+            if not routes.settling:
+                return
+            await self._one_barrier(end_eras)
+        # What stays open stays in the record.
+
+    async def _one_barrier(self, end_eras: EndEras) -> None:
+        direct = self._direct
+        tried = direct.tried
+        await end_eras(lambda: direct.tried > tried)
+
+    async def detach(self, release_device: Callable[[], None]) -> None:
+        release_device()
+        try:
+            await self._kernel.detach()
+        except BitmapdError as error:
+            self._emit("detach-error", message=error.message)
+        await self.server.drain(DRAIN_TIMEOUT_S)
+        self._kernel.close()
+
+    def figures(self, gate: Gate) -> dict[str, Any]:
+        return _direct_status(self._direct, gate)
+
+    # -- for another one to take over ---------------------------------------------------------
+    async def close_direct(self, end_eras: EndEras) -> None:
+        """Have every write pass the gate.  After UnreachableError everything is as it was."""
+        routes = self._direct.routes
+        routes.gate_all()
+        for _ in range(LAST_BARRIERS):
+            if routes.all_gated:
+                return
+            await self._one_barrier(end_eras)
+        routes.gate_all(wanted=False)
+        raise UnreachableError(
+            "the kernel's table cannot be changed: no barrier passes",
+            hint=f"see 'barrier-error' in 'dmctl events {self._config.name}'",
+        )
+
+    async def hold_hosts(self) -> None:
+        """What was received is answered; what the kernel sends from now on waits in it."""
+        self._kernel.stay_disconnected()
+        await self.server.drain(LEAVE_TIMEOUT_S)
+
+    def hand_over(self) -> None:
+        """Let go of the layers as they are."""
+        self._kernel.close()
+
+
+async def _serve_kernel(
+    kernel: KernelAttachment, direct: DirectPath, server: NbdServer, *, covers: Covers, mark: Mark
+) -> None:
+    geometry = direct.geometry
+    await kernel.connect(server)
+    extent_bytes = geometry.extent_bytes
+    in_force = [
+        (first // extent_bytes, -(-end // extent_bytes))
+        for first, end, kind in await kernel.attach()
+        if kind == DIRECT
+    ]
+    if not in_force:
+        return
+    direct.routes.adopt(extent for run in in_force for extent in range(*run))
+    missing = [run for run in in_force if not covers(*run)]
+    if missing:
+        kernel.emit(
+            "record-damaged",
+            message="hosts write directly to extents that the record does not name; added",
+        )
+    for run in missing:
+        await mark(*geometry.extent_blocks(*run))
+
+
+def _direct_status(direct: DirectPath, gate: Gate) -> dict[str, Any]:
+    """What hosts did, whatever way it took, and what following the record in the table costs."""
+    hosts, routes = direct.host_counters, direct.routes
+    writes = hosts.writes + hosts.discards
+    return {
+        "writes_total": writes,
+        "hits_total": max(0, writes - gate.misses),
+        "written_bytes_total": hosts.written_bytes,
+        "direct_extents": routes.count_direct,
+        "gate_writes_total": gate.writes,
+        "barriers_total": direct.barriers,
+        "barriers_skipped_total": direct.skipped,
+        "barrier_errors_total": direct.failures,
+        "barriers_put_off_total": direct.put_off,
+        "suspended_seconds_total": round(direct.window_s_total, 6),
+        "suspended_seconds_max": round(direct.window_s_max, 6),
+        "table_loads_total": routes.loads,
+        "table_moves_total": routes.moved,
+    }

@@ -1,0 +1,119 @@
+"""The two modes of `attach`: hosts reach a volume over NBD, or through device-mapper (edge).
+
+`Mode` has the steps in the order in which a volume takes them; it does not ask which mode it has.
+In both, an NBD server in front of the gate answers what hosts ask of it.
+
+                nbd                                  dm
+    prepare     -                                    era device on the primary, made or found alive
+    begin       listen                               kernel connected to the server; tables
+    close_hosts -                                    device taken from hosts; refused while in use
+    last_writes what was received is answered        barriers bring what was written directly
+    detach      -                                    layers removed
+
+1. Hosts write nothing before `begin`, unless the layers were found alive (`adopted`).
+2. After `last_writes` no host can write, and the gate knows of every write; what the kernel could
+   not be asked about is open and therefore stays in the record.
+3. `undo` ends a start that failed at any step, and leaves alone what was found alive.
+4. dm only: `close_direct`, `hold_hosts` and `hand_over` leave the layers to the next `prepare`;
+   what hosts write meanwhile waits in the kernel.
+
+A crash ends the connections of nbd mode.  In dm mode the layers stay, and what needs the gate waits
+for the next `prepare`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from bitmapd.config import VolumeConfig
+from bitmapd.gate.direct import DirectPath
+from bitmapd.gate.gate import Gate
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.buffers import BufferPool
+from bitmapd.nbd.server.export import NbdServer
+from bitmapd.net.uri import parse_uri
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+
+HOST_POOL_BYTES = 32 << 20
+DRAIN_TIMEOUT_S = 5.0
+
+Emit = Callable[..., None]
+Undo = list[Callable[[], None]]  # what to call, last first, if the start fails
+# Have eras end until the condition holds.
+EndEras = Callable[[Callable[[], bool]], Awaitable[None]]
+
+
+class Mode(Protocol):
+    """See the module docstring for the order of calls."""
+
+    @property
+    def server(self) -> NbdServer:
+        """From `begin` on."""
+
+    @property
+    def direct(self) -> DirectPath | None:
+        """How hosts write past the gate, if they can; from `prepare` on."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether nobody else has claimed the device that `prepare` names."""
+
+    @property
+    def adopted(self) -> bool:
+        """Whether the kernel served hosts before this start, and does whatever becomes of it."""
+
+    async def prepare(self, geometry: Geometry, opened: Undo) -> str:
+        """The device that gate and copier are to work on."""
+
+    async def begin(
+        self,
+        engine: AioEngine,
+        gate: Gate,
+        store: RecordStore,
+        may_spin: Callable[[], bool],
+        opened: Undo,
+    ) -> None: ...
+
+    async def undo(self) -> None:
+        """After what `opened` names was called."""
+
+    async def close_hosts(self) -> None:
+        """BusyError while a host has the volume open; nothing has changed then."""
+
+    async def last_writes(self, end_eras: EndEras) -> None: ...
+
+    async def detach(self, release_device: Callable[[], None]) -> None:
+        """`release_device` closes the one that `prepare` named, if that has to be now."""
+
+    def figures(self, gate: Gate) -> dict[str, Any]:
+        """Of the status, in place of the gate's own."""
+
+
+def make_server(
+    config: VolumeConfig,
+    loop: asyncio.AbstractEventLoop,
+    engine: AioEngine,
+    gate: Gate,
+    emit: Emit,
+    *,
+    tls: ssl.SSLContext | None,
+    may_spin: Callable[[], bool],
+) -> NbdServer:
+    server = NbdServer(
+        loop,
+        gate,
+        BufferPool(loop, HOST_POOL_BYTES),
+        engine.kick,
+        export_name=parse_uri(config.listen).export,
+        description=f"bitmapd volume {config.name}",
+        tls=tls,
+        emit=emit,
+        cork=engine.cork,
+        may_spin=may_spin,
+    )
+    engine.after_reap.append(server.flush_replies)
+    return server

@@ -1,0 +1,248 @@
+"""The direct path: what hosts write without asking the gate, and how it becomes known (pure).
+
+The kernel marks every write of the direct path, and those of the gate too, in the era it was
+begun in.  A barrier ends the era, waits until no write of it is in flight, and brings its blocks.
+
+1. Between two barriers nothing is known of open extents (`routes.Routes`), so they are neither
+   clean nor dropped.
+2. `written` compares the kernel's counters with those read before the latest two barriers.  They
+   only grow, on each processor.  Kernels count a write when it ends or, before 6.3, when it begins:
+   one that began before the latest reading may have been marked after that barrier's roll-over.  It
+   would have been held up by the barrier before if it had begun before that one's reading, so
+   three equal readings mean that nothing is unknown.
+3. Eras are collected without a gap: a barrier that fails is followed by one that brings the blocks
+   of both eras.  One that is put off, since the kernel is busy with earlier eras, is not an error,
+   and otherwise like one that failed.
+4. One barrier at a time.
+5. Hosts write directly only to what is recorded.  So if the kernel's marks cannot be read, every
+   block of the record counts as written.
+6. A write that was in flight when this process began may be marked in an era before the first one
+   that is collected.  So the first barrier that lands counts every block as written that was
+   direct before.
+
+bitmapd's death loses nothing here: the kernel goes on marking, the record names every extent that
+is direct, and the next process begins with all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bitmapd.gate.routes import Routes, Run, Segment
+from bitmapd.record.geometry import Geometry
+
+Emit = Callable[..., None]
+
+
+class PutOffError(OSError):
+    """A barrier has to wait until the kernel is done with earlier eras; nothing was done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Of the device under both paths, since it was made; monotone.
+
+    Bytes and not writes tell whether something was written: an empty flush counts as a write.
+    """
+
+    written_bytes: int
+    discards: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostCounters:
+    """Of the volume's own devices.
+
+    `in_flight`: writes that have begun and not ended.  It is a sum of counters that go up on one
+    processor and down on another, so it may be wrong for a moment.
+    """
+
+    writes: int
+    written_bytes: int
+    discards: int
+    reads: int
+    in_flight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What a barrier brought: runs of blocks [first, stop) of the eras up to `era`.
+
+    `damage`: why the kernel's marks cannot be read, although nothing of these eras is in flight.
+    """
+
+    runs: Sequence[Run]
+    era: int
+    window_s: float
+    skipped: bool = False
+    damage: str = ""
+
+
+BarrierDone = Callable[[OSError | None, Landed | None], None]
+
+
+class Kernel(Protocol):
+    """The kernel's side, reached through the wiring helper."""
+
+    def counters(self) -> Counters: ...
+
+    def host_counters(self) -> HostCounters:
+        """What hosts asked for, whatever way it took."""
+
+    def barrier(
+        self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
+    ) -> None:
+        """Calls `done` once, on the loop's thread, never from inside; see the module's rules."""
+
+
+class DirectPath:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        kernel: Kernel,
+        routes: Routes,
+        emit: Emit,
+        *,
+        since_era: int,
+    ) -> None:
+        self.geometry = geometry
+        self._kernel = kernel
+        self._emit = emit
+        self._since_era = since_era
+        self._seen: Counters | None = None  # read before the latest barrier
+        self._seen_before: Counters | None = None  # and before the one before it
+        self._busy = False
+        self.routes = routes
+        self.barriers = 0
+        self.skipped = 0
+        self.failures = 0
+        self.put_off = 0
+        self._is_put_off = False
+        self.window_s_total = 0.0
+        self.window_s_last = 0.0
+        self.window_s_max = 0.0
+        self.on_ended: Callable[[], None] = lambda: None
+
+    @property
+    def counters(self) -> Counters:
+        return self._kernel.counters()
+
+    @property
+    def host_counters(self) -> HostCounters:
+        return self._kernel.host_counters()
+
+    @property
+    def collected_era(self) -> int:
+        """The latest era whose blocks are known."""
+        return self._since_era - 1
+
+    @property
+    def tried(self) -> int:
+        """Barriers that have ended, one way or the other."""
+        return self.barriers + self.failures + self.put_off
+
+    @property
+    def written(self) -> bool:
+        """Whether something may have been written that no barrier has brought."""
+        return not self._seen == self._seen_before == self._kernel.counters()
+
+    @property
+    def being_written(self) -> bool:
+        """Whether hosts write now, or `written`: kernels since 6.3 count a write when it ends.
+
+        Good enough to put off a judgement, and not to make one that data depend on.
+        """
+        return self.written or self._kernel.host_counters().in_flight > 0
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing was written since the latest barrier; one more would make that known."""
+        return self._seen != self._seen_before and self._seen == self._kernel.counters()
+
+    @property
+    def wants_barrier(self) -> bool:
+        routes = self.routes
+        return routes.wants_change or routes.settling or self.written
+
+    def barrier(
+        self,
+        recorded: Iterable[Run],
+        done: Callable[[Sequence[Run] | None], None],
+    ) -> None:
+        """End the era; `done` gets the blocks that were written, or None if it failed.
+
+        `recorded`: runs of extents that are durably recorded now.  What failed is told as an
+        event; its blocks come with the next barrier.
+        """
+        if self._busy:
+            raise RuntimeError("a barrier is under way")
+        self._busy = True
+        seen = self._kernel.counters()
+        recorded = tuple(recorded)
+        table = self.routes.propose(recorded)
+        geometry = self.geometry
+        segments = (
+            None if table is None else table.segments(geometry.extent_bytes, geometry.size_bytes)
+        )
+
+        def ended(error: OSError | None, landed: Landed | None) -> None:
+            self._busy = False
+            if landed is None:
+                self.routes.failed()
+                self._not_landed(error)
+                done(None)
+                self.on_ended()
+                return
+            self._is_put_off = False
+            self._seen_before, self._seen = self._seen, seen
+            self._since_era = landed.era + 1
+            self.barriers += 1
+            self.skipped += landed.skipped
+            self.window_s_total += landed.window_s
+            self.window_s_last = landed.window_s
+            self.window_s_max = max(self.window_s_max, landed.window_s)
+            per = geometry.blocks_per_extent
+            blocks = geometry.blocks
+            runs = [(first, min(stop, blocks)) for first, stop in landed.runs if first < blocks]
+            if landed.damage:
+                self._emit("era-damaged", message=f"all of the record is copied: {landed.damage}")
+                runs = [geometry.extent_blocks(*run) for run in recorded]
+            if adopted := self.routes.take_adopted():
+                runs = merged([*runs, *(geometry.extent_blocks(e, e + 1) for e in adopted)])
+            self.routes.landed(
+                {
+                    extent
+                    for first, stop in runs
+                    for extent in range(first // per, (stop - 1) // per + 1)
+                }
+            )
+            done(runs)
+            self.on_ended()
+
+        self._kernel.barrier(segments, self._since_era, ended)
+
+    def _not_landed(self, error: OSError | None) -> None:
+        reason = "no reason" if error is None else error.strerror or str(error)
+        if not isinstance(error, PutOffError):
+            self.failures += 1
+            self._emit("barrier-error", message=f"a barrier failed and is tried again: {reason}")
+            return
+        self.put_off += 1
+        if not self._is_put_off:
+            self._emit("barrier-put-off", message=reason)
+        self._is_put_off = True
+
+
+def merged(runs: Iterable[Run]) -> list[Run]:
+    """The same blocks as ascending runs that do not touch."""
+    found: list[Run] = []
+    for first, stop in sorted(runs):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((first, stop))
+    return found

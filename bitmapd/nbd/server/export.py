@@ -1,0 +1,521 @@
+"""The NBD export of one volume: listeners, admission, batches, limits.
+
+One thread, one loop, raw non-blocking sockets.  When a socket is readable, everything that one
+receive brings is parsed and handed to the export, `kick` submits it to the disk in one batch and
+completes what is finished, and the answers of the batch leave in one `sendmsg` for each
+connection.  Then the same socket is polled for a moment while that pays (`nbd.spin`).  Answers to
+completions outside of a batch leave together: at `flush_replies`, which belongs into the disk
+engine's `after_reap`, or at the loop's next turn.
+
+1. Nothing is offered over TCP without TLS unless the address is a loopback one.
+2. A client is let in only when no request of a connection that has died is still at the disk, and
+   no connection whose client has hung up has unread requests.  So a client that comes back finds
+   all its earlier writes either done or never to be done.  A connection that the network has cut
+   without the server's knowledge cannot be told from a live one.
+3. At most `max_connections` are open.  When they are used up the oldest one that has not been let
+   in makes room, else the new one is closed at once.
+4. Buffers come from the pool only.  Connections that find it empty get their turn in the order in
+   which they asked, and nobody overtakes them; a client that holds buffers without making progress
+   is dropped when somebody waits for them.
+5. Shutdown waits for the disk up to a time-out and never for a client.
+6. A stale socket file is removed only when nobody answers on it, and at the end only if it is ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import select
+import socket
+import ssl
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitmapd.errors import BitmapdError, BusyError, UsageError
+from bitmapd.media.base import Export
+from bitmapd.media.buffers import BufferPool
+from bitmapd.nbd.server.connection import Connection, Phase
+from bitmapd.nbd.server.handshake import ServerHandshake, ServerOffer, TlsMode
+from bitmapd.nbd.server.hub import ConnectionLimits, ServerStats
+from bitmapd.nbd.server.spin import DEVICE_SPIN_S, RUN_S, SPIN_S, SpinPolicy
+from bitmapd.net.sockets import UnixListener, listen_unix, peer_credentials
+from bitmapd.net.uri import MAX_SOCKET_PATH_BYTES
+
+MAX_CONNECTIONS = 64
+_BACKLOG = 128
+_ACCEPTS = 32  # in one turn of the loop
+_ACCEPT_PAUSE_S = 1.0
+_SWEEP_S = 1.0
+_REPORT_S = 60.0
+_REPORTED_PEERS = 256
+_KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    sock: socket.socket
+    tls: bool
+    unix: UnixListener | None = None
+
+
+class NbdServer:
+    """See the module docstring.  All methods are called on the loop's thread."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        export: Export,
+        pool: BufferPool,
+        kick: Callable[[], None],
+        *,
+        export_name: str,
+        description: str,
+        tls: ssl.SSLContext | None,
+        emit: Callable[..., Any],
+        read_only: bool = False,
+        cork: Callable[[], None] = lambda: None,
+        may_spin: Callable[[], bool] = lambda: True,
+        limits: ConnectionLimits | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
+        """`kick` submits what the export has queued and runs the completions that are there;
+        `cork` promises a `kick` to come.  `may_spin` says whether the loop has nothing else to do
+        that a moment of polling would delay."""
+        self.loop = loop
+        self.export = export
+        self.limits = limits or ConnectionLimits()
+        self.stats = ServerStats()
+        self.give = pool.give
+        self._pool = pool
+        self._kick = kick
+        self._cork = cork
+        self._name = export_name
+        self._description = description
+        self._read_only = read_only
+        self._tls = tls
+        self._emit = emit
+        self._may_spin = may_spin
+        self._max_connections = max_connections
+        self._spin = SpinPolicy(len(os.sched_getaffinity(0)))
+        self._listeners: list[_Listener] = []
+        self._connections: dict[Connection, None] = {}  # oldest first
+        self._adopted: dict[Connection, Callable[[], None]] = {}
+        self._orphans: set[Connection] = set()
+        self._at_the_door: list[Connection] = []
+        self._last_active: Connection | None = None
+        self._marked: list[Connection] = []
+        self._in_batch = False
+        self._flush_scheduled = False
+        self._waiters: deque[Connection] = deque()
+        self._turn: Connection | None = None
+        self._turn_served = False
+        self._pool_armed = False
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._reported: OrderedDict[str, tuple[float, int]] = OrderedDict()
+        self._quiet: asyncio.Future[None] | None = None
+
+    # -- listening ----------------------------------------------------------------------
+    def listen_unix(self, path: str | Path, mode: int = 0o600, *, tls: bool = False) -> None:
+        """Raises a BitmapdError if the path cannot be used."""
+        path = str(path)
+        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+            raise UsageError(
+                f"socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes",
+                hint="choose a shorter --run-dir or socket path",
+            )
+        self._check_tls(tls)
+        unix = listen_unix(Path(path), mode, _BACKLOG)
+        self._listen(_Listener(unix.sock, tls, unix))
+
+    def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
+        """Listen on all addresses of the host, with TLS if there is a context.  Returns addresses
+        and ports.  Raises a BitmapdError, also if an address would be open to the network without
+        TLS.  Blocks for name resolution: to be called before anything is served."""
+        try:
+            found = socket.getaddrinfo(
+                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as error:
+            raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+        if self._tls is None:
+            for _, address in addresses:
+                if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+                    raise UsageError(
+                        f"refusing to listen on {address[0]} without TLS",
+                        hint="configure tls-certificates, or listen on a unix socket",
+                    )
+        opened: list[_Listener] = []
+        try:
+            for family, address in addresses:
+                opened.append(_Listener(_tcp_socket(family, address), self._tls is not None))
+        except OSError as error:
+            for listener in opened:
+                listener.sock.close()
+            failure = BusyError if error.errno == errno.EADDRINUSE else BitmapdError
+            raise failure(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        for listener in opened:
+            self._listen(listener)
+        return [listener.sock.getsockname()[:2] for listener in opened]
+
+    def _check_tls(self, tls: bool) -> None:
+        if tls and self._tls is None:
+            raise UsageError("TLS was asked for without certificates", hint="set tls-certificates")
+
+    def _listen(self, listener: _Listener) -> None:
+        self._listeners.append(listener)
+        self.loop.add_reader(listener.sock.fileno(), self._accept, listener)
+
+    def close_listeners(self) -> None:
+        for listener in self._listeners:
+            self.loop.remove_reader(listener.sock.fileno())
+            if listener.unix is not None:
+                listener.unix.unlink()
+            listener.sock.close()
+        self._listeners.clear()
+
+    # -- accepting ----------------------------------------------------------------------
+    def _accept(self, listener: _Listener) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                sock, address = listener.sock.accept()
+            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
+                return
+            except OSError as error:
+                # Out of descriptors or memory: the backlog stays readable, so look away a while.
+                self._report("listener", f"cannot accept a client: {error.strerror}")
+                self.loop.remove_reader(listener.sock.fileno())
+                self.loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, listener)
+                return
+            self._welcome(
+                sock, _peer_name(sock, address), tls=listener.tls, remote=listener.unix is None
+            )
+
+    def _accept_again(self, listener: _Listener) -> None:
+        if listener in self._listeners:
+            self.loop.add_reader(listener.sock.fileno(), self._accept, listener)
+
+    @property
+    def export_name(self) -> str:
+        return self._name
+
+    def adopt(self, sock: socket.socket, peer: str, on_closed: Callable[[], None]) -> None:
+        """Serve a local client whose connected socket is handed in; it begins with a handshake.
+
+        `on_closed`: called when this connection has ended, unless the server is stopping.
+        """
+        connection = self._welcome(sock, peer, tls=False, remote=False)
+        if connection is None:
+            self.loop.call_soon(on_closed)
+        else:
+            self._adopted[connection] = on_closed
+
+    def _welcome(
+        self, sock: socket.socket, peer: str, *, tls: bool, remote: bool
+    ) -> Connection | None:
+        self.stats.connections_total += 1
+        if len(self._connections) >= self._max_connections:
+            newcomers = (Phase.HANDSHAKE, Phase.TLS, Phase.ADMISSION)
+            oldest = next((c for c in self._connections if c.phase in newcomers), None)
+            if oldest is None:
+                self.stats.refused_total += 1
+                self._report(peer, f"{self._max_connections} clients are connected already")
+                sock.close()
+                return None
+            oldest.refuse("a newer client needed the place")
+        try:
+            sock.setblocking(False)
+            if remote:
+                for level, option, value in _KEEPALIVE:
+                    sock.setsockopt(level, option, value)
+        except OSError:
+            sock.close()
+            return None
+        handshake = ServerHandshake(self._offer(), TlsMode.REQUIRED if tls else TlsMode.OFF)
+        connection = Connection(self, sock, peer, handshake, self._tls, remote=remote)
+        self._connections[connection] = None
+        self.stats.connections = len(self._connections)
+        if self._sweeper is None:
+            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+        return connection
+
+    def _offer(self) -> ServerOffer:
+        block = self.export.block_size_bytes
+        return ServerOffer(
+            self._name,
+            self._description,
+            self.export.size_bytes // block * block,
+            block,
+            self._read_only,
+        )
+
+    # -- letting in ---------------------------------------------------------------------
+    def wants_in(self, connection: Connection) -> None:
+        self._at_the_door.append(connection)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        if not self._at_the_door or self._old_requests_left():
+            return
+        entering, self._at_the_door = self._at_the_door, []
+        for connection in entering:
+            if connection.phase is not Phase.ADMISSION:
+                continue
+            self._emit(
+                "client-connected", peer=connection.peer, certificate=connection.certificate_name
+            )
+            connection.enter()
+
+    def _old_requests_left(self) -> bool:
+        if self._orphans:
+            return True
+        poll, serving = select.poll(), False
+        for connection in self._connections:
+            if connection.phase is Phase.LEAVING and connection.in_flight:
+                return True
+            if connection.phase is Phase.SERVING:
+                # Whoever has hung up is read to the end first; its closing asks again.
+                poll.register(connection.fileno(), select.POLLRDHUP)
+                serving = True
+        return serving and bool(poll.poll(0))
+
+    def orphan_finished(self, connection: Connection) -> None:
+        self._orphans.discard(connection)
+        self._let_in()
+        self._check_quiet()
+
+    # -- batches ------------------------------------------------------------------------
+    def readable(self, connection: Connection) -> None:
+        alone = connection is self._last_active
+        self._last_active = connection
+        self._in_batch = True
+        self._cork()
+        try:
+            received = connection.receive()
+        finally:
+            self._settle()
+        if alone and received and connection.spins and self._spin.wanted() and self._may_spin():
+            self._poll(connection)
+
+    def writable(self, connection: Connection) -> None:
+        self._in_batch = True
+        self._cork()
+        try:
+            connection.writable()
+        finally:
+            self._settle()
+
+    def mark(self, connection: Connection) -> None:
+        self._marked.append(connection)
+        if not self._in_batch and not self._flush_scheduled:
+            self._flush_scheduled = True
+            self.loop.call_soon(self._flush_later)
+
+    def flush_replies(self) -> None:
+        """Send the answers of a round of completions; for the disk engine's `after_reap`."""
+        if self._in_batch:
+            return
+        self._in_batch = True
+        try:
+            self._flush_marked()
+        finally:
+            self._in_batch = False
+
+    def _flush_later(self) -> None:
+        self._flush_scheduled = False
+        self.flush_replies()
+
+    def _settle(self) -> None:
+        """Submit and complete, then answer, until there is nothing left to do; ends the batch."""
+        try:
+            self._kick()
+            while self._marked:
+                self._flush_marked()
+                self._kick()
+        finally:
+            self._in_batch = False
+
+    def _flush_marked(self) -> None:
+        while self._marked:
+            marked, self._marked = self._marked, []
+            for connection in marked:
+                connection.flush()
+
+    def _poll(self, connection: Connection) -> None:
+        """Ask the socket again instead of going through the loop, as long as that pays."""
+        time = self.loop.time
+        end = time() + RUN_S
+        while connection.spins:
+            now = time()
+            give_up, patience = now + SPIN_S, now + DEVICE_SPIN_S
+            self._in_batch = True
+            self._cork()
+            try:
+                while not connection.receive():
+                    self._kick()
+                    if self._marked:
+                        self._flush_marked()
+                        give_up = time() + SPIN_S
+                    limit = patience if connection.in_flight else give_up
+                    if time() > limit or not connection.spins:
+                        self._spin.failed()
+                        return
+            finally:
+                self._settle()
+            self._spin.worked()
+            if time() > end:
+                return
+
+    # -- memory -------------------------------------------------------------------------
+    def take(self, connection: Connection, length_bytes: int) -> memoryview | None:
+        if self._waiters and connection is not self._turn:
+            if connection not in self._waiters:
+                self._waiters.append(connection)
+            return None
+        buffer = self._pool.take(length_bytes)
+        if buffer is not None:
+            self._turn_served = True
+            return buffer
+        # One that got something in its turn goes to the end of the queue, else it stays in front.
+        if connection is self._turn and not self._turn_served:
+            self._waiters.appendleft(connection)
+        else:
+            self._waiters.append(connection)
+        self._await_memory()
+        return None
+
+    def others_wait(self, connection: Connection) -> bool:
+        return bool(self._at_the_door) or any(waiter is not connection for waiter in self._waiters)
+
+    def _await_memory(self) -> None:
+        if not self._pool_armed:
+            self._pool_armed = True
+            self._pool.when_free(self._memory_freed)
+
+    def _memory_freed(self) -> None:
+        self._pool_armed = False
+        self._in_batch = True
+        self._cork()
+        try:
+            while self._waiters and not self._pool_armed:
+                self._turn, self._turn_served = self._waiters.popleft(), False
+                self._turn.resume()
+        finally:
+            self._turn = None
+            self._settle()
+
+    # -- leaving ------------------------------------------------------------------------
+    def refused(self, connection: Connection, reason: str) -> None:
+        self.stats.refused_total += 1
+        self._report(connection.peer, reason)
+
+    def closed(self, connection: Connection, reason: str | None) -> None:
+        self._connections.pop(connection, None)
+        self.stats.connections = len(self._connections)
+        if connection is self._last_active:
+            self._last_active = None
+        if connection.in_flight:
+            self._orphans.add(connection)
+        if connection in self._at_the_door:
+            self._at_the_door.remove(connection)
+        if connection in self._waiters:
+            self._waiters.remove(connection)
+            # It may have been the one that the others queued behind.
+            self.loop.call_soon(self._memory_freed)
+        if connection.was_let_in:
+            self._emit("client-disconnected", peer=connection.peer)
+        if reason is not None:
+            self._report(connection.peer, reason)
+        on_closed = self._adopted.pop(connection, None)
+        if on_closed is not None and self._quiet is None:
+            on_closed()
+        self._let_in()
+        self._check_quiet()
+
+    def _sweep(self) -> None:
+        """Once a second while there are connections: drop those that are overdue."""
+        self._sweeper = None
+        now = self.loop.time()
+        for connection in list(self._connections):
+            reason = connection.overdue(now)
+            if reason is None:
+                continue
+            if connection.phase in (Phase.HANDSHAKE, Phase.TLS):
+                connection.refuse(reason)
+            else:
+                connection.close(reason)
+        if self._connections:
+            self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
+
+    def _report(self, peer: str, reason: str) -> None:
+        """Emit an event, but for one peer at most once a minute: a client must not fill the log."""
+        who = peer.rpartition(":")[0] or peer
+        now = self.loop.time()
+        last, held_back = self._reported.pop(who, (-_REPORT_S, 0))
+        if now - last < _REPORT_S:
+            self._reported[who] = (last, held_back + 1)
+            return
+        self._reported[who] = (now, 0)
+        if len(self._reported) > _REPORTED_PEERS:
+            self._reported.popitem(last=False)
+        self._emit("client-dropped", peer=peer, reason=reason, held_back=held_back)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Accept nobody, finish the requests that were received, answer them, close.  False if
+        requests were still at the disk, or answers not taken, when the time was up."""
+        self.close_listeners()
+        self._quiet = self.loop.create_future()
+        for connection in list(self._connections):
+            connection.drain()
+        self.flush_replies()
+        self._check_quiet()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._quiet
+            finished = True
+        except TimeoutError:
+            finished = False
+        for connection in list(self._connections):
+            connection.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        return finished
+
+    def _check_quiet(self) -> None:
+        quiet = self._quiet
+        if quiet is not None and not quiet.done() and not self._connections and not self._orphans:
+            quiet.set_result(None)
+
+
+def _tcp_socket(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _peer_name(sock: socket.socket, address: Any) -> str:
+    if sock.family == socket.AF_UNIX:
+        pid, uid = peer_credentials(sock)
+        return f"uid {uid}:pid {pid}"
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"{host}:{address[1]}"

@@ -1,0 +1,193 @@
+"""NBD URIs (pure; doc/uri.md of the NetworkBlockDevice project).
+
+    nbd://HOST[:PORT]/EXPORT            nbds://…             TCP, without and with TLS
+    nbd+unix:///EXPORT?socket=PATH      nbds+unix:///…       unix socket, likewise
+
+With TLS two parameters are known: `tls-certificates` (a folder, absolute) and `tls-hostname` (the
+name that the server's certificate has to carry, if it is not HOST).  The export name is what
+follows the slash, percent-decoded; a `+` means itself everywhere.  Whatever is not understood is an
+error: a parameter that was silently ignored could be the one that asked for safety.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+from bitmapd.errors import UsageError
+
+DEFAULT_PORT = 10809  # of NBD
+MAX_STRING_BYTES = 4096  # of an export name, by the NBD protocol
+# sun_path of Linux has 108 bytes, one of which ends the string.
+MAX_SOCKET_PATH_BYTES = 107
+
+_SCHEMES = {
+    "nbd": (False, False),
+    "nbds": (True, False),
+    "nbd+unix": (False, True),
+    "nbds+unix": (True, True),
+}
+_BAD_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2})")
+_NOT_PRINTABLE = re.compile("[\x00-\x20\x7f]")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,252})\Z")
+_HINT = "write nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=/PATH, or nbds… for TLS"
+
+
+@dataclass(frozen=True, slots=True)
+class NbdUri:
+    """Either `socket_path` is set, or `host` is (an IPv6 address without brackets)."""
+
+    tls: bool
+    export: str = ""
+    socket_path: str | None = None
+    host: str | None = None
+    port: int = DEFAULT_PORT
+    tls_certificates: str | None = None
+    tls_hostname: str | None = None
+
+    def __str__(self) -> str:
+        return format_uri(self)
+
+
+def is_uri(text: str) -> bool:
+    """Whether a target is an NBD URI rather than a path."""
+    return text.partition("://")[0].lower() in _SCHEMES and "://" in text
+
+
+def parse_uri(text: str) -> NbdUri:
+    """Raises UsageError that names the URI and what is wrong with it."""
+
+    def fail(reason: str, hint: str | None = _HINT) -> NoReturn:
+        raise UsageError(f"bad NBD URI {text!r}: {reason}", hint)
+
+    if _NOT_PRINTABLE.search(text):
+        fail("it contains a blank or a control character", "write %20 for a blank")
+    if _BAD_ESCAPE.search(text):
+        fail("a % is not followed by two hexadecimal digits", "write %25 for a percent sign")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        fail(str(error).lower())
+    kind = _SCHEMES.get(parts.scheme)
+    if kind is None or not text[len(parts.scheme) :].startswith("://"):
+        fail("it does not begin with nbd://, nbds://, nbd+unix:// or nbds+unix://")
+    tls, unix = kind
+    if "#" in text:
+        fail("a fragment (#…) means nothing here", "write %23 for a #")
+    if "@" in parts.netloc:
+        fail("a user name means nothing here", "clients are known by their certificates")
+    export = _decode(parts.path[1:], "the export name", fail)
+    if len(export.encode()) > MAX_STRING_BYTES:
+        fail(f"the export name is longer than {MAX_STRING_BYTES} bytes", None)
+    values = _parameters(parts.query, tls, unix, fail)
+    folder = values.get("tls-certificates")
+    if folder is not None and not folder.startswith("/"):
+        fail(f"tls-certificates={folder} is not an absolute path", None)
+    if unix:
+        if parts.netloc:
+            fail(f"a unix socket has no host, but {parts.netloc!r} was given")
+        return NbdUri(
+            tls,
+            export,
+            socket_path=_socket_path(values.get("socket"), fail),
+            tls_certificates=folder,
+            tls_hostname=values.get("tls-hostname"),
+        )
+    return NbdUri(
+        tls,
+        export,
+        host=_host(parts.hostname, fail),
+        port=_port(port, fail),
+        tls_certificates=folder,
+        tls_hostname=values.get("tls-hostname"),
+    )
+
+
+def format_uri(uri: NbdUri) -> str:
+    """The URI that `parse_uri` reads as the same value."""
+    scheme = "nbds" if uri.tls else "nbd"
+    parameters = []
+    if uri.socket_path is not None:
+        scheme += "+unix"
+        authority = ""
+        parameters.append(f"socket={quote(uri.socket_path, safe='/')}")
+    else:
+        host = uri.host or ""
+        authority = f"[{host}]" if ":" in host else host
+        if uri.port != DEFAULT_PORT:
+            authority += f":{uri.port}"
+    for name, value in (
+        ("tls-certificates", uri.tls_certificates),
+        ("tls-hostname", uri.tls_hostname),
+    ):
+        if value is not None:
+            parameters.append(f"{name}={quote(value, safe='/')}")
+    query = "?" + "&".join(parameters) if parameters else ""
+    return f"{scheme}://{authority}/{quote(uri.export, safe='/')}{query}"
+
+
+_Fail = Callable[[str, str | None], NoReturn]
+
+
+def _decode(raw: str, what: str, fail: _Fail) -> str:
+    try:
+        value = unquote_to_bytes(raw).decode()
+    except UnicodeDecodeError:
+        fail(f"{what} is not UTF-8", None)
+    if "\0" in value:
+        fail(f"{what} contains NUL", None)
+    return value
+
+
+def _parameters(query: str, tls: bool, unix: bool, fail: _Fail) -> dict[str, str]:
+    known = (["socket"] if unix else []) + (["tls-certificates", "tls-hostname"] if tls else [])
+    values: dict[str, str] = {}
+    for item in query.split("&") if query else []:
+        raw_name, equals, raw_value = item.partition("=")
+        name = _decode(raw_name, "a parameter's name", fail)
+        if name not in known:
+            reason = f"parameter {name!r} is not known for this kind of URI"
+            fail(reason, f"known: {', '.join(known)}" if known else None)
+        if name in values:
+            fail(f"parameter {name!r} is given twice", None)
+        value = _decode(raw_value, f"the value of {name!r}", fail)
+        if not equals or not value:
+            fail(f"parameter {name!r} has no value", None)
+        values[name] = value
+    return values
+
+
+def _socket_path(path: str | None, fail: _Fail) -> str:
+    if path is None:
+        fail("the parameter socket=PATH is missing", _HINT)
+    if not path.startswith("/"):
+        fail(f"socket={path} is not an absolute path", None)
+    if len(path.encode()) > MAX_SOCKET_PATH_BYTES:
+        fail(f"the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes", None)
+    return path
+
+
+def _host(host: str | None, fail: _Fail) -> str:
+    if not host:
+        fail("the host is missing", _HINT)
+    if "%" in host:
+        fail(f"{host!r}: an address with a zone, or an escape, is not supported", None)
+    if ":" in host:
+        try:
+            return str(ipaddress.IPv6Address(host))
+        except ValueError:
+            fail(f"{host!r} is not an IPv6 address", None)
+    if not _HOST_NAME.match(host):
+        fail(f"{host!r} is not a host name", None)
+    return host
+
+
+def _port(port: int | None, fail: _Fail) -> int:
+    if port == 0:
+        fail("port 0 cannot be connected to", None)
+    return DEFAULT_PORT if port is None else port

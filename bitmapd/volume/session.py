@@ -1,0 +1,255 @@
+"""One session of a record: from the lock on its device to the superblock that ends it.
+
+A session is the time in which one process serves the volume.  Its number stands in the superblock
+and, one step later, in `CONFIG_DIR/state/UUID.json` on the host.  A record whose session is older
+than the host's file is one that was restored from a copy: what was written since is not in it.
+
+Order: lock; load; every check; heal damaged pages; superblock with the new session and without
+the clean flag; state file.  A crash before the superblock leaves the old session; between the two
+the superblock is ahead of the state file, which is right.  The state file is never ahead.
+
+At an orderly end, when hosts can write no more, the state file also gets a fingerprint of the
+primary (`seal`).  The next session compares it: a primary that was written meanwhile, past the
+record, is refused.  `distrust` is the way on: everything is recorded, and will be compared.  After
+a crash there is no fingerprint, and nothing to compare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bitmapd.config import Paths, VolumeConfig, atomic_write
+from bitmapd.errors import BitmapdError, ForeignRecordError
+from bitmapd.media.fingerprint import fingerprint
+from bitmapd.media.identity import Identity, identify
+from bitmapd.record import tool
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.hints import Hints, decode_hints, encode_hints
+from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, all_ones, page_count
+
+Emit = Callable[..., None]
+
+
+def _is_other(found: Identity, recorded: str) -> bool:
+    """Whether a medium is not the recorded one; one without a lasting identity may be any."""
+    return found.stable and found.text != recorded
+
+
+class RecordSession:
+    """Blocking I/O throughout: a few milliseconds for each superblock, less than a second to load
+    the record of 16 TiB."""
+
+    def __init__(self, config: VolumeConfig, paths: Paths, emit: Emit) -> None:
+        self._config = config
+        self._emit = emit
+        self._state_file = paths.state_file(config.uuid)
+        self._begun = False
+        self._medium = tool.RecordMedium.open(config.record)
+        try:
+            self._medium.lock()
+            self.loaded = tool.load(self._medium)
+            self._check(self.loaded.superblock)
+        except BaseException:
+            self._medium.close()
+            raise
+
+    @property
+    def superblock(self) -> Superblock:
+        return self.loaded.superblock
+
+    def _check(self, superblock: Superblock) -> None:
+        config = self._config
+        again = (
+            f"dmctl remove {config.name}, then dmctl create {config.name} … --force: a new record,"
+            " and a full copy or --initial-sync checksum"
+        )
+        if superblock.volume_uuid != config.uuid:
+            raise ForeignRecordError(
+                f"record {config.record} belongs to volume '{superblock.name}'"
+                f" (uuid {superblock.volume_uuid})",
+                hint=f"check 'record' in the configuration of '{config.name}'",
+            )
+        state = self._known_state()
+        known = int(state.get("session", 0))
+        if superblock.session < known:
+            raise ForeignRecordError(
+                f"record {config.record} is of session {superblock.session}, but this host has"
+                f" seen session {known}: it was restored from an older copy and does not name"
+                " what was written since",
+                hint=again,
+            )
+        primary = identify(config.primary)
+        if _is_other(primary, superblock.primary):
+            raise ForeignRecordError(
+                f"primary {config.primary} is {primary.text}, the record was made for"
+                f" {superblock.primary}",
+                hint=again,
+            )
+        if (primary.size_bytes or 0) < superblock.geometry.size_bytes:
+            raise BitmapdError(
+                f"primary {config.primary} has {primary.size_bytes} bytes, the volume has"
+                f" {superblock.geometry.size_bytes}: it has shrunk",
+                hint="a volume cannot shrink; give the primary its size back",
+            )
+        self._check_at_rest(superblock, state)
+
+    def _check_at_rest(self, superblock: Superblock, state: dict[str, Any]) -> None:
+        """Whether the primary is as the last session left it."""
+        config, sealed = self._config, state.get("fingerprint")
+        if sealed is None or state.get("session") != superblock.session:
+            if superblock.clean and superblock.session > 0:
+                self._unsealed(
+                    "was not remembered by this host when the volume stopped: nobody can tell"
+                    " whether it was written since"
+                )
+            return
+        try:
+            found = self._fingerprint(superblock)
+        except OSError as error:
+            self._unsealed(f"cannot be compared with what it was when the volume stopped: {error}")
+            return
+        if found != sealed:
+            raise ForeignRecordError(
+                f"primary {config.primary} was written while volume '{config.name}' was stopped:"
+                " the secondary lacks what was written, and the record does not name it",
+                hint=f"'dmctl start {config.name} --resync-all' compares everything and copies"
+                " what differs",
+            )
+
+    def _fingerprint(self, superblock: Superblock) -> str:
+        size_bytes = superblock.geometry.size_bytes
+        return fingerprint(self._config.primary, size_bytes, self._config.uuid.bytes)
+
+    def _unsealed(self, why: str) -> None:
+        self._emit("not-sealed", device=self._config.primary, message=f"the primary {why}")
+
+    def secondary_mismatch(self, size_bytes: int) -> str | None:
+        """Why the medium that now answers as secondary is not the volume's, if so."""
+        config, superblock = self._config, self.superblock
+        if size_bytes < superblock.geometry.size_bytes:
+            return (
+                f"secondary {config.secondary} has {size_bytes} bytes, the volume has"
+                f" {superblock.geometry.size_bytes}"
+            )
+        try:
+            found = identify(config.secondary)
+        except BitmapdError as error:  # it went away between being opened and being looked at
+            return error.message
+        if _is_other(found, superblock.secondary):
+            return (
+                f"secondary {config.secondary} is {found.text}, the record was made for"
+                f" {superblock.secondary}"
+            )
+        return None
+
+    def begin(self) -> None:
+        """Heal, and enter the new session."""
+        loaded = self.loaded
+        damaged = [loaded.pages[index].message for index in loaded.damaged]
+        for message in (*loaded.warnings, *damaged):
+            self._emit("record-damaged", device=self._config.record, message=message)
+        self.loaded = tool.heal(self._medium, self.loaded)
+        self.update(
+            session=self.superblock.session + 1,
+            flags=self.superblock.flags & ~RecordFlag.CLEAN,
+        )
+        self._begun = True
+        self._write_state()
+
+    def update(self, **changes: Any) -> None:
+        """Write a superblock with these changes; durable on return."""
+        superblock = self.superblock.updated(int(time.time()), **changes)
+        tool.write_superblock(self._medium, superblock)
+        self.loaded = dataclasses.replace(self.loaded, superblock=superblock)
+
+    def prepare_growth(self, geometry: Geometry) -> None:
+        """Write the pages that a larger volume needs in addition, as ones; not in force yet."""
+        tool.write_pages(
+            self._medium,
+            self.superblock,
+            all_ones(geometry),
+            page_count(self.superblock.geometry.extents),
+            page_count(geometry.extents),
+        )
+
+    def read_hints(self) -> Hints | None:
+        """Inflating the map of a large volume takes longer than a host's write should wait."""
+        return decode_hints(tool.read_hints(self._medium), self.superblock.geometry.extents)
+
+    def write_hints(self, hints: Hints) -> None:
+        """Deflating it takes longer still."""
+        tool.write_hints(self._medium, encode_hints(hints))
+
+    def finish(self) -> None:
+        """The record is empty and both media are flushed: mark it clean."""
+        self.update(flags=self.superblock.flags | RecordFlag.CLEAN)
+
+    def close(self) -> None:
+        self._medium.close()
+
+    def seal(self) -> None:
+        """Remember what the primary looks like; no host can write any more.  Nothing is done for a
+        session that has not begun."""
+        if not self._begun:
+            return
+        try:
+            self._write_state(fingerprint=self._fingerprint(self.superblock))
+        except OSError as error:
+            self._unsealed(f"cannot be remembered: writes past the volume go unnoticed: {error}")
+
+    def _known_state(self) -> dict[str, Any]:
+        try:
+            state = json.loads(self._state_file.read_text(encoding="utf-8"))
+            return {**state, "session": int(state["session"])}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            # Without the file an old record cannot be told from the newest; say so and go on, as
+            # on a host that serves the volume for the first time.
+            self._emit(
+                "state-unreadable", file=str(self._state_file), message=f"cannot be used: {error}"
+            )
+            return {}
+
+    def _write_state(self, **more: str) -> None:
+        state = {"name": self._config.name, "session": self.superblock.session, **more}
+        atomic_write(self._state_file, json.dumps(state).encode() + b"\n")
+
+
+def distrust(config: VolumeConfig, paths: Paths) -> None:
+    """Of a stopped volume: have the next session compare everything, and copy what differs.
+
+    First the pages, then the superblock, last the fingerprint goes: after a crash in between the
+    next start is refused as it was before.
+    """
+    with tool.RecordMedium.open(config.record) as medium:
+        medium.lock()
+        loaded = tool.load(medium)
+        superblock = loaded.superblock
+        if superblock.volume_uuid != config.uuid:
+            raise ForeignRecordError(
+                f"record {config.record} belongs to volume '{superblock.name}'"
+                f" (uuid {superblock.volume_uuid})"
+            )
+        extents = superblock.geometry.extents
+        ones = all_ones(superblock.geometry)
+        tool.write_pages(
+            medium, superblock, ones, 0, page_count(extents), sequence=loaded.heal_sequence
+        )
+        full = superblock.initial_sync is InitialSync.FULL  # which copies more than is compared
+        tool.write_superblock(
+            medium,
+            superblock.updated(
+                int(time.time()),
+                initial_sync=InitialSync.FULL if full else InitialSync.CHECKSUM,
+                flags=superblock.flags & ~RecordFlag.CLEAN,
+            ),
+        )
+        state_file = paths.state_file(config.uuid)
+        if state_file.exists():
+            state = {"name": config.name, "session": superblock.session}
+            atomic_write(state_file, json.dumps(state).encode() + b"\n")

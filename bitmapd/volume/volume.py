@@ -1,0 +1,490 @@
+"""One volume, put together: record, gate, copier, hosts, and what an administrator may ask of it.
+
+Start: record session (lock, load, checks), primary, secondary (may be absent), gate with every
+recorded extent to be copied, copier, hosts (`attach/modes.py` has the two ways in which they reach
+it).  They are served as soon as the record has been read; the copying of what it names goes on
+meanwhile.
+
+Clean stop: hosts first (requests that were received are carried out and answered), then
+copy what is left, flush both sides, empty the record, mark it clean.  A stop with `now`, or one
+while the secondary is away, leaves in the record what is not copied.
+
+A crash at any point of either leaves a record that names whatever differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from bitmapd.attach.dm_mode import DmMode
+from bitmapd.attach.mode import Mode
+from bitmapd.attach.nbd_mode import NbdMode
+from bitmapd.config import (
+    Paths,
+    VolumeConfig,
+    effective_era_interval_s,
+    effective_record_limit_bytes,
+)
+from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.errors import (
+    BusyError,
+    UnreachableError,
+    UsageError,
+    WrongStateError,
+)
+from bitmapd.gate.gate import Gate
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.buffers import BufferPool
+from bitmapd.media.kdevice import KernelDevice
+from bitmapd.media.waiting import completion
+from bitmapd.predict.predictors import make_policy
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+from bitmapd.volume.hints import HintKeeper
+from bitmapd.volume.recovery import Recovery
+from bitmapd.volume.requestlog import Recording
+from bitmapd.volume.resize import grow_record, wanted_geometry
+from bitmapd.volume.secondary import (
+    leave_at_once,
+    make_secondary,
+    open_secondary,
+    present_size_bytes,
+    wrong_secondary,
+)
+from bitmapd.volume.session import RecordSession
+from bitmapd.volume.status import describe, state_of
+from bitmapd.volume.verifying import Progress, Verifying
+
+COPY_POOL_BYTES = 16 << 20
+TICK_S = 1.0
+MIN_LIMIT_EXTENTS = 64
+
+Emit = Callable[..., None]
+
+
+class Volume:
+    """See the module docstring.  All methods are called on the loop's thread."""
+
+    def __init__(
+        self,
+        config: VolumeConfig,
+        paths: Paths,
+        loop: asyncio.AbstractEventLoop,
+        emit: Emit,
+    ) -> None:
+        self.config = config
+        self._paths = paths
+        self._loop = loop
+        self._emit_event = emit
+        self._last_error: dict[str, str] | None = None
+        self._changed = asyncio.Event()
+        self._was_in_sync: bool | None = None
+        self._verifying: Verifying | None = None
+        self._stopping = False
+        self._hurried = False
+        self.left = False  # grown, and not served any more: another one takes over
+        self._tick_timer: asyncio.TimerHandle | None = None
+
+    # -- start ----------------------------------------------------------------------------
+    async def start(self) -> None:
+        """Recover and export; on an error everything that was opened is closed again."""
+        self._session = RecordSession(self.config, self._paths, self._emit)
+        self._mode = self._make_mode()
+        opened: list[Callable[[], None]] = [self._session.close]
+        try:
+            await self._assemble(opened)
+        except BaseException:
+            for close in reversed(opened):
+                close()
+            await self._mode.undo()
+            if not self._mode.adopted:
+                self._session.seal()
+            raise
+
+    def _make_mode(self) -> Mode:
+        config, loop = self.config, self._loop
+        if config.attach == "dm":
+            return DmMode(config, loop, self._emit, on_barrier=self._on_change)
+        return NbdMode(config, loop, self._emit)
+
+    async def _assemble(self, opened: list[Callable[[], None]]) -> None:
+        config, loop = self.config, self._loop
+        self._engine = AioEngine(loop)
+        opened.append(self._engine.close)
+        primary = await self._mode.prepare(self.geometry, opened)
+        self._primary = KernelDevice(primary, self._engine, exclusive=self._mode.exclusive)
+        opened.append(self._primary.close)
+        self._record = KernelDevice(config.record, self._engine)
+        opened.append(self._record.close)
+        self._warn_if_buffered()
+        self._secondary = make_secondary(config, loop, self._engine)
+        opened.append(self._secondary.close)
+        await open_secondary(self._secondary, loop, self._session.secondary_mismatch, self._emit)
+
+        self._session.begin()
+        superblock = self._session.superblock
+        geometry = superblock.geometry
+        self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
+        # Misses of one batch share a record write; it leaves with the batch, not a turn later.
+        self._engine.before_submit.append(self._store.commit)
+        self.gate = Gate(
+            geometry,
+            self._primary,
+            self._store,
+            make_policy(config.predictor, geometry),
+            loop,
+            limit_extents=self._limit_extents(None),
+            direct=self._mode.direct,
+        )
+        self.gate.on_primary_error = self._primary_failed
+        self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
+        self._hints.begin()
+        self._copy_pool = BufferPool(loop, COPY_POOL_BYTES)
+        self.copier = Copier(
+            geometry,
+            self.gate,
+            self._primary,
+            self._secondary,
+            loop,
+            self._copy_pool,
+            Throttle(config.copy_rate_bytes_per_s),
+            Backoff(),
+            self._emit,
+            check_secondary=partial(
+                wrong_secondary, self._secondary, self._session.secondary_mismatch
+            ),
+            era_interval_s=effective_era_interval_s(config),
+            read_primary=self._primary.read_aside,
+        )
+        self.copier.on_change = self._on_change
+        self._recording = Recording(self.gate, loop, self._emit)
+        opened.append(self._recording.close)
+        self._recording.record_to(config.trace)
+        self._recovery = Recovery(
+            self._session, self._store, self.gate, self.copier, loop.time, self._emit
+        )
+        self._recovery.begin()
+        await self._mode.begin(
+            self._engine, self.gate, self._store, lambda: self.copier.idle, opened
+        )
+        self.copier.start()
+        self._tick_timer = loop.call_later(TICK_S, self._tick)
+
+    def _warn_if_buffered(self) -> None:
+        for device in (self._primary, self._record):
+            if not device.direct:
+                self._emit(
+                    "not-direct",
+                    device=device.name,
+                    message="the file system has no direct I/O: a power cut may lose what the"
+                    " page cache holds until it is flushed",
+                )
+
+    # -- running --------------------------------------------------------------------------
+    def _emit(self, event: str, **fields: Any) -> None:
+        if event.endswith(("-error", "-slow", "-down", "-damaged", "-difference")):
+            self._last_error = {
+                "code": event,
+                "message": str(fields.get("message", event)),
+                "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            }
+        self._emit_event(event, **fields)
+
+    def _primary_failed(
+        self, verb: str, offset_bytes: int, length_bytes: int, error: OSError
+    ) -> None:
+        self._emit(
+            "primary-error",
+            device=self.config.primary,
+            offset_bytes=offset_bytes,
+            length_bytes=length_bytes,
+            message=f"cannot {verb} the primary for a host: {error.strerror or error}",
+        )
+
+    def _tick(self) -> None:
+        self._tick_timer = self._loop.call_later(TICK_S, self._tick)
+        self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
+        self.gate.tick()
+        self._recording.flush()
+        self._hints.tick()
+        self._on_change()
+
+    def _limit_extents(self, speed: float | None) -> int:
+        config, geometry = self.config, self.geometry
+        if config.resync_target_s is None:
+            limit = effective_record_limit_bytes(config, geometry.size_bytes)
+        else:
+            # Until a speed has been measured, that of a gigabit link.
+            limit = int(config.resync_target_s * (speed or 110e6))
+        return max(MIN_LIMIT_EXTENTS, limit // geometry.extent_bytes)
+
+    def _on_change(self) -> None:
+        in_sync = self._in_sync
+        if in_sync != self._was_in_sync:
+            if in_sync:
+                self._emit("in-sync")
+            self._was_in_sync = in_sync
+        if self._verifying is not None and self.copier.state is CopyState.LINK_DOWN:
+            self._verifying.cancel(errno.ENOTCONN, "the secondary went away")
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._session.superblock.geometry
+
+    @property
+    def _in_sync(self) -> bool:
+        return self.gate.in_sync and self.copier.pass_blocks is None
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not (condition() or self.left):
+            changed = self._changed
+            await changed.wait()
+
+    # -- stop -----------------------------------------------------------------------------
+    async def stop(self, now: bool) -> dict[str, Any]:
+        """Stop; true `clean` in the answer if nothing is left to copy."""
+        if self._stopping:
+            raise WrongStateError(f"volume '{self.config.name}' is stopping already")
+        self._stopping = True
+        try:
+            await self._mode.close_hosts()
+        except BusyError:
+            self._stopping = False
+            raise
+        if self._verifying is not None:
+            self._verifying.cancel(errno.ECANCELED, "the volume is being stopped")
+        await self._mode.last_writes(self._end_eras)
+        if not now:
+            await self._drain()
+        stopped = asyncio.Event()
+        self.copier.stop(stopped.set)
+        if now or self._hurried:
+            leave_at_once(self._secondary)
+        await stopped.wait()
+        clean = await self._empty_record()
+        self._emit("stopped", clean=clean, record_extents=self._store.recorded_extents)
+        await self._finish()
+        await self._mode.detach(self._primary.close)
+        self._session.seal()
+        self._close()
+        return {"clean": clean, "record_extents": self._store.recorded_extents}
+
+    async def _finish(self) -> None:
+        """What is done last while everything is still open."""
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        self._recording.close()
+        await self._hints.save()
+        while self._engine.in_flight:
+            await asyncio.sleep(0)
+
+    def _close(self) -> None:
+        for close in (
+            self._secondary.close,
+            self._primary.close,
+            self._record.close,
+            self._session.close,
+            self._engine.close,
+        ):
+            close()
+
+    async def _end_eras(self, enough: Callable[[], bool]) -> None:
+        self.copier.wake()
+        await self._until(enough)
+
+    def hurry(self) -> None:
+        """Let a stop that is copying what is left end without it."""
+        self._hurried = True
+        if self.copier.state is CopyState.STOPPED:
+            leave_at_once(self._secondary)
+        self._on_change()
+
+    async def _drain(self) -> None:
+        """Copy what is left, as long as there is a secondary and something that can be copied."""
+        if self.copier.state is CopyState.PAUSED:
+            self.copier.resume()
+
+        def drained() -> bool:
+            if self._hurried or self.copier.state is not CopyState.RUNNING:
+                return True
+            if self.gate.in_sync or self.copier.stuck:
+                return True
+            self.copier.wake()
+            return False
+
+        await self._until(drained)
+
+    async def _empty_record(self) -> bool:
+        """Drop what is clean and write the record; true if nothing is left and all is durable."""
+        try:
+            await completion(self._primary.flush)
+            self.gate.drop_all_clean()
+            self._store.flush_clears()
+            await completion(self._store.when_idle)
+        except OSError as error:
+            self._emit("record-error", message=f"cannot end the session in order: {error}")
+            return False
+        clean = self.gate.in_sync and not self._store.recorded_extents
+        if clean:
+            self._session.finish()
+        return clean
+
+    # -- commands -------------------------------------------------------------------------
+    def pause(self) -> None:
+        self.copier.pause()
+
+    def resume(self) -> None:
+        self.copier.resume()
+
+    async def wait(self, state: str) -> None:
+        """Return when the volume is `in-sync` (or `started`, which it is)."""
+        if state == "in-sync":
+            await self._until(lambda: self._in_sync)
+        elif state != "started":
+            raise UsageError(f"cannot wait for {state!r} here")
+
+    async def resync(self, checksum: bool) -> dict[str, Any]:
+        """Have everything in the record copied; with `checksum`, compared and copied if different.
+
+        Without `checksum` a volume in sync is left alone.
+        """
+        if self.copier.state is CopyState.PAUSED:
+            raise WrongStateError(
+                f"volume '{self.config.name}' is paused", hint=f"dmctl resume {self.config.name}"
+            )
+        extents = 0
+        if checksum and self.copier.pass_blocks is None:
+            extents = self._store.recorded_extents
+            if extents:
+                self._recovery.give_way()
+                self.gate.take_recorded()
+                self.copier.begin_pass(compare=True)
+        elif not self._in_sync:
+            self.copier.wake()
+        return {"extents": extents, "state": self.state}
+
+    async def verify(self, repair: bool, progress: Progress) -> dict[str, Any]:
+        """Compare both sides while in use; differences that should not be there are reported."""
+        if self._verifying is not None:
+            raise BusyError(f"volume '{self.config.name}' is being verified already")
+        if self.copier.state is CopyState.LINK_DOWN:
+            raise UnreachableError(f"secondary {self.config.secondary} cannot be reached")
+        self._verifying = Verifying(
+            self._loop, self.geometry, self.gate, self._primary, self._secondary, repair=repair
+        )
+        try:
+            result = await self._verifying.run(progress)
+        finally:
+            self._verifying = None
+        for offset, length in result.unexpected:
+            self._emit(
+                "unexpected-difference",
+                offset_bytes=offset,
+                length_bytes=length,
+                message=f"primary and secondary differ at byte {offset}, outside the record",
+            )
+        if repair and result.repaired_bytes:
+            self.copier.wake()
+            await self._until(lambda: self._in_sync)
+        return {
+            "compared_bytes": result.compared_bytes,
+            "unexpected_bytes": result.unexpected_bytes,
+            "repaired_bytes": result.repaired_bytes,
+            "undecided_blocks": result.undecided_blocks,
+            "unexpected": [list(run) for run in result.unexpected],
+        }
+
+    async def secondary_size_bytes(self) -> int:
+        """The secondary's present size."""
+        return await present_size_bytes(self._secondary, self.config, self._loop)
+
+    async def resize(self) -> dict[str, Any]:
+        """Take up a larger size of primary and secondary.
+
+        If this volume is `left` afterwards, another `Volume` has to be started in its place.
+        """
+        geometry = await wanted_geometry(self)
+        if geometry is None:
+            return {"size_bytes": self.geometry.size_bytes, "changed": False}
+        if isinstance(self._mode, DmMode):
+            await self._leave(self._mode, geometry)
+        else:
+            await self._grow(geometry)
+        return {"size_bytes": geometry.size_bytes, "changed": True}
+
+    async def _grow(self, geometry: Geometry) -> None:
+        self._primary.refresh_size()
+        await grow_record(self._session, self._store, geometry, self._loop)
+        self.copier.grow(geometry)
+        self.gate.grow(geometry)
+        self._exchange_policy(self.config.predictor)
+        if not isinstance(self._secondary, KernelDevice):
+            # A server tells its size when a connection begins.
+            self.copier.reconnect()
+        self._emit("resized", size_bytes=geometry.size_bytes)
+
+    async def _leave(self, mode: DmMode, geometry: Geometry) -> None:
+        """Give the volume, grown, to the next `Volume`; hosts' writes wait in the kernel for it.
+
+        Up to the end of the server an error leaves everything as it was.
+        """
+        await mode.close_direct(self._end_eras)
+        if self._verifying is not None:
+            self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
+        self.left = True
+        self._on_change()
+        await mode.hold_hosts()
+        stopped = asyncio.Event()
+        self.copier.stop(stopped.set)
+        leave_at_once(self._secondary)
+        await stopped.wait()
+        await grow_record(self._session, self._store, geometry, self._loop)
+        await self._finish()
+        mode.hand_over()
+        self._close()
+        self._emit("resized", size_bytes=geometry.size_bytes)
+
+    def _exchange_policy(self, name: str) -> None:
+        policy = make_policy(name, self.geometry)
+        self._hints.hand_over(policy)
+        for first, stop in self._store.recorded_runs():
+            policy.added(first, stop, self._loop.time())
+        self.gate.set_policy(policy)
+
+    def reconfigure(self, config: VolumeConfig) -> None:
+        """Take up the settings that may change while running."""
+        if config.predictor != self.config.predictor:
+            self._exchange_policy(config.predictor)
+        self.config = config
+        self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
+        self.copier.era_interval_s = effective_era_interval_s(config)
+        self._recording.record_to(config.trace)
+        self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
+        self._emit("settings-changed")
+
+    # -- status ---------------------------------------------------------------------------
+    @property
+    def state(self) -> str:
+        return state_of(self._store, self.gate, self.copier)
+
+    def status(self) -> dict[str, Any]:
+        """One element of `volumes` in `dmctl status --json`."""
+        return (
+            describe(self.config, self.geometry, self._store, self.gate, self.copier)
+            | {
+                "last_recovery": self._recovery.result,
+                "last_error": self._last_error,
+                "connections": self._mode.server.stats.connections,
+                "session": self._session.superblock.session,
+                "primary_errors_total": self.gate.primary_errors,
+            }
+            | self._mode.figures(self.gate)
+        )
