@@ -73,7 +73,7 @@ soak: setup  ## long property tests, then kill -9 under verify load; CYCLES=200,
 fuzz: setup  ## a longer run of the fuzz tests; EXAMPLES=20000
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) --timeout 3600 tests/fuzz
 
-docs: setup  ## generate the man pages into docs/man
+docs: setup  ## generate the man pages into docs/man, and docs/events.md
 	$(PYTHON) docs/make_man.py
 
 install: setup  ## install programs, units, rules, man pages, completion; PREFIX=/usr/local DESTDIR=
@@ -84,5 +84,5 @@ uninstall:  ## remove what install has put in place; the configuration stays
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-	  .import_linter_cache build dist *.egg-info demo-run docs/man/*.[58]
+	  .import_linter_cache build dist *.egg-info demo-run docs/man/*.[578]
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Make the man pages from what the programs themselves say: `make_man.py [FOLDER]`.
 
-dmctl(8) and bitmapd(8) come from their parsers, dmctl.toml(5) from the manual of the keys.  The
-pages are not kept in the repository: they are never older than the programs.
+dmctl(8) and bitmapd(8) come from their parsers, dmctl.toml(5) from the manual of the keys,
+dmctl-events(7) from the catalogue of events.  The pages are not kept in the repository: they are
+never older than the programs.  Without FOLDER docs/events.md is written too.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from argparse_manpage.manpage import Manpage
 import bitmapd.daemon
 from bitmapd import __version__
 from bitmapd.config import Key, keys
+from bitmapd.control import catalogue
+from bitmapd.control.catalogue import EventKind
 from dmctl.cli.parser import build_parser
 
 PROJECT = "dmctl"
+EVENTS_FILE = Path(__file__).parent / "events.md"
 
 
 def hide_global_options(parser: argparse.ArgumentParser, *, here: bool = False) -> None:
@@ -94,11 +98,39 @@ def configuration_page() -> str:
     )
 
 
+def _event_entry(event: EventKind) -> str:
+    facts = [event.level.name.lower()]
+    if event.limited:
+        facts.append("repetitions are held back")
+    if event.is_error:
+        facts.append("becomes last_error")
+    if event.fields:
+        facts.append(f"fields: {', '.join(event.fields)}")
+    text = f"{event.meaning[0].upper()}{event.meaning[1:]}. What to do: {event.advice}."
+    return f".TP\n.B {_roff(event.name)}\n{_roff(text)}\n.br\n({_roff('; '.join(facts))})\n"
+
+
+def events_page() -> str:
+    entries = "".join(_event_entry(event) for event in catalogue.EVENTS.values())
+    return (
+        f'.TH DMCTL-EVENTS 7 "" "{PROJECT} {__version__}" "Miscellaneous"\n'
+        ".SH NAME\ndmctl-events \\- what volumes report\n"
+        ".SH DESCRIPTION\n"
+        "What happens to a volume is in the system's log and in the output of"
+        "\n.B dmctl events\\fR:\none JSON object a line, with at, volume, event and the fields below. Repetitions that are"
+        " held back are let through five times in ten seconds; the next one says in suppressed how"
+        " many there were. Chapters *in italics* are those of docs/recovery.md.\n"
+        f".SH EVENTS\n{entries}"
+        ".SH SEE ALSO\n.BR dmctl (8)\n"
+    )
+
+
 def pages() -> dict[str, str]:
     """File name -> content."""
     made = {
         "dmctl.8": program_page(build_parser(), "asynchronous mirrors of block devices"),
         "dmctl.toml.5": configuration_page(),
+        "dmctl-events.7": events_page(),
     }
     daemon_parser = getattr(bitmapd.daemon, "build_parser", None)
     if daemon_parser is not None:
@@ -112,6 +144,8 @@ def main(argv: list[str]) -> int:
     for name, text in pages().items():
         (folder / name).write_text(text)
         print(folder / name)
+    if not argv:
+        EVENTS_FILE.write_text(catalogue.markdown())
     return 0
 
 

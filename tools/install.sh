@@ -38,7 +38,7 @@ if [ "${1:-}" = --remove ]; then
     rm -rf "$home" "$doc"
     rm -f "$bin/dmctl" "$bin/bitmapd" "$modules/dmctl.conf" \
         "$bash_completion/dmctl" "$zsh_completion/_dmctl" \
-        "$man/man8/dmctl.8" "$man/man8/bitmapd.8" "$man/man5/dmctl.toml.5"
+        "$man/man8/dmctl.8" "$man/man8/bitmapd.8" "$man/man5/dmctl.toml.5" "$man/man7/dmctl-events.7"
     for unit in examples/*.service examples/*.timer; do rm -f "$units/${unit##*/}"; done
     for file in udev/*.rules; do rm -f "$rules/${file##*/}"; done
     reload
@@ -85,6 +85,7 @@ trap 'rm -rf "$pages"' EXIT
 .venv/bin/python docs/make_man.py "$pages" >/dev/null
 place 644 "$man/man8" "$pages"/*.8
 place 644 "$man/man5" "$pages"/*.5
+place 644 "$man/man7" "$pages"/*.7
 .venv/bin/dmctl --print-completion bash >"$pages/dmctl"
 .venv/bin/dmctl --print-completion zsh >"$pages/_dmctl"
 place 644 "$bash_completion" "$pages/dmctl"

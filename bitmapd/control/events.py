@@ -6,9 +6,9 @@ a sink; `LineSink` is the sink for standard error.
 
 1. `emit` never blocks and never raises for want of room: the ring forgets the oldest, a subscriber
    and the sink drop what they cannot take and count it.  It may be called on the write path.
-2. An event of the data path that repeats (`LIMITED`) is let through `BURST` times in `WINDOW_S`;
-   what is held back after that is counted, and the next one of that name says how many in
-   `suppressed`.  Everything else is never held back.
+2. An event that the catalogue calls `limited` is let through `BURST` times in `WINDOW_S`; what is
+   held back after that is counted, and the next one of that name says how many in `suppressed`.
+   Everything else is never held back.
 3. `LineSink` writes from a thread of its own, because a pipe or the journal may block.  The thread
    starts with the first line, so that a process that becomes a daemon must not emit before.
 4. Under the journal (`JOURNAL_STREAM` is set) lines begin with a syslog level such as `<3>` and
@@ -27,24 +27,10 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
+from bitmapd.control.catalogue import EventKind, lookup
+
 Fields = dict[str, Any]
 
-LEVELS = {
-    "failed": 2,
-    "record-error": 3,
-    "record-slow": 3,
-    "record-damaged": 3,
-    "copy-error": 3,
-    "primary-error": 3,
-    "unexpected-difference": 3,
-    "split-brain": 2,
-    "degraded": 4,
-    "link-down": 4,
-    "link-error": 4,
-}
-LEVEL_NOTICE = 5
-
-LIMITED = frozenset({"record-error", "record-ok", "copy-error", "primary-error", "link-error"})
 BURST = 5
 WINDOW_S = 10.0
 RING_EVENTS = 1000
@@ -83,7 +69,8 @@ class EventLog:
         self.suppressed_total = 0
 
     def emit(self, event: str, **fields: Any) -> None:
-        held_back = self._held_back(event)
+        kind = lookup(event)
+        held_back = self._held_back(event, kind)
         if held_back is None:
             return
         at = iso_time(self._wall_clock())
@@ -94,11 +81,11 @@ class EventLog:
         for subscriber in tuple(self._subscribers):
             subscriber(entry)
         if self._sink is not None:
-            self._sink(LEVELS.get(event, LEVEL_NOTICE), entry)
+            self._sink(kind.level, entry)
 
-    def _held_back(self, event: str) -> int | None:
+    def _held_back(self, event: str, kind: EventKind) -> int | None:
         """None to hold this one back too, else how many were before it."""
-        if event not in LIMITED:
+        if not kind.limited:
             return 0
         now_s = self._clock()
         start_s, count = self._windows.get(event, (now_s, 0))

@@ -30,6 +30,7 @@ from bitmapd.config import (
     effective_era_interval_s,
     effective_record_limit_bytes,
 )
+from bitmapd.control.catalogue import lookup
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.errors import (
@@ -188,7 +189,7 @@ class Volume:
 
     # -- running --------------------------------------------------------------------------
     def _emit(self, event: str, **fields: Any) -> None:
-        if event.endswith(("-error", "-slow", "-down", "-damaged", "-difference")):
+        if lookup(event).is_error:
             self._last_error = {
                 "code": event,
                 "message": str(fields.get("message", event)),

@@ -470,6 +470,9 @@ def _watching(commands: Commands) -> None:
         VOLUME,
     )
     events.add_argument("--now", action="store_true", help="end with what has happened so far")
+    events.add_argument(
+        "--explain", action="store_true", help="print what each event means and what to do instead"
+    )
 
 
 def _records(commands: Commands) -> None:

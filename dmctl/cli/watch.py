@@ -1,13 +1,16 @@
-"""events: the logs of one or of all running volumes, as JSON lines."""
+"""events: the logs of one or of all running volumes, as JSON lines; what events mean."""
 
 from __future__ import annotations
 
+import dataclasses
 import selectors
+import textwrap
 from argparse import Namespace
 from contextlib import ExitStack
 from typing import Any
 
 from bitmapd.config import load_volume, volume_names
+from bitmapd.control.catalogue import EVENTS
 from bitmapd.control.client import ControlClient
 from bitmapd.control.protocol import Event, Failure
 from bitmapd.errors import UsageError, WrongStateError
@@ -15,6 +18,8 @@ from dmctl.cli.context import Context
 
 
 def events(context: Context, args: Namespace) -> int:
+    if args.explain:
+        return _explain(context)
     if args.name is not None:
         load_volume(context.paths, args.name)
         names = [args.name]
@@ -32,6 +37,25 @@ def events(context: Context, args: Namespace) -> int:
             _past(context, clients)
         else:
             _follow(context, clients)
+    return 0
+
+
+def _explain(context: Context) -> int:
+    output = context.output
+    if output.as_json:
+        rows = [
+            dataclasses.asdict(event) | {"level": event.level.name.lower()}
+            for event in EVENTS.values()
+        ]
+        output.json("events", {"events": rows})
+        return 0
+    for event in EVENTS.values():
+        output.line(
+            f"{event.name} ({event.level.name.lower()}): {', '.join(event.fields)}".rstrip(": ")
+        )
+        for label, text in (("", event.meaning), ("what to do: ", event.advice)):
+            for line in textwrap.wrap(label + text, 92):
+                output.line(f"    {line}")
     return 0
 
 

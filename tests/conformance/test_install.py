@@ -70,6 +70,7 @@ def test_everything_is_where_the_manual_says(stage: Path) -> None:
         f"{share}/man/man8/dmctl.8",
         f"{share}/man/man8/bitmapd.8",
         f"{share}/man/man5/dmctl.toml.5",
+        f"{share}/man/man7/dmctl-events.7",
         f"{share}/bash-completion/completions/dmctl",
         f"{share}/zsh/site-functions/_dmctl",
         *(f"{share}/doc/dmctl/examples/{name}" for name in

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bitmapd.config import Paths, keys, load_all
+from bitmapd.control.catalogue import EVENTS
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -57,6 +58,8 @@ def test_man_pages(tmp_path: Path) -> None:
         assert word in program
     config = (tmp_path / "dmctl.toml.5").read_text()
     assert all(f".B {key.name}" in config for key in keys().values())
+    events = (tmp_path / "dmctl-events.7").read_text()
+    assert all(f".B {name}".replace("-", "\\-") in events for name in EVENTS)
     man = shutil.which("man")
     if man is None:
         pytest.skip("man is not installed: the pages were made, and not formatted")

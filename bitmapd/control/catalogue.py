@@ -1,0 +1,408 @@
+"""The catalogue of events: every name that may be emitted, how loud it is, what it means (pure).
+
+An event is looked up here wherever something depends on its name: the level in the log, whether
+repetitions are held back, whether `status` shows it as `last_error`, `dmctl events --explain`,
+docs/events.md and the man page.  So there is one place to add an event, and no list to forget.
+
+1. Every name that the programs emit has a row, every row is emitted, and a row names all fields
+   that come with its event.  A test walks the source for that.
+2. What becomes `last_error` is at least a warning in the log; an event whose name ends in `-error`
+   is an error.
+3. An unknown name is emitted as an `UNKNOWN` notice: a mistake in a name must not stop a write.
+
+Texts are Markdown; a chapter of docs/recovery.md is named *in italics*.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Level(IntEnum):
+    """Syslog's levels, as far as events have them."""
+
+    CRITICAL = 2
+    ERROR = 3
+    WARNING = 4
+    NOTICE = 5
+
+
+@dataclass(frozen=True, slots=True)
+class EventKind:
+    """One row.  `limited`: repetitions are held back.  `is_error`: becomes `last_error`."""
+
+    name: str
+    level: Level
+    fields: tuple[str, ...]
+    meaning: str
+    advice: str
+    limited: bool = False
+    is_error: bool = False
+
+
+UNKNOWN = EventKind("", Level.NOTICE, (), "no row of this catalogue", "report it")
+
+_EVENTS = (
+    EventKind(
+        "started",
+        Level.NOTICE,
+        ("version", "pid"),
+        "the process serves the volume",
+        "nothing",
+    ),
+    EventKind(
+        "stopped",
+        Level.NOTICE,
+        ("clean", "record_extents"),
+        "the process ends; `clean` means that the record is empty",
+        "with `clean=false` the next start copies what is left",
+    ),
+    EventKind(
+        "failed",
+        Level.CRITICAL,
+        ("code", "message", "hint"),
+        "the process could not start, or a stop failed",
+        "the hint",
+    ),
+    EventKind(
+        "stop-refused",
+        Level.WARNING,
+        ("message",),
+        "a host has the device open; the volume is served as before",
+        "unmount it first",
+    ),
+    EventKind(
+        "recovery-started",
+        Level.NOTICE,
+        ("reason", "extents", "bytes_total"),
+        "what the record named: `clean` (nothing), `crash`, `initial` (the first copy, also one"
+        " that goes on)",
+        "nothing",
+    ),
+    EventKind(
+        "recovery-finished",
+        Level.NOTICE,
+        ("reason", "extents", "bytes_total", "bytes_copied", "seconds"),
+        "all of that is on the secondary",
+        "nothing",
+    ),
+    EventKind(
+        "in-sync",
+        Level.NOTICE,
+        (),
+        "the last dirty block is durable on the secondary",
+        "nothing",
+    ),
+    EventKind(
+        "link-down",
+        Level.WARNING,
+        ("secondary", "message"),
+        "the secondary failed, or was not there at the start",
+        "*The secondary is away*",
+        is_error=True,
+    ),
+    EventKind(
+        "link-error",
+        Level.WARNING,
+        ("secondary", "message"),
+        "it is still away, and this is the present reason, such as a wrong size",
+        "*The secondary is away*, *The wrong secondary*",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
+        "link-up",
+        Level.NOTICE,
+        ("secondary",),
+        "copying goes on; what had been copied and not confirmed is copied again",
+        "nothing",
+    ),
+    EventKind(
+        "primary-error",
+        Level.ERROR,
+        ("device", "offset_bytes", "length_bytes", "message"),
+        "a host's request failed at the primary; the host got the error",
+        "*The primary fails*",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
+        "copy-error",
+        Level.ERROR,
+        ("device", "offset_bytes", "length_bytes", "message"),
+        "the primary could not be read there, or (without an offset) could not be flushed",
+        "*The primary fails*",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
+        "record-error",
+        Level.ERROR,
+        ("device", "page", "message"),
+        "the stored record could not be written",
+        "*The record fails*",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
+        "record-slow",
+        Level.ERROR,
+        ("device", "page", "message"),
+        "a write to the stored record has had no answer for five seconds; reported once, until"
+        " `record-ok`",
+        "*The record fails*",
+        is_error=True,
+    ),
+    EventKind(
+        "record-ok",
+        Level.NOTICE,
+        ("device",),
+        "the stored record is written again: nothing is overdue, and what had failed has been made"
+        " good",
+        "nothing",
+        limited=True,
+    ),
+    EventKind(
+        "record-damaged",
+        Level.ERROR,
+        ("device", "message"),
+        "part of the stored record was unreadable at the start, or did not name what hosts write"
+        ' directly; that counts as "may differ", is copied and written anew',
+        "once: nothing. Again: replace the record device",
+        is_error=True,
+    ),
+    EventKind(
+        "unexpected-difference",
+        Level.ERROR,
+        ("offset_bytes", "length_bytes", "message"),
+        "a `verify` found a place where both sides differ and must not",
+        "*The sides differ*",
+        is_error=True,
+    ),
+    EventKind(
+        "settings-changed",
+        Level.NOTICE,
+        (),
+        "`dmctl set` or SIGHUP changed settings",
+        "nothing",
+    ),
+    EventKind(
+        "settings-refused",
+        Level.WARNING,
+        ("message",),
+        "SIGHUP found a mistake in the configuration; the old settings stay in force",
+        "`dmctl config check`",
+    ),
+    EventKind(
+        "resized",
+        Level.NOTICE,
+        ("size_bytes",),
+        "the volume has a new size",
+        "announce it to the hosts",
+    ),
+    EventKind(
+        "not-sealed",
+        Level.WARNING,
+        ("device", "message"),
+        "the stop could not note what the primary looks like, or the start could not compare it or"
+        " finds no note (another host, a lost or full state directory): writes past the volume go"
+        " unnoticed",
+        "nothing, if nobody wrote to the primary while the volume was stopped; else `dmctl verify"
+        " NAME`",
+    ),
+    EventKind(
+        "state-unreadable",
+        Level.WARNING,
+        ("file", "message"),
+        "the host's note of the newest record is damaged: an old record would not be recognised",
+        "nothing, if the record device was not exchanged; else `dmctl verify NAME`",
+    ),
+    EventKind(
+        "hints-not-saved",
+        Level.WARNING,
+        ("message",),
+        "what the prediction policy has learnt could not be written to the record: the next session"
+        " begins with less of it",
+        "*The record fails*, if `record-error` comes too",
+    ),
+    EventKind(
+        "trace-error",
+        Level.ERROR,
+        ("file", "message"),
+        "the request log (`dmctl set NAME trace=FILE`) cannot be written and has ended",
+        "room for it, another file",
+        is_error=True,
+    ),
+    EventKind(
+        "barrier-error",
+        Level.ERROR,
+        ("message",),
+        "the kernel's table could not be changed, or its marks not be read; tried again, and"
+        " nothing leaves the record until it succeeds",
+        "again and again: `dmesg`, then stop and start",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
+        "barrier-put-off",
+        Level.NOTICE,
+        ("message",),
+        "dm-era is still at work on the marks of earlier eras, as on a large volume with a short"
+        " `era-interval`; reported once, copying goes on a little later",
+        "nothing; a longer `era-interval` saves the kernel work",
+    ),
+    EventKind(
+        "era-damaged",
+        Level.ERROR,
+        ("message",),
+        "dm-era's marks, which are in memory, cannot be read; all that is recorded is copied, in"
+        " every era",
+        "stop and start the volume, which makes new ones; suspect the machine's memory",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
+        "gate-error",
+        Level.ERROR,
+        ("message",),
+        "device-mapper: the kernel has lost its connection to bitmapd and cannot be connected"
+        " again; tried again, and writes of hosts that are not direct wait meanwhile",
+        "again and again: `dmesg`, then `dmctl stop` and `start`",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
+        "helper-died",
+        Level.WARNING,
+        ("verb", "message"),
+        "the process that changes the kernel's tables ended; another one takes over and resumes"
+        " what is suspended",
+        "nothing",
+        limited=True,
+    ),
+    EventKind(
+        "detach-error",
+        Level.ERROR,
+        ("message",),
+        "layers of the volume are left in the kernel after a stop",
+        "what the message says, then `dmctl start` and `stop`, which clean up",
+        is_error=True,
+    ),
+    EventKind(
+        "client-connected",
+        Level.NOTICE,
+        ("peer", "certificate"),
+        "a host connected",
+        "nothing",
+        limited=True,
+    ),
+    EventKind(
+        "client-disconnected",
+        Level.NOTICE,
+        ("peer",),
+        "a host disconnected",
+        "nothing",
+        limited=True,
+    ),
+    EventKind(
+        "client-dropped",
+        Level.NOTICE,
+        ("peer", "reason", "held_back"),
+        "a client broke the protocol, had no valid certificate or was too slow; reported once a"
+        " minute for each peer",
+        "if the peer is one of yours: its certificate, its version",
+    ),
+    EventKind(
+        "not-direct",
+        Level.WARNING,
+        ("device", "message"),
+        "the file system under a medium has no direct I/O",
+        "another file system, or accept what the message says",
+    ),
+    EventKind(
+        "not-io-flusher",
+        Level.WARNING,
+        ("message",),
+        "a protection against shortage of memory is missing",
+        "*Shortage of memory*",
+    ),
+    EventKind(
+        "memory-not-locked",
+        Level.WARNING,
+        ("message",),
+        "a protection against shortage of memory is missing",
+        "*Shortage of memory*",
+    ),
+    EventKind(
+        "waiting",
+        Level.NOTICE,
+        ("primary", "secondary", "record"),
+        "`dmctl assemble` or `monitor` waits for these media; each field says why its medium is not"
+        " there",
+        "connect them",
+    ),
+    EventKind(
+        "assembled",
+        Level.NOTICE,
+        ("without_secondary",),
+        "`dmctl assemble` or `monitor` started the volume; the secondary was not there if it is"
+        " named",
+        "nothing; *The secondary is away*",
+    ),
+    EventKind(
+        "not-assembled",
+        Level.ERROR,
+        ("code", "message", "again_in_s"),
+        "the configuration or the start was refused; without `again_in_s` it is not tried again"
+        " until a medium changes",
+        "what the message says",
+    ),
+    EventKind(
+        "died",
+        Level.ERROR,
+        ("again_in_s",),
+        "bitmapd ended without a `dmctl stop`; `dmctl monitor` starts it again after that time",
+        "look into its log",
+    ),
+    EventKind(
+        "events-lost",
+        Level.NOTICE,
+        ("count",),
+        "this reader of events was too slow",
+        "nothing",
+    ),
+)
+
+EVENTS = {event.name: event for event in _EVENTS}
+
+
+def lookup(name: str) -> EventKind:
+    return EVENTS.get(name, UNKNOWN)
+
+
+def markdown() -> str:
+    """docs/events.md."""
+    rows = "".join(
+        f"| `{event.name}` | {event.level.name.lower()}{_marks(event)} |"
+        f" {', '.join(f'`{field}`' for field in event.fields)} | {event.meaning} |"
+        f" {event.advice} |\n"
+        for event in EVENTS.values()
+    )
+    return (
+        "# Events\n\n"
+        "<!-- Made from bitmapd/control/catalogue.py by `make docs`; edit it there. -->\n\n"
+        "`dmctl events NAME` shows the newest 1000 since the start, then what comes; `--now` ends"
+        " after the\npast ones, `--explain` prints this table. Each has `at`, `volume`, `event` and"
+        " the fields below.\n\n"
+        "† repetitions are let through five times in ten seconds; the next one says in"
+        " `suppressed` how many\nwere held back. ‡ `dmctl status` shows the latest of these in"
+        " `last_error`. Chapters *in italics* are\nthose of [recovery.md](recovery.md).\n\n"
+        "| event | level | fields | meaning | what to do |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        f"{rows}"
+    )
+
+
+def _marks(event: EventKind) -> str:
+    return " †" * event.limited + " ‡" * event.is_error
