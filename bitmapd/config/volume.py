@@ -163,6 +163,20 @@ class VolumeConfig:
             live=True,
         ),
     ]
+    late_writes_s: Annotated[
+        float,
+        Key(
+            "late_writes",
+            kinds.PATIENCE,
+            "For how long a server, or a disk behind a network, may go on to carry out what a lost"
+            " connection had sent. So long the places in question stay in the record, and then they"
+            " are copied once more; 0s if it ends a connection before it answers the next one, as"
+            " bitmapd's own export does.",
+            "10min",
+            shared=True,
+            live=True,
+        ),
+    ]
     tls_certificates: Annotated[
         Path | None,
         Key(

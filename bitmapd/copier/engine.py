@@ -14,8 +14,8 @@ Invariants:
 3. After any error of the secondary, or a failed flush of the primary, what was copied and not
    flushed counts as not copied, and so do the copies and the settle that were under way: the error
    may mean that a cache is gone.  Nothing is cleared on the word of a device that failed.
-4. A new connection to the secondary is made only when nothing is in flight on the old one, and what
-   that one may still write is covered (`Link`).
+4. A new connection to the secondary is made only when nothing is in flight on the old one
+   (`Reconnect`), and what that one may still write stays recorded (`LateWrites`).
 5. A host never waits for anything here.
 
 A crash leaves the secondary with some blocks newer than others; the record names all of them.
@@ -28,7 +28,8 @@ import math
 from collections.abc import Callable
 from enum import Enum
 
-from bitmapd.copier.reconnect import Link
+from bitmapd.copier.late import LateWrites
+from bitmapd.copier.reconnect import Reconnect
 from bitmapd.copier.throttle import Backoff, SpeedMeter, Throttle
 from bitmapd.copier.transfers import Transfers
 from bitmapd.gate.blockset import BlockSet
@@ -73,6 +74,7 @@ class Copier:
         *,
         check_secondary: Callable[[], OSError | None],  # is what was opened the right medium?
         era_interval_s: float,
+        late_writes_s: float = 0.0,
         piece_bytes: int = 1 << 20,
         read_primary: Callable[[int, memoryview, Done], None] | None = None,
     ) -> None:
@@ -110,7 +112,8 @@ class Copier:
         self.on_pass_done: Callable[[], None] | None = None
         self.on_change: Callable[[], None] | None = None
         self.last_error: OSError | None = None
-        self._link = Link(gate, secondary, scheduler, backoff, check_secondary, self)
+        self.late = LateWrites(gate, scheduler, self.proceed, bound_s=late_writes_s)
+        self._reconnect = Reconnect(secondary, scheduler, backoff, check_secondary, self)
         self._transfers = Transfers(
             geometry,
             gate,
@@ -128,11 +131,7 @@ class Copier:
     def start(self) -> None:
         """Begin to copy; if the secondary is not there, begin to look for it."""
         self._next_settle = self._scheduler.time() + SETTLE_INTERVAL_S
-        if self._secondary.connected:
-            self._set_state(CopyState.RUNNING)
-        else:
-            self._set_state(CopyState.LINK_DOWN)
-            self._link.seek()
+        self._go_on()
         self._on_timer()
 
     def pause(self) -> None:
@@ -142,12 +141,17 @@ class Copier:
 
     def resume(self) -> None:
         if self.state is CopyState.PAUSED:
-            if self._secondary.connected:
-                self._set_state(CopyState.RUNNING)
-            else:
-                self._set_state(CopyState.LINK_DOWN)
-                self._link.seek()
+            self._go_on()
             self.proceed()
+
+    def _go_on(self) -> None:
+        # While it is being opened a device may count as connected before it was checked.
+        if self._secondary.connected and not self._reconnect.seeking:
+            self.late.arrived()  # what a predecessor sent, or a device that was not opened again
+            self._set_state(CopyState.RUNNING)
+        else:
+            self._set_state(CopyState.LINK_DOWN)
+            self._reconnect.seek()
 
     def stop(self, done: Callable[[], None]) -> None:
         """Copy nothing more and call back when nothing is in flight."""
@@ -163,7 +167,7 @@ class Copier:
         """Give the secondary's connection up, when it is idle, and make a new one."""
         if self.state is CopyState.RUNNING:
             self._set_state(CopyState.LINK_DOWN)
-            self._link.seek()
+            self._reconnect.seek()
 
     def wake(self) -> None:
         """There may be something to do before the next era ends: used while draining."""
@@ -175,8 +179,10 @@ class Copier:
 
         `predecessor`: another process copied before this one, and may have died doing so.
         """
-        if predecessor:
-            self._link.predecessor_died()
+        if predecessor and self._secondary.writes_late:
+            self.late.predecessor_died()
+            if self.state is CopyState.RUNNING:
+                self.late.arrived()
         self.pass_blocks = BlockSet()
         self.pass_blocks.update(self._gate.taken)
         self.pass_total_bytes = self.pass_remaining_bytes
@@ -281,7 +287,7 @@ class Copier:
 
     def _issue(self, now: float) -> bool:
         """Start copies; true if nothing was left that may be copied now."""
-        if now < self._not_before_s or not self._link.may_copy(now):
+        if now < self._not_before_s or not self.late.may_copy(now):
             return False  # a timer will call again; save the search
         wait_s = self._transfers.begin(now, self._most_in_flight_bytes)
         if wait_s:
@@ -348,7 +354,8 @@ class Copier:
         self._secondary_failed(error)
 
     def not_written(self, first: int, stop: int, error: OSError) -> None:
-        self._link.not_written(first, stop)
+        if self._secondary.lands_late(error):
+            self.late.lost(first, stop)
         self._secondary_failed(error)
 
     # -- settling -------------------------------------------------------------------------
@@ -374,7 +381,7 @@ class Copier:
             self._settling = False
             if failures == self._failures:
                 self._gate.settle(extents)
-                self._link.works()
+                self._reconnect.works()
                 if self._batch_limit_bytes is not None:
                     twice = 2 * self._batch_limit_bytes
                     self._batch_limit_bytes = twice if twice <= BATCH_BYTES else None
@@ -418,7 +425,7 @@ class Copier:
         if self.on_pass_done is not None:
             self.on_pass_done()
 
-    # -- the link (`LinkOwner`) -----------------------------------------------------------
+    # -- the link (`ReconnectOwner`) -----------------------------------------------------------
     def _secondary_failed(self, error: OSError) -> None:
         self.last_error = error
         self._take_back()
@@ -432,11 +439,15 @@ class Copier:
             )
             self._batch_bytes = 0
             self._set_state(CopyState.LINK_DOWN)
-            self._link.seek()
+            self._reconnect.seek()
 
     @property
     def wants_link(self) -> bool:
         return self.state is CopyState.LINK_DOWN
+
+    def replaced(self) -> None:
+        self._take_back()
+        self.late.arrived()
 
     def opened(self) -> None:
         self._emit("link-up", secondary=self._secondary.name)

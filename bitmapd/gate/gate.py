@@ -464,6 +464,19 @@ class Gate:
     def release(self, blocks: BlockSet) -> None:
         self._unsettled.release(blocks, self._scheduler.time())
 
+    def suspect(self, blocks: BlockSet) -> None:
+        """Treat these blocks as not clean until `trust`, which has them copied once more; they do
+        not keep the volume from being in sync."""
+        self._unsettled.suspect(blocks)
+
+    def trust(self, blocks: BlockSet) -> None:
+        self._unsettled.trust(blocks, self._scheduler.time())
+
+    @property
+    def suspect_blocks(self) -> int:
+        """Blocks that may yet change on the secondary without our doing."""
+        return self._unsettled.suspect_blocks
+
     # -- what leaves the record -------------------------------------------------------------
     @property
     def limit_extents(self) -> int:

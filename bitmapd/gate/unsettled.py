@@ -9,7 +9,8 @@ A block that was written goes from stage to stage until it is durable on both si
 Invariants:
 1. A block that was marked, taken or released is in the current era, in `taken`, or its extent is
    copied or settling, until `settled` is called for a settle that began after it was copied.
-   Blocks that are held count besides, until `release`.
+   Blocks that are held count besides, until `release`, and suspect ones until `trust`; these do
+   not keep the volume from being in sync.
 2. From `copied` on only extents are known, and all of an extent goes back: a flush that failed may
    have lost any of its blocks.
 3. Times belong to stages, not to blocks: the current era, `taken`, and copied and settling together
@@ -64,6 +65,7 @@ class Unsettled:
         self._settling: set[int] = set()
         self._settling_since_s: float | None = None  # of both of them
         self._held: list[BlockSet] = []
+        self._suspect: list[BlockSet] = []
 
     # -- from stage to stage ----------------------------------------------------------------
     def take_era(self) -> Era:
@@ -129,6 +131,18 @@ class Unsettled:
     def release(self, blocks: BlockSet, now_s: float) -> None:
         """They no longer change; have them copied once more."""
         self._held = [held for held in self._held if held is not blocks]
+        self._copy_once_more(blocks, now_s)
+
+    def suspect(self, blocks: BlockSet) -> None:
+        """These are not clean, but count as in sync as far as is known."""
+        self._suspect.append(blocks)
+
+    def trust(self, blocks: BlockSet, now_s: float) -> None:
+        """They are suspect no longer; have them copied once more."""
+        self._suspect = [suspect for suspect in self._suspect if suspect is not blocks]
+        self._copy_once_more(blocks, now_s)
+
+    def _copy_once_more(self, blocks: BlockSet, now_s: float) -> None:
         # Into the current era, not `taken`: a copy that is in flight now must not count for this.
         era = self.current_era
         era.blocks.update(blocks)
@@ -151,7 +165,7 @@ class Unsettled:
         extents = self._extents(first, stop)
         return (
             self.is_dirty(first, stop)
-            or any(held.any(first, stop) for held in self._held)
+            or any(blocks.any(first, stop) for blocks in (*self._held, *self._suspect))
             or not self._copied.isdisjoint(extents)
             or not self._settling.isdisjoint(extents)
         )
@@ -164,14 +178,17 @@ class Unsettled:
         stop = first + self._per_extent
         if self.current_era.blocks.any(first, stop) or self.taken.any(first, stop):
             return True
-        return bool(self._held) and any(held.any(first, stop) for held in self._held)
+        # Nearly always both are empty.
+        return bool(self._held or self._suspect) and any(
+            blocks.any(first, stop) for blocks in (*self._held, *self._suspect)
+        )
 
     def _extents(self, first: int, stop: int) -> range:
         return range(first // self._per_extent, (stop - 1) // self._per_extent + 1)
 
     # -- figures ----------------------------------------------------------------------------
     def __bool__(self) -> bool:
-        """Whether there is anything in any stage."""
+        """Whether there is anything in any stage but what is only suspect."""
         return bool(
             self.current_era.blocks or self.taken or self._copied or self._settling or self._held
         )
@@ -179,6 +196,11 @@ class Unsettled:
     def count_dirty(self) -> int:
         """Blocks that wait to be copied; one that was written again meanwhile counts twice."""
         return self.current_era.blocks.count() + self.taken.count()
+
+    @property
+    def suspect_blocks(self) -> int:
+        """Blocks that may yet change on the secondary without our doing; some may count twice."""
+        return sum(blocks.count() for blocks in (*self._held, *self._suspect))
 
     @property
     def has_copied(self) -> bool:

@@ -29,6 +29,11 @@ ALLOC_HOLE = 1
 ALLOC_ZERO = 2
 
 
+class Unanswered(OSError):
+    """The connection was lost before an answer came: the other end may still do what it was asked
+    to do."""
+
+
 class Timer(Protocol):
     """A callback that was scheduled; `cancel` may be called any number of times."""
 
@@ -100,7 +105,10 @@ class Target(Device, Protocol):
 
     @property
     def writes_late(self) -> bool:
-        """Whether a write that ended in an error may still be carried out afterwards."""
+        """Whether what was asked of it may be carried out after whoever asked is gone."""
+
+    def lands_late(self, error: OSError) -> bool:
+        """Whether a write that ended in this error may still be carried out afterwards."""
 
     def open(self, done: Done) -> None:
         """Connect, or connect again; `size_bytes` is valid once `done(None)` was called."""

@@ -36,6 +36,7 @@ from bitmapd.errors import (
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO, AllocationDone, Done
 from bitmapd.media.buffers import aligned
+from bitmapd.media.transport import file_system, is_remote
 
 _BLKSSZGET = 0x1268
 _BLKROGET = 0x125E
@@ -96,6 +97,7 @@ class KernelDevice:
         self._aside = aside
         self._zeros: memoryview | None = None
         self._fd = -1
+        self._remote = False
         self.size_bytes = 0
         self.block_size_bytes = 512
         self.direct = True
@@ -150,6 +152,7 @@ class KernelDevice:
             self._fast_zero = True
         self._aio_blocks = not self.is_block and (not self.direct or _is_in_memory(fd))
         self.size_bytes = self._size(fd)
+        self._remote = self._remote or is_remote(fd)
 
     def _size(self, fd: int) -> int:
         size_bytes = os.lseek(fd, 0, os.SEEK_END)
@@ -182,7 +185,12 @@ class KernelDevice:
 
     @property
     def writes_late(self) -> bool:
-        return False
+        """Whether it is, or has been, behind a transport: see `media.transport`."""
+        return self._remote
+
+    def lands_late(self, error: OSError) -> bool:
+        """The kernel tells of what it gave up, not of what became of it."""
+        return self._remote
 
     def open(self, done: Done) -> None:
         """Open the path again, for instance after the medium had gone away."""
@@ -341,11 +349,7 @@ def _holes(fd: int, offset_bytes: int, end_bytes: int) -> list[tuple[int, int]]:
 
 
 def _is_in_memory(fd: int) -> bool:
-    words = (ctypes.c_long * 32)()
-    if _libc.fstatfs(fd, words) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return words[0] in (_TMPFS, _RAMFS)
+    return file_system(fd) in (_TMPFS, _RAMFS)
 
 
 def _sysfs_number(device: Path, attribute: str) -> int:

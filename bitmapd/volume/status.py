@@ -46,6 +46,7 @@ def describe(
         "extent_size_bytes": geometry.extent_bytes,
         "block_size_bytes": geometry.block_bytes,
         "dirty_bytes": min(gate.dirty_blocks() * geometry.block_bytes, geometry.size_bytes),
+        "suspect_bytes": min(gate.suspect_blocks * geometry.block_bytes, geometry.size_bytes),
         "lag_seconds": 0.0 if oldest_s is None else round(copier.now_s - oldest_s, 3),
         "record_bytes": recorded_bytes(store, geometry),
         "record_extents": store.recorded_extents,

@@ -161,6 +161,7 @@ class Volume:
                 wrong_secondary, self._secondary, self._session.secondary_mismatch
             ),
             era_interval_s=effective_era_interval_s(config),
+            late_writes_s=config.late_writes_s,
             read_primary=self._primary.read_aside,
         )
         self.copier.on_change = self._on_change
@@ -467,6 +468,7 @@ class Volume:
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
         self.copier.era_interval_s = effective_era_interval_s(config)
+        self.copier.late.bound_s = config.late_writes_s
         self._recording.record_to(config.trace)
         self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)
         self._emit("settings-changed")

@@ -26,6 +26,7 @@ from tests.support.simkernel import SimKernel
 
 BLOCK = 4096
 PER_EXTENT = 4
+LATE_S = 60.0  # the bound of what may land late, where a secondary has such
 EXTENT = PER_EXTENT * BLOCK
 
 Answers = list[OSError | None]
@@ -182,6 +183,7 @@ class Mirror:
             self._emit,
             check_secondary=lambda: self.refusal,
             era_interval_s=1.0,
+            late_writes_s=LATE_S,
             piece_bytes=piece_bytes,
         )
 

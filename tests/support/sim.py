@@ -147,6 +147,9 @@ class SimDisk:
             lambda error: done(error, [(length_bytes, 0)]),
         )
 
+    def lands_late(self, error: OSError) -> bool:
+        return self.writes_late
+
     def open(self, done: Done) -> None:
         self._submit("open", 0, b"", 0, None, done)
 

@@ -8,7 +8,7 @@ import errno
 import pytest
 
 from bitmapd.copier.engine import SETTLE_INTERVAL_S, Copier, CopyState
-from bitmapd.copier.reconnect import LATE_WRITES_S
+from bitmapd.copier.late import QUIET_S
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.media.base import Done
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror, begun, equal, until_reads
@@ -368,7 +368,7 @@ def test_what_a_process_that_died_had_sent_is_waited_for(mirror: Mirror, late: b
     mirror.put(0)
     mirror.gate.take_recorded()
     mirror.copier.begin_pass(compare=False, predecessor=True)
-    mirror.run(LATE_WRITES_S - 0.5)
+    mirror.run(QUIET_S - 0.5)
     assert (mirror.copier.pass_blocks is None) is not late
     assert bool(mirror.copier.copied_bytes) is not late
     mirror.run(1.0)

@@ -10,9 +10,9 @@ from itertools import pairwise
 import pytest
 
 from bitmapd.copier.engine import CopyState
-from bitmapd.copier.reconnect import LATE_WRITES_S
+from bitmapd.copier.late import QUIET_S
 from bitmapd.media.buffers import aligned
-from tests.support.mirror import BLOCK, PER_EXTENT, Mirror, begun, equal, until_reads
+from tests.support.mirror import BLOCK, LATE_S, PER_EXTENT, Mirror, begun, equal, until_reads
 from tests.support.sim import SimOp, drain
 
 
@@ -238,19 +238,25 @@ def test_what_a_server_may_write_late_is_copied_once_more(late: Mirror) -> None:
     late.run(1.0)
     assert equal(late)
     overtake(late)
-    late.run(LATE_WRITES_S / 2)
+    late.run(QUIET_S / 2)
     assert late.recorded() == {0}, "nobody may take it for clean"
     assert late.gate.may_differ(0, 1)
     assert not late.gate.in_sync
-    late.run(LATE_WRITES_S)
+    late.run(QUIET_S)
     late.run(1.0)
     assert equal(late)
     assert late.gate.in_sync
+    assert late.recorded() == {0}, "an older one may still come"
+    overtake(late)
+    assert not equal(late)
+    late.run(LATE_S)
+    late.run(2.0)
+    assert equal(late)
     assert late.recorded() == set()
 
 
 def test_a_copy_in_flight_when_the_time_is_over_does_not_count(late: Mirror) -> None:
-    late.loop.advance(LATE_WRITES_S - 1.5)
+    late.loop.advance(QUIET_S - 1.5)
     late.put(0, fill=2)
     until_reads(late)
     late.finish(late.primary)
@@ -275,7 +281,7 @@ def test_a_device_that_ends_its_writes_is_not_waited_for(mirror: Mirror) -> None
 
 def test_a_pause_does_not_forget_what_may_come_late(late: Mirror) -> None:
     late.copier.pause()
-    late.run(LATE_WRITES_S + 1.0)
+    late.run(QUIET_S + 1.0)
     overtake(late)
     assert late.gate.is_dirty(0, 1)
     assert late.recorded() == {0}

@@ -1,10 +1,10 @@
-"""copier/link without a copier: the search, and what its owner is told, in which order."""
+"""copier/reconnect without a copier: the search, and what its owner hears, in which order."""
 
 from __future__ import annotations
 
 import errno
 
-from bitmapd.copier.reconnect import LATE_WRITES_S, Link
+from bitmapd.copier.reconnect import Reconnect
 from bitmapd.copier.throttle import Backoff
 from tests.support.mirror import Mirror
 
@@ -18,8 +18,7 @@ class Rig:
         self.told: list[object] = []
         self.wants_link = True
         self.idle = True
-        self.link = Link(
-            self.mirror.gate,
+        self.link = Reconnect(
             self.secondary,
             self.mirror.loop,
             Backoff(first_s=1.0, jitter=lambda: 0.0),
@@ -27,14 +26,14 @@ class Rig:
             self,
         )
 
+    def replaced(self) -> None:
+        self.told.append("replaced")
+
     def opened(self) -> None:
-        self.told.append(("opened", self.mirror.gate.may_differ(0, 1)))
+        self.told.append("opened")
 
     def not_opened(self, error: OSError) -> None:
         self.told.append(("not opened", error.errno, self.secondary.connected))
-
-    def proceed(self) -> None:
-        self.told.append(("proceed", self.mirror.loop.now_s))
 
     def opens(self) -> int:
         return len(self.secondary.asked("open"))
@@ -52,7 +51,7 @@ def test_one_search_at_a_time_until_the_secondary_is_there() -> None:
     rig.link.seek()
     rig.mirror.run(2.0)
     rig.mirror.run(60.0)
-    assert rig.told[1:] == [("opened", False)]
+    assert rig.told[1:] == ["replaced", "opened"]
     assert rig.opens() == 2
 
 
@@ -101,35 +100,14 @@ def test_a_refused_medium_is_closed_before_the_owner_hears_of_it() -> None:
     assert rig.told[1:] == []
 
 
-def test_what_may_come_late_is_held_before_the_first_copy_and_dirty_afterwards() -> None:
+def test_what_a_new_connection_means_is_settled_even_if_nobody_wants_it_any_more() -> None:
     rig = Rig()
-    rig.secondary.writes_late = True
-    rig.link.not_written(0, 1)
+    rig.secondary.connected = False
     rig.link.seek()
-    rig.mirror.run(1.0)
-    assert rig.told == [("opened", True)]
-    assert not rig.mirror.gate.is_dirty(0, 1)
-    rig.mirror.run(LATE_WRITES_S)
-    assert rig.told[1:] == [("proceed", 1.0 + LATE_WRITES_S)]
-    assert list(rig.mirror.gate.current.runs()) == [(0, 1)]
-
-
-def test_a_device_that_ends_its_writes_leaves_nothing_to_wait_for() -> None:
-    rig = Rig()
-    rig.link.not_written(0, 1)
-    rig.link.predecessor_died()
-    assert rig.link.may_copy(0.0)
-    rig.link.seek()
-    rig.mirror.run(LATE_WRITES_S + 2.0)
-    assert rig.told == [("opened", False)]
-
-
-def test_after_a_process_that_died_the_first_copy_waits() -> None:
-    rig = Rig()
-    rig.secondary.writes_late = True
-    assert rig.link.may_copy(0.0)
-    rig.link.predecessor_died()
-    assert not rig.link.may_copy(LATE_WRITES_S - 0.001)
-    assert rig.link.may_copy(LATE_WRITES_S)
-    rig.mirror.run(LATE_WRITES_S)
-    assert rig.told == [("proceed", LATE_WRITES_S)]
+    rig.mirror.loop.advance(1.0)
+    assert rig.link.seeking
+    rig.wants_link = False  # a pause, or a stop
+    rig.mirror.run()
+    assert rig.told == ["replaced"]
+    assert rig.secondary.connected
+    assert not rig.link.seeking

@@ -289,3 +289,53 @@ def test_an_idle_link_lives_on() -> None:
             target.close()
 
     asyncio.run(use())
+
+
+# -- what a lost link leaves on its way -----------------------------------------------------
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_only_what_left_as_a_whole_may_land_late(tcp: bool) -> None:
+    """The server takes one request and no byte more; the second, of 32 MiB, is more than sockets
+    hold, so part of it never left."""
+
+    async def script(server: FakeServer) -> None:
+        await server.enter(size=64 * MIB)
+        await server.request()
+        taken.set()
+        await hang_up.wait()
+
+    async def use() -> None:
+        async with served(script, tcp=tcp) as uri:
+            target = await opened(uri)
+            small, large = aligned(4 * KIB), aligned(32 * MIB)
+            first = asyncio.ensure_future(completion(lambda done: target.write(0, small, done)))
+            second = asyncio.ensure_future(
+                completion(lambda done: target.write(4 * KIB, large, done))
+            )
+            await taken.wait()
+            hang_up.set()
+            answered, never_left = await asyncio.gather(first, second)
+            assert answered is not None
+            assert never_left is not None
+            assert target.lands_late(answered)
+            assert not target.lands_late(never_left)
+            target.close()
+
+    taken, hang_up = asyncio.Event(), asyncio.Event()
+    asyncio.run(use())
+
+
+def test_an_answer_that_is_an_error_is_an_answer() -> None:
+    async def script(server: FakeServer) -> None:
+        await server.enter()
+        server.reply(await server.request(), error=errno.EIO)
+        await server.ends()
+
+    async def use() -> None:
+        async with served(script) as uri:
+            target = await opened(uri)
+            error = await completion(lambda done: target.write(0, aligned(4 * KIB), done))
+            assert error is not None
+            assert not target.lands_late(error)
+            target.close()
+
+    asyncio.run(use())

@@ -7,13 +7,15 @@ Callbacks on the loop, no task or future a request.
 2. A buffer that is written belongs to the link until the reply, and a reply that comes before the
    whole request went to the kernel breaks the link.
 3. The link is lost once, for one reason.  Everything in flight then ends with that error through
-   `call_soon`, and `on_lost` is told.  A link that was lost is never used again.
+   `call_soon`, as `Unanswered` unless part of the request had not left this process, so that the
+   server cannot carry it out; and `on_lost` is told.  A link that was lost is never used again.
 4. Time: a request that has waited `timeout_s` ends the link.  A slow line is not a dead one, so
    the clock stands while the request is still on its way and the peer takes bytes, and while data
    of reads arrive; `PATIENCE` times as long ends the link in any case.  One timer looks at the
    oldest request.
 5. A TCP connection that is lost is reset, so that data which the kernel still holds are not
-   delivered after the link was given up.
+   delivered after the link was given up; also when this process dies, since the socket is in that
+   mode from the beginning.
 
 A server may still carry out requests that it had received when the link was lost; nothing in the
 protocol tells when it has finished with them.  (Our own server lets nobody in before.)
@@ -35,6 +37,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
+from bitmapd.media.base import Unanswered
 from bitmapd.nbd.client.connect import tls_reason
 from bitmapd.nbd.client.handshake import ServerExport
 from bitmapd.nbd.client.replies import ReplyParser, Request
@@ -46,7 +49,6 @@ TICKS = 4  # of the timer in one time-out
 IOV_MAX = 1024
 ROUNDS = 16  # receives in one turn of the loop
 TLS_GATHER_BYTES = 64 << 10
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 _pack = REQUEST.pack
 
@@ -87,6 +89,7 @@ class Link:
         self._seen_data_bytes = 0  # when the timer last looked
         self._seen_taken_bytes = 0
         self.lost = False
+        self._reset_on_close(True)
         loop.add_reader(self._fd, self._on_readable)
 
     @property
@@ -119,13 +122,13 @@ class Link:
         """Give the link up; calling it again does nothing."""
         if self.lost:
             return
-        if self._socket.family != socket.AF_UNIX:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         self._release()
+        sent_bytes = self._parser.sent_bytes
         requests = list(self._requests.values())
         self._requests.clear()
         for request in requests:
-            self._loop.call_soon(request.done, OSError(error.errno, error.strerror))
+            kind = Unanswered if request.sent_at_bytes <= sent_bytes else OSError
+            self._loop.call_soon(request.done, kind(error.errno, error.strerror))
         self._on_lost(error)
 
     def close(self) -> None:
@@ -137,8 +140,14 @@ class Link:
             return
         # If it cannot be sent, the server sees the end of the connection instead.
         with contextlib.suppress(OSError):
+            self._reset_on_close(False)
             self._socket.send(_pack(REQUEST_MAGIC, 0, Cmd.DISC, 0, 0, 0))
         self._release()
+
+    def _reset_on_close(self, reset: bool) -> None:
+        if self._socket.family != socket.AF_UNIX:
+            linger = struct.pack("ii", reset, 0)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
     def _release(self) -> None:
         self.lost = True

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitmapd.errors import BitmapdError, UsageError
-from bitmapd.media.base import AllocationDone, Done
+from bitmapd.media.base import AllocationDone, Done, Unanswered
 from bitmapd.nbd.client.connect import TlsSettings, connect, tls_reason
 from bitmapd.nbd.client.handshake import (
     SECTOR_BYTES,
@@ -101,6 +101,9 @@ class NbdTarget:
     def writes_late(self) -> bool:
         """A server goes on with what it had received when its client is gone."""
         return True
+
+    def lands_late(self, error: OSError) -> bool:
+        return isinstance(error, Unanswered)
 
     @property
     def connected(self) -> bool:
@@ -363,7 +366,8 @@ class NbdTarget:
 
 
 class _Group:
-    """Calls `done` once, after `count` parts are done, with the first error if there was any."""
+    """Calls `done` once, after `count` parts are done, with the first error if there was any; one
+    that leaves open what becomes of its part goes before the others."""
 
     __slots__ = ("_count", "_done", "_error")
 
@@ -373,7 +377,7 @@ class _Group:
         self._error: OSError | None = None
 
     def one_done(self, error: OSError | None) -> None:
-        if self._error is None:
+        if self._error is None or isinstance(error, Unanswered):
             self._error = error
         self._count -= 1
         if self._count == 0:

@@ -1,0 +1,98 @@
+"""Writes that may land late: what a lost connection, or a process that died, has left on its way.
+
+A server goes on with what it had received when its client is gone, and so does a disk behind a
+transport.  Such a write lands on top of whatever was copied to the same place meanwhile, and brings
+old content back to a secondary that seemed equal.  What can be known of it:
+
+- A write that was answered, with success or an error, is over.
+- A write that never left this machine as a whole will never be carried out (`Target.lands_late`).
+- Nothing that may land does so later than `bound_s` after the next connection is there.  No server
+  says when it has finished with a connection that it lost, so this is the administrator's word
+  (`late_writes` in the configuration), and the only thing here that is believed.
+
+So the places in question are *suspect*: they are copied as usual, once more `QUIET_S` after the
+secondary is back, and a last time when the bound is over.
+
+Invariants:
+1. From the error of a write to its last copy a suspect place is not clean, so its extent stays in
+   the record.  What lands late finds its place recorded.
+2. For the first `QUIET_S` a suspect place keeps the volume from being in sync: nearly all that
+   lands late does so by then.  Later ones are named by the record and by `suspect_blocks`.
+3. Time runs only from when the secondary is there: what a network holds back is held back until
+   then.  It runs whether or not copying is paused, and whatever becomes of the connection later.
+4. After a process that died everything that is recorded is suspect, since nobody remembers what was
+   on its way; until `QUIET_S` are over nothing is copied, so that most is copied only once.
+
+Order: a place that ceases to be suspect is marked to be copied in the same event, hence recorded
+until that copy was settled.
+
+A crash loses the list.  The record names all its places, and what starts next suspects the lot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bitmapd.gate.blockset import BlockSet
+from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Scheduler
+
+QUIET_S = 10.0
+
+
+class LateWrites:
+    """See the module docstring.  `proceed` is called when copies that had to wait may begin."""
+
+    def __init__(
+        self, gate: Gate, scheduler: Scheduler, proceed: Callable[[], None], *, bound_s: float
+    ) -> None:
+        self._gate = gate
+        self._scheduler = scheduler
+        self._proceed = proceed
+        self.bound_s = bound_s
+        self._lost = BlockSet()  # since the secondary went away; held by the gate while not empty
+        self._inherited = (
+            BlockSet()
+        )  # what a predecessor may have sent, until the secondary is there
+        self._copy_after_s = float("-inf")
+
+    def lost(self, first: int, stop: int) -> None:
+        """A write of these blocks ended in an error, and may yet be carried out."""
+        if not self._lost:
+            self._gate.hold(self._lost)
+        self._lost.add(first, stop)
+
+    def predecessor_died(self) -> None:
+        """Another process copied before this one: whatever waits to be copied is suspect."""
+        if self._gate.taken and self.bound_s:
+            self._inherited.update(self._gate.taken)
+            self._gate.suspect(self._inherited)
+            self._copy_after_s = float("inf")
+
+    def may_copy(self, now_s: float) -> bool:
+        """Whether nothing that a process which died had sent is waited for."""
+        return now_s >= self._copy_after_s
+
+    def arrived(self) -> None:
+        """The secondary is there: what may land late does so within the bound from now on."""
+        now_s, quiet_s = self._scheduler.time(), min(QUIET_S, self.bound_s)
+        if self._inherited:
+            inherited, self._inherited = self._inherited, BlockSet()
+            self._copy_after_s = now_s + quiet_s
+            self._scheduler.call_later(quiet_s, self._proceed)
+            self._scheduler.call_later(self.bound_s, self._over, inherited)
+        if self._lost:
+            lost, self._lost = self._lost, BlockSet()
+            self._scheduler.call_later(quiet_s, self._quiet, lost, now_s + self.bound_s)
+
+    def _quiet(self, lost: BlockSet, until_s: float) -> None:
+        rest_s = until_s - self._scheduler.time()
+        if rest_s > 0:
+            self._gate.suspect(lost)
+            self._scheduler.call_later(rest_s, self._over, lost)
+        self._gate.release(lost)
+        self._proceed()
+
+    def _over(self, suspect: BlockSet) -> None:
+        self._gate.trust(suspect)
+        self._proceed()
