@@ -90,6 +90,7 @@ def test_builtin_defaults(write: Write) -> None:
         initial_sync="full",
         predictor="superset",
         copy_rate_bytes_per_s=None,
+        late_writes_s=600.0,
         tls_certificates=None,
         allow_plaintext_loopback=False,
         metrics_listen=None,
@@ -402,6 +403,7 @@ def test_the_manual_is_whole() -> None:
     assert set(keys()) == fields - {"name"}
     assert {key.name for key in keys().values() if key.live} == {
         "copy_rate", "record_limit", "resync_target", "era_interval", "predictor", "trace",
+        "late_writes",
     }  # fmt: skip
     assert all(key.doc.endswith(".") for key in keys().values())
 
@@ -429,6 +431,7 @@ def test_any_table_gives_a_volume_or_problems(table: dict[str, Any]) -> None:
             "record_limit": st.integers(1, 1 << 50),
             "era_interval": st.integers(100, 600_000).map(lambda ms: f"{ms}ms"),
             "predictor": st.sampled_from(["superset", "lru", "none"]),
+            "late_writes": st.sampled_from(["0s", "1500ms", "10min", "2h"]),
         },
     )
 )
