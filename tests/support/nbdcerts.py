@@ -26,8 +26,8 @@ def _certtool(*arguments: str | Path) -> None:
     subprocess.run(["certtool", *map(str, arguments)], check=True, capture_output=True)
 
 
-def _key(path: Path) -> Path:
-    _certtool("--generate-privkey", "--key-type=ecdsa", "--outfile", path)
+def _key(path: Path, *kind: str) -> Path:
+    _certtool("--generate-privkey", *(kind or ("--key-type=ecdsa",)), "--outfile", path)
     return path
 
 
@@ -45,12 +45,12 @@ def make_authority(folder: Path, name: str = "test authority") -> Path:
     return folder
 
 
-def issue(authority: Path, folder: Path, side: str, template_text: str) -> None:
-    """Writes SIDE-cert.pem, SIDE-key.pem and the authority's ca-cert.pem."""
+def issue(authority: Path, folder: Path, side: str, template_text: str, *kind: str) -> None:
+    """Writes SIDE-cert.pem, SIDE-key.pem and the authority's ca-cert.pem; `kind` of the key."""
     folder.mkdir(parents=True, exist_ok=True)
     template = folder / f"{side}.template"
     template.write_text(template_text)
-    key = _key(folder / f"{side}-key.pem")
+    key = _key(folder / f"{side}-key.pem", *kind)
     _certtool(
         "--generate-certificate",
         *("--load-privkey", key, "--template", template),
@@ -62,11 +62,11 @@ def issue(authority: Path, folder: Path, side: str, template_text: str) -> None:
         shutil.copy(authority / "ca-cert.pem", folder)
 
 
-def make_certificates(folder: Path) -> Path:
+def make_certificates(folder: Path, *server_key: str) -> Path:
     """Folders: `good` (server and client), `nocert`, `expired`, `foreign` (a client that another
-    authority has signed, but that trusts ours)."""
+    authority has signed, but that trusts ours).  `server_key`: certtool's options for the key."""
     authority = make_authority(folder / "authority")
-    issue(authority, folder / "good", "server", _SERVER)
+    issue(authority, folder / "good", "server", _SERVER, *server_key)
     issue(authority, folder / "good", "client", _CLIENT.format(name="host-a"))
     (folder / "nocert").mkdir()
     shutil.copy(authority / "ca-cert.pem", folder / "nocert")

@@ -88,14 +88,14 @@ class Answer:
 class RawClient:
     """Connected to a unix path or a TCP port of this machine; every read has a time limit."""
 
-    def __init__(self, where: str | int, timeout_s: float = 20.0) -> None:
+    def __init__(self, where: str | int, timeout_s: float = 20.0, source: str = "") -> None:
         if isinstance(where, str):
             self.sock: Any = socket.socket(socket.AF_UNIX)
             # Blocking, since a backlog that is full fails a connect with a time limit at once.
             self.sock.connect(where)
             self.sock.settimeout(timeout_s)
         else:
-            self.sock = socket.create_connection(("127.0.0.1", where), timeout_s)
+            self.sock = socket.create_connection(("127.0.0.1", where), timeout_s, (source, 0))
         self.structured = False
         self.size = 0
         self.flags = 0
@@ -131,9 +131,12 @@ class RawClient:
         assert (magic, opts) == (NBD_MAGIC, OPTS_MAGIC)
         self.send(CLIENT_FLAGS.pack(flags))
 
+    def send_option(self, number: int, data: bytes = b"") -> None:
+        self.send(option(number, data))
+
     def ask(self, number: int, data: bytes = b"") -> list[tuple[int, bytes]]:
         """Send an option and return its replies up to the final one."""
-        self.send(option(number, data))
+        self.send_option(number, data)
         replies = []
         while True:
             _, _, reply, length = OPTION_REPLY.unpack(self.receive(OPTION_REPLY.size))

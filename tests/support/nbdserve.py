@@ -258,7 +258,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         export_name=arguments.name,
         description="a file",
         tls=None if arguments.tls is None else server_context(arguments.tls),
-        emit=lambda event, **fields: print(event, fields, file=sys.stderr),
+        emit=lambda event, **fields: arguments.quiet or print(event, fields, file=sys.stderr),
         read_only=arguments.read_only,
         cork=engine.cork,
         limits=ConnectionLimits(
@@ -274,7 +274,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
     print(json.dumps({"port": port}), flush=True)
     await stop.wait()
     await server.drain(5.0)
-    print(server.stats.by_command(), file=sys.stderr)
+    if not arguments.quiet:
+        print(server.stats.by_command(), file=sys.stderr)
     engine.close()
     device.close()
 
@@ -288,6 +289,7 @@ def main() -> int:
     parser.add_argument("--name", default="vol0")
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--pool-mib", type=int, default=64)
+    parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--timeout", type=float, default=30.0)
     asyncio.run(_serve(parser.parse_args()))
     return os.EX_OK

@@ -1,4 +1,4 @@
-"""One client of the export: its socket, what was received and what is to be sent.
+"""One client of the export: what was received from it and what is to be sent.
 
     HANDSHAKE -> (TLS -> HANDSHAKE) -> ADMISSION -> SERVING -> LEAVING -> CLOSED
 
@@ -24,15 +24,15 @@ from __future__ import annotations
 
 import socket
 import ssl
-from contextlib import suppress
 from enum import Enum, auto
-from typing import Any
+from functools import partial
 
 from bitmapd.nbd.numbers import REQUEST_MAGIC, Cmd
 from bitmapd.nbd.server.handshake import HandshakeState, ServerHandshake
 from bitmapd.nbd.server.hub import Hub
 from bitmapd.nbd.server.outbox import Outbox
 from bitmapd.nbd.server.patience import Transfer
+from bitmapd.nbd.server.places import Peer, Standing
 from bitmapd.nbd.server.requests import (
     MAX_SKIPPED_PAYLOAD_BYTES,
     Refusal,
@@ -40,18 +40,14 @@ from bitmapd.nbd.server.requests import (
     Rules,
 )
 from bitmapd.nbd.server.service import Service
+from bitmapd.nbd.server.stream import BLOCKED, Stream
 from bitmapd.nbd.wire import REQUEST, REQUEST_BYTES, ProtocolError
 
 STAGING_BYTES = 128 << 10
 HANDSHAKE_READ_BYTES = 4096
-# IOV_MAX of Linux: the most pieces that one sendmsg takes.
-MAX_PIECES = 1024
-TLS_JOIN_BYTES = 16 << 10
 PAYLOAD_READS = 16
 
 _READ, _WRITE, _DISC = int(Cmd.READ), int(Cmd.WRITE), int(Cmd.DISC)
-
-_BLOCKED = -1
 
 
 class Phase(Enum):
@@ -68,23 +64,21 @@ class Connection:
 
     def __init__(
         self,
-        hub: Hub,
+        hub: Hub[Connection],
         sock: socket.socket,
-        peer: str,
+        peer: Peer,
         handshake: ServerHandshake,
         tls: ssl.SSLContext | None,
-        *,
-        remote: bool,
     ) -> None:
         self.peer = peer
         self.phase = Phase.HANDSHAKE
         self.was_let_in = False
         self.opened_s = hub.loop.time()
         self._hub = hub
-        self._sock = sock
-        self._secure: ssl.SSLSocket | None = None
+        self._stream = Stream(
+            hub.loop, sock, partial(hub.readable, self), partial(hub.writable, self)
+        )
         self._tls = tls
-        self._remote = remote
         self._handshake = handshake
         self._rules: Rules
         self._replies = Replies(structured=False)
@@ -105,14 +99,12 @@ class Connection:
         self._blocked = False
         self._taking = Transfer()  # of answers, while it is blocked
         self._marked = False
-        self._has_reader = False
-        self._has_writer = False
         self._update_reader()
         self._emit_handshake()
 
     # -- what the hub asks --------------------------------------------------------------
     def fileno(self) -> int:
-        return self._sock.fileno()
+        return self._stream.fileno()
 
     @property
     def in_flight(self) -> int:
@@ -122,19 +114,25 @@ class Connection:
     @property
     def spins(self) -> bool:
         """Whether polling the socket makes sense."""
-        return self._has_reader and self.phase is Phase.SERVING and self._secure is None
+        stream = self._stream
+        return stream.reads and self.phase is Phase.SERVING and stream.is_plain
+
+    @property
+    def standing(self) -> Standing:
+        """GONE is not known here: who waits at the door is not read."""
+        if self.was_let_in:
+            return Standing.LET_IN
+        if self.peer.is_trusted or self._stream.is_secure:
+            return Standing.VERIFIED
+        if self.phase is Phase.TLS:
+            return Standing.SECURING
+        silent = self._handshake.state is HandshakeState.CLIENT_FLAGS
+        return Standing.SILENT if silent else Standing.TALKING
 
     @property
     def certificate_name(self) -> str | None:
         """The common name of the client's certificate."""
-        if self._secure is None:
-            return None
-        certificate: Any = self._secure.getpeercert() or {}
-        for relative_name in certificate.get("subject", ()):
-            for kind, value in relative_name:
-                if kind == "commonName":
-                    return str(value)
-        return None
+        return self._stream.certificate_name()
 
     def overdue(self, now_s: float) -> str | None:
         """Why the connection has to be dropped, if it has been too slow."""
@@ -145,7 +143,7 @@ class Connection:
             return None
         contended = self._hub.others_wait(self)
         # A client on this machine may be stopped as long as it is in nobody's way.
-        if not self._remote and not contended:
+        if not self.peer.is_remote and not contended:
             return None
         whole_s = limits.message_timeout_s
         silence_s = min(whole_s, limits.contended_timeout_s) if contended else whole_s
@@ -161,25 +159,20 @@ class Connection:
     # -- receiving ----------------------------------------------------------------------
     def receive(self) -> bool:
         """Take in what the socket has; False if it had nothing, or nothing is wanted."""
-        if not self._has_reader:
+        if not self._stream.reads:
             return False
         if self.phase is Phase.SERVING:
             return self._receive_requests()
         if self.phase is Phase.HANDSHAKE:
             return self._receive_handshake()
         if self.phase is Phase.TLS:
-            self._tls_step()
+            self._stream.continue_tls()
         return False
 
     def _recv_into(self, view: memoryview) -> int:
-        """Bytes received, 0 at the end of the stream or of the connection, or _BLOCKED."""
+        """Bytes received, 0 at the end of the stream or of the connection, or BLOCKED."""
         try:
-            return self._sock.recv_into(view)
-        except (BlockingIOError, ssl.SSLWantReadError, InterruptedError):
-            return _BLOCKED
-        except ssl.SSLWantWriteError:
-            self._update_writer(True)
-            return _BLOCKED
+            return self._stream.receive_into(view)
         except OSError as error:
             reason = f"receiving failed: {error.strerror or error}" if self.was_let_in else None
             self.close(reason)
@@ -188,7 +181,7 @@ class Connection:
     def _receive_handshake(self) -> bool:
         scratch = bytearray(HANDSHAKE_READ_BYTES)
         count = self._recv_into(memoryview(scratch))
-        if count == _BLOCKED:
+        if count == BLOCKED:
             return False
         if count == 0:
             self.close()
@@ -250,7 +243,7 @@ class Connection:
             self._view[: len(left)] = left
             self._pos, self._end = 0, len(left)
         count = self._recv_into(self._view[self._end :] if self._end else self._view)
-        if count == _BLOCKED:
+        if count == BLOCKED:
             return False
         if count == 0:
             self.leave()
@@ -259,7 +252,7 @@ class Connection:
         if self._message.active:
             self._message.advance(self._hub.loop.time(), count)
         self._parse()
-        if self._payload is not None and self._secure is None:
+        if self._payload is not None and self._stream.is_plain:
             # Clients tend to send header and payload one after the other.
             self._receive_payload()
         self._read_on_if_pending()
@@ -269,7 +262,7 @@ class Connection:
         received = False
         for _ in range(PAYLOAD_READS):
             count = self._recv_into(self._payload_rest)
-            if count == _BLOCKED:
+            if count == BLOCKED:
                 return received
             if count == 0:
                 self.leave()
@@ -290,7 +283,7 @@ class Connection:
 
     def _read_on_if_pending(self) -> None:
         """Bytes that TLS has decrypted already do not make the socket readable."""
-        if self._secure is not None and self._has_reader and self._secure.pending():
+        if self._stream.reads and self._stream.pending():
             self._hub.loop.call_soon(self._hub.readable, self)
 
     def _parse(self) -> None:
@@ -406,7 +399,7 @@ class Connection:
         self._marked = False
         if self._out and not self._blocked:
             self._send()
-        if self.phase is Phase.TLS and self._secure is None and not self._out:
+        if self.phase is Phase.TLS and self._stream.is_plain and not self._out:
             self._start_tls()
         elif self.phase is Phase.LEAVING and not self.in_flight and not self._out:
             self.close()
@@ -426,9 +419,9 @@ class Connection:
 
     def writable(self) -> None:
         """The socket takes data again."""
-        self._update_writer(False)
-        if self.phase is Phase.TLS:
-            self._tls_step()
+        self._stream.watch_writes(False)
+        if self.phase is Phase.TLS and not self._stream.is_plain:
+            self._stream.continue_tls()
             return
         was_blocked = self._blocked
         if self._out:
@@ -441,21 +434,17 @@ class Connection:
         out = self._out
         while out:
             try:
-                if self._secure is None:
-                    count = self._sock.sendmsg(out.pieces(MAX_PIECES))
-                else:
-                    count = self._secure.send(out.joined(TLS_JOIN_BYTES))
-            except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                if not self._blocked:
-                    self._blocked = True
-                    self._taking.begin(self._hub.loop.time())
-                self._update_writer(True)
-                self._update_reader()
-                return
+                count = self._stream.send(out)
             except OSError as error:
                 # No news during the handshake: clients may leave without reading the answer.
                 reason = f"sending failed: {error.strerror or error}" if self.was_let_in else None
                 self.close(reason)
+                return
+            if count == BLOCKED:
+                if not self._blocked:
+                    self._blocked = True
+                    self._taking.begin(self._hub.loop.time())
+                self._update_reader()
                 return
             if self._blocked:
                 self._taking.advance(self._hub.loop.time(), count)
@@ -468,25 +457,10 @@ class Connection:
     def _start_tls(self) -> None:
         if self._tls is None:
             raise RuntimeError("TLS was accepted without a context")
-        self._drop_watches()
-        self._secure = self._tls.wrap_socket(
-            self._sock, server_side=True, do_handshake_on_connect=False
-        )
-        self._sock = self._secure
-        self._update_reader()
-        self._tls_step()
+        self._stream.start_tls(self._tls, self._hub.tls_worker(), self.peer.origin, self._tls_ended)
 
-    def _tls_step(self) -> None:
-        if self._secure is None:
-            return
-        try:
-            self._secure.do_handshake()
-        except ssl.SSLWantReadError:
-            return
-        except ssl.SSLWantWriteError:
-            self._update_writer(True)
-            return
-        except OSError as error:
+    def _tls_ended(self, error: Exception | None) -> None:
+        if error is not None:
             reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or error
             self.refuse(f"TLS failed: {reason}")
             return
@@ -528,17 +502,12 @@ class Connection:
         """Drop the connection; harmless when it is closed."""
         if self.phase is Phase.CLOSED:
             return
-        self._drop_watches()
         self.phase = Phase.CLOSED
         self._service.abandon()
         self._drop_payload()
         for buffer in self._out.clear():
             self._hub.give(buffer)
-        if self._secure is not None:
-            # A best effort: the client's own notice is not waited for.
-            with suppress(OSError, ValueError):
-                self._secure.unwrap()
-        self._sock.close()
+        self._stream.close()
         self._hub.closed(self, reason)
 
     def _drop_payload(self) -> None:
@@ -546,28 +515,8 @@ class Connection:
             self._hub.give(self._payload[3])
             self._payload = None
 
-    # -- watching the socket ------------------------------------------------------------
     def _update_reader(self) -> None:
-        wanted = self.phase in (Phase.HANDSHAKE, Phase.TLS) or (
+        wanted = self.phase is Phase.HANDSHAKE or (
             self.phase is Phase.SERVING and not (self._stalled or self._blocked or self._draining)
         )
-        if self.phase is Phase.TLS and self._secure is None:
-            wanted = False
-        if wanted and not self._has_reader:
-            self._hub.loop.add_reader(self._sock.fileno(), self._hub.readable, self)
-        elif self._has_reader and not wanted:
-            self._hub.loop.remove_reader(self._sock.fileno())
-        self._has_reader = wanted
-
-    def _update_writer(self, wanted: bool) -> None:
-        if wanted and not self._has_writer:
-            self._hub.loop.add_writer(self._sock.fileno(), self._hub.writable, self)
-        elif self._has_writer and not wanted:
-            self._hub.loop.remove_writer(self._sock.fileno())
-        self._has_writer = wanted
-
-    def _drop_watches(self) -> None:
-        self._update_writer(False)
-        if self._has_reader:
-            self._hub.loop.remove_reader(self._sock.fileno())
-            self._has_reader = False
+        self._stream.watch_reads(wanted)

@@ -1,4 +1,4 @@
-"""The NBD export of one volume: listeners, admission, batches, limits.
+"""The NBD export of one volume: admission, batches, limits.
 
 One thread, one loop, raw non-blocking sockets.  When a socket is readable, everything that one
 receive brings is parsed and handed to the export, `kick` submits it to the disk in one batch and
@@ -7,49 +7,46 @@ connection.  Then the same socket is polled for a moment while that pays (`nbd.s
 completions outside of a batch leave together: at `flush_replies`, which belongs into the disk
 engine's `after_reap`, or at the loop's next turn.
 
-1. Nothing is offered over TCP without TLS unless the address is a loopback one.
-2. A client is let in only when no request of a connection that has died is still at the disk, and
+1. A client is let in only when no request of a connection that has died is still at the disk, and
    no connection whose client has hung up has unread requests.  So a client that comes back finds
    all its earlier writes either done or never to be done.  A connection that the network has cut
    without the server's knowledge cannot be told from a live one.
-3. At most `max_connections` are open.  When they are used up the oldest one that has not been let
-   in makes room, else the new one is closed at once.
-4. Buffers come from the pool only.  Connections that find it empty get their turn in the order in
-   which they asked, and nobody overtakes them; a client that holds buffers without making progress
-   is dropped when somebody waits for them.
+2. At most `max_connections` are open.  When they are used up, `places` says who makes room; if
+   nobody does, the new one is closed at once.
+3. What newcomers cost cannot hold up those who were let in: accepting has its share of the thread
+   (`listeners`), each turn reads at most 4 KiB of a handshake, and the arithmetic of TLS is done by
+   a thread that works without the interpreter's lock (`tls_worker`).  All else stays on this
+   thread on purpose: two threads of Python make each other wait for that lock, 5 ms at a time.
+4. Buffers come from the pool only, in the order of asking (`memory`); a client that holds some
+   without making progress is dropped when somebody waits for them.
 5. Shutdown waits for the disk up to a time-out and never for a client.
-6. A stale socket file is removed only when nobody answers on it, and at the end only if it is ours.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import ipaddress
 import os
 import select
 import socket
 import ssl
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitmapd.errors import BitmapdError, BusyError, UsageError
+from bitmapd.errors import UsageError
 from bitmapd.media.base import Export
 from bitmapd.media.buffers import BufferPool
 from bitmapd.nbd.server.connection import Connection, Phase
 from bitmapd.nbd.server.handshake import ServerHandshake, ServerOffer, TlsMode
 from bitmapd.nbd.server.hub import ConnectionLimits, ServerStats
+from bitmapd.nbd.server.listeners import Listeners
+from bitmapd.nbd.server.memory import Memory
+from bitmapd.nbd.server.places import Peer, Standing, gives_way
 from bitmapd.nbd.server.spin import DEVICE_SPIN_S, RUN_S, SPIN_S, SpinPolicy
-from bitmapd.net.sockets import UnixListener, listen_unix, peer_credentials
-from bitmapd.net.uri import MAX_SOCKET_PATH_BYTES
+from bitmapd.nbd.server.tls_worker import TlsWorker
 
 MAX_CONNECTIONS = 64
-_BACKLOG = 128
-_ACCEPTS = 32  # in one turn of the loop
-_ACCEPT_PAUSE_S = 1.0
 _SWEEP_S = 1.0
 _REPORT_S = 60.0
 _REPORTED_PEERS = 256
@@ -60,13 +57,6 @@ _KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class _Listener:
-    sock: socket.socket
-    tls: bool
-    unix: UnixListener | None = None
 
 
 class NbdServer:
@@ -97,7 +87,7 @@ class NbdServer:
         self.limits = limits or ConnectionLimits()
         self.stats = ServerStats()
         self.give = pool.give
-        self._pool = pool
+        self._memory = Memory(pool, self._run_batch)
         self._kick = kick
         self._cork = cork
         self._name = export_name
@@ -108,7 +98,8 @@ class NbdServer:
         self._may_spin = may_spin
         self._max_connections = max_connections
         self._spin = SpinPolicy(len(os.sched_getaffinity(0)))
-        self._listeners: list[_Listener] = []
+        self._listeners = Listeners(loop, self._accepted, self._report)
+        self._tls_worker: TlsWorker | None = None
         self._connections: dict[Connection, None] = {}  # oldest first
         self._adopted: dict[Connection, Callable[[], None]] = {}
         self._orphans: set[Connection] = set()
@@ -117,10 +108,6 @@ class NbdServer:
         self._marked: list[Connection] = []
         self._in_batch = False
         self._flush_scheduled = False
-        self._waiters: deque[Connection] = deque()
-        self._turn: Connection | None = None
-        self._turn_served = False
-        self._pool_armed = False
         self._sweeper: asyncio.TimerHandle | None = None
         self._reported: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._quiet: asyncio.Future[None] | None = None
@@ -128,83 +115,32 @@ class NbdServer:
     # -- listening ----------------------------------------------------------------------
     def listen_unix(self, path: str | Path, mode: int = 0o600, *, tls: bool = False) -> None:
         """Raises a BitmapdError if the path cannot be used."""
-        path = str(path)
-        if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
-            raise UsageError(
-                f"socket path {path} is longer than {MAX_SOCKET_PATH_BYTES} bytes",
-                hint="choose a shorter --run-dir or socket path",
-            )
-        self._check_tls(tls)
-        unix = listen_unix(Path(path), mode, _BACKLOG)
-        self._listen(_Listener(unix.sock, tls, unix))
+        if tls and self._tls is None:
+            raise UsageError("TLS was asked for without certificates", hint="set tls-certificates")
+        self._prepare_tls(tls)
+        self._listeners.unix(Path(path), mode, tls=tls)
 
     def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen on all addresses of the host, with TLS if there is a context.  Returns addresses
         and ports.  Raises a BitmapdError, also if an address would be open to the network without
         TLS.  Blocks for name resolution: to be called before anything is served."""
-        try:
-            found = socket.getaddrinfo(
-                host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-        except OSError as error:
-            raise UsageError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-        if self._tls is None:
-            for _, address in addresses:
-                if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-                    raise UsageError(
-                        f"refusing to listen on {address[0]} without TLS",
-                        hint="configure tls-certificates, or listen on a unix socket",
-                    )
-        opened: list[_Listener] = []
-        try:
-            for family, address in addresses:
-                opened.append(_Listener(_tcp_socket(family, address), self._tls is not None))
-        except OSError as error:
-            for listener in opened:
-                listener.sock.close()
-            failure = BusyError if error.errno == errno.EADDRINUSE else BitmapdError
-            raise failure(f"cannot listen on {host}:{port}: {error.strerror}") from error
-        for listener in opened:
-            self._listen(listener)
-        return [listener.sock.getsockname()[:2] for listener in opened]
+        self._prepare_tls(self._tls is not None)
+        return self._listeners.tcp(host, port, tls=self._tls is not None)
 
-    def _check_tls(self, tls: bool) -> None:
-        if tls and self._tls is None:
-            raise UsageError("TLS was asked for without certificates", hint="set tls-certificates")
+    def _prepare_tls(self, tls: bool) -> None:
+        if tls and self._tls_worker is None:
+            self._tls_worker = TlsWorker(self.loop)
 
-    def _listen(self, listener: _Listener) -> None:
-        self._listeners.append(listener)
-        self.loop.add_reader(listener.sock.fileno(), self._accept, listener)
+    def tls_worker(self) -> TlsWorker:
+        if self._tls_worker is None:
+            raise RuntimeError("TLS without a listener that asks for it")
+        return self._tls_worker
 
     def close_listeners(self) -> None:
-        for listener in self._listeners:
-            self.loop.remove_reader(listener.sock.fileno())
-            if listener.unix is not None:
-                listener.unix.unlink()
-            listener.sock.close()
-        self._listeners.clear()
-
-    # -- accepting ----------------------------------------------------------------------
-    def _accept(self, listener: _Listener) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                sock, address = listener.sock.accept()
-            except (BlockingIOError, ConnectionAbortedError, InterruptedError):
-                return
-            except OSError as error:
-                # Out of descriptors or memory: the backlog stays readable, so look away a while.
-                self._report("listener", f"cannot accept a client: {error.strerror}")
-                self.loop.remove_reader(listener.sock.fileno())
-                self.loop.call_later(_ACCEPT_PAUSE_S, self._accept_again, listener)
-                return
-            self._welcome(
-                sock, _peer_name(sock, address), tls=listener.tls, remote=listener.unix is None
-            )
-
-    def _accept_again(self, listener: _Listener) -> None:
-        if listener in self._listeners:
-            self.loop.add_reader(listener.sock.fileno(), self._accept, listener)
+        """Nobody is accepted any more, and no TLS handshake goes on."""
+        self._listeners.close()
+        if self._tls_worker is not None:
+            self._tls_worker.close()
 
     @property
     def export_name(self) -> str:
@@ -215,40 +151,56 @@ class NbdServer:
 
         `on_closed`: called when this connection has ended, unless the server is stopping.
         """
-        connection = self._welcome(sock, peer, tls=False, remote=False)
+        connection = self._welcome(sock, Peer(peer, peer, is_trusted=True), tls=False)
         if connection is None:
             self.loop.call_soon(on_closed)
         else:
             self._adopted[connection] = on_closed
 
-    def _welcome(
-        self, sock: socket.socket, peer: str, *, tls: bool, remote: bool
-    ) -> Connection | None:
+    def _accepted(self, sock: socket.socket, peer: Peer, tls: bool) -> None:
+        self._welcome(sock, peer, tls=tls)
+
+    def _welcome(self, sock: socket.socket, peer: Peer, *, tls: bool) -> Connection | None:
         self.stats.connections_total += 1
-        if len(self._connections) >= self._max_connections:
-            newcomers = (Phase.HANDSHAKE, Phase.TLS, Phase.ADMISSION)
-            oldest = next((c for c in self._connections if c.phase in newcomers), None)
-            if oldest is None:
-                self.stats.refused_total += 1
-                self._report(peer, f"{self._max_connections} clients are connected already")
-                sock.close()
-                return None
-            oldest.refuse("a newer client needed the place")
+        if len(self._connections) >= self._max_connections and not self._make_room(peer):
+            sock.close()
+            return None
         try:
             sock.setblocking(False)
-            if remote:
+            if peer.is_remote:
                 for level, option, value in _KEEPALIVE:
                     sock.setsockopt(level, option, value)
         except OSError:
             sock.close()
             return None
         handshake = ServerHandshake(self._offer(), TlsMode.REQUIRED if tls else TlsMode.OFF)
-        connection = Connection(self, sock, peer, handshake, self._tls, remote=remote)
+        connection = Connection(self, sock, peer, handshake, self._tls)
         self._connections[connection] = None
         self.stats.connections = len(self._connections)
         if self._sweeper is None:
             self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
         return connection
+
+    def _make_room(self, peer: Peer) -> bool:
+        gone = self._gone_from_the_door()
+        guests = (
+            (one, one.peer.origin, Standing.GONE if one.fileno() in gone else one.standing)
+            for one in self._connections
+        )
+        leaving = gives_way(guests, peer.origin)
+        if leaving is not None:
+            leaving.refuse("a newer client needed the place")
+            return True
+        self.stats.refused_total += 1
+        self._report(peer, f"{self._max_connections} clients are connected already")
+        return False
+
+    def _gone_from_the_door(self) -> set[int]:
+        """Descriptors of those that have hung up while they waited to be let in."""
+        poll = select.poll()
+        for connection in self._at_the_door:
+            poll.register(connection.fileno(), select.POLLRDHUP)
+        return {fd for fd, _ in poll.poll(0)} if self._at_the_door else set()
 
     def _offer(self) -> ServerOffer:
         block = self.export.block_size_bytes
@@ -273,7 +225,9 @@ class NbdServer:
             if connection.phase is not Phase.ADMISSION:
                 continue
             self._emit(
-                "client-connected", peer=connection.peer, certificate=connection.certificate_name
+                "client-connected",
+                peer=connection.peer.name,
+                certificate=connection.certificate_name,
             )
             connection.enter()
 
@@ -309,12 +263,7 @@ class NbdServer:
             self._poll(connection)
 
     def writable(self, connection: Connection) -> None:
-        self._in_batch = True
-        self._cork()
-        try:
-            connection.writable()
-        finally:
-            self._settle()
+        self._run_batch(connection.writable)
 
     def mark(self, connection: Connection) -> None:
         self._marked.append(connection)
@@ -379,40 +328,17 @@ class NbdServer:
 
     # -- memory -------------------------------------------------------------------------
     def take(self, connection: Connection, length_bytes: int) -> memoryview | None:
-        if self._waiters and connection is not self._turn:
-            if connection not in self._waiters:
-                self._waiters.append(connection)
-            return None
-        buffer = self._pool.take(length_bytes)
-        if buffer is not None:
-            self._turn_served = True
-            return buffer
-        # One that got something in its turn goes to the end of the queue, else it stays in front.
-        if connection is self._turn and not self._turn_served:
-            self._waiters.appendleft(connection)
-        else:
-            self._waiters.append(connection)
-        self._await_memory()
-        return None
+        return self._memory.take(connection, length_bytes)
 
     def others_wait(self, connection: Connection) -> bool:
-        return bool(self._at_the_door) or any(waiter is not connection for waiter in self._waiters)
+        return bool(self._at_the_door) or self._memory.others_wait(connection)
 
-    def _await_memory(self) -> None:
-        if not self._pool_armed:
-            self._pool_armed = True
-            self._pool.when_free(self._memory_freed)
-
-    def _memory_freed(self) -> None:
-        self._pool_armed = False
+    def _run_batch(self, work: Callable[[], None]) -> None:
         self._in_batch = True
         self._cork()
         try:
-            while self._waiters and not self._pool_armed:
-                self._turn, self._turn_served = self._waiters.popleft(), False
-                self._turn.resume()
+            work()
         finally:
-            self._turn = None
             self._settle()
 
     # -- leaving ------------------------------------------------------------------------
@@ -429,12 +355,10 @@ class NbdServer:
             self._orphans.add(connection)
         if connection in self._at_the_door:
             self._at_the_door.remove(connection)
-        if connection in self._waiters:
-            self._waiters.remove(connection)
-            # It may have been the one that the others queued behind.
-            self.loop.call_soon(self._memory_freed)
+        if self._memory.leave(connection):
+            self.loop.call_soon(self._memory.serve)
         if connection.was_let_in:
-            self._emit("client-disconnected", peer=connection.peer)
+            self._emit("client-disconnected", peer=connection.peer.name)
         if reason is not None:
             self._report(connection.peer, reason)
         on_closed = self._adopted.pop(connection, None)
@@ -458,9 +382,9 @@ class NbdServer:
         if self._connections:
             self._sweeper = self.loop.call_later(_SWEEP_S, self._sweep)
 
-    def _report(self, peer: str, reason: str) -> None:
-        """Emit an event, but for one peer at most once a minute: a client must not fill the log."""
-        who = peer.rpartition(":")[0] or peer
+    def _report(self, peer: Peer, reason: str) -> None:
+        """Emit an event, for one origin at most once a minute: a client must not fill the log."""
+        who = peer.origin
         now = self.loop.time()
         last, held_back = self._reported.pop(who, (-_REPORT_S, 0))
         if now - last < _REPORT_S:
@@ -469,7 +393,7 @@ class NbdServer:
         self._reported[who] = (now, 0)
         if len(self._reported) > _REPORTED_PEERS:
             self._reported.popitem(last=False)
-        self._emit("client-dropped", peer=peer, reason=reason, held_back=held_back)
+        self._emit("client-dropped", peer=peer.name, reason=reason, held_back=held_back)
 
     async def drain(self, timeout_s: float) -> bool:
         """Accept nobody, finish the requests that were received, answer them, close.  False if
@@ -497,25 +421,3 @@ class NbdServer:
         quiet = self._quiet
         if quiet is not None and not quiet.done() and not self._connections and not self._orphans:
             quiet.set_result(None)
-
-
-def _tcp_socket(family: int, address: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _peer_name(sock: socket.socket, address: Any) -> str:
-    if sock.family == socket.AF_UNIX:
-        pid, uid = peer_credentials(sock)
-        return f"uid {uid}:pid {pid}"
-    host = f"[{address[0]}]" if ":" in address[0] else address[0]
-    return f"{host}:{address[1]}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, TypeVar
 
 from bitmapd.media.base import Export
 from bitmapd.nbd.numbers import Cmd
+from bitmapd.nbd.server.tls_worker import TlsWorker
 
-if TYPE_CHECKING:
-    from bitmapd.nbd.server.connection import Connection
+ConnectionT_contra = TypeVar("ConnectionT_contra", contravariant=True)
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class ConnectionLimits:
     contended_timeout_s: float = 10.0
 
 
-class Hub(Protocol):
+class Hub(Protocol[ConnectionT_contra]):
     """What a connection needs of the server it belongs to."""
 
     loop: asyncio.AbstractEventLoop
@@ -48,26 +48,28 @@ class Hub(Protocol):
     limits: ConnectionLimits
     stats: ServerStats
 
-    def readable(self, connection: Connection) -> None: ...
+    def readable(self, connection: ConnectionT_contra) -> None: ...
 
-    def writable(self, connection: Connection) -> None: ...
+    def writable(self, connection: ConnectionT_contra) -> None: ...
 
-    def mark(self, connection: Connection) -> None:
+    def tls_worker(self) -> TlsWorker: ...
+
+    def mark(self, connection: ConnectionT_contra) -> None:
         """Have `flush` called at the end of the batch."""
 
-    def take(self, connection: Connection, length_bytes: int) -> memoryview | None:
+    def take(self, connection: ConnectionT_contra, length_bytes: int) -> memoryview | None:
         """A buffer, or None and a `resume` when it is this connection's turn."""
 
     def give(self, buffer: memoryview) -> None: ...
 
-    def others_wait(self, connection: Connection) -> bool:
+    def others_wait(self, connection: ConnectionT_contra) -> bool:
         """Whether this connection, if it makes no progress, is in another one's way."""
 
-    def wants_in(self, connection: Connection) -> None:
+    def wants_in(self, connection: ConnectionT_contra) -> None:
         """Have `enter` called once no request of a dead connection is under way."""
 
-    def closed(self, connection: Connection, reason: str | None) -> None: ...
+    def closed(self, connection: ConnectionT_contra, reason: str | None) -> None: ...
 
-    def refused(self, connection: Connection, reason: str) -> None: ...
+    def refused(self, connection: ConnectionT_contra, reason: str) -> None: ...
 
-    def orphan_finished(self, connection: Connection) -> None: ...
+    def orphan_finished(self, connection: ConnectionT_contra) -> None: ...

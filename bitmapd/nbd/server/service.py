@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from bitmapd.nbd.numbers import Cmd, CmdFlag
 from bitmapd.nbd.server.hub import Hub
@@ -39,7 +40,7 @@ class Service:
     )
 
     def __init__(
-        self, hub: Hub, replies: Replies, out: Outbox, answered: Callable[[], None]
+        self, hub: Hub[Any], replies: Replies, out: Outbox, answered: Callable[[], None]
     ) -> None:
         self.in_flight = 0
         self._give = hub.give
