@@ -41,8 +41,8 @@ from bitmapd.control.events import EventLog, LineSink, format_line
 from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
-from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError, explain
-from bitmapd.hardening import protect_memory
+from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError, explain, printable
+from bitmapd.hardening import keep_standard_descriptors, protect_memory
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.tool import RecordMedium
 from bitmapd.volume.requestlog import check_log
@@ -307,7 +307,13 @@ def _daemonise(paths: Paths, name: str) -> int:
         return serve(paths, name, foreground=False)
 
 
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, AttributeError):  # standard error is full, or was closed
+        print(printable(text, keep="\n"), file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
+    keep_standard_descriptors()
     arguments = build_parser().parse_args(argv)
     paths = None
     try:
@@ -324,9 +330,9 @@ def main(argv: list[str] | None = None) -> int:
         error = problem if isinstance(problem, BitmapdError) else explain(problem)
         if paths is not None:
             _write_error(paths, arguments.name, error)
-        print(f"bitmapd: error: {error.message}", file=sys.stderr)
+        _say(f"bitmapd: error: {error.message}")
         if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+            _say(f"hint: {error.hint}")
         return error.exit_status
     if arguments.foreground:
         return serve(paths, arguments.name, foreground=True)

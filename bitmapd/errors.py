@@ -160,9 +160,30 @@ _BY_ERRNO: dict[int, type[BitmapdError]] = {
 }
 
 
+def class_for(error: OSError) -> type[BitmapdError]:
+    """The class, and so the exit status, that a system call's error has wherever it comes up."""
+    return _BY_ERRNO.get(error.errno or 0, BitmapdError)
+
+
+def refused(error: OSError, doing: str, hint: str | None = None) -> BitmapdError:
+    """A system call's error as one of ours, which says what was to be done: `cannot open X`."""
+    return class_for(error)(f"{doing}: {error.strerror or error}", hint)
+
+
 def explain(error: OSError, about: str | None = None) -> BitmapdError:
     """A system call's error as one of ours; it names the file, or else what it is `about`."""
-    cls = _BY_ERRNO.get(error.errno or 0, BitmapdError)
     named = about if error.filename is None else error.filename
     place = f"{named}: " if named is not None else ""
-    return cls(f"{place}{error.strerror or error}")
+    return class_for(error)(f"{place}{error.strerror or error}")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with `\\x1b` and the like for what a terminal would obey or hide: control
+    characters, marks of direction, halves of characters.  Names and messages may come from a
+    record, a server, a trace or a file name, and anybody may have written those."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode()
+        for char in text
+    )

@@ -1,4 +1,8 @@
-"""What keeps a process that serves writes from waiting for itself when memory is short (edge)."""
+"""What protects a process, and media from it, whatever it was started with (edge).
+
+`protect_memory` keeps one that serves writes from waiting for itself when memory is short.
+`keep_standard_descriptors` keeps a medium from becoming a place to print to.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,19 @@ _MCL_ONFAULT = 4
 _STACK_BYTES = 512 << 10  # of a thread; locked memory, and 8 MiB by default
 
 Emit = Callable[..., None]
+
+
+def keep_standard_descriptors() -> None:
+    """Open those of 0, 1 and 2 that the caller has closed, before anything else takes them.
+
+    A record that was opened as number 2 would be overwritten by what the libraries of this process,
+    or its children, print to standard error.
+    """
+    number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+    while number <= 2:
+        os.set_inheritable(number, True)
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
 
 
 def protect_memory(emit: Emit) -> None:

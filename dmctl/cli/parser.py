@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from bitmapd import __version__
 from bitmapd.errors import UsageError
 from bitmapd.units import parse_duration, parse_rate, parse_size
+from dmctl.cli.output import Output
 
 EXIT_CODES = """\
 exit status:
@@ -74,6 +76,10 @@ class Parser(argparse.ArgumentParser):
                 hint = f"did you mean '{near[0]}'? {hint}" if near else hint
         raise UsageError(message, hint)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """--help and --version: what argparse does with a stream that fails is its own affair."""
+        Output(os.environ).text(message)
+
 
 class PrintCompletion(argparse.Action):
     def __call__(
@@ -85,7 +91,8 @@ class PrintCompletion(argparse.Action):
     ) -> None:
         import shtab  # noqa: PLC0415  (slow to import, needed here only)
 
-        print(shtab.complete(parser, str(values), preamble=_VOLUMES[str(values)]))
+        script = shtab.complete(parser, str(values), preamble=_VOLUMES[str(values)])
+        Output(os.environ).text(script)
         parser.exit()
 
 

@@ -70,7 +70,7 @@ def udev_rules(context: Context, args: Namespace) -> int:
         if output.as_json:
             output.json("udev-rules", {"rules": text, "written": []})
         else:
-            output.line(text.rstrip("\n"))
+            output.text(text)
     else:
         if not systemd.is_host(context.paths):
             raise WrongStateError(

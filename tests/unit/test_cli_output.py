@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+from typing import Any
 
 import pytest
 
 from bitmapd.config import ConfigError, Problem
 from bitmapd.errors import BitmapdError, BusyError, NotFoundError, UsageError
 from dmctl.cli.context import combine, worst
-from dmctl.cli.output import Output
+from dmctl.cli.output import Output, OutputLost
 
 
 class Terminal(io.StringIO):
@@ -23,7 +25,7 @@ def new_output(
     *,
     tty: bool = False,
     typed: str = "",
-    **options: bool,
+    **options: Any,
 ) -> tuple[Output, io.StringIO, io.StringIO]:
     kind = Terminal if tty else io.StringIO
     out, err = kind(), kind()
@@ -70,6 +72,59 @@ def test_errors_are_told_even_if_quiet() -> None:
     output, _, err = new_output(quiet=True)
     output.error(BitmapdError("broken", "mend it"), "cannot start 'v'")
     assert err.getvalue() == "dmctl: error: cannot start 'v': broken\nhint: mend it\n"
+
+
+HOSTILE = "a\x1b[2Jb\rc\x9bd\u202ee\udcfff\x00"
+HARMLESS = "a\\x1b[2Jb\\rc\\x9bd\\u202ee\\udcfff\\x00"
+
+
+def test_2_nothing_from_elsewhere_commands_the_terminal() -> None:
+    output, out, err = new_output(tty=True, typed="y\n", verbose=1)
+    output.line(HOSTILE)
+    output.text(f"{HOSTILE}\nmore\n")
+    output.table(["A"], [[HOSTILE], [f"green:{HOSTILE}\n"]])
+    output.say(HOSTILE)
+    output.detail(HOSTILE)
+    output.error(BitmapdError(HOSTILE, HOSTILE), HOSTILE)
+    output.confirm(HOSTILE, HOSTILE, yes=False)
+    said = out.getvalue() + err.getvalue()
+    assert said.count(HARMLESS) == 11
+    for ours in ("\033[31m", "\033[32m", "\033[0m", "\n"):
+        said = said.replace(ours, "")
+    assert said.isprintable()
+
+
+def test_2_a_message_of_several_lines_has_one_beginning() -> None:
+    output, _, err = new_output()
+    output.error(BitmapdError("no\ndmctl: error: the disk is lost\n  a reason\x1b"))
+    assert err.getvalue() == (
+        "dmctl: error: no\n  dmctl: error: the disk is lost\n  a reason\\x1b\n"
+    )
+
+
+def test_2_json_is_exact_and_escaped() -> None:
+    output, out, _ = new_output()
+    output.event({"name": HOSTILE})
+    assert json.loads(out.getvalue()) == {"name": HOSTILE}
+    output.json("status", {"name": HOSTILE})
+    output.json_error(BitmapdError(HOSTILE))
+    assert out.getvalue().isascii()
+    assert out.getvalue().replace("\n", "").isprintable()
+
+
+class Full(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+
+def test_3_a_full_stdout_is_reported_and_a_full_stderr_is_not() -> None:
+    output = Output({}, stdout=Full(), stderr=Full(), stdin=Terminal("y\n"))
+    output.say("a")
+    output.error(BitmapdError("b", "c"))
+    output.confirm("lost", "Do it?", yes=False)
+    for write in (output.line, output.text, lambda text: output.json(text, {})):
+        with pytest.raises(OutputLost):
+            write("text")
 
 
 def test_json_has_its_version() -> None:

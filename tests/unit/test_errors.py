@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bitmapd import errors
-from bitmapd.errors import BitmapdError, BusyError, UsageError, error_from_json, explain
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    PermissionError_,
+    UsageError,
+    error_from_json,
+    explain,
+    printable,
+    refused,
+)
 
 CLASSES = [
     found
@@ -89,3 +101,21 @@ def test_a_system_error_names_the_file_or_what_it_is_about(
 
 def test_a_system_error_about_nothing_that_is_known() -> None:
     assert explain(OSError(5, "Input/output error")).message == "Input/output error"
+
+
+@given(st.text())
+def test_printable_text_is_printable_and_stays_as_it_is(text: str) -> None:
+    shown = printable(text)
+    assert shown.isprintable()
+    assert printable(shown) == shown
+    kept = printable(text, keep="\n")
+    assert kept.replace("\n", "").isprintable()
+    assert kept.count("\n") == text.count("\n")
+
+
+def test_a_refusal_has_the_class_of_its_number() -> None:
+    error = refused(OSError(errno.EACCES, "Permission denied"), "cannot open it", "be root")
+    assert type(error) is PermissionError_
+    assert (error.message, error.hint) == ("cannot open it: Permission denied", "be root")
+    assert type(refused(OSError("odd"), "cannot")) is BitmapdError
+    assert refused(OSError("odd"), "cannot").message == "cannot: odd"
