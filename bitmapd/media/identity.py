@@ -5,7 +5,7 @@ two device names that changed places at boot, are noticed before anything is cop
 
 1. An identity survives a reboot and a rename and changes when the medium is another one.  Block
    devices are known by what their driver or their partition table says (device-mapper UUID, WWN,
-   serial number, partition UUID), files by inode and time of birth, NBD exports by where they are.
+   serial number, partition UUID), files by what `file_identity` says, NBD exports by where they are.
    Sizes are kept beside the text and compared apart from it.
 2. A device that offers nothing lasting gets an identity marked `stable=False`; comparing it over
    a reboot proves nothing.
@@ -16,7 +16,6 @@ two device names that changed places at boot, are noticed before anything is cop
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import os
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Final
 
 from bitmapd.errors import BitmapdError, NotFoundError, PermissionError_, UsageError
+from bitmapd.media.file_identity import file_text
 from bitmapd.net.uri import is_uri, parse_uri
 
 SECTOR_BYTES: Final = 512  # of sysfs, whatever the device's own sectors are
@@ -63,7 +63,7 @@ def identify(target: str | Path) -> Identity:
     if stat.S_ISREG(found.st_mode):
         writable = os.access(text, os.W_OK)
         return Identity(
-            "file", _file_text(text, found), found.st_size, SECTOR_BYTES, None, not writable, True
+            "file", file_text(text, found), found.st_size, SECTOR_BYTES, None, not writable, True
         )
     node = _sys_node(found.st_rdev)
     disk = node.parent if (node / "partition").exists() else node
@@ -120,7 +120,7 @@ def _block_text(node: Path) -> tuple[str, bool]:
     if backing is not None:
         offset = _read(node / "loop/offset")
         try:
-            return f"loop:{_file_text(backing, os.stat(backing))}+{offset}", True
+            return f"loop:{file_text(backing, os.stat(backing))}+{offset}", True
         except OSError:
             return f"loop:{backing}+{offset}", False
     if (node / "partition").exists():
@@ -166,27 +166,6 @@ def _link_to(node: Path, folder: str) -> str:
         if device == f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}":
             return name
     return ""
-
-
-def _file_text(path: str, found: os.stat_result) -> str:
-    born_ns = _birth_ns(path)
-    return f"file:{found.st_ino}" + (f"@{born_ns}" if born_ns is not None else "")
-
-
-def _birth_ns(path: str) -> int | None:
-    """When the file was made, through statx(2), which the os module does not offer."""
-    statx = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
-    if statx is None:
-        return None
-    at_fdcwd, statx_btime, mask_at, btime_at = -100, 0x800, 0, 80
-    buffer = ctypes.create_string_buffer(256)
-    if statx(at_fdcwd, os.fsencode(path), 0, statx_btime, buffer) != 0:
-        return None
-    if not int.from_bytes(buffer.raw[mask_at : mask_at + 4], "little") & statx_btime:
-        return None
-    seconds = int.from_bytes(buffer.raw[btime_at : btime_at + 8], "little", signed=True)
-    nanoseconds = int.from_bytes(buffer.raw[btime_at + 8 : btime_at + 12], "little")
-    return seconds * 1_000_000_000 + nanoseconds
 
 
 def _nbd_text(uri: str) -> str:
