@@ -63,8 +63,17 @@ class Paths:
     def volume_file(self, name: str) -> Path:
         return self.volumes_dir / f"{name}.toml"
 
+    @property
+    def state_dir(self) -> Path:
+        return self.config_dir / "state"
+
     def state_file(self, uuid: UUID) -> Path:
-        return self.config_dir / "state" / f"{uuid}.json"
+        """The newest session of a record, and its primary at rest; goes with the volume."""
+        return self.state_dir / f"{uuid}.json"
+
+    def sides_file(self, uuid: UUID) -> Path:
+        """Which media were in sync, and when; stays when the volume is removed."""
+        return self.state_dir / f"{uuid}.sides"
 
     def control_socket(self, name: str) -> Path:
         return self.run_dir / f"{name}.ctl"

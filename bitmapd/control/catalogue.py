@@ -212,6 +212,15 @@ _EVENTS = (
         " NAME`",
     ),
     EventKind(
+        "sides-not-noted",
+        Level.WARNING,
+        ("file", "message"),
+        "that both sides are in sync could not be noted on this host: messages about a replaced"
+        " primary say less, and `create` does not ask",
+        "room for the file in the configuration's folder",
+        limited=True,
+    ),
+    EventKind(
         "state-unreadable",
         Level.WARNING,
         ("file", "message"),

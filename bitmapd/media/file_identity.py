@@ -6,12 +6,12 @@ The text is `file:INODE@BIRTH`, and behind it what else the file system keeps of
   from the old one.  ext4 and XFS draw it at random, so it tells two file systems apart as well,
   also where inodes hold no time of birth.
 - `+fs=` the file system.  Of ext2 to 4 and btrfs statfs has a number made of its UUID, for btrfs
-  with the subvolume in it: a file in a snapshot has the inode, birth and generation of the original.
+  with the subvolume in it: a file in a snapshot has inode, birth and generation of the original.
   Of XFS that number is the device's, which changes, so it is asked for its UUID (Linux 6.9).
 
 1. What the file system does not offer is left out.  A part that only one of two texts has is not
    compared: a record keeps its text when the kernel learns more.
-2. What a copy of a whole file system keeps (all of the above) cannot tell the copy from the original.
+2. A copy of a whole file system keeps all of the above until it is given a UUID of its own.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ two device names that changed places at boot, are noticed before anything is cop
 
 1. An identity survives a reboot and a rename and changes when the medium is another one.  Block
    devices are known by what their driver or their partition table says (device-mapper UUID, WWN,
-   serial number, partition UUID), files by what `file_identity` says, NBD exports by where they are.
+   serial number, partition UUID), files as `file_identity` says, NBD exports by where they are.
    Sizes are kept beside the text and compared apart from it.
 2. A device that offers nothing lasting gets an identity marked `stable=False`; comparing it over
    a reboot proves nothing.

@@ -23,20 +23,15 @@ from collections.abc import Callable
 from typing import Any
 
 from bitmapd.config import Paths, VolumeConfig, atomic_write
-from bitmapd.errors import BitmapdError, ForeignRecordError
+from bitmapd.errors import ForeignRecordError
 from bitmapd.media.fingerprint import fingerprint
-from bitmapd.media.identity import Identity, identify
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.hints import Hints, decode_hints, encode_hints
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, all_ones, page_count
+from bitmapd.volume.sides import CHAPTER, check_primary, secondary_holds, secondary_mismatch
 
 Emit = Callable[..., None]
-
-
-def _is_other(found: Identity, recorded: str) -> bool:
-    """Whether a medium is not the recorded one; one without a lasting identity may be any."""
-    return found.stable and found.text != recorded
 
 
 class RecordSession:
@@ -46,6 +41,7 @@ class RecordSession:
     def __init__(self, config: VolumeConfig, paths: Paths, emit: Emit) -> None:
         self._config = config
         self._emit = emit
+        self._paths = paths
         self._state_file = paths.state_file(config.uuid)
         self._begun = False
         self._medium = tool.RecordMedium.open(config.record)
@@ -63,16 +59,13 @@ class RecordSession:
 
     def _check(self, superblock: Superblock) -> None:
         config = self._config
-        again = (
-            f"dmctl remove {config.name}, then dmctl create {config.name} … --force: a new record,"
-            " and a full copy or --initial-sync checksum"
-        )
         if superblock.volume_uuid != config.uuid:
             raise ForeignRecordError(
                 f"record {config.record} belongs to volume '{superblock.name}'"
                 f" (uuid {superblock.volume_uuid})",
                 hint=f"check 'record' in the configuration of '{config.name}'",
             )
+        check_primary(config, self._paths, superblock, self.loaded.bits.count())
         state = self._known_state()
         known = int(state.get("session", 0))
         if superblock.session < known:
@@ -80,20 +73,9 @@ class RecordSession:
                 f"record {config.record} is of session {superblock.session}, but this host has"
                 f" seen session {known}: it was restored from an older copy and does not name"
                 " what was written since",
-                hint=again,
-            )
-        primary = identify(config.primary)
-        if _is_other(primary, superblock.primary):
-            raise ForeignRecordError(
-                f"primary {config.primary} is {primary.text}, the record was made for"
-                f" {superblock.primary}",
-                hint=again,
-            )
-        if (primary.size_bytes or 0) < superblock.geometry.size_bytes:
-            raise BitmapdError(
-                f"primary {config.primary} has {primary.size_bytes} bytes, the volume has"
-                f" {superblock.geometry.size_bytes}: it has shrunk",
-                hint="a volume cannot shrink; give the primary its size back",
+                hint=f"put the newest record back; if primary {config.primary} has the newest data:"
+                f" 'dmctl remove {config.name}', then 'dmctl create {config.name} … --force"
+                " --initial-sync checksum' copies what differs over the secondary",
             )
         self._check_at_rest(superblock, state)
 
@@ -113,11 +95,14 @@ class RecordSession:
             self._unsealed(f"cannot be compared with what it was when the volume stopped: {error}")
             return
         if found != sealed:
+            holds = secondary_holds(config, self._paths, superblock, self.loaded.bits.count())
             raise ForeignRecordError(
                 f"primary {config.primary} was written while volume '{config.name}' was stopped:"
-                " the secondary lacks what was written, and the record does not name it",
-                hint=f"'dmctl start {config.name} --resync-all' compares everything and copies"
-                " what differs",
+                " the secondary lacks what was written, and the record does not name it; as it was"
+                f" before, {holds}",
+                hint=f"if what was written is to stay, 'dmctl start {config.name} --resync-all'"
+                " compares everything and copies what differs over the secondary; if it was a"
+                f" mistake, see {CHAPTER}",
             )
 
     def _fingerprint(self, superblock: Superblock) -> str:
@@ -129,22 +114,7 @@ class RecordSession:
 
     def secondary_mismatch(self, size_bytes: int) -> str | None:
         """Why the medium that now answers as secondary is not the volume's, if so."""
-        config, superblock = self._config, self.superblock
-        if size_bytes < superblock.geometry.size_bytes:
-            return (
-                f"secondary {config.secondary} has {size_bytes} bytes, the volume has"
-                f" {superblock.geometry.size_bytes}"
-            )
-        try:
-            found = identify(config.secondary)
-        except BitmapdError as error:  # it went away between being opened and being looked at
-            return error.message
-        if _is_other(found, superblock.secondary):
-            return (
-                f"secondary {config.secondary} is {found.text}, the record was made for"
-                f" {superblock.secondary}"
-            )
-        return None
+        return secondary_mismatch(self._config, self.superblock, size_bytes)
 
     def begin(self) -> None:
         """Heal, and enter the new session."""
@@ -235,6 +205,7 @@ def distrust(config: VolumeConfig, paths: Paths) -> None:
                 f"record {config.record} belongs to volume '{superblock.name}'"
                 f" (uuid {superblock.volume_uuid})"
             )
+        check_primary(config, paths, superblock, loaded.bits.count())
         extents = superblock.geometry.extents
         ones = all_ones(superblock.geometry)
         tool.write_pages(

@@ -59,6 +59,7 @@ from bitmapd.volume.secondary import (
     wrong_secondary,
 )
 from bitmapd.volume.session import RecordSession
+from bitmapd.volume.sides import NoteKeeper
 from bitmapd.volume.status import describe, state_of
 from bitmapd.volume.verifying import Progress, Verifying
 
@@ -146,6 +147,9 @@ class Volume:
         self.gate.on_primary_error = self._primary_failed
         self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
         self._hints.begin()
+        self._note = NoteKeeper(
+            config, self._paths, lambda: self._session.superblock, loop, self._emit
+        )
         self._copy_pool = BufferPool(loop, COPY_POOL_BYTES)
         self.copier = Copier(
             geometry,
@@ -232,6 +236,8 @@ class Volume:
             if in_sync:
                 self._emit("in-sync")
             self._was_in_sync = in_sync
+        if in_sync:
+            self._note.in_sync()
         if self._verifying is not None and self.copier.state is CopyState.LINK_DOWN:
             self._verifying.cancel(errno.ENOTCONN, "the secondary went away")
         self._changed.set()
@@ -285,6 +291,7 @@ class Volume:
             self._tick_timer.cancel()
         self._recording.close()
         await self._hints.save()
+        await self._note.end()
         while self._engine.in_flight:
             await asyncio.sleep(0)
 
@@ -337,6 +344,7 @@ class Volume:
         clean = self.gate.in_sync and not self._store.recorded_extents
         if clean:
             self._session.finish()
+            await self._note.save()
         return clean
 
     # -- commands -------------------------------------------------------------------------

@@ -6,6 +6,8 @@
    was never started: creating the volume again overwrites it without being forced to.
 3. What is in use is never taken, and the primary is never written.  `--force` overrides what was
    found on the record and on the secondary, and nothing else.
+4. A secondary that is known to have been in sync with another primary may be the last good copy:
+   overwriting it is asked for, and only `--yes` answers.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
 from bitmapd.units import human_size
+from bitmapd.volume.sides import forget_copies, good_copies
 from dmctl.cli.context import Context, combine
 from dmctl.cli.media import first_difference, open_export, open_file
 from dmctl.cli.plan import build_commands
@@ -83,6 +86,7 @@ class Findings:
     force: bool
     errors: list[BitmapdError] = field(default_factory=list)
     overridden: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # copies that are overwritten, to be asked for
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
@@ -126,6 +130,12 @@ def create(context: Context, args: Namespace) -> int:
         raise combine(found.errors, doing)
     plan = _plan(config, superblock, found)
     if not args.dry_run:
+        if found.lost:
+            context.output.confirm(
+                f"this may overwrite the last good copy: {'; '.join(found.lost)}",
+                f"Overwrite {config.secondary} with {config.primary}?",
+                yes=args.yes,
+            )
         try:
             _make(context, config, superblock, table)
         except OSError as error:
@@ -225,6 +235,8 @@ def _check(
     if geometry is None:
         return None
     size_bytes = _check_secondary(found, config, geometry, secondary)
+    if secondary is not None and config.initial_sync != "skip":
+        _check_copies(context, found, config, primary, secondary)
     superblock = Superblock(
         volume_uuid=config.uuid,
         name=name,
@@ -376,6 +388,20 @@ def _check_secondary(
     return have
 
 
+def _check_copies(
+    context: Context,
+    found: Findings,
+    config: VolumeConfig,
+    primary: Identity,
+    secondary: Identity,
+) -> None:
+    """Whether the secondary was in sync with another primary."""
+    old: Superblock | None = None
+    with suppress(BitmapdError):  # what is wrong with the record is told by its own check
+        old = tool.probe(config.record)
+    found.lost += good_copies(context.paths, old, primary.text, secondary.text)
+
+
 def _check_size(
     found: Findings, config: VolumeConfig, need: int, have: int, block_bytes: int
 ) -> None:
@@ -483,7 +509,7 @@ def _plan(config: VolumeConfig, superblock: Superblock, found: Findings) -> dict
         "attach": config.attach,
         "device": device_of(config),
         "listen": None if config.attach == "dm" else config.listen,
-        "overwritten": list(found.overridden),
+        "overwritten": [*found.overridden, *found.lost],
         "notes": notes,
     }
 
@@ -504,3 +530,4 @@ def _make(
         with suppress(BitmapdError, OSError):
             wipe(config)
         raise
+    forget_copies(context.paths, superblock.secondary)

@@ -248,8 +248,10 @@ def _volumes(commands: Commands) -> None:
         "create a volume, without starting it",
         "Everything is checked before anything is changed, and every reason against it is listed."
         " Then the record is formatted and the configuration is written. The secondary is"
-        " overwritten when the volume is started, unless --initial-sync says otherwise. Sizes are"
-        " whole numbers with B KiB MiB GiB TiB or k m g t, durations such as 250ms 5s 2min 1h.",
+        " overwritten when the volume is started, unless --initial-sync says otherwise; one that"
+        " was in sync with another primary may be the last good copy: then a question is asked."
+        " Sizes are whole numbers with B KiB MiB GiB TiB or k m g t, durations such as 250ms 5s"
+        " 2min 1h.",
     )
     _name(create)
     for option, metavar, text in (
@@ -290,8 +292,9 @@ def _volumes(commands: Commands) -> None:
         "--force",
         action="store_true",
         help="overwrite a record that belongs to another volume or is not clean, and what else was"
-        " found on record or secondary; there is no further question",
+        " found on record or secondary; it does not answer the question about a good copy",
     )
+    _yes(create)
 
     start = _command(
         commands,

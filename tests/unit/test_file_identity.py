@@ -1,4 +1,4 @@
-"""file_identity: what a file keeps over a mount, and what tells it from a file that looks like it."""
+"""file_identity: what a file keeps over a mount, and what tells it from one that looks like it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make(image: Path, kind: str) -> None:
     options, size_bytes = KINDS[kind]
     sparse_file(image, size_bytes)
     try:
-        run(f"mkfs.{kind.split()[0]}", *options, str(image))
+        run(f"mkfs.{kind.split(maxsplit=1)[0]}", *options, str(image))
     except (RuntimeError, FileNotFoundError) as error:
         pytest.skip(f"NEEDS mkfs of {kind}: {error}")
 
