@@ -72,7 +72,7 @@ from dmctl.model.names import Layer, layer_name
 OPTION_KEYS = (
     "primary", "secondary", "record", "attach", "listen", "extent_size", "block_size",
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
-    "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
+    "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
 )  # fmt: skip
 _UNSTABLE_NAME = re.compile(r"/dev/(sd[a-z]+|vd[a-z]+|xvd[a-z]+|nvme\d+n\d+)(p?\d+)?")
 

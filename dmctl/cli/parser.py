@@ -277,6 +277,8 @@ def _volumes(commands: Commands) -> None:
          " that both are equal; skip is refused where samples differ (default full)"),
         ("--predictor", "NAME", "policy for what the record names (default superset)"),
         ("--copy-rate", "RATE", "upper bound for copying, such as 100MiB/s (default none)"),
+        ("--late-writes", "DURATION", "for how long a server may go on to carry out what a lost"
+         " connection had sent (default 10min); see 'What may land late' in docs/recovery.md"),
         ("--tls-certificates", "DIR", "folder with certificates for nbds://"),
         ("--metrics-listen", "ADDRESS", "serve metrics at unix:PATH or 127.0.0.1:PORT"),
     ):  # fmt: skip
@@ -439,9 +441,9 @@ def _copying(commands: Commands) -> None:
         "set",
         "copying:change",
         "change settings of a running volume",
-        "Keys: copy-rate, record-limit, resync-target, era-interval, predictor, and trace=FILE,"
-        " which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that. The new"
-        " values are also written to the volume's configuration.",
+        "Keys: copy-rate, record-limit, resync-target, era-interval, predictor, late-writes, and"
+        " trace=FILE, which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that."
+        " The new values are also written to the volume's configuration.",
     )
     _name(change)
     change.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="what to change")

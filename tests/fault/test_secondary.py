@@ -27,6 +27,8 @@ SKIP = ["--initial-sync", "skip", "--era-interval", "100ms"]
 
 # They would fill the record of so small a volume at once.
 NO_PREDICTIONS = ("--predictor", "lru")
+# These servers are killed with what they had received, or answer again within a second.
+LATE = "3s"
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def mirrored(folder: Path, target: str | None, backing: Path, *options: str) -> 
     volume = Volume(
         folder,
         SIZE,
-        options=[*SKIP, *options],
+        options=[*SKIP, "--late-writes", LATE, *options],
         secondary_target=target,
         media={"secondary": backing},
     )
@@ -61,6 +63,8 @@ def scatter(volume: Volume, seed: int, count: int = 24, length: int = 64 * KIB) 
 
 def end_equal(volume: Volume) -> None:
     """Comes into sync, stops with an empty record, and both sides are the same."""
+    volume.wait_in_sync()
+    volume.until(lambda status: status["suspect_bytes"] == 0)
     volume.wait_in_sync()
     volume.stop()
     assert volume.recorded() == set()
