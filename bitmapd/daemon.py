@@ -202,11 +202,11 @@ class Daemon:
         return await self.volume.verify(bool(args.get("repair", False)), progress)
 
     async def _pause(self, args: dict[str, Any], progress: Progress) -> Any:
-        self.volume.pause()
+        await self.volume.pause()
         return {"state": self.volume.state}
 
     async def _resume(self, args: dict[str, Any], progress: Progress) -> Any:
-        self.volume.resume()
+        await self.volume.resume()
         return {"state": self.volume.state}
 
     async def _set(self, args: dict[str, Any], progress: Progress) -> Any:

@@ -54,10 +54,18 @@ _EVENTS = (
     EventKind(
         "stopped",
         Level.NOTICE,
-        ("clean", "record_extents"),
+        ("clean", "record_extents", "paused"),
         "the process ends; `clean` means that the record is empty",
-        "with `clean=false` the next start copies what is left",
+        "with `clean=false` the next start copies what is left, unless the volume is `paused`",
     ),
+    EventKind(
+        "paused",
+        Level.NOTICE,
+        ("message",),
+        "nothing is copied until `resumed`; with `message` at a start that found the volume paused",
+        "*Paused*",
+    ),
+    EventKind("resumed", Level.NOTICE, (), "a pause has ended: copying goes on", "nothing"),
     EventKind(
         "failed",
         Level.CRITICAL,

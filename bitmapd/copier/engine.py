@@ -128,10 +128,13 @@ class Copier:
         )
 
     # -- control --------------------------------------------------------------------------
-    def start(self) -> None:
+    def start(self, *, paused: bool = False) -> None:
         """Begin to copy; if the secondary is not there, begin to look for it."""
         self._next_settle = self._scheduler.time() + SETTLE_INTERVAL_S
-        self._go_on()
+        if paused:
+            self._set_state(CopyState.PAUSED)
+        else:
+            self._go_on()
         self._on_timer()
 
     def pause(self) -> None:
@@ -243,6 +246,8 @@ class Copier:
         if self.state is CopyState.STOPPED:
             self._check_stopped()
             return
+        if self.state is CopyState.PAUSED and self.idle and self.on_change is not None:
+            self.on_change()  # whoever asked for the pause waits for this
         running = self.state is CopyState.RUNNING
         # With a direct path eras end whatever the secondary does: the kernel's table follows the
         # record at barriers.

@@ -12,6 +12,8 @@ It stands in two copies, written one after the other; docs/format.md has the off
    a change before its update is complete.
 4. `session` grows with every start of the volume: a record that was restored from a copy is known
    by its lower number.
+5. A pause is an incompatible feature and not a flag: a program that does not know of it would copy
+   over the secondary that the pause protects, so it has to refuse the record.
 """
 
 from __future__ import annotations
@@ -34,8 +36,16 @@ SUPERBLOCK_OFFSETS: Final = (0, 65536)
 
 MAGIC: Final = b"\x93bitmapd-record\n"
 FORMAT_VERSION: Final = 1
-# No feature is defined yet; a bit that is not in these masks is unknown.
-KNOWN_INCOMPATIBLE: Final = 0
+
+
+class Incompatible(enum.IntFlag):
+    """Features that a program has to know to use the record at all."""
+
+    PAUSED = 1  # nothing is copied to the secondary until `dmctl resume`
+
+
+# A bit that is not in these masks is unknown.
+KNOWN_INCOMPATIBLE: Final = int(Incompatible.PAUSED)
 KNOWN_COMPATIBLE_READ_ONLY: Final = 0
 KNOWN_COMPATIBLE: Final = 0
 MAX_GENERATIONS: Final = 4
@@ -123,6 +133,10 @@ class Superblock:
     @property
     def clean(self) -> bool:
         return bool(self.flags & RecordFlag.CLEAN)
+
+    @property
+    def paused(self) -> bool:
+        return bool(self.incompatible & Incompatible.PAUSED)
 
     @property
     def page_count(self) -> int:

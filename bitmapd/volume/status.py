@@ -65,6 +65,7 @@ def describe(
         "record_errors_total": store.errors,
         "record_wait_seconds": round(store.write_age_s, 3),
         "read_errors_total": copier.read_errors,
+        "paused": copier.state is CopyState.PAUSED,
     }
 
 

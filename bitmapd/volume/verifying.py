@@ -7,6 +7,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
 from bitmapd.gate.gate import Gate
@@ -82,3 +83,31 @@ class Verifying:
         if error.errno == errno.ECANCELED:
             return WrongStateError(message)
         return BitmapdError(message)
+
+
+async def repaired(
+    gate: Gate,
+    copier: Copier,
+    now_s: float,
+    until: Callable[[Callable[[], bool]], Awaitable[None]],
+) -> None:
+    """Return when what was marked before `now_s` is durable on the secondary.
+
+    If copying stands still before that, the error says so: the record names what is left.
+    """
+
+    def copied() -> bool:
+        oldest_s = gate.oldest_dirty_s()
+        return gate.in_sync or (oldest_s is not None and oldest_s > now_s)
+
+    copier.wake()
+    await until(lambda: copied() or copier.state is not CopyState.RUNNING or copier.stuck)
+    if copied():
+        return
+    left = "what differs is in the record, and has not been copied"
+    if copier.state is CopyState.LINK_DOWN:
+        raise UnreachableError(f"{left}: the secondary went away", hint="it is copied later")
+    if copier.state is CopyState.RUNNING:
+        raise BitmapdError(f"{left}: one side refuses it", hint="'dmctl events' says which")
+    why = "paused" if copier.state is CopyState.PAUSED else "stopped"
+    raise WrongStateError(f"{left}: the volume was {why}")

@@ -6,8 +6,8 @@ it).  They are served as soon as the record has been read; the copying of what i
 meanwhile.
 
 Clean stop: hosts first (requests that were received are carried out and answered), then
-copy what is left, flush both sides, empty the record, mark it clean.  A stop with `now`, or one
-while the secondary is away, leaves in the record what is not copied.
+copy what is left, flush both sides, empty the record, mark it clean.  A stop with `now`, of a
+volume that is paused, or while the secondary is away, leaves in the record what is not copied.
 
 A crash at any point of either leaves a record that names whatever differs.
 """
@@ -48,6 +48,7 @@ from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from bitmapd.volume.hints import HintKeeper
+from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.recovery import Recovery
 from bitmapd.volume.requestlog import Recording
 from bitmapd.volume.resize import grow_record, wanted_geometry
@@ -61,7 +62,7 @@ from bitmapd.volume.secondary import (
 from bitmapd.volume.session import RecordSession
 from bitmapd.volume.sides import NoteKeeper
 from bitmapd.volume.status import describe, state_of
-from bitmapd.volume.verifying import Progress, Verifying
+from bitmapd.volume.verifying import Progress, Verifying, repaired
 
 COPY_POOL_BYTES = 16 << 20
 TICK_S = 1.0
@@ -179,7 +180,8 @@ class Volume:
         await self._mode.begin(
             self._engine, self.gate, self._store, lambda: self.copier.idle, opened
         )
-        self.copier.start()
+        self._pausing = Pausing(config.name, self._session, self.copier, self._until, self._emit)
+        self.copier.start(paused=self._pausing.stored)
         self._tick_timer = loop.call_later(TICK_S, self._tick)
 
     def _warn_if_buffered(self) -> None:
@@ -272,18 +274,21 @@ class Volume:
         await self._mode.last_writes(self._end_eras)
         if not now:
             await self._drain()
+        await self._pausing.close()
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         if now or self._hurried:
             leave_at_once(self._secondary)
         await stopped.wait()
         clean = await self._empty_record()
-        self._emit("stopped", clean=clean, record_extents=self._store.recorded_extents)
+        extents = self._store.recorded_extents
+        paused = self._pausing.stored
+        self._emit("stopped", clean=clean, record_extents=extents, paused=paused)
         await self._finish()
         await self._mode.detach(self._primary.close)
         self._session.seal()
         self._close()
-        return {"clean": clean, "record_extents": self._store.recorded_extents}
+        return {"clean": clean, "record_extents": extents, "paused": paused}
 
     async def _finish(self) -> None:
         """What is done last while everything is still open."""
@@ -318,8 +323,6 @@ class Volume:
 
     async def _drain(self) -> None:
         """Copy what is left, as long as there is a secondary and something that can be copied."""
-        if self.copier.state is CopyState.PAUSED:
-            self.copier.resume()
 
         def drained() -> bool:
             if self._hurried or self.copier.state is not CopyState.RUNNING:
@@ -348,16 +351,19 @@ class Volume:
         return clean
 
     # -- commands -------------------------------------------------------------------------
-    def pause(self) -> None:
-        self.copier.pause()
+    async def pause(self) -> None:
+        """Copy nothing more until `resume`, whatever becomes of this process."""
+        await self._pausing.pause()
 
-    def resume(self) -> None:
-        self.copier.resume()
+    async def resume(self) -> None:
+        await self._pausing.resume()
 
     async def wait(self, state: str) -> None:
-        """Return when the volume is `in-sync` (or `started`, which it is)."""
+        """Return when the volume is `in-sync` (or `started`, which it is).  One that is paused does
+        not become so: WrongStateError."""
         if state == "in-sync":
-            await self._until(lambda: self._in_sync)
+            await self._until(lambda: self._in_sync or self._pausing.paused)
+            self._pausing.refuse("it does not come into sync")
         elif state != "started":
             raise UsageError(f"cannot wait for {state!r} here")
 
@@ -366,10 +372,7 @@ class Volume:
 
         Without `checksum` a volume in sync is left alone.
         """
-        if self.copier.state is CopyState.PAUSED:
-            raise WrongStateError(
-                f"volume '{self.config.name}' is paused", hint=f"dmctl resume {self.config.name}"
-            )
+        self._pausing.refuse("nothing is copied")
         extents = 0
         if checksum and self.copier.pass_blocks is None:
             extents = self._store.recorded_extents
@@ -387,6 +390,8 @@ class Volume:
             raise BusyError(f"volume '{self.config.name}' is being verified already")
         if self.copier.state is CopyState.LINK_DOWN:
             raise UnreachableError(f"secondary {self.config.secondary} cannot be reached")
+        if repair:
+            self._pausing.refuse("nothing is repaired")
         self._verifying = Verifying(
             self._loop, self.geometry, self.gate, self._primary, self._secondary, repair=repair
         )
@@ -402,8 +407,7 @@ class Volume:
                 message=f"primary and secondary differ at byte {offset}, outside the record",
             )
         if repair and result.repaired_bytes:
-            self.copier.wake()
-            await self._until(lambda: self._in_sync)
+            await repaired(self.gate, self.copier, self._loop.time(), self._until)
         return {
             "compared_bytes": result.compared_bytes,
             "unexpected_bytes": result.unexpected_bytes,
@@ -451,6 +455,7 @@ class Volume:
             self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
         self.left = True
         self._on_change()
+        await self._pausing.close()
         await mode.hold_hosts()
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)

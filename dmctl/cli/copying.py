@@ -120,8 +120,13 @@ def _tell(context: Context, name: str, verb: str, result: dict[str, Any], said: 
     return 0
 
 
+def is_paused(context: Context, name: str) -> bool:
+    """Whether a running volume copies nothing until `resume`."""
+    return bool(_ask(context, name, "status", {}).get("paused"))
+
+
 def pause(context: Context, args: Namespace) -> int:
-    return _simple(context, args.name, "pause", {}, "copying is paused")
+    return _simple(context, args.name, "pause", {}, "copying is paused until 'dmctl resume'")
 
 
 def resume(context: Context, args: Namespace) -> int:

@@ -18,6 +18,7 @@ from bitmapd.config import (
 )
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
 from dmctl.cli.context import Context, each, selected
+from dmctl.cli.copying import is_paused
 from dmctl.cli.processes import POLL_S, Watched, is_running, launch, start_lock
 from dmctl.model.assembly import local_media
 
@@ -35,8 +36,10 @@ def start(context: Context, args: Namespace) -> int:
                 launch(context.paths, name, args.timeout)
                 result = "started"
         already = " already" if result == "running" else ""
-        context.output.say(f"volume '{name}' runs{already}: {device_of(config)}")
-        return {"result": result, "device": device_of(config)}
+        paused = is_paused(context, name)
+        stands = f"; copying is paused, 'dmctl resume {name}' ends that" if paused else ""
+        context.output.say(f"volume '{name}' runs{already}: {device_of(config)}{stands}")
+        return {"result": result, "device": device_of(config), "paused": paused}
 
     return each(context, "start", selected(context, args, default_all=False), "start", one)
 
@@ -62,9 +65,11 @@ def stop(context: Context, args: Namespace) -> int:
                 raise
             _must_exist(context, name)
             context.output.say(f"volume '{name}' is stopped already")
-            return {"result": "not running", "clean": None, "record_extents": None}
+            return dict.fromkeys(("clean", "record_extents", "paused")) | {"result": "not running"}
         left = answer.get("record_extents")
         rest = "" if answer.get("clean") else f"; {left} extents are left in its record"
+        if answer.get("paused"):
+            rest += f"; it stays paused, until 'dmctl resume {name}' after the next start"
         context.output.say(f"volume '{name}' is stopped{rest}")
         return {"result": "stopped", **answer}
 

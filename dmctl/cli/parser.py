@@ -319,7 +319,8 @@ def _volumes(commands: Commands) -> None:
         "lifecycle:stop",
         "stop volumes cleanly",
         "Requests are finished, what is left is copied, the record is marked clean. A stopped"
-        " volume is left alone. If the secondary is away, what is left stays in the record.",
+        " volume is left alone. If the secondary is away or the volume is paused, what is left"
+        " stays in the record.",
     )
     _names(stop)
     stop.add_argument("--now", action="store_true", help="leave what is not copied in the record")
@@ -430,8 +431,10 @@ def _copying(commands: Commands) -> None:
         commands,
         "pause",
         "copying:pause",
-        "stop copying",
-        "Hosts go on writing, and the record grows.",
+        "copy nothing to the secondary, until 'dmctl resume'",
+        "Hosts go on writing, and the record grows. Returns when nothing is under way to the"
+        " secondary any more. The pause is kept in the record: it lasts over 'dmctl stop', crashes"
+        " and reboots, and a stop then leaves in the record what is not copied.",
     )
     _name(pause)
     resume = _command(commands, "resume", "copying:resume", "go on copying after a pause")

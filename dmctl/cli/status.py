@@ -80,7 +80,7 @@ def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> 
         "size_bytes", "dirty_bytes", "lag_seconds", "record_bytes", "record_extents",
         "record_limit_bytes", "writes_total", "hits_total", "misses_total",
         "record_updates_total", "record_clears_total", "copied_bytes_total", "era", "resync",
-        "last_recovery",
+        "last_recovery", "paused",
     )  # fmt: skip
     return {
         "name": config.name,
@@ -116,6 +116,7 @@ def _stopped(config: VolumeConfig, error: dict[str, str] | None) -> dict[str, An
         "extent_size_bytes": geometry.extent_bytes,
         "block_size_bytes": geometry.block_bytes,
         "record_extents": extents,
+        "paused": loaded.superblock.paused,
         "record_bytes": min(extents * geometry.extent_bytes, geometry.size_bytes),
     }
     if config.resync_target_s is None:

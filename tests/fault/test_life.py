@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
+import select
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.support import rawnbd
@@ -276,11 +279,45 @@ def test_pause_and_resume(short_path: Path) -> None:
         assert figures["copied_bytes_total"] == 0
         assert figures["dirty_bytes"] == 6 * MIB
         assert set(range(4, 10)) <= volume.recorded()
-        assert volume.refused("resync", volume.name)["exit_status"] == 14
-        volume.kill()  # a pause does not outlive the process, what it held back does
-        assert volume.differing() == set(range(4, 10))
+        for refused in (
+            ("resync", volume.name),
+            ("wait", volume.name, "--for", "in-sync"),
+            ("verify", volume.name, "--repair"),
+        ):
+            error = volume.refused(*refused)
+            assert error["exit_status"] == 14
+            assert error["hint"] == f"dmctl resume {volume.name}"
+        assert volume.dmctl_process("status", "--check").returncode == 101
+        before = volume.secondary.read_bytes()
+        for end in (volume.kill, volume.stop, partial(volume.stop, "--now")):
+            end()
+            assert volume.secondary.read_bytes() == before
+            assert volume.differing() == set(range(4, 10)) <= volume.recorded()
+            assert volume.status()["paused"] is True
+            said = volume.dmctl_process("start", volume.name).stderr
+            assert "copying is paused, 'dmctl resume vol0' ends that" in said
+            assert volume.status()["state"] == "paused"
+        stopped = volume.dmctl_process("stop", volume.name)
+        assert "it stays paused" in stopped.stderr
         volume.start()
-        volume.dmctl("pause", volume.name)
+        volume.dmctl("resume", volume.name)
+        end_equal(volume)
+
+
+def test_a_kill_at_any_moment_of_a_pause_or_a_resume(short_path: Path) -> None:
+    """The next start is as the answer said; without an answer it is either."""
+    with started(short_path) as volume:
+        wanted = random.Random(7)
+        for round_ in range(8):
+            verb, paused = (("pause", True), ("resume", False))[round_ % 2]
+            with volume.control() as control:
+                control.send(verb)
+                answered = bool(select.select([control], [], [], wanted.random() / 300)[0])
+                volume.kill()
+            found = volume.status()["paused"]
+            assert found is paused or not answered
+            volume.start()
+            assert volume.ask("status")["paused"] is found
         volume.dmctl("resume", volume.name)
         end_equal(volume)
 

@@ -46,6 +46,7 @@ def test_case_10_beyond_the_limit_dirty_extents_stay_and_writes_go_on(short_path
         assert volume.differing() == set(order)
         assert set(order) <= volume.recorded()
         volume.start()
+        volume.ask("resume")  # a pause lasts over a crash
         volume.wait_in_sync()
         assert volume.until(lambda status: status["record_extents"] <= LIMIT)
         volume.stop()

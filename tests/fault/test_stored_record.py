@@ -33,6 +33,12 @@ def stopped(folder: Path) -> Iterator[Volume]:
         yield volume
 
 
+def go_on(volume: Volume) -> None:
+    """Start it; its pause has lasted over the stop."""
+    volume.start()
+    volume.ask("resume")
+
+
 def overwrite(path: Path, offset_bytes: int, data: bytes) -> None:
     with path.open("r+b") as file:
         file.seek(offset_bytes)
@@ -68,7 +74,7 @@ def test_case_16_bit_rot_in_a_page_counts_as_ones(short_path: Path, slots: tuple
         if len(slots) == 2:
             assert checked.returncode == 20
             assert recorded == set(range(EXTENTS))
-        volume.start()
+        go_on(volume)
         with volume.events() as events:
             if len(slots) == 2:
                 told = events.wait("record-damaged")
@@ -89,7 +95,7 @@ def test_case_17_one_bad_superblock_is_mended_from_the_other(short_path: Path) -
         folder.mkdir()
         with stopped(folder) as volume:
             flip(volume.record, SUPERBLOCK_OFFSETS[number] + 64)
-            volume.start()
+            go_on(volume)
             with volume.events() as events:
                 events.wait("record-damaged")
             end_equal(volume)
@@ -116,7 +122,7 @@ def test_case_17_a_lost_record_is_no_clean_one(short_path: Path, damage: str) ->
         volume.dmctl("remove", volume.name, "--yes")
         volume.options = ["--initial-sync", "checksum", "--force"]
         volume.create()
-        volume.start()
+        go_on(volume)
         with volume.events() as events:
             recovery = events.wait("recovery-finished")
         assert recovery["bytes_total"] == SIZE
@@ -129,7 +135,7 @@ def test_case_18_an_older_copy_of_the_record_is_refused(short_path: Path) -> Non
     with stopped(short_path) as volume:
         backup = short_path / "backup"
         shutil.copyfile(volume.record, backup)
-        volume.start()
+        go_on(volume)
         volume.ask("pause")
         volume.write(20 * MIB, noise(2, 2 * MIB))
         volume.stop("--now")
@@ -144,7 +150,7 @@ def test_case_18_an_older_copy_of_the_record_is_refused(short_path: Path) -> Non
         volume.dmctl("remove", volume.name, "--yes")
         volume.options = ["--initial-sync", "checksum", "--force"]
         volume.create()
-        volume.start()
+        go_on(volume)
         end_equal(volume)
 
 
@@ -160,7 +166,7 @@ def test_case_15_a_record_moves_to_another_device(short_path: Path) -> None:
         volume.record.unlink()
         volume.record = moved
         assert volume.recorded() == recorded
-        volume.start()
+        go_on(volume)
         with volume.events() as events:
             recovery = events.wait("recovery-finished")
         assert recovery["bytes_total"] == len(recorded) * MIB
@@ -173,7 +179,7 @@ def test_case_15_a_record_moves_to_another_device(short_path: Path) -> None:
 def test_case_27_a_second_daemon_ends_and_the_first_notices_nothing(short_path: Path) -> None:
     with Volume(short_path, SIZE, options=SKIP) as volume:
         volume.create()
-        volume.start()
+        go_on(volume)
         volume.write(0, noise(1, MIB))
         volume.wait_in_sync()
         pid = volume.pid

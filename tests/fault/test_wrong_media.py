@@ -47,6 +47,7 @@ def test_case_08_another_secondary_is_refused_at_the_start(short_path: Path, oth
         assert not volume.socket.exists()
         kept.rename(volume.secondary)
         volume.start()
+        volume.ask("resume")  # a pause lasts over a stop
         end_equal(volume)
 
 

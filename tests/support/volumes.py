@@ -102,6 +102,9 @@ class Control:
         self._lines.close()
         self._socket.close()
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
     def send(self, verb: str, **args: Any) -> None:
         self._socket.sendall(json.dumps({"verb": verb, "args": args}).encode() + b"\n")
 

@@ -43,6 +43,13 @@ def write(cli: Cli, offset_bytes: int, data: bytes, name: str = "vol0") -> None:
         assert host.reply().error == 0
 
 
+def fall_behind(cli: Cli) -> None:
+    """Two MiB are left to copy, for half a minute; four are free at first."""
+    cli.ok("set", "vol0", "copy-rate=64KiB")
+    for mib in range(6):
+        write(cli, mib * MIB, b"z" * MIB)
+
+
 # -- the way of a volume ----------------------------------------------------------------------
 
 
@@ -87,6 +94,7 @@ def test_starting_and_stopping_again_is_a_success_that_does_nothing(started: Cli
             "name": "vol0",
             "result": "running",
             "device": started.status()["device"],
+            "paused": False,
             "error": None,
         }
     ]
@@ -314,8 +322,7 @@ def test_wait(started: Cli) -> None:
 
 
 def test_wait_for_in_sync_ends_with_the_time_or_with_the_volume(started: Cli) -> None:
-    started.ok("pause", "vol0")
-    write(started, 0, b"z" * 4096)
+    fall_behind(started)
     short = started.call("wait", "vol0", "--for", "in-sync", "--timeout", "200ms")
     assert short.status == 40
     with started.popen("wait", "vol0", "--for", "in-sync") as waiting:
@@ -335,7 +342,8 @@ def test_pause_resume_resync(started: Cli) -> None:
     write(started, MIB, b"w" * 4096)
     assert started.call("resync", "vol0").status == 14
     told = started.ok("resync", "--all").err
-    assert told == "passed over: volume 'vol0' is paused; first: dmctl resume vol0\n"
+    reason = "volume 'vol0' is paused: nothing is copied; first: dmctl resume vol0"
+    assert told == f"passed over: {reason}\n"
     assert started.ok("--quiet", "resync", "--all").err == ""
     row = started.ok("--quiet", "resync", "--all", "--json").json["volumes"][0]
     assert (row["result"], row["error"]) == ("passed over", None)

@@ -254,6 +254,7 @@ def test_sigkill_loses_nothing_that_was_acknowledged(local: LocalVolume, start: 
     assert recorded >= {1, 6}
     again = start(local)
     again.until("started")
+    again.call("resume")
     again.call("wait", **{"for": "in-sync"})
     recovery = again.call("status")["last_recovery"]
     assert (recovery["reason"], recovery["bytes_total"]) == ("crash", len(recorded) * MIB)
@@ -324,7 +325,7 @@ def test_verbs(local: LocalVolume, start: Starter) -> None:
     assert process.call("verify", repair=True)["repaired_bytes"] == 64 * KIB
     assert process.call("resize") == {"size_bytes": 8 * MIB, "changed": False}
     assert process.call("status")["name"] == "vol0"
-    assert process.call("stop") == {"clean": True, "record_extents": 0}
+    assert process.call("stop") == {"clean": True, "record_extents": 0, "paused": False}
     assert process.ended() == 0
 
 

@@ -85,6 +85,7 @@ superblocks = st.builds(
     session=u63,
     flags=st.integers(0, 3).map(RecordFlag),
     initial_sync=st.sampled_from(InitialSync),
+    incompatible=st.integers(0, module.KNOWN_INCOMPATIBLE),
     compatible_read_only=u64,
     compatible=u64,
 )
@@ -224,6 +225,17 @@ def test_a_newer_format_is_never_guessed_at(raw: bytes, message: str) -> None:
     for copies in ((raw, RAW), (RAW, raw), (raw, raw), (raw, BLANK), (None, raw)):
         with pytest.raises(FormatTooNewError, match=message):
             choose_superblock(*copies)
+
+
+def test_a_program_that_knows_of_no_pause_refuses_a_paused_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raw = encode_superblock(make(incompatible=module.Incompatible.PAUSED))
+    assert decode_superblock(raw).paused
+    assert not decode_superblock(RAW).paused
+    monkeypatch.setattr(module, "KNOWN_INCOMPATIBLE", 0)  # as before there were pauses
+    with pytest.raises(FormatTooNewError, match="features 0x1 that this program"):
+        decode_superblock(raw)
 
 
 def test_unknown_features_may_allow_reading_only() -> None:

@@ -52,7 +52,7 @@ def test_a_clean_start_copies_nothing(local: LocalVolume) -> None:
                 "recovery-finished",
             ]
             result = await served.volume.stop(False)
-            assert result == {"clean": True, "record_extents": 0}
+            assert result == {"clean": True, "record_extents": 0, "paused": False}
             assert served.volume.copier.copied_bytes == 0
 
     run(test())
@@ -98,11 +98,12 @@ def test_an_initial_sync_that_was_interrupted_goes_on(
 
     async def begin() -> None:
         async with serving(local, now=True) as served:
-            served.volume.pause()  # half-way: the limit lets four megabytes pass at once
+            await served.volume.pause()  # half-way: the limit lets four megabytes pass at once
 
     async def go_on() -> None:
         async with serving(local) as served:
             assert served.named("recovery-started")[0]["reason"] == "initial"
+            await served.volume.resume()
             await served.in_sync()
             assert served.volume.copier.sent_bytes == 64 * KIB
 
@@ -117,7 +118,7 @@ def test_an_initial_sync_that_was_interrupted_goes_on(
 def test_a_start_after_an_unclean_end_copies_what_the_record_names(local: LocalVolume) -> None:
     async def leave_behind() -> None:
         async with serving(local) as served:
-            served.volume.pause()
+            await served.volume.pause()
             assert served.volume.state == "paused"
             await served.write(2 * MIB, b"x" * 64 * KIB)
             await served.write(5 * MIB, b"y" * 64 * KIB)
@@ -128,6 +129,7 @@ def test_a_start_after_an_unclean_end_copies_what_the_record_names(local: LocalV
 
     async def recover(extents: int) -> None:
         async with serving(local) as served:
+            await served.volume.resume()
             await served.in_sync()
             recovery = served.volume.status()["last_recovery"]
             assert recovery["reason"] == "crash"
@@ -324,8 +326,8 @@ def test_a_secondary_that_comes_back_as_another_one_is_not_written(local: LocalV
             while copier.last_error is None or copier.last_error.errno != errno.ENODEV:
                 await asyncio.sleep(0.05)
             assert served.volume.state == "link-down"
-            served.volume.pause()
-            served.volume.resume()
+            await served.volume.pause()
+            await served.volume.resume()
             assert served.volume.state == "link-down"
 
     run(test())
@@ -396,7 +398,6 @@ def test_a_record_that_fails_fails_misses_alone(local: LocalVolume) -> None:
 def test_a_stop_copies_what_is_left(local: LocalVolume) -> None:
     async def test() -> None:
         async with serving(local) as served:
-            served.volume.pause()
             await served.write(0, b"q" * 3 * MIB)
             assert (await served.volume.stop(False))["clean"] is True
             with pytest.raises(WrongStateError):

@@ -43,12 +43,12 @@ def test_waiting(local: LocalVolume) -> None:
 def test_pause_and_resume(local: LocalVolume) -> None:
     async def test() -> None:
         async with serving(local) as served:
-            served.volume.pause()
+            await served.volume.pause()
             await served.write(0, b"p" * 4096)
             with pytest.raises(WrongStateError) as caught:
                 await served.volume.resync(False)
             assert caught.value.hint == "dmctl resume vol0"
-            served.volume.resume()
+            await served.volume.resume()
             assert served.volume.copier.state is CopyState.RUNNING
             await served.in_sync()
 
@@ -138,7 +138,7 @@ class Held:
     """A verify that cannot end: an extent that is copied and not settled differs."""
 
     def __init__(self, served: Served) -> None:
-        served.volume.pause()
+        served.volume.copier.pause()
         gate = served.volume.gate
         gate.take_era(lambda: None)
         for first, stop in list(gate.taken.runs()):
