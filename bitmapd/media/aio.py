@@ -5,12 +5,15 @@ from one thread; system calls without an asynchronous form run on a few worker t
 AIO is used rather than io_uring because container run-times and hardened kernels switch the
 latter off, and rather than threads because of the measurement in docs/decisions/0001.
 
-1. `done` is called on the loop's thread, from `kick` or the event file descriptor, never from a
-   submitting call.
+1. Each operation's `done` is called once, on the loop's thread, from `kick` or the event file
+   descriptor, never from a submitting call.
 2. Operations queue up until `kick`; if nobody kicks, the loop does at its next turn.
-3. At most `depth` operations are at the kernel; the rest wait in order of submission.
+3. At most `depth` operations are at the kernel; the rest wait in order of submission.  What the
+   kernel has no memory for (EAGAIN) waits there too and is submitted again.
 4. A short transfer is carried on where it stopped; no progress at all is EIO, which names the file
    and where it ends.
+5. A `done` or a hook that raises costs nobody else anything: the exception goes to the loop's
+   exception handler (which in bitmapd ends the process) and the rest of the batch is completed.
 
 There are files on which AIO does all the work inside `io_submit` (those in memory, and those that
 are not open for direct I/O).  For them there are `read_now` and `write_now`, plain calls at a
@@ -32,13 +35,13 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar, cast
 
 from bitmapd.errors import BitmapdError
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import address_of
-from bitmapd.media.workers import PREAD, PWRITE, Operation, Workers, transfer
+from bitmapd.media.workers import PREAD, PWRITE, Operation, Workers, attempt, transfer
 
 FDSYNC = 3
 RWF_DSYNC = 2
@@ -54,6 +57,7 @@ _READS_IN_ORDER = platform.machine() == "x86_64"
 _IOCB_BYTES = 64
 _EVENT_BYTES = 32
 _ROUNDS = 8  # of reaping in one kick, so that instant completions cannot hold the loop for ever
+_RETRY_S = 0.01  # after the kernel had no memory for an operation
 
 # io_setup, io_destroy, io_getevents, io_submit
 _SYSCALLS = {
@@ -68,6 +72,22 @@ _SYSCALLS = {
 _IOCB = struct.Struct("<QIIHhIQQqQII")
 
 T = TypeVar("T")
+Returned = Callable[[OSError | None, T | None], None]
+
+
+def _numbers() -> tuple[int, int, int, int]:
+    """The system calls of this process, which are those of its own word size."""
+    machine, bits = platform.machine(), 8 * ctypes.sizeof(ctypes.c_void_p)
+    numbers = _SYSCALLS.get(machine)
+    if numbers is None or sys.byteorder != "little":
+        raise BitmapdError(f"asynchronous I/O is not supported on {machine}")
+    if bits != 64:
+        raise BitmapdError(
+            f"a Python of {bits} bits cannot serve a volume on {machine}: the system calls of its"
+            " kernel have other numbers for it",
+            hint=f"install and use a 64-bit Python in place of {sys.executable}",
+        )
+    return numbers
 
 
 def _words(address: int, length_bytes: int, kind: Literal["I", "q"]) -> memoryview:
@@ -91,10 +111,7 @@ class AioEngine:
     """One AIO context bound to one asyncio loop; see the module docstring."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, depth: int = 256) -> None:
-        numbers = _SYSCALLS.get(platform.machine())
-        if numbers is None or sys.byteorder != "little":
-            raise BitmapdError(f"asynchronous I/O is not supported on {platform.machine()}")
-        setup, self._destroy, getevents, submit = numbers
+        setup, self._destroy, getevents, submit = _numbers()
         libc = ctypes.CDLL(None, use_errno=True)
         libc.syscall.restype = ctypes.c_long
         self._syscall = libc.syscall
@@ -138,20 +155,41 @@ class AioEngine:
         self._queue: deque[Operation] = deque()
         self._kick_scheduled = False
         self._inside = False
-        self._executor = ThreadPoolExecutor(4, thread_name_prefix="media")
-        self._workers: Workers | None = None
-        self._finished: deque[tuple[Operation, int]] = deque()  # without the kernel's queue
+        self._no_memory = False  # of the kernel, for what is in the queue
+        self._closed = False
+        self._idle_waiters: list[Callable[[], None]] = []
+        # Completed without the kernel's queue: transfers, and other calls of threads.
+        self._finished: deque[tuple[Operation, int]] = deque()
+        self._returned: deque[tuple[Returned[Any], BaseException | None, Any]] = deque()
         self._outside = 0  # in there, or on their way
-        self._offloaded = 0
         self._fdsync_works = True
         self._eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake = partial(os.eventfd_write, self._eventfd, 1)
+        self._callers: Workers[Any] = Workers(WORKERS, "media", self._returned, self._wake)
+        self._asides: Workers[Any] | None = None
+        self._copiers: Workers[Any] | None = None
         loop.add_reader(self._eventfd, self._on_eventfd)
+
+    def work_aside(self) -> None:
+        """Have threads for what hosts do not wait for; OSError if they cannot be had.
+
+        What is handed to them may hang as long as it likes: they have nothing else to do.
+        """
+        if self._copiers is None:
+            self._copiers = Workers(WORKERS, "transfer", self._finished, self._wake)
+        if self._asides is None:
+            self._asides = Workers(WORKERS, "aside", self._returned, self._wake)
 
     @property
     def in_flight(self) -> int:
         """Operations that were submitted and have not called back yet."""
         at_kernel = self.depth - len(self._free)
-        return at_kernel + len(self._queue) + self._outside + self._offloaded
+        return at_kernel + len(self._queue) + self._outside
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Call back once, from the loop, when nothing is in flight."""
+        self._idle_waiters.append(call)
+        self._schedule_kick()
 
     # -- submitting -----------------------------------------------------------------------
     def read(self, fd: int, offset_bytes: int, buffer: memoryview, done: Done) -> None:
@@ -164,8 +202,7 @@ class AioEngine:
         # As `_enqueue`, written out: every write of a host comes by here.
         self._queue.append((PWRITE, fd, buffer, len(buffer), offset_bytes, flags, done))
         if not self._inside and not self._kick_scheduled:
-            self._kick_scheduled = True
-            self.loop.call_soon(self._scheduled_kick)
+            self._schedule_kick()
 
     # Where kernel AIO would do the work inside `io_submit` a plain call costs a third of it; what
     # the loop should not wait for goes to a thread.
@@ -197,48 +234,58 @@ class AioEngine:
         else:
             self.offload(lambda: os.fdatasync(fd), lambda error, _: done(error))
 
-    def offload(
-        self, call: Callable[[], T], done: Callable[[OSError | None, T | None], None]
-    ) -> None:
-        """Run a blocking call on a worker thread; only OSError counts as its failure."""
-        self._offloaded += 1
-        future = self._executor.submit(call)
-        future.add_done_callback(
-            lambda finished: self.loop.call_soon_threadsafe(self._offload_done, finished, done)
-        )
+    def offload(self, call: Callable[[], T], done: Returned[T], *, aside: bool = False) -> None:
+        """Run a blocking call on a worker thread.
 
-    def _offload_done(
-        self, future: Future[T], done: Callable[[OSError | None, T | None], None]
-    ) -> None:
-        self._offloaded -= 1
-        error = future.exception()
-        if error is None:
-            done(None, future.result())
-        elif isinstance(error, OSError):
-            done(error, None)
-        else:
+        OSError is its failure; any other exception is a mistake, which `done` hears of as EIO.
+        `aside`: on one of those that `work_aside` begins.
+        """
+        workers = self._asides if aside and self._asides is not None else self._callers
+        self._outside += 1
+        workers.submit(lambda: (done, *attempt(call)))
+
+    async def call(self, call: Callable[[], T], *, aside: bool = False) -> T:
+        """Await a blocking call on a worker thread; what it raises is raised here."""
+        answer: asyncio.Future[tuple[BaseException | None, T | None]] = self.loop.create_future()
+
+        def returned(
+            _: OSError | None, found: tuple[BaseException | None, T | None] | None
+        ) -> None:
+            if found is not None and not answer.done():
+                answer.set_result(found)
+
+        self.offload(lambda: attempt(call), returned, aside=aside)
+        error, value = await answer
+        if error is not None:
             raise error
+        return cast(T, value)
+
+    def answer(self, done: Done, error: OSError | None) -> None:
+        """Complete a request outside of the engine, as invariant 5 has it."""
+        self._guarded(partial(done, error))
 
     def _enqueue(self, operation: Operation) -> None:
         self._queue.append(operation)
         if not self._inside and not self._kick_scheduled:
-            self._kick_scheduled = True
-            self.loop.call_soon(self._scheduled_kick)
+            self._schedule_kick()
 
     def _called(self, operation: Operation, result: int) -> None:
         self._outside += 1
         self._finished.append((operation, result))
         if not self._inside and not self._kick_scheduled:
-            self._kick_scheduled = True
-            self.loop.call_soon(self._scheduled_kick)
+            self._schedule_kick()
 
     def _hand_over(self, operation: Operation) -> None:
-        if self._workers is None:
-            self._workers = Workers(
-                WORKERS, self._finished, lambda: os.eventfd_write(self._eventfd, 1)
-            )
+        if self._copiers is None:
+            self._called(operation, transfer(operation))
+            return
         self._outside += 1
-        self._workers.submit(operation)
+        self._copiers.submit(lambda: (operation, transfer(operation)))
+
+    def _schedule_kick(self) -> None:
+        if not self._kick_scheduled:
+            self._kick_scheduled = True
+            self.loop.call_soon(self._scheduled_kick)
 
     def cork(self) -> None:
         """Promise that `kick` will be called before the loop's next turn."""
@@ -250,23 +297,46 @@ class AioEngine:
 
     def kick(self) -> None:
         """Submit what is queued and complete what is finished."""
+        if self._closed:
+            return
         self._inside = True
         ring = self._ring
-        for _ in range(_ROUNDS):
-            for hook in self.before_submit:
-                hook()
-            if self._queue and self._free:
-                self._submit()
-            if self._finished:
-                self._collect()
-                continue
-            nothing = self._ring_usable and ring[_RING_HEAD_AT] == ring[_RING_TAIL_AT]
-            if nothing or not self._reap():
-                break
-        self._inside = False
-        if (self._finished or (self._queue and self._free)) and not self._kick_scheduled:
-            self._kick_scheduled = True
-            self.loop.call_soon(self._scheduled_kick)
+        try:
+            for _ in range(_ROUNDS):
+                for hook in self.before_submit:
+                    self._guarded(hook)
+                if self._queue and self._free and not self._no_memory:
+                    self._submit()
+                if self._finished or self._returned:
+                    self._collect()
+                    continue
+                nothing = self._ring_usable and ring[_RING_HEAD_AT] == ring[_RING_TAIL_AT]
+                if nothing or not self._reap():
+                    break
+        finally:
+            self._inside = False
+        submits = self._queue and self._free and not self._no_memory
+        if submits or self._finished or self._returned:
+            self._schedule_kick()
+        elif self._idle_waiters and not self.in_flight:
+            waiting, self._idle_waiters = self._idle_waiters, []
+            for call in waiting:
+                self.loop.call_soon(call)
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        """Call a hook; see invariant 5."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  (reported, and not at others' expense)
+            self._mistake(error)
+
+    def _mistake(self, error: BaseException) -> None:
+        what = "a completion, or a hook of the disk engine, raised an exception"
+        self.loop.call_exception_handler({"message": what, "exception": error})
+
+    def _memory_again(self) -> None:
+        self._no_memory = False
+        self.kick()
 
     def _submit(self) -> None:
         queue, free, slots = self._queue, self._free, self._slots
@@ -276,14 +346,20 @@ class AioEngine:
         while queue and free:
             operation = queue.popleft()
             opcode, fd, buffer, length, offset, flags, _ = operation
-            slot = free.pop()
+            slot = free[-1]
+            to = slot * _IOCB_BYTES
+            try:
+                at = 0 if buffer is None else address_of(buffer)
+                pack(
+                    iocbs, to, slot, 0, flags, opcode, 0, fd, at, length, offset, 0, _RESFD, eventfd
+                )
+            except Exception as error:  # noqa: BLE001  (no buffer, or no offset, of a medium)
+                self._mistake(error)
+                self._called(operation, -errno.EINVAL)
+                continue
+            free.pop()
             slots[slot] = operation
-            at = 0 if buffer is None else address_of(buffer)
-            place = slot * _IOCB_BYTES
-            pack(
-                iocbs, place, slot, 0, flags, opcode, 0, fd, at, length, offset, 0, _RESFD, eventfd
-            )
-            pointers[count] = base + place
+            pointers[count] = base + to
             count += 1
         start = 0
         while start < count:
@@ -299,9 +375,11 @@ class AioEngine:
             number = ctypes.get_errno()
             if number == errno.EINTR:
                 continue
-            if number == errno.EAGAIN and len(free) + count - start < self.depth:
-                # The kernel is out of room for now; completions will make some.
+            if number == errno.EAGAIN:
+                # The kernel has no memory for it now (aio_get_req in fs/aio.c).
                 self._requeue(start, count)
+                self._no_memory = True
+                self.loop.call_later(_RETRY_S, self._memory_again)
                 return
             slot = (pointers[start] - base) // _IOCB_BYTES
             start += 1
@@ -335,13 +413,16 @@ class AioEngine:
                 raise RuntimeError(f"the kernel completed what was not in flight: slot {slot}")
             slots[slot] = None
             free.append(slot)
-            if result == operation[3]:
-                operation[6](None)
-            else:
-                self._fell_short(operation, result)
+            try:
+                if result == operation[3]:
+                    operation[6](None)
+                else:
+                    self._fell_short(operation, result)
+            except Exception as error:  # noqa: BLE001  (as `_guarded`, without a call more)
+                self._mistake(error)
         if finished:
             for hook in self.after_reap:
-                hook()
+                self._guarded(hook)
         return len(finished)
 
     def _take_events(self, events: memoryview) -> list[tuple[int, int]]:
@@ -368,16 +449,26 @@ class AioEngine:
 
     def _collect(self) -> None:
         """Complete what blocking calls have finished; what that leads to has its turn later."""
-        finished = self._finished
+        finished, returned = self._finished, self._returned
         for _ in range(len(finished)):
             operation, result = finished.popleft()
             self._outside -= 1
-            if result == operation[3]:
-                operation[6](None)
-            else:
-                self._fell_short(operation, result)
+            try:
+                if result == operation[3]:
+                    operation[6](None)
+                else:
+                    self._fell_short(operation, result)
+            except Exception as error:  # noqa: BLE001  (as `_guarded`, without a call more)
+                self._mistake(error)
+        for _ in range(len(returned)):
+            done, problem, value = returned.popleft()
+            self._outside -= 1
+            if problem is not None and not isinstance(problem, OSError):
+                self._mistake(problem)
+                problem = OSError(errno.EIO, f"a mistake of the program: {problem!r}")
+            self._guarded(partial(done, problem, value))
         for hook in self.after_reap:
-            hook()
+            self._guarded(hook)
 
     def _refused(self, slot: int, number: int) -> None:
         """The kernel did not take an operation."""
@@ -385,7 +476,7 @@ class AioEngine:
         self._slots[slot] = None
         self._free.append(slot)
         if operation is not None:
-            self._fell_short(operation, -number)
+            self._guarded(partial(self._fell_short, operation, -number))
 
     def _fell_short(self, operation: Operation, result: int) -> None:
         """Anything but the whole length: an error, or a part of the transfer."""
@@ -405,10 +496,11 @@ class AioEngine:
 
     def close(self) -> None:
         """Free the context; blocks until the kernel has finished what is in flight."""
+        self._closed = True
         self.loop.remove_reader(self._eventfd)
-        self._executor.shutdown(wait=True)
-        if self._workers is not None:
-            self._workers.close()
+        for workers in (self._callers, self._asides, self._copiers):
+            if workers is not None:
+                workers.close()
         self._syscall(ctypes.c_long(self._destroy), self._context)
         self._ring.release()
         if self._ring_events is not None:

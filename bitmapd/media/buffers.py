@@ -4,10 +4,12 @@ Every buffer is its own private anonymous mapping, so its address is a multiple 
 as O_DIRECT wants it on every kernel (since 6.0 some devices ask for less, none for more).  Sizes
 are rounded up to a power of two, and returned mappings are kept by size for the next taker.
 
-1. The sum of the buffers that are out never exceeds the limit, with one exception: a buffer is
-   always handed out when none is out, so the largest request can proceed whatever the limit.
+1. The sum of the buffers that are out never exceeds the limit, with one exception: when none is
+   out the limit refuses nothing, so the largest request can proceed whatever it is.
 2. Buffers kept for reuse hold at most `KEEP_BYTES`; anything above goes back to the system.
 3. A buffer's content is whatever its last user left in it.
+4. Memory that the system does not give is as a limit that is reached: the kept buffers are given
+   up, and whoever waits is called again when something comes back, or after `RETRY_S`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from bitmapd.media.base import Scheduler
 
 PAGE_BYTES = 4096
 KEEP_BYTES = 8 << 20
+RETRY_S = 0.1
 
 _addressof, _from_buffer = ctypes.addressof, ctypes.c_char.from_buffer
 
@@ -46,20 +49,40 @@ class BufferPool:
         self._kept: dict[int, list[memoryview]] = {}
         self._kept_bytes = 0
         self._waiting: list[Callable[[], None]] = []
+        self._retrying = False
 
     def take(self, length_bytes: int) -> memoryview | None:
         """A buffer of exactly this many bytes (at least one), or None if the limit is reached."""
         size = PAGE_BYTES if length_bytes <= PAGE_BYTES else 1 << (length_bytes - 1).bit_length()
         if self.out_bytes and self.out_bytes + size > self.limit_bytes:
             return None
-        self.out_bytes += size
         kept = self._kept.get(size)
         if kept:
             view = kept.pop()
             self._kept_bytes -= size
         else:
-            view = aligned(size)
+            made = self._made(size)
+            if made is None:
+                return None
+            view = made
+        self.out_bytes += size
         return view if size == length_bytes else view[:length_bytes]
+
+    def _made(self, size: int) -> memoryview | None:
+        """A new buffer; None, and another try later, if the system has no memory for it."""
+        try:
+            return aligned(size)
+        except (OSError, MemoryError):
+            self._kept.clear()
+            self._kept_bytes = 0
+            if not self._retrying:
+                self._retrying = True
+                self._scheduler.call_later(RETRY_S, self._retry)
+            return None
+
+    def _retry(self) -> None:
+        self._retrying = False
+        self._call_waiting()
 
     def give(self, buffer: memoryview) -> None:
         """Return a buffer that `take` handed out; it must not be used afterwards."""
@@ -77,9 +100,12 @@ class BufferPool:
                 kept.append(whole)
             self._kept_bytes += size
         if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for callback in waiting:
-                self._scheduler.call_soon(callback)
+            self._call_waiting()
+
+    def _call_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for callback in waiting:
+            self._scheduler.call_soon(callback)
 
     def when_free(self, callback: Callable[[], None]) -> None:
         """Call back once, from the loop, after something has been given back."""

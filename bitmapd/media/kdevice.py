@@ -10,6 +10,13 @@ no better (`media.aio`).  Large transfers that are no host's (`read_aside`, and 
 was opened `aside`) go to threads; those of hosts do not, because handing them over costs more than
 the copy where the client is as fast as we are.
 
+Flushes go to the medium one at a time, and all that wait for the next one share its answer: the
+kernel reports the loss of cached data once for each descriptor (errseq_t in lib/errseq.c), to
+whoever asks first, and nobody may be told of success by a flush that ran beside that one.
+
+Opening and closing may block for as long as the medium likes.  The constructor blocks; `open` does
+not, nor does `close` of a device that was opened `aside`; that of any other does.
+
 Zeroing and discarding use `fallocate`, which for block devices means (block/fops.c):
 PUNCH_HOLE = zero with unmap, never by writing; ZERO_RANGE = zero without unmap, by writing if
 need be.  Where neither exists zeros are written.
@@ -23,6 +30,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,9 +106,15 @@ class KernelDevice:
         self._zeros: memoryview | None = None
         self._fd = -1
         self._remote = False
+        self._leaving: list[int] = []  # descriptors that a thread is to close
+        self._closing = threading.Lock()
+        self._flushing = False
+        self._next_flush: list[Done] = []
         self.size_bytes = 0
         self.block_size_bytes = 512
         self.direct = True
+        if aside:
+            engine.work_aside()
         if not defer:
             self._open()
 
@@ -151,6 +165,8 @@ class KernelDevice:
             self.block_size_bytes = self._file_block_size(fd)
             self._fast_zero = True
         self._aio_blocks = not self.is_block and (not self.direct or _is_in_memory(fd))
+        if self._aio_blocks:
+            self._engine.work_aside()
         self.size_bytes = self._size(fd)
         self._remote = self._remote or is_remote(fd)
 
@@ -159,7 +175,7 @@ class KernelDevice:
         return size_bytes - size_bytes % self.block_size_bytes
 
     def refresh_size(self) -> int:
-        """Take up the medium's present size."""
+        """Take up the medium's present size; blocks."""
         self.size_bytes = self._size(self._fd)
         return self.size_bytes
 
@@ -195,21 +211,34 @@ class KernelDevice:
     def open(self, done: Done) -> None:
         """Open the path again, for instance after the medium had gone away."""
 
+        self._leave()
+
         def reopen() -> None:
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            self._close_left()
             try:
                 self._open()
             except BitmapdError as error:
                 raise OSError(errno.EIO, error.message) from error
 
-        self._engine.offload(reopen, lambda error, _: done(error))
+        self._engine.offload(reopen, lambda error, _: done(error), aside=self._aside)
 
     def close(self) -> None:
+        self._leave()
+        if not self._aside:
+            self._close_left()
+        elif self._leaving:
+            self._engine.offload(self._close_left, lambda error, _: None, aside=True)
+
+    def _leave(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            self._leaving.append(self._fd)
             self._fd = -1
+
+    def _close_left(self) -> None:
+        """Blocks; returns when another thread that closes has returned, too."""
+        with self._closing:
+            while self._leaving:
+                os.close(self._leaving.pop())
 
     # -- data -----------------------------------------------------------------------------
     def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
@@ -239,7 +268,22 @@ class KernelDevice:
             self._engine.read_now(self._fd, offset_bytes, buffer, done)
 
     def flush(self, done: Done) -> None:
-        self._engine.flush(self._fd, done)
+        self._next_flush.append(done)
+        if not self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._flushing = True
+        sharing, self._next_flush = self._next_flush, []
+
+        def flushed(error: OSError | None) -> None:
+            self._flushing = False
+            if self._next_flush:
+                self._flush()
+            for done in sharing:
+                self._engine.answer(done, error)
+
+        self._engine.flush(self._fd, flushed)
 
     def zero(
         self,
@@ -278,11 +322,15 @@ class KernelDevice:
             else:
                 self._write_zeros(offset_bytes, offset_bytes + length_bytes, fua, done)
 
-        self._engine.offload(work, worked)
+        self._engine.offload(work, worked, aside=self._aside)
 
     def _write_zeros(self, offset_bytes: int, end_bytes: int, fua: bool, done: Done) -> None:
         if self._zeros is None:
-            self._zeros = aligned(_ZERO_CHUNK)
+            try:
+                self._zeros = aligned(_ZERO_CHUNK)
+            except (OSError, MemoryError):
+                done(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+                return
         length = min(_ZERO_CHUNK, end_bytes - offset_bytes)
         following = offset_bytes + length
 
@@ -310,7 +358,7 @@ class KernelDevice:
             if fua:
                 os.fdatasync(fd)
 
-        self._engine.offload(work, lambda error, _: done(error))
+        self._engine.offload(work, lambda error, _: done(error), aside=self._aside)
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
         if self.is_block:
@@ -318,7 +366,9 @@ class KernelDevice:
             return
         fd, end = self._fd, offset_bytes + length_bytes
         self._engine.offload(
-            lambda: _holes(fd, offset_bytes, end), lambda error, found: done(error, found or [])
+            lambda: _holes(fd, offset_bytes, end),
+            lambda error, found: done(error, found or []),
+            aside=self._aside,
         )
 
 
