@@ -11,6 +11,8 @@ ended it as one JSON object.
 2. Memory is locked and the process marked as one that writes back for others (PR_SET_IO_FLUSHER)
    before a thread starts: a host's page cache may wait for this process while memory is short.
 3. SIGTERM and SIGINT stop without copying what is left; SIGHUP reads the configuration again.
+4. What nobody answers, and a stop by a signal that does not end, end the process as a crash would
+   (`lastresort`).
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ import os
 import signal
 import sys
 import syslog
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bitmapd import __version__
@@ -43,6 +47,7 @@ from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
 from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError, explain, printable
 from bitmapd.hardening import keep_standard_descriptors, protect_memory
+from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.tool import RecordMedium
 from bitmapd.volume.requestlog import check_log
@@ -57,10 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Serve one mirrored volume: recover what the stored record names, export the"
         " volume over NBD, copy what hosts write to the secondary. 'dmctl start NAME' runs it, and"
         " 'dmctl create' makes the volume.",
-        epilog="SIGTERM stops at once and leaves in the record what is not copied; SIGHUP reads the"
-        " configuration again. In the foreground it tells the service manager when the volume can"
-        " be used (sd_notify). The exit status is that of dmctl; an error that ended the start is"
-        " also in RUN_DIR/NAME.err, as one JSON object.",
+        epilog="SIGTERM stops at once and leaves in the record what is not copied; if that takes"
+        f" longer than {STOP_TIMEOUT_S:g} s the process ends as by a crash, with status 40. SIGHUP"
+        " reads the configuration again. In the foreground it tells the service manager when the"
+        " volume can be used (sd_notify). The exit status is that of dmctl; an error that ended the"
+        " process is also in RUN_DIR/NAME.err, as one JSON object.",
     )
     parser.add_argument("name", metavar="NAME", help="the volume")
     parser.add_argument(
@@ -75,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
 class Daemon:
     """Volume, control socket, metrics and signals on one loop."""
 
-    def __init__(self, paths: Paths, name: str, log: EventLog) -> None:
+    def __init__(self, paths: Paths, name: str, log: EventLog, last_resort: LastResort) -> None:
+        self._last_resort = last_resort
+        self._signals: Signals | None = None
         self._paths = paths
         self._name = name
         self._log = log
@@ -87,6 +95,8 @@ class Daemon:
         self._failure: BaseException | None = None
 
     async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._last_resort.on_loop)
         self.volume = self._make_volume()
         listen = self.volume.config.metrics_listen
         if listen is not None:
@@ -94,11 +104,14 @@ class Daemon:
             self._metrics = MetricsServer(listen, self._figures)
         control = ControlServer(self._paths.control_socket(self._name), self._handlers())
         await self.volume.start()
-        loop = asyncio.get_running_loop()
+        stop = partial(self._begin_stop, True)
+        handlers: dict[signal.Signals, Callable[[], object]] = {
+            signal.SIGTERM: stop,
+            signal.SIGINT: stop,
+            signal.SIGHUP: self._reload,
+        }
         try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._begin_stop, True)
-            loop.add_signal_handler(signal.SIGHUP, self._reload)
+            self._signals = Signals(loop, handlers, self._last_resort)
             await control.start()
             if self._metrics is not None:
                 await self._metrics.start()
@@ -142,6 +155,8 @@ class Daemon:
         if not task.cancelled() and isinstance(task.exception(), BusyError):
             # Hosts have the device open: nothing has been stopped, and they are served as before.
             self._stop_task = None
+            if self._signals is not None:
+                self._signals.refused()
             self._log.emit("stop-refused", message=str(task.exception()))
             return
         self._ended.set()
@@ -256,11 +271,28 @@ def serve(paths: Paths, name: str, *, foreground: bool) -> int:
     journal = "JOURNAL_STREAM" in os.environ
     sink: Any = LineSink(sys.stderr.write, journal=journal) if foreground else _to_syslog
     log = EventLog(name, wall_clock=time.time, clock=time.monotonic, sink=sink)
+
+    def tell(error: BitmapdError, trace: str) -> None:
+        _write_error(paths, name, error)
+        log.emit("failed", code=error.code, message=error.message, hint=error.hint)
+        if isinstance(sink, LineSink):
+            sink.close()
+        for line in trace.splitlines():
+            if foreground:
+                print(line, file=sys.stderr)
+            else:
+                syslog.syslog(syslog.LOG_CRIT, line)
+
+    def accepting_pauses(error: OSError) -> None:
+        log.emit("accepting-pauses", message=error.strerror or str(error))
+
+    last_resort = LastResort(tell, accepting_pauses)
+    threading.excepthook = last_resort.on_thread
     status = 0
     try:
         paths.error_file(name).unlink(missing_ok=True)
         protect_memory(log.emit)
-        asyncio.run(Daemon(paths, name, log).run())
+        asyncio.run(Daemon(paths, name, log, last_resort).run())
     except BitmapdError as error:
         _write_error(paths, name, error)
         log.emit("failed", code=error.code, message=error.message, hint=error.hint)
@@ -270,6 +302,8 @@ def serve(paths: Paths, name: str, *, foreground: bool) -> int:
         _write_error(paths, name, failure)
         log.emit("failed", code=failure.code, message=failure.message)
         status = failure.exit_status
+    except Exception as error:  # noqa: BLE001  (ends the process)
+        last_resort.end_by(error)
     if isinstance(sink, LineSink):
         sink.close()
     return status

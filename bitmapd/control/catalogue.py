@@ -70,7 +70,8 @@ _EVENTS = (
         "failed",
         Level.CRITICAL,
         ("code", "message", "hint"),
-        "the process could not start, or a stop failed",
+        "the process could not start, a stop failed, or something happened that it cannot go on"
+        " after",
         "the hint",
     ),
     EventKind(
@@ -350,6 +351,15 @@ _EVENTS = (
         ("message",),
         "a protection against shortage of memory is missing",
         "*Shortage of memory*",
+    ),
+    EventKind(
+        "accepting-pauses",
+        Level.WARNING,
+        ("message",),
+        "no descriptor or memory for another client of the control socket or of the metrics; tried"
+        " again after a second",
+        "*Shortage of memory*; the limits of the process",
+        limited=True,
     ),
     EventKind(
         "waiting",

@@ -121,9 +121,11 @@ class Volume:
         self._engine = AioEngine(loop)
         opened.append(self._engine.close)
         primary = await self._mode.prepare(self.geometry, opened)
-        self._primary = KernelDevice(primary, self._engine, exclusive=self._mode.exclusive)
+        self._primary = await self._engine.call(
+            partial(KernelDevice, primary, self._engine, exclusive=self._mode.exclusive)
+        )
         opened.append(self._primary.close)
-        self._record = KernelDevice(config.record, self._engine)
+        self._record = await self._engine.call(partial(KernelDevice, config.record, self._engine))
         opened.append(self._record.close)
         self._warn_if_buffered()
         self._secondary = make_secondary(config, loop, self._engine)
@@ -285,9 +287,10 @@ class Volume:
         paused = self._pausing.stored
         self._emit("stopped", clean=clean, record_extents=extents, paused=paused)
         await self._finish()
+        await self._engine.call(self._primary.close)
         await self._mode.detach(self._primary.close)
         self._session.seal()
-        self._close()
+        await self._close()
         return {"clean": clean, "record_extents": extents, "paused": paused}
 
     async def _finish(self) -> None:
@@ -297,18 +300,20 @@ class Volume:
         self._recording.close()
         await self._hints.save()
         await self._note.end()
-        while self._engine.in_flight:
-            await asyncio.sleep(0)
+        await self._until_idle()
 
-    def _close(self) -> None:
-        for close in (
-            self._secondary.close,
-            self._primary.close,
-            self._record.close,
-            self._session.close,
-            self._engine.close,
-        ):
-            close()
+    async def _until_idle(self) -> None:
+        idle = asyncio.Event()
+        self._engine.when_idle(idle.set)
+        await idle.wait()
+
+    async def _close(self) -> None:
+        self._secondary.close()
+        for device in (self._primary, self._record):
+            await self._engine.call(device.close)
+        await self._until_idle()
+        self._session.close()
+        self._engine.close()
 
     async def _end_eras(self, enough: Callable[[], bool]) -> None:
         self.copier.wake()
@@ -464,7 +469,7 @@ class Volume:
         await grow_record(self._session, self._store, geometry, self._loop)
         await self._finish()
         mode.hand_over()
-        self._close()
+        await self._close()
         self._emit("resized", size_bytes=geometry.size_bytes)
 
     def _exchange_policy(self, name: str) -> None:
