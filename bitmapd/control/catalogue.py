@@ -182,6 +182,15 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "verify-error",
+        Level.ERROR,
+        ("device", "offset_bytes", "length_bytes", "message"),
+        "a `verify` could not read that place of one side; it went on behind it",
+        "*The sides differ*",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
         "unexpected-difference",
         Level.ERROR,
         ("offset_bytes", "length_bytes", "message"),

@@ -7,6 +7,10 @@ only if it still differs and, from before the reads until after them, the gate s
 settle in between.  A write that arrived meanwhile would have left its mark: marks go away only
 with a settle.  A suspect in an extent that is never quiet is given up after `MAX_TRIES`.
 
+A piece of which one side cannot be read is read again block by block.  A block that still cannot be
+read is listed with its side and hides nothing behind it.  A secondary that is no longer connected
+ends the run, and so does a side with more than `MAX_UNREADABLE_BLOCKS`: that is a dead medium.
+
 Nothing is written here.  A repair marks the block at the gate, which records its extent first;
 the copier does the rest.
 """
@@ -17,11 +21,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 
 import xxhash
 
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
-from bitmapd.media.base import Device, Scheduler
+from bitmapd.media.base import Device, Scheduler, Target
 from bitmapd.media.buffers import PAGE_BYTES, BufferPool
 from bitmapd.record.geometry import Geometry
 
@@ -30,11 +36,12 @@ PIECE_BYTES = 1 << 20
 RETRY_S = 0.25
 MAX_TRIES = 240  # a minute
 MAX_LISTED = 1000
+MAX_UNREADABLE_BLOCKS = 16384  # 1 GiB of the usual blocks
 
 
 @dataclass(slots=True)
 class VerifyResult:
-    """Figures of one run; `unexpected` lists at most `MAX_LISTED` (offset, length) runs."""
+    """Figures of one run; lists have at most `MAX_LISTED` (offset, length) runs."""
 
     compared_bytes: int = 0
     unexpected_bytes: int = 0
@@ -42,6 +49,9 @@ class VerifyResult:
     rechecked_blocks: int = 0
     undecided_blocks: int = 0
     unexpected: list[tuple[int, int]] = field(default_factory=list)
+    unreadable_primary: list[tuple[int, int]] = field(default_factory=list)
+    unreadable_secondary: list[tuple[int, int]] = field(default_factory=list)
+    unreadable_bytes: int = 0  # that were not compared, on whichever side
 
 
 class Verify:
@@ -55,7 +65,7 @@ class Verify:
         geometry: Geometry,
         gate: Gate,
         primary: Device,
-        secondary: Device,
+        secondary: Target,
         scheduler: Scheduler,
         pool: BufferPool,
         *,
@@ -74,6 +84,8 @@ class Verify:
         self._cursor = 0
         self._in_flight = 0
         self._suspects: deque[tuple[int, int]] = deque()  # block, tries so far
+        self._singly: deque[int] = deque()  # blocks of pieces that could not be read as a whole
+        self._unreadable: dict[Device, BlockSet] = {primary: BlockSet(), secondary: BlockSet()}
         self._error: OSError | None = None
         self.failed: Device | None = None  # the side that could not be read
         self._finished = False
@@ -97,13 +109,14 @@ class Verify:
         if self._finished:
             return
         while self._error is None and self._in_flight < DEPTH:
-            if not self._start_piece() and not self._start_recheck():
+            if not (self._start_single() or self._start_piece() or self._start_recheck()):
                 break
         if self._in_flight:
             return
-        complete = self._cursor >= self._geometry.blocks and not self._suspects
-        if self._error is not None or complete:
+        left = self._cursor < self._geometry.blocks or self._singly or self._suspects
+        if self._error is not None or not left:
             self._finished = True
+            self._list_unreadable()
             self._done(self._error, self.result)
         elif not self._timer_set:
             self._timer_set = True
@@ -119,20 +132,29 @@ class Verify:
         first = self._cursor
         stop = min(first + self._per_piece, self._geometry.blocks)
 
-        def compared(mine: memoryview, theirs: memoryview) -> None:
-            self.result.compared_bytes += len(mine)
-            if xxhash.xxh3_64_intdigest(mine) == xxhash.xxh3_64_intdigest(theirs):
-                return
-            size = self._geometry.block_bytes
-            for block in range(first, stop):
-                low = (block - first) * size
-                if bytearray(mine[low : low + size]) != theirs[low : low + size]:
-                    self._suspects.append((block, 0))
-
-        if not self._read_both(first, stop, compared):
+        if not self._read_both(first, stop, partial(self._compared, first, stop)):
             return False
         self._cursor = stop
         return True
+
+    def _start_single(self) -> bool:
+        if not self._singly:
+            return False
+        block = self._singly[0]
+        if not self._read_both(block, block + 1, partial(self._compared, block, block + 1)):
+            return False
+        self._singly.popleft()
+        return True
+
+    def _compared(self, first: int, stop: int, mine: memoryview, theirs: memoryview) -> None:
+        self.result.compared_bytes += len(mine)
+        if xxhash.xxh3_64_intdigest(mine) == xxhash.xxh3_64_intdigest(theirs):
+            return
+        size = self._geometry.block_bytes
+        for block in range(first, stop):
+            low = (block - first) * size
+            if bytearray(mine[low : low + size]) != theirs[low : low + size]:
+                self._suspects.append((block, 0))
 
     def _start_recheck(self) -> bool:
         """Read one suspect again that cannot differ now, if there is one."""
@@ -179,15 +201,20 @@ class Verify:
         mine, theirs = both[:length], both[half : half + length]
         self._in_flight += 1
         waiting = 2
+        failures: list[tuple[Device, OSError]] = []
 
         def was_read(side: Device, error: OSError | None) -> None:
             nonlocal waiting
             waiting -= 1
-            if error is not None and self._error is None:
-                self._error, self.failed = error, side
+            if error is not None:
+                failures.append((side, error))
             if waiting:
                 return
-            if self._error is None:
+            for failure in failures:
+                self._not_read(first, stop, *failure)
+            if failures and stop - first > 1:
+                self._singly.extend(range(first, stop))
+            if not failures and self._error is None:
                 compared(mine, theirs)
             self._pool.give(both)
             self._in_flight -= 1
@@ -196,6 +223,27 @@ class Verify:
         self._primary.read(offset, mine, partial(was_read, self._primary))
         self._secondary.read(offset, theirs, partial(was_read, self._secondary))
         return True
+
+    def _not_read(self, first: int, stop: int, side: Device, error: OSError) -> None:
+        blocks = self._unreadable[side]
+        if stop - first == 1:
+            blocks.add(first, stop)
+        gone = side is self._secondary and not self._secondary.connected
+        if self._error is None and (gone or blocks.count() > MAX_UNREADABLE_BLOCKS):
+            self._error, self.failed = error, side
+
+    def _list_unreadable(self) -> None:
+        result = self.result
+        either = BlockSet()
+        for side, listed in (
+            (self._primary, result.unreadable_primary),
+            (self._secondary, result.unreadable_secondary),
+        ):
+            either.update(self._unreadable[side])
+            for first, stop in islice(self._unreadable[side].runs(), MAX_LISTED):
+                listed.append(self._geometry.block_bytes_range(first, stop))
+        for first, stop in either.runs():
+            result.unreadable_bytes += self._geometry.block_bytes_range(first, stop)[1]
 
     def _unexpected(self, block: int) -> None:
         offset, length = self._geometry.block_bytes_range(block, block + 1)

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from bitmapd.config import VolumeConfig
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
@@ -19,6 +20,18 @@ VERIFY_POOL_BYTES = 16 << 20
 _PROGRESS_S = 0.5
 
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+def unreadable(result: VerifyResult, config: VolumeConfig) -> list[tuple[str, str, int, int]]:
+    """(side, name, offset, length) of what could not be read, and so was not compared."""
+    return [
+        (side, name, offset, length)
+        for side, name, runs in (
+            ("primary", config.primary, result.unreadable_primary),
+            ("secondary", config.secondary, result.unreadable_secondary),
+        )
+        for offset, length in runs
+    ]
 
 
 class Verifying:

@@ -62,7 +62,7 @@ from bitmapd.volume.secondary import (
 from bitmapd.volume.session import RecordSession
 from bitmapd.volume.sides import NoteKeeper
 from bitmapd.volume.status import describe, state_of
-from bitmapd.volume.verifying import Progress, Verifying, repaired
+from bitmapd.volume.verifying import Progress, Verifying, repaired, unreadable
 
 COPY_POOL_BYTES = 16 << 20
 TICK_S = 1.0
@@ -404,6 +404,14 @@ class Volume:
             result = await self._verifying.run(progress)
         finally:
             self._verifying = None
+        for side, name, offset, length in unreadable(result, self.config):
+            self._emit(
+                "verify-error",
+                device=name,
+                offset_bytes=offset,
+                length_bytes=length,
+                message=f"cannot read the {side} at byte {offset}: it was not compared there",
+            )
         for offset, length in result.unexpected:
             self._emit(
                 "unexpected-difference",
@@ -419,6 +427,11 @@ class Volume:
             "repaired_bytes": result.repaired_bytes,
             "undecided_blocks": result.undecided_blocks,
             "unexpected": [list(run) for run in result.unexpected],
+            "unreadable_bytes": result.unreadable_bytes,
+            "unreadable": [
+                {"side": side, "offset_bytes": offset, "length_bytes": length}
+                for side, _, offset, length in unreadable(result, self.config)
+            ],
         }
 
     async def secondary_size_bytes(self) -> int:

@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 from bitmapd.config import changed, load_volume
-from bitmapd.errors import DifferencesError, UsageError, WrongStateError
+from bitmapd.errors import BitmapdError, DifferencesError, UsageError, WrongStateError
 from bitmapd.units import human_size
 from dmctl.cli.context import Context, each, selected
 from dmctl.cli.processes import is_running
@@ -89,12 +89,19 @@ def verify(context: Context, args: Namespace) -> int:
         )
     found, repaired = result["unexpected_bytes"], result["repaired_bytes"]
     compared = human_size(result["compared_bytes"])
-    error: DifferencesError | None = None
+    unread = result.get("unreadable_bytes", 0)  # a bitmapd from before an upgrade says nothing
+    skipped = f"{unread} bytes could not be read and were not compared"
+    error: BitmapdError | None = None
     if found > repaired:
         error = DifferencesError(
             f"volume '{args.name}': {found - repaired} bytes differ that the record does not name"
-            f" ({compared} compared)",
+            f" ({compared} compared{f'; {skipped}' if unread else ''})",
             hint=f"'dmctl verify {args.name} --repair' copies them from the primary",
+        )
+    elif unread:
+        error = BitmapdError(
+            f"volume '{args.name}': {skipped} ({compared} compared)",
+            hint="see 'The sides differ' in docs/recovery.md",
         )
     if context.output.as_json:
         trouble = {} if error is None else {"error": error.to_json()}
@@ -102,6 +109,11 @@ def verify(context: Context, args: Namespace) -> int:
         return 0 if error is None else error.exit_status
     for offset, length in result["unexpected"]:
         context.output.line(f"unexpected difference: {length} bytes at byte {offset}")
+    for run in result.get("unreadable", []):
+        context.output.line(
+            f"not readable: {run['length_bytes']} bytes at byte {run['offset_bytes']} of the"
+            f" {run['side']}"
+        )
     if error is not None:
         raise error
     fixed = f"; {repaired} bytes were repaired" if repaired else ""

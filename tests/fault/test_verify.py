@@ -159,15 +159,68 @@ def test_a_second_verify_is_refused_and_a_stop_ends_one(short_path: Path) -> Non
         assert volume.recorded() == set()
 
 
-@pytest.mark.parametrize(("role", "status"), [("primary", 1), ("secondary", 15)])
-def test_a_side_that_was_cut_off_is_named(short_path: Path, role: str, status: int) -> None:
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+def test_a_side_that_was_cut_off_is_named_and_the_rest_compared(
+    short_path: Path, role: str
+) -> None:
     with Volume(short_path, SIZE, options=SKIP) as volume:
         volume.create()
         volume.start()
         medium = {"primary": volume.primary, "secondary": volume.secondary}[role]
         os.truncate(medium, 8 * MIB)
-        error = volume.refused("verify", volume.name)
+        cut = {"side": role, "offset_bytes": 8 * MIB, "length_bytes": SIZE - 8 * MIB}
+        done = volume.dmctl_process("--json", "verify", volume.name)
+        found = json.loads(done.stdout)
+        assert (done.returncode, found["error"]["exit_status"]) == (1, 1)
+        assert f"{SIZE - 8 * MIB} bytes could not be read" in found["error"]["message"]
+        assert found["unreadable"] == [cut]
+        assert found["unreadable_bytes"] == SIZE - 8 * MIB
+        assert (found["compared_bytes"], found["unexpected_bytes"]) == (8 * MIB, 0)
+        tamper(volume.secondary, 3 * MIB, b"x")
+        done = volume.dmctl_process("verify", volume.name)
+        assert done.returncode == 101
+        assert "could not be read" in done.stderr
+        assert f"bytes at byte {8 * MIB} of the {role}" in done.stdout
+        with volume.events() as events:
+            told = events.wait("verify-error")
+        assert told["device"] == str(medium)
         os.truncate(medium, SIZE)
-    assert error["exit_status"] == status
-    assert f"cannot read the {role} {medium}" in error["message"]
-    assert f"ends at byte {8 * MIB}" in error["message"]
+
+
+@pytest.mark.timeout(120)
+def test_a_difference_behind_a_bad_sector_is_found(short_path: Path) -> None:
+    """The server cannot read one place; there are differences before and behind it."""
+    backing = make_file(short_path / "far", SIZE)
+    bad = 9 * MIB + 64 * KIB  # where create looks at no sample
+    spotted = [
+        f"get_size=echo {SIZE}",
+        f"pread=if [ $4 -lt {bad + 4 * KIB} ] && [ $(($4 + $3)) -gt {bad} ]; then"
+        " echo 'EIO bad sector' >&2; exit 1; fi;"
+        f" dd if={backing} bs=64k iflag=fullblock,skip_bytes,count_bytes skip=$4 count=$3",
+        "can_write=exit 0",
+        "can_flush=exit 0",
+        f"pwrite=dd of={backing} bs=64k iflag=fullblock oflag=seek_bytes seek=$4 conv=notrunc",
+        f"flush=sync {backing}",
+    ]
+    with (
+        nbdkit(short_path, "eval", *spotted) as server,
+        Volume(
+            short_path,
+            SIZE,
+            options=SKIP,
+            secondary_target=str(server.uri()),
+            media={"secondary": backing},
+        ) as volume,
+    ):
+        volume.create()
+        volume.start()
+        for place in (4 * MIB, 20 * MIB):
+            tamper(backing, place, b"x")
+        done = volume.dmctl_process("--json", "verify", volume.name)
+        assert done.returncode == 101
+        found = json.loads(done.stdout)
+        assert found["unexpected"] == [[4 * MIB, 64 * KIB], [20 * MIB, 64 * KIB]]
+        assert found["unreadable"] == [
+            {"side": "secondary", "offset_bytes": bad, "length_bytes": 64 * KIB}
+        ]
+        assert volume.ask("status")["state"] == "in-sync", "the connection is as good as before"

@@ -107,6 +107,7 @@ class SimDisk:
         self._serial = 0
         self.pending: list[SimOp] = []
         self.fail_next: dict[str, list[int]] = {}  # kind -> errno for the next operations
+        self.unreadable: set[int] = set()  # bytes whose reading ends in EIO
         self.connected = True
         self.writes_late = False
         self.history: list[tuple[str, int, int]] = []
@@ -187,6 +188,9 @@ class SimDisk:
         if op.kind == "read":
             assert op.buffer is not None
             end = op.offset_bytes + op.length_bytes
+            if any(op.offset_bytes <= at < end for at in self.unreadable):
+                op.done(OSError(errno.EIO, "simulated medium error"))
+                return
             op.buffer[:] = self.visible[op.offset_bytes : end]
         elif op.kind == "write":
             end = op.offset_bytes + op.length_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -250,20 +251,85 @@ def test_a_repair_that_cannot_be_recorded_ends_the_run() -> None:
 # -- ends -------------------------------------------------------------------------------------
 
 
+def spotted(primary: Iterable[int] = (), secondary: Iterable[int] = (), **more: int) -> Run:
+    """Both sides have blocks that cannot be read."""
+    run = Run(**more)
+    run.mirror.primary.unreadable = {block * BLOCK for block in primary}
+    run.mirror.secondary.unreadable = {block * BLOCK for block in secondary}
+    return run
+
+
+def test_what_cannot_be_read_is_listed_and_hides_nothing_behind_it() -> None:
+    run = spotted(primary=(6, 7), secondary=(0, 7, 31))
+    run.differ(5, 8, 30)
+    result = run.whole()
+    assert result.unreadable_primary == [(6 * BLOCK, 2 * BLOCK)]
+    assert result.unreadable_secondary == [
+        (0, BLOCK),
+        (7 * BLOCK, BLOCK),
+        (31 * BLOCK, BLOCK),
+    ]
+    assert result.unreadable_bytes == 4 * BLOCK
+    assert result.compared_bytes == 8 * EXTENT - 4 * BLOCK
+    assert sorted(result.unexpected) == [(block * BLOCK, BLOCK) for block in (5, 8, 30)]
+
+
+def test_blocks_wait_for_a_buffer_as_pieces_do() -> None:
+    run = spotted(secondary=(3,), pool_bytes=2 * PAGE_BYTES)
+    assert run.whole().unreadable_secondary == [(3 * BLOCK, BLOCK)]
+
+
+def test_an_error_that_goes_away_is_none() -> None:
+    run = Run()
+    run.start()
+    run.mirror.fail(run.mirror.primary, errno.EIO)
+    run.mirror.run()
+    assert run.result == VerifyResult(compared_bytes=8 * EXTENT)
+
+
+def test_a_block_that_fails_when_it_is_read_again_is_listed() -> None:
+    run = Run(Mirror(1))
+    run.differ(2)
+    run.start()
+    mirror = run.mirror
+    for disk in (mirror.primary, mirror.secondary):
+        mirror.finish(disk)
+    mirror.turn()
+    mirror.fail(mirror.secondary, errno.EIO)
+    mirror.run()
+    assert run.result.unreadable_secondary == [(2 * BLOCK, BLOCK)]
+    assert run.result.unexpected == []
+
+
 @pytest.mark.parametrize("side", ["primary", "secondary"])
-def test_a_read_error_ends_the_run_once_nothing_is_in_flight(side: str) -> None:
+def test_a_dead_side_ends_the_run(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "MAX_UNREADABLE_BLOCKS", 4)
+    run = spotted(**{side: range(32)})
+    run.start()
+    run.mirror.run()
+    ((error, result),) = run.ended
+    assert error is not None
+    assert error.errno == errno.EIO
+    assert run.verify.failed is getattr(run.mirror, side)
+    assert 4 * BLOCK < result.unreadable_bytes < 32 * BLOCK
+    assert run.pool.out_bytes == 0
+
+
+def test_a_secondary_that_went_away_ends_the_run_once_nothing_is_in_flight() -> None:
     run = Run(Mirror(3, extent_bytes=MIB, block_bytes=64 << 10))
     run.start()
     mirror = run.mirror
     assert len(mirror.primary.pending) == 3, "several pieces at a time"
-    mirror.fail(getattr(mirror, side), errno.EIO, 1)
-    mirror.finish(mirror.secondary if side == "primary" else mirror.primary, 1)
+    mirror.secondary.connected = False
+    mirror.finish(mirror.secondary)
+    mirror.finish(mirror.primary)
     assert run.ended == []
     mirror.run()
     ((error, result),) = run.ended
     assert error is not None
-    assert error.errno == errno.EIO
-    assert result.compared_bytes == 0
+    assert error.errno == errno.ENOTCONN
+    assert run.verify.failed is mirror.secondary
+    assert (result.compared_bytes, result.unreadable_bytes) == (0, 0)
     assert run.pool.out_bytes == 0
 
 

@@ -123,6 +123,8 @@ def test_verify_and_repair(local: LocalVolume) -> None:
                 "repaired_bytes": 0,
                 "undecided_blocks": 0,
                 "unexpected": [[5 * MIB, 64 * KIB]],
+                "unreadable_bytes": 0,
+                "unreadable": [],
             }
             assert shares[-1] == 1.0
             assert served.named("unexpected-difference")[0]["offset_bytes"] == 5 * MIB
