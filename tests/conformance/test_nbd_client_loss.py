@@ -184,7 +184,7 @@ def test_another_disk_under_the_same_name(folder: Path) -> None:
     blocks = ["blocksize-minimum=4K", "blocksize-preferred=4K", "blocksize-maximum=1M"]
     with nbdkit(folder, "file", small) as peer:
         command = ["nbdkit", "-f", "--filter=blocksize-policy", "file", str(large), *blocks]
-        other = Peer(folder, command, ["-U"], tcp=False)
+        other = Peer(folder, command, ["-U", "{path}"], tcp=False)
         try:
             asyncio.run(use(peer, other))
         finally:

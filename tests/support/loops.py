@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from tests.support.needs import lacks
 
 
 def run(*command: str) -> str:
@@ -23,13 +23,13 @@ def run(*command: str) -> str:
 def loop_device(path: Path, sector_bytes: int = 512, *options: str) -> Iterator[str]:
     """A loop device over `path`; skips the test, loudly, where there can be none."""
     if shutil.which("losetup") is None:
-        pytest.skip("NEEDS losetup (package mount or util-linux)")
+        lacks("losetup (package mount or util-linux)")
     try:
         name = run(
             "losetup", "--find", "--show", "--sector-size", str(sector_bytes), *options, str(path)
         )
     except RuntimeError as error:
-        pytest.skip(f"NEEDS loop devices, for which one has to be root: {error}")
+        lacks(f"loop devices, for which one has to be root: {error}")
     try:
         yield name
     finally:

@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
 from bitmapd.nbd.client.target import NbdTarget
 from bitmapd.net.uri import NbdUri
+from tests.support.needs import need
 
 WAIT_S = 30.0
 KIB = 1 << 10
@@ -33,11 +32,6 @@ MIB = 1 << 20
 
 # Makes the listening socket descriptor 3, and tells the server that it is meant for this process.
 _ACTIVATE = 'export LISTEN_PID=$$ LISTEN_FDS=1; fd=$1; shift; exec "$@" 3<&"$fd"'
-
-
-def need(program: str) -> None:
-    if shutil.which(program) is None:
-        pytest.skip(f"NEEDS {program}, which is not installed")
 
 
 @contextmanager
@@ -51,7 +45,7 @@ def short_folder() -> Iterator[Path]:
 
 
 class Peer:
-    """A server process; `{listen}` in the command is replaced by what makes it listen on `path`."""
+    """A server process.  `unix_options` come first; `{path}` in them is that of its socket."""
 
     def __init__(self, folder: Path, command: list[str], unix_options: list[str], tcp: bool):
         need(command[0])
@@ -59,7 +53,7 @@ class Peer:
         self._log = folder / "server.log"
         self._listener: socket.socket | None = None
         self._command = command
-        self._unix_options = unix_options
+        self._unix_options = [word.replace("{path}", self.path) for word in unix_options]
         if tcp:
             self._listener = socket.create_server(("127.0.0.1", 0))
         self.process: subprocess.Popen[bytes] | None = None
@@ -91,7 +85,7 @@ class Peer:
                 self.process = subprocess.Popen(activated, pass_fds=(fd,), stderr=log, stdout=log)
                 return
             Path(self.path).unlink(missing_ok=True)
-            command = [program, *self._unix_options, self.path, *arguments]
+            command = [program, *self._unix_options, *arguments]
             self.process = subprocess.Popen(command, stderr=log, stdout=log)
         deadline = time.monotonic() + WAIT_S
         while not self._answers():
@@ -130,7 +124,7 @@ class Peer:
 def nbdkit(folder: Path, *arguments: object, tcp: bool = False) -> Iterator[Peer]:
     # With socket activation nbdkit stays in the foreground by itself.
     options = [] if tcp else ["-f"]
-    peer = Peer(folder, ["nbdkit", *options, *map(str, arguments)], ["-U"], tcp)
+    peer = Peer(folder, ["nbdkit", *options, *map(str, arguments)], ["-U", "{path}"], tcp)
     try:
         peer.start()
         yield peer
@@ -141,12 +135,61 @@ def nbdkit(folder: Path, *arguments: object, tcp: bool = False) -> Iterator[Peer
 @contextmanager
 def qemu_nbd(folder: Path, *arguments: object, tcp: bool = False) -> Iterator[Peer]:
     command = ["qemu-nbd", "--persistent", "--format=raw", *map(str, arguments)]
-    peer = Peer(folder, command, ["-k"], tcp)
+    peer = Peer(folder, command, ["-k", "{path}"], tcp)
     try:
         peer.start()
         yield peer
     finally:
         peer.close()
+
+
+@contextmanager
+def qemu_storage_daemon(folder: Path, file: Path) -> Iterator[Peer]:
+    command = [
+        "qemu-storage-daemon",
+        *(
+            "--blockdev",
+            f"driver=file,node-name=disk,filename={file},cache.direct=on,discard=unmap",
+        ),
+        *("--export", "type=nbd,id=export,node-name=disk,name=disk,writable=on"),
+    ]
+    peer = Peer(folder, command, ["--nbd-server", "addr.type=unix,addr.path={path}"], tcp=False)
+    try:
+        peer.start()
+        yield peer
+    finally:
+        peer.close()
+
+
+_NBD_SERVER = """\
+[generic]
+    unixsock = {socket}
+[disk]
+    exportname = {file}
+    filesize = {size}
+    flush = true
+    fua = true
+    trim = true
+"""
+
+
+@contextmanager
+def nbd_server(folder: Path, file: Path) -> Iterator[str]:
+    """The NBD project's own; the path of its socket.  It becomes a daemon once it listens."""
+    need("nbd-server")
+    path, pid_file, config = (str(folder / name) for name in ("s.sock", "s.pid", "s.config"))
+    text = _NBD_SERVER.format(socket=path, file=file, size=file.stat().st_size)
+    Path(config).write_text(text)
+    subprocess.run(["nbd-server", "-C", config, "-p", pid_file], check=True, timeout=WAIT_S)
+    deadline = time.monotonic() + WAIT_S
+    while not (Path(pid_file).exists() and (text := Path(pid_file).read_text().strip())):
+        if time.monotonic() > deadline:
+            raise RuntimeError("nbd-server did not start")
+        time.sleep(0.01)
+    try:
+        yield path
+    finally:
+        os.kill(int(text), signal.SIGTERM)
 
 
 # -- driving a target ---------------------------------------------------------------------
