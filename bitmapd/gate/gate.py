@@ -384,20 +384,27 @@ class Gate:
     def mark(self, first: int, stop: int, done: Done) -> None:
         """Have blocks [first, stop) copied although nobody wrote them: repair, or a resync."""
         per = self._geometry.blocks_per_extent
-        extents = (first // per, (stop - 1) // per + 1)
 
         def recorded(error: OSError | None) -> None:
-            dropped_meanwhile = error is None and not self._store.covers(*extents)
-            if dropped_meanwhile and self._store.add([extents], (), recorded):
-                return
             if error is None:
                 self._current_era.mark(first, stop, self._scheduler.time())
             done(error)
 
-        waiting = self._store.add([extents], (), recorded)
-        self._policy.added(*extents, self._scheduler.time())
+        self._record(first // per, (stop - 1) // per + 1, recorded)
+
+    def _record(self, first: int, stop: int, done: Done) -> None:
+        """Put extents [first, stop) into the record; in it when `done` is called without error."""
+        store = self._store
+
+        def recorded(error: OSError | None) -> None:
+            dropped_meanwhile = error is None and not store.covers(first, stop)
+            if not dropped_meanwhile or not store.add([(first, stop)], (), recorded):
+                done(error)
+
+        waiting = store.add([(first, stop)], (), recorded)
+        self._policy.added(first, stop, self._scheduler.time())
         if not waiting:
-            recorded(None)
+            done(None)
 
     # -- what is dirty, and what becomes of it ----------------------------------------------
     @property
@@ -515,6 +522,16 @@ class Gate:
     def set_policy(self, policy: Policy) -> None:
         """Exchange the policy; the new one has been told what is recorded."""
         self._policy = self._clearing.policy = policy
+
+    def prepare_growth(self, done: Done) -> None:
+        """Have the last extent recorded if it is short, so that what a larger volume has in it is
+        recorded too.  It stays so until `grow`, or the end of the session."""
+        first = self._geometry.size_bytes // self._geometry.extent_bytes
+        if first == self._geometry.extents:
+            self._scheduler.call_soon(done, None)
+            return
+        self._unsettled.keep(first)
+        self._record(first, first + 1, done)
 
     def grow(self, geometry: Geometry) -> None:
         """The volume is larger from now on; the new part is in the record and is to be copied."""

@@ -10,7 +10,8 @@ Invariants:
 1. A block that was marked, taken or released is in the current era, in `taken`, or its extent is
    copied or settling, until `settled` is called for a settle that began after it was copied.
    Blocks that are held count besides, until `release`, and suspect ones until `trust`; these do
-   not keep the volume from being in sync.
+   not keep the volume from being in sync.  Nor does the extent that is kept for what a larger
+   volume will have in it.
 2. From `copied` on only extents are known, and all of an extent goes back: a flush that failed may
    have lost any of its blocks.
 3. Times belong to stages, not to blocks: the current era, `taken`, and copied and settling together
@@ -66,6 +67,7 @@ class Unsettled:
         self._settling_since_s: float | None = None  # of both of them
         self._held: list[BlockSet] = []
         self._suspect: list[BlockSet] = []
+        self._kept = -1  # extent that counts as unsettled for what it will have (`keep`)
 
     # -- from stage to stage ----------------------------------------------------------------
     def take_era(self) -> Era:
@@ -149,8 +151,13 @@ class Unsettled:
         if era.since_s is None:
             era.since_s = now_s
 
+    def keep(self, extent: int) -> None:
+        """It counts as unsettled until `grow`; only the last one of a volume is ever kept."""
+        self._kept = extent
+
     def grow(self, geometry: Geometry, now_s: float) -> None:
         """The volume is larger from now on, and its new part is to be copied."""
+        self._kept = -1
         first = self._geometry.size_bytes // geometry.block_bytes
         self._geometry = geometry
         self.current_era.mark(first, geometry.blocks, now_s)
@@ -168,11 +175,12 @@ class Unsettled:
             or any(blocks.any(first, stop) for blocks in (*self._held, *self._suspect))
             or not self._copied.isdisjoint(extents)
             or not self._settling.isdisjoint(extents)
+            or self._kept in extents
         )
 
     def touches(self, extent: int) -> bool:
         """`any` for one extent, written out: a miss on a full record asks for dozens."""
-        if extent in self._copied or extent in self._settling:
+        if extent in self._copied or extent in self._settling or extent == self._kept:
             return True
         first = extent * self._per_extent
         stop = first + self._per_extent

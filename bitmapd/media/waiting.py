@@ -1,11 +1,17 @@
-"""From operations with a `done` callback to `await` (edge)."""
+"""From operations with a `done` callback, and from calls that block, to `await` (edge)."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from bitmapd.media.base import Done
+
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 
 async def completion(submit: Callable[[Done], None]) -> None:
@@ -22,3 +28,25 @@ async def completion(submit: Callable[[Done], None]) -> None:
 
     submit(done)
     await future
+
+
+class Aside:
+    """A thread for calls that block, one after another in the order in which they were asked for.
+
+    A call that was asked for is carried out, even if nobody waits for it any longer.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
+
+    async def __call__(
+        self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
+    ) -> Result:
+        loop = asyncio.get_running_loop()
+        return await asyncio.shield(
+            loop.run_in_executor(self._pool, partial(call, *args, **kwargs))
+        )
+
+    def close(self) -> None:
+        """The thread ends with its last call."""
+        self._pool.shutdown(wait=False)

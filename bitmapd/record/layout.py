@@ -94,6 +94,7 @@ class Loaded:
     pages: tuple[PageState, ...]
     warnings: tuple[str, ...]  # damage beside the pages, which have messages of their own
     notes: tuple[str, ...] = ()  # what a crash leaves behind
+    stale_copy: int = 0  # of the superblock: the next update begins with it
 
     @property
     def damaged(self) -> tuple[int, ...]:
@@ -139,7 +140,7 @@ def assemble(choice: SuperblockChoice, slots: Iterable[tuple[Raw, Raw]]) -> Load
     if len(pages) != superblock.page_count:
         raise BitmapdError(f"{len(pages)} pages of {superblock.page_count} were given")
     del bits[superblock.geometry.extents :]
-    return Loaded(superblock, bits, tuple(pages), choice.warnings, choice.notes)
+    return Loaded(superblock, bits, tuple(pages), choice.warnings, choice.notes, choice.stale_copy)
 
 
 def healed(loaded: Loaded, sequence: int) -> Loaded:

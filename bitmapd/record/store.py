@@ -43,6 +43,7 @@ from bitmapd.record.layout import (
     PAGE_BYTES,
     Loaded,
     PageState,
+    all_ones,
     encode_page_into,
     page_offset,
 )
@@ -58,6 +59,7 @@ class _Page:
 
     __slots__ = (
         "buffer",
+        "end",
         "first",
         "highest",
         "index",
@@ -74,6 +76,7 @@ class _Page:
         self.index = index
         self.first = index * EXTENTS_PER_PAGE
         self.stop = min(self.first + EXTENTS_PER_PAGE, extents)
+        self.end = self.stop  # from `stop` to here it is written as ones (`prepare_growth`)
         self.newest_slot = state.newest_slot
         self.sequence = state.sequence
         self.highest = state.highest  # highest sequence that was ever tried
@@ -246,25 +249,38 @@ class RecordStore:
         self._idle_waiters.append(done)
         self._scheduler.call_soon(self._check_idle)
 
-    def grow(self, geometry: Geometry, added: Sequence[PageState]) -> None:
-        """The volume has more extents from now on.
+    def prepare_growth(self, geometry: Geometry, done: Done) -> None:
+        """Have the last page name what a larger volume will have on it, and call back when it does
+        durably.  Every later write of the page names it as well.
 
-        `added` are the pages that it needs besides the present ones; both slots of each were
-        written as ones.  New extents on the page that was the last one are not recorded yet.
+        Nothing of that shows before `grow`, and a load cuts it off until the superblock says the
+        larger size.  So it need not be taken back, and may be asked for again with any size.
         """
-        last = self._pages[-1]
-        for bits in (self._wanted, self._durable, self._covered):
-            bits.extend(bitarray(geometry.extents - len(bits)))
+        page = self._pages[-1]
+        page.end = max(page.end, min(page.first + EXTENTS_PER_PAGE, geometry.extents))
+        if page.end == page.stop:
+            self._scheduler.call_soon(done, None)
+            return
+        batch = _Batch(done)
+        batch.pages = 1
+        page.waiters.append(batch)
+        self._make_ready(page)
+
+    def grow(self, geometry: Geometry, added: Sequence[PageState]) -> None:
+        """The volume has more extents from now on, and all of them are recorded.
+
+        `prepare_growth` has called back without error for this size.  `added` are the pages that
+        it needs besides the present ones; both slots of each were written as ones.
+        """
+        old = self._geometry.extents
         self._geometry = geometry
         for bits in (self._wanted, self._durable, self._covered):
-            bits[last.stop :] = False
+            bits.extend(all_ones(geometry)[old:])
+        self.recorded_extents += geometry.extents - old
+        last = self._pages[-1]
         last.stop = min(last.first + EXTENTS_PER_PAGE, geometry.extents)
         for state in added:
-            page = _Page(len(self._pages), geometry.extents, state)
-            self._pages.append(page)
-            for bits in (self._wanted, self._durable, self._covered):
-                bits[page.first : page.stop] = True
-            self.recorded_extents += page.stop - page.first
+            self._pages.append(_Page(len(self._pages), geometry.extents, state))
 
     # -- writing pages --------------------------------------------------------------------
     def _pages_of(self, first: int, stop: int) -> Sequence[_Page]:
@@ -308,8 +324,9 @@ class RecordStore:
         # From here on a power cut may bring back either content.
         self._durable[low:high] &= bits
         page.highest = sequence
+        content = bits if page.end == high else bits + bitarray("1") * (page.end - high)
         encode_page_into(
-            page.buffer, self._volume, page.index, sequence, page.sequence, bits.tobytes()
+            page.buffer, self._volume, page.index, sequence, page.sequence, content.tobytes()
         )
         if batches:
             self.updates += 1
@@ -353,7 +370,7 @@ class RecordStore:
             page.suspect = False
             page.newest_slot = slot
             page.sequence = sequence
-            # The page may have grown meanwhile (`grow`); what was written ends where it ended.
+            # The page may have grown meanwhile (`grow`); its new extents are in every write.
             low, high = page.first, page.first + len(bits)
             self._durable[low:high] = bits
             self._covered[low:high] = self._wanted[low:high] & bits

@@ -9,7 +9,7 @@ It stands in two copies, written one after the other; docs/format.md has the off
    that there is no record here.
 3. `sequence` grows with every update, and an update is complete only when both copies are
    durable.  A crash in between leaves the old or the new superblock, so nothing may rely on
-   a change before its update is complete.
+   a change before its update is complete (`updates.py` has the order).
 4. `session` grows with every start of the volume: a record that was restored from a copy is known
    by its lower number.
 5. A pause is an incompatible feature and not a flag: a program that does not know of it would copy
@@ -142,14 +142,15 @@ class Superblock:
     def page_count(self) -> int:
         return page_count(self.geometry.extents)
 
-    def updated(self, now_s: int, **changes: Any) -> Superblock:
-        """The superblock that follows this one.
+    def updated(self, now_s: int, above: int = 0, **changes: Any) -> Superblock:
+        """The superblock that follows this one, and whatever was tried with a sequence up to
+        `above`.
 
         Unknown compatible feature bits go: what belongs to them is not carried along.
         """
         return dataclasses.replace(
             self,
-            sequence=self.sequence + 1,
+            sequence=max(self.sequence, above) + 1,
             updated_s=now_s,
             compatible=self.compatible & KNOWN_COMPATIBLE,
             **changes,
@@ -161,6 +162,7 @@ class SuperblockChoice:
     superblock: Superblock
     warnings: tuple[str, ...]  # something is damaged
     notes: tuple[str, ...] = ()  # what a crash leaves behind
+    stale_copy: int = 0  # the copy to be written first: the other one holds what counts
 
 
 def encode_superblock(superblock: Superblock) -> bytes:
@@ -310,11 +312,13 @@ def choose_superblock(first: Raw, second: Raw) -> SuperblockChoice | None:
     neither has the magic)."""
     valid: list[Superblock] = []
     faults: list[str] = []
-    for label, raw in (("A", first), ("B", second)):
+    bad = 0
+    for number, (label, raw) in enumerate((("A", first), ("B", second))):
         try:
             valid.append(decode_superblock(raw))
         except RecordDamagedError as error:
             faults.append(f"superblock copy {label}: {error.message}")
+            bad = number
     if not valid:
         if not (first is None or second is None or has_magic(first) or has_magic(second)):
             return None
@@ -323,7 +327,7 @@ def choose_superblock(first: Raw, second: Raw) -> SuperblockChoice | None:
             hint="the record cannot be trusted: create it anew with a full or checksum sync",
         )
     if len(valid) == 1:
-        return SuperblockChoice(valid[0], tuple(faults))
+        return SuperblockChoice(valid[0], tuple(faults), stale_copy=bad)
     one, other = valid
     if one.volume_uuid != other.volume_uuid:
         raise RecordDamagedError(
@@ -345,6 +349,7 @@ def choose_superblock(first: Raw, second: Raw) -> SuperblockChoice | None:
             f"superblock copies are at sequences {newest.sequence} and {oldest}: an update was"
             " interrupted; the newer one is used",
         ),
+        stale_copy=int(newest is one),
     )
 
 

@@ -7,7 +7,8 @@ Everything is synchronous and goes past the page cache where the medium allows i
 2. `format_record` takes the old superblocks and hints away first, then writes the pages, then the
    new superblocks, each durably before the next.  A crash in between leaves no record, or one
    without valid superblock: nothing that lies.
-3. `write_superblock` returns when both copies are durable; only then may anything rely on it.
+3. A superblock counts when both of its copies are durable; only then may anything rely on it.
+   The one of a record that is in use changes through `updates.py` alone.
 4. `heal` makes damaged pages whole again, as ones.  It comes before anything relies on the record.
 5. `repair` writes to another medium, never to the one it reads.
 6. Who changes a record holds its lock (`RecordMedium.lock`): an open-file-description lock, which
@@ -87,6 +88,7 @@ __all__ = [
     "write_hints",
     "write_pages",
     "write_superblock",
+    "write_superblock_copy",
 ]
 
 Source: TypeAlias = "str | Path | RecordMedium"
@@ -335,13 +337,18 @@ def write_hints(medium: RecordMedium, area: bytes) -> None:
     medium.write(HINTS_OFFSET, view)
 
 
-def write_superblock(medium: RecordMedium, superblock: Superblock) -> None:
-    """Copy A, then copy B, each durable.  `superblock.sequence` must be above the last one's."""
+def write_superblock_copy(medium: RecordMedium, superblock: Superblock, copy: int) -> None:
+    """Copy 0 (A) or 1 (B), durably."""
     require_writable(superblock)
     view = memoryview(mmap.mmap(-1, SUPERBLOCK_BYTES))
     view[:] = encode_superblock(superblock)
-    for offset_bytes in SUPERBLOCK_OFFSETS:
-        medium.write(offset_bytes, view, os.RWF_DSYNC)
+    medium.write(SUPERBLOCK_OFFSETS[copy], view, os.RWF_DSYNC)
+
+
+def write_superblock(medium: RecordMedium, superblock: Superblock) -> None:
+    """Both copies, of a record that has none that counts."""
+    for copy in range(len(SUPERBLOCK_OFFSETS)):
+        write_superblock_copy(medium, superblock, copy)
 
 
 def write_pages(

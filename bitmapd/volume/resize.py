@@ -1,9 +1,18 @@
 """Taking up a larger size while hosts are served.
 
-The order is what makes a crash at any point harmless: pages that the larger volume needs in
-addition are written as ones; the last page that exists gets the bits of its new extents; only then
-does the superblock say the new size.  Until it does, a load cuts off everything beyond the old one;
-from then on every new extent is in the record, and is copied like any other.
+1. The pages that the larger volume needs in addition are written as ones.
+2. The last extent, if the old end lies in it, is recorded, and stays so whatever becomes of the
+   rest: its new part is in the record from now on.
+3. The last page names its new extents, in this write of it and in every later one.
+4. The superblock says the new size.
+5. In memory the record, the copier and the gate take it up, in one event: every new extent is
+   recorded, and its blocks wait to be copied like any other.
+
+The order is what makes a crash or an error at any point harmless.  Up to step 4 a load cuts off
+everything beyond the old size.  If step 4 fails, either size may be in force after a crash, and the
+record is right for both.  Nothing of steps 1 to 4 has to be taken back: a volume that goes on with
+its old size after an error may be asked to grow again, and a clean stop leaves one extent in the
+record.
 
 A volume in the kernel needs a new era device too, which nothing may use when it is exchanged.  So
 everything is moved to the gate, this `Volume` is left, and another one takes over from the record
@@ -13,58 +22,65 @@ is copied again.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bitmapd.errors import NoSpaceError, WrongStateError
-from bitmapd.media.base import Done
-from bitmapd.media.identity import identify
-from bitmapd.media.waiting import completion
+from bitmapd.gate.gate import Gate
+from bitmapd.media.waiting import Aside, completion
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import PageState, Verdict, page_count, record_size_bytes
 from bitmapd.record.store import RecordStore
 
 if TYPE_CHECKING:
     from bitmapd.volume.session import RecordSession
-    from bitmapd.volume.volume import Volume
-
-
-def larger_geometry(
-    old: Geometry, primary_bytes: int, secondary_bytes: int, record_bytes: int, names: Names
-) -> Geometry | None:
-    """The geometry to go over to, None if nothing has grown (pure)."""
-    if primary_bytes < old.size_bytes:
-        raise WrongStateError(
-            f"primary {names.primary} has {primary_bytes} bytes, the volume {old.size_bytes}:"
-            " a volume cannot shrink",
-            hint="give the primary its size back",
-        )
-    if primary_bytes == old.size_bytes:
-        return None
-    if secondary_bytes < primary_bytes:
-        raise NoSpaceError(
-            f"secondary {names.secondary} has {secondary_bytes} bytes, the primary {primary_bytes}",
-            hint="enlarge the secondary first",
-        )
-    new = dataclasses.replace(old, size_bytes=primary_bytes)
-    needed = record_size_bytes(new.extents)
-    if record_bytes < needed:
-        raise NoSpaceError(
-            f"record {names.record} has {record_bytes} bytes; {primary_bytes} bytes of volume need"
-            f" {needed}",
-            hint="enlarge the record device first",
-        )
-    return new
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Names:
-    """How the three media are called in messages."""
+class Medium:
+    """What a larger size has to be compared with."""
 
-    primary: str
-    secondary: str
-    record: str
+    name: str  # in messages
+    size_bytes: int
+    block_bytes: int = 1  # of which every size has to be a multiple
+
+
+def larger_geometry(
+    old: Geometry, primary: Medium, secondary: Medium, record: Medium
+) -> Geometry | None:
+    """The geometry to go over to, None if nothing has grown (pure)."""
+    size_bytes = primary.size_bytes
+    if size_bytes < old.size_bytes:
+        raise WrongStateError(
+            f"primary {primary.name} has {size_bytes} bytes, the volume {old.size_bytes}:"
+            " a volume cannot shrink",
+            hint="give the primary its size back",
+        )
+    if size_bytes == old.size_bytes:
+        return None
+    for role, medium in (("primary", primary), ("secondary", secondary)):
+        if size_bytes % medium.block_bytes:
+            raise WrongStateError(
+                f"primary {primary.name} has {size_bytes} bytes, no multiple of the blocks of"
+                f" {medium.block_bytes} bytes of {role} {medium.name}; the volume stays as it is",
+                hint=f"give the primary {size_bytes + -size_bytes % medium.block_bytes} bytes",
+            )
+    if secondary.size_bytes < size_bytes:
+        raise NoSpaceError(
+            f"secondary {secondary.name} has {secondary.size_bytes} bytes, the primary"
+            f" {size_bytes}",
+            hint="enlarge the secondary first",
+        )
+    new = dataclasses.replace(old, size_bytes=size_bytes)
+    needed = record_size_bytes(new.extents)
+    if record.size_bytes < needed:
+        raise NoSpaceError(
+            f"record {record.name} has {record.size_bytes} bytes; {size_bytes} bytes of volume"
+            f" need {needed}",
+            hint="enlarge the record device first",
+        )
+    return new
 
 
 def new_page_states(old: Geometry, new: Geometry) -> list[PageState]:
@@ -73,37 +89,19 @@ def new_page_states(old: Geometry, new: Geometry) -> list[PageState]:
     return [PageState(Verdict.WHOLE, 0, 2, 2, "") for _ in range(added)]
 
 
-async def wanted_geometry(volume: Volume) -> Geometry | None:
-    """What the volume is to grow to, by the present sizes of its media; None if it is as it is."""
-    config, old = volume.config, volume.geometry
-    primary_bytes = identify(config.primary).size_bytes or 0
-    return larger_geometry(
-        old,
-        primary_bytes,
-        await volume.secondary_size_bytes() if primary_bytes > old.size_bytes else 0,
-        identify(config.record).size_bytes or 0,
-        Names(config.primary, config.secondary, config.record),
-    )
-
-
-async def grow_record(
-    session: RecordSession,
-    store: RecordStore,
-    geometry: Geometry,
-    loop: asyncio.AbstractEventLoop,
+async def prepare_growth(
+    session: RecordSession, store: RecordStore, gate: Gate, geometry: Geometry, aside: Aside
 ) -> None:
-    """The three steps of the module docstring; the new size is in force on return."""
-    old = session.superblock.geometry
-    await loop.run_in_executor(None, session.prepare_growth, geometry)
-    store.grow(geometry, new_page_states(old, geometry))
-    first = old.size_bytes // geometry.extent_bytes
+    """Steps 1 to 3 of the module docstring."""
+    await aside(session.prepare_growth, geometry)
+    await completion(gate.prepare_growth)
+    await completion(partial(store.prepare_growth, geometry))
 
-    def record_new_extents(done: Done) -> None:
-        if not store.add([(first, geometry.extents)], (), done):
-            loop.call_soon(done, None)
 
-    await completion(record_new_extents)
-    session.update(
+async def commit_growth(session: RecordSession, geometry: Geometry, aside: Aside) -> None:
+    """Step 4: the new size is in force after a crash."""
+    await aside(
+        session.update,
         geometry=geometry,
         primary_size_bytes=geometry.size_bytes,
         secondary_size_bytes=max(geometry.size_bytes, session.superblock.secondary_size_bytes),

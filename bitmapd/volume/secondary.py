@@ -73,16 +73,18 @@ def wrong_secondary(secondary: Target, mismatch: Mismatch) -> OSError | None:
     return None if reason is None else OSError(errno.ENODEV, reason)
 
 
-async def present_size_bytes(
+async def present_size(
     secondary: Target, config: VolumeConfig, loop: asyncio.AbstractEventLoop
-) -> int:
-    """0 for a device that is away.  A server is asked over a connection of its own."""
+) -> tuple[int, int]:
+    """Its size and that of its blocks, in bytes.  A device that is away has none; a server is
+    asked over a connection of its own."""
     if isinstance(secondary, KernelDevice):
-        return secondary.refresh_size() if secondary.connected else 0
+        size_bytes = secondary.refresh_size() if secondary.connected else 0
+        return size_bytes, secondary.block_size_bytes
     probe = _make_client(config, loop)
     try:
         await completion(probe.open)
-        return probe.size_bytes
+        return probe.size_bytes, probe.block_size_bytes
     except OSError as error:
         raise UnreachableError(
             f"secondary {config.secondary} cannot be reached: {error.strerror or error}"

@@ -16,7 +16,6 @@ a crash there is no fingerprint, and nothing to compare.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.hints import Hints, decode_hints, encode_hints
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, all_ones, page_count
+from bitmapd.record.updates import SuperblockUpdates
 from bitmapd.volume.sides import CHAPTER, check_primary, secondary_holds, secondary_mismatch
 
 Emit = Callable[..., None]
@@ -48,14 +48,15 @@ class RecordSession:
         try:
             self._medium.lock()
             self.loaded = tool.load(self._medium)
-            self._check(self.loaded.superblock)
+            self._updates = SuperblockUpdates(self._medium, self.loaded)
+            self._check(self.superblock)
         except BaseException:
             self._medium.close()
             raise
 
     @property
     def superblock(self) -> Superblock:
-        return self.loaded.superblock
+        return self._updates.superblock
 
     def _check(self, superblock: Superblock) -> None:
         config = self._config
@@ -132,9 +133,7 @@ class RecordSession:
 
     def update(self, **changes: Any) -> None:
         """Write a superblock with these changes; durable on return."""
-        superblock = self.superblock.updated(int(time.time()), **changes)
-        tool.write_superblock(self._medium, superblock)
-        self.loaded = dataclasses.replace(self.loaded, superblock=superblock)
+        self._updates.update(int(time.time()), **changes)
 
     def prepare_growth(self, geometry: Geometry) -> None:
         """Write the pages that a larger volume needs in addition, as ones; not in force yet."""
@@ -212,13 +211,10 @@ def distrust(config: VolumeConfig, paths: Paths) -> None:
             medium, superblock, ones, 0, page_count(extents), sequence=loaded.heal_sequence
         )
         full = superblock.initial_sync is InitialSync.FULL  # which copies more than is compared
-        tool.write_superblock(
-            medium,
-            superblock.updated(
-                int(time.time()),
-                initial_sync=InitialSync.FULL if full else InitialSync.CHECKSUM,
-                flags=superblock.flags & ~RecordFlag.CLEAN,
-            ),
+        SuperblockUpdates(medium, loaded).update(
+            int(time.time()),
+            initial_sync=InitialSync.FULL if full else InitialSync.CHECKSUM,
+            flags=superblock.flags & ~RecordFlag.CLEAN,
         )
         state_file = paths.state_file(config.uuid)
         if state_file.exists():

@@ -42,8 +42,9 @@ from bitmapd.errors import (
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.buffers import BufferPool
+from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
-from bitmapd.media.waiting import completion
+from bitmapd.media.waiting import Aside, completion
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
@@ -51,12 +52,18 @@ from bitmapd.volume.hints import HintKeeper
 from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.recovery import Recovery
 from bitmapd.volume.requestlog import Recording
-from bitmapd.volume.resize import grow_record, wanted_geometry
+from bitmapd.volume.resize import (
+    Medium,
+    commit_growth,
+    larger_geometry,
+    new_page_states,
+    prepare_growth,
+)
 from bitmapd.volume.secondary import (
     leave_at_once,
     make_secondary,
     open_secondary,
-    present_size_bytes,
+    present_size,
     wrong_secondary,
 )
 from bitmapd.volume.session import RecordSession
@@ -88,6 +95,7 @@ class Volume:
         self._last_error: dict[str, str] | None = None
         self._changed = asyncio.Event()
         self._was_in_sync: bool | None = None
+        self._aside = Aside(f"record-{config.name}")
         self._verifying: Verifying | None = None
         self._stopping = False
         self._hurried = False
@@ -99,7 +107,7 @@ class Volume:
         """Recover and export; on an error everything that was opened is closed again."""
         self._session = RecordSession(self.config, self._paths, self._emit)
         self._mode = self._make_mode()
-        opened: list[Callable[[], None]] = [self._session.close]
+        opened: list[Callable[[], None]] = [self._aside.close, self._session.close]
         try:
             await self._assemble(opened)
         except BaseException:
@@ -120,7 +128,8 @@ class Volume:
         config, loop = self.config, self._loop
         self._engine = AioEngine(loop)
         opened.append(self._engine.close)
-        primary = await self._mode.prepare(self.geometry, opened)
+        geometry = self._session.superblock.geometry
+        primary = await self._mode.prepare(geometry, opened)
         self._primary = await self._engine.call(
             partial(KernelDevice, primary, self._engine, exclusive=self._mode.exclusive)
         )
@@ -133,8 +142,7 @@ class Volume:
         await open_secondary(self._secondary, loop, self._session.secondary_mismatch, self._emit)
 
         self._session.begin()
-        superblock = self._session.superblock
-        geometry = superblock.geometry
+        self.geometry = geometry
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
         self._engine.before_submit.append(self._store.commit)
@@ -248,10 +256,6 @@ class Volume:
         self._changed = asyncio.Event()
 
     @property
-    def geometry(self) -> Geometry:
-        return self._session.superblock.geometry
-
-    @property
     def _in_sync(self) -> bool:
         return self.gate.in_sync and self.copier.pass_blocks is None
 
@@ -313,6 +317,7 @@ class Volume:
             await self._engine.call(device.close)
         await self._until_idle()
         self._session.close()
+        self._aside.close()
         self._engine.close()
 
     async def _end_eras(self, enough: Callable[[], bool]) -> None:
@@ -434,16 +439,12 @@ class Volume:
             ],
         }
 
-    async def secondary_size_bytes(self) -> int:
-        """The secondary's present size."""
-        return await present_size_bytes(self._secondary, self.config, self._loop)
-
     async def resize(self) -> dict[str, Any]:
         """Take up a larger size of primary and secondary.
 
         If this volume is `left` afterwards, another `Volume` has to be started in its place.
         """
-        geometry = await wanted_geometry(self)
+        geometry = await self._larger_geometry()
         if geometry is None:
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
         if isinstance(self._mode, DmMode):
@@ -452,11 +453,28 @@ class Volume:
             await self._grow(geometry)
         return {"size_bytes": geometry.size_bytes, "changed": True}
 
+    async def _larger_geometry(self) -> Geometry | None:
+        """What the volume is to grow to, by the present sizes of its media; None if it has that."""
+
+        async def local(path: str) -> Medium:
+            found = await self._loop.run_in_executor(None, identify, path)
+            return Medium(path, found.size_bytes or 0, found.logical_block_bytes or 512)
+
+        primary = await local(self.config.primary)
+        secondary = Medium(self.config.secondary, 0)
+        if primary.size_bytes > self.geometry.size_bytes:
+            present = await present_size(self._secondary, self.config, self._loop)
+            secondary = Medium(self.config.secondary, *present)
+        return larger_geometry(self.geometry, primary, secondary, await local(self.config.record))
+
     async def _grow(self, geometry: Geometry) -> None:
         self._primary.refresh_size()
-        await grow_record(self._session, self._store, geometry, self._loop)
+        await prepare_growth(self._session, self._store, self.gate, geometry, self._aside)
+        await commit_growth(self._session, geometry, self._aside)
+        self._store.grow(geometry, new_page_states(self.geometry, geometry))
         self.copier.grow(geometry)
         self.gate.grow(geometry)
+        self.geometry = geometry
         self._exchange_policy(self.config.predictor)
         if not isinstance(self._secondary, KernelDevice):
             # A server tells its size when a connection begins.
@@ -468,6 +486,7 @@ class Volume:
 
         Up to the end of the server an error leaves everything as it was.
         """
+        await prepare_growth(self._session, self._store, self.gate, geometry, self._aside)
         await mode.close_direct(self._end_eras)
         if self._verifying is not None:
             self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
@@ -479,7 +498,7 @@ class Volume:
         self.copier.stop(stopped.set)
         leave_at_once(self._secondary)
         await stopped.wait()
-        await grow_record(self._session, self._store, geometry, self._loop)
+        await commit_growth(self._session, geometry, self._aside)
         await self._finish()
         mode.hand_over()
         await self._close()

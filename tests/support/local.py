@@ -32,6 +32,7 @@ class LocalVolume:
         name: str = "vol0",
         *,
         size_bytes: int = 8 * MIB,
+        extent_bytes: int = MIB,
         initial: InitialSync = InitialSync.NONE,
         secondary: str | None = None,
         **settings: Any,
@@ -44,7 +45,7 @@ class LocalVolume:
         content = random.Random(name).randbytes(size_bytes)
         self.primary.write_bytes(content)
         self.secondary.write_bytes(content)
-        self.geometry = Geometry(size_bytes, MIB, 64 * KIB)
+        self.geometry = Geometry(size_bytes, extent_bytes, 64 * KIB)
         self.record.write_bytes(bytes(record_size_bytes(self.geometry.extents)))
         target = secondary or str(self.secondary)
         table = {

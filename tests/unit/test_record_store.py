@@ -488,33 +488,81 @@ def test_idle_tells_of_an_error_until_it_is_mended(rig: Rig) -> None:
 # -- growing ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_flight", [False, True])
-def test_a_larger_volume_gets_pages_of_ones_and_an_unrecorded_rest(in_flight: bool) -> None:
-    """`in_flight`: the last page is being written at that moment."""
-    old = Geometry(40 * 64 * KIB, 64 * KIB, 64 * KIB)
+SMALL = Geometry(40 * 64 * KIB, 64 * KIB, 64 * KIB)
+
+
+def growing() -> Rig:
+    """A volume of 40 extents whose second page, of a larger one, was written as ones."""
     ones = b"\xff" * ((EXTENTS - EDGE) // 8)
     slots = [encode_page(VOLUME.bytes, 1, 2, 1, ones), encode_page(VOLUME.bytes, 1, 1, 0, ones)]
-    rig = Rig(blank_image(old)[: page_offset(1, 0)] + b"".join(slots), old)
+    return Rig(blank_image(SMALL)[: page_offset(1, 0)] + b"".join(slots), SMALL)
+
+
+def stored_if(rig: Rig, geometry: Geometry) -> set[int]:
+    """What a start would find if the superblock said that geometry."""
+    superblocks = blank_image(geometry)[: page_offset(0, 0)]
+    found = load_image(superblocks + bytes(rig.disk.durable[page_offset(0, 0) :]))
+    assert not found.damaged
+    return {extent for extent in range(geometry.extents) if found.bits[extent]}
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_every_extent_of_a_larger_volume_is_recorded(in_flight: bool) -> None:
+    """`in_flight`: the last page is being written when the volume grows."""
+    rig = growing()
     rig.put((39, 40))
+    rig.store.prepare_growth(GEOMETRY, rig.answers.append)
+    drain(rig.loop, rig.disk)
+    assert rig.answers == [None, None]
+    assert rig.recorded() == {39}, "nothing of it shows yet"
+    assert stored_if(rig, SMALL) == {39}
+    assert stored_if(rig, GEOMETRY) == {39, *range(40, EXTENTS)}
     if in_flight:
         rig.add((38, 39))
-    rig.store.grow(GEOMETRY, new_page_states(old, GEOMETRY))
-    expected = {*range(EDGE, EXTENTS), 39} | ({38} if in_flight else set())
+    rig.store.grow(GEOMETRY, new_page_states(SMALL, GEOMETRY))
+    expected = {*range(39, EXTENTS)} | ({38} if in_flight else set())
     assert rig.recorded() == expected
     assert rig.store.recorded_extents == len(expected)
-    assert rig.store.covers(EDGE, EXTENTS)
-    assert not rig.store.covers(40, 41)
+    assert rig.store.covers(39, EXTENTS)
     if in_flight:
         rig.finish()
-        assert rig.store.covers(38, 40)
-        assert not rig.store.covers(40, 41), "what was written ends where the page ended"
-    rig.put((40, EDGE + 2))
-    assert rig.store.covers(39, EXTENTS)
-    rig.store.drop([EDGE])
+        assert rig.store.covers(38, EXTENTS)
+    rig.store.drop([EDGE, 40])
     rig.store.flush_clears()
     drain(rig.loop, rig.disk)
-    superblocks = blank_image(GEOMETRY)[: page_offset(0, 0)]
-    stored = load_image(superblocks + bytes(rig.disk.durable[page_offset(0, 0) :]))
-    assert not stored.damaged
-    assert stored.bits == rig.store.recorded
-    assert not stored.bits[EDGE]
+    assert stored_if(rig, GEOMETRY) == rig.recorded() == expected - {EDGE, 40}
+
+
+def test_growth_that_failed_can_be_prepared_again(rig: Rig) -> None:
+    """Whatever the page says meanwhile, the extents of the largest size are on it."""
+    rig = growing()
+    rig.store.prepare_growth(GEOMETRY, rig.answers.append)
+    rig.loop.run_soon()
+    rig.fail()
+    assert isinstance(rig.answers[0], OSError)
+    rig.add((3, 4))
+    drain(rig.loop, rig.disk)
+    assert stored_if(rig, GEOMETRY) == {3, *range(40, EXTENTS)}
+    assert rig.recorded() == {3}
+    assert rig.store.recorded_extents == 1
+    less = Geometry(50 * 64 * KIB, 64 * KIB, 64 * KIB)
+    rig.store.prepare_growth(less, rig.answers.append)
+    drain(rig.loop, rig.disk)
+    assert rig.answers[-1] is None
+    assert stored_if(rig, GEOMETRY) == {3, *range(40, EXTENTS)}
+    rig.store.grow(less, new_page_states(SMALL, less))
+    assert rig.recorded() == {3, *range(40, 50)}
+    rig.store.drop(range(40, 50))
+    rig.store.flush_clears()
+    drain(rig.loop, rig.disk)
+    assert stored_if(rig, less) == {3}
+
+
+def test_growth_inside_the_last_extent_needs_no_write(rig: Rig) -> None:
+    short = Geometry(EXTENTS * 64 * KIB - 512, 64 * KIB, 64 * KIB)
+    rig = Rig(geometry=short)
+    rig.store.prepare_growth(GEOMETRY, rig.answers.append)
+    rig.loop.run_soon()
+    assert (rig.answers, rig.places) == ([None], [])
+    rig.store.grow(GEOMETRY, ())
+    assert rig.store.recorded_extents == 0

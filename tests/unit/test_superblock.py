@@ -268,6 +268,7 @@ def test_two_equal_copies_are_silent() -> None:
     assert choice is not None
     assert choice.superblock == make()
     assert choice.warnings == choice.notes == ()
+    assert choice.stale_copy == 0
 
 
 @pytest.mark.parametrize("newer_first", [True, False])
@@ -276,6 +277,7 @@ def test_an_interrupted_update_is_a_note(newer_first: bool) -> None:
     choice = choose_superblock(*((newer, RAW) if newer_first else (RAW, newer)))
     assert choice is not None
     assert (choice.superblock.sequence, choice.superblock.session) == (5, 3)
+    assert choice.stale_copy == (1 if newer_first else 0)
     assert choice.warnings == ()
     assert choice.notes == (
         "superblock copies are at sequences 5 and 4: an update was interrupted; the newer one is"
@@ -291,6 +293,7 @@ def test_one_bad_copy_is_a_warning(bad: bytes | None) -> None:
         assert choice.superblock == make()
         assert len(choice.warnings) == 1
         assert choice.warnings[0].startswith(f"superblock copy {label}: ")
+        assert choice.stale_copy == copies.index(bad)
 
 
 def test_a_place_without_any_trace_holds_no_record() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from bitmapd.errors import (
 )
 from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB, MIB, Geometry
-from bitmapd.volume.resize import Names, larger_geometry
+from bitmapd.volume.resize import Medium, larger_geometry
 from tests.support.local import LocalVolume
+from tests.support.loops import loop_device, sparse_file
 from tests.support.serving import Served, nothing, run, serving
 
 # -- commands ---------------------------------------------------------------------------------
@@ -269,16 +271,42 @@ def test_a_larger_volume_is_taken_up_while_it_runs(local: LocalVolume) -> None:
 
 
 @pytest.mark.parametrize(
-    ("primary", "secondary", "record", "kind", "said"),
+    ("primary", "secondary", "record", "kind", "said", "hint"),
     [
-        (7 * MIB, 8 * MIB, MIB, WrongStateError, "cannot shrink"),
-        (9 * MIB, 8 * MIB, MIB, NoSpaceError, "secondary s has"),
-        (40000 * MIB, 40000 * MIB, 64 * KIB, NoSpaceError, "record r has"),
+        (7 * MIB, 8 * MIB, MIB, WrongStateError, "cannot shrink", "its size back"),
+        (9 * MIB, 8 * MIB, MIB, NoSpaceError, "secondary s has", "enlarge"),
+        (40000 * MIB, 40000 * MIB, 64 * KIB, NoSpaceError, "record r has", "enlarge"),
+        (9 * MIB + 512, 10 * MIB, MIB, WrongStateError, "4096 bytes of secondary s", "9441280"),
+        (9 * MIB + 100, 10 * MIB, MIB, WrongStateError, "512 bytes of primary p", "9437696"),
     ],
 )
 def test_sizes_that_cannot_be_taken_up(
-    primary: int, secondary: int, record: int, kind: type[BitmapdError], said: str
+    primary: int, secondary: int, record: int, kind: type[BitmapdError], said: str, hint: str
 ) -> None:
     with pytest.raises(kind, match=said) as caught:
-        larger_geometry(Geometry(8 * MIB), primary, secondary, record, Names("p", "s", "r"))
-    assert caught.value.hint is not None
+        larger_geometry(
+            Geometry(8 * MIB),
+            Medium("p", primary, 512),
+            Medium("s", secondary, 4096),
+            Medium("r", record),
+        )
+    assert hint in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("size_bytes", [8 * MIB + 512, 8 * MIB + 100])
+def test_a_size_that_is_no_multiple_of_the_blocks_changes_nothing(
+    tmp_path: Path, short_path: Path, size_bytes: int
+) -> None:
+    """Taken up, its last block could never be copied, and the volume cannot shrink again."""
+    with loop_device(sparse_file(tmp_path / "image", 10 * MIB), 4096) as device:
+        local = LocalVolume(tmp_path, short_path, secondary=device)
+
+        async def test() -> None:
+            async with serving(local) as served:
+                os.truncate(local.primary, size_bytes)
+                with pytest.raises(WrongStateError, match="no multiple"):
+                    await served.volume.resize()
+                assert served.volume.gate.size_bytes == 8 * MIB
+
+        run(test())
+        assert local.superblock.geometry.size_bytes == 8 * MIB
