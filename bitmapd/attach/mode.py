@@ -114,6 +114,7 @@ def make_server(
         emit=emit,
         cork=engine.cork,
         may_spin=may_spin,
+        lost_writes=gate.lost_writes,
     )
     engine.after_reap.append(server.flush_replies)
     return server

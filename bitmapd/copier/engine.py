@@ -380,7 +380,7 @@ class Copier:
                 if device is self._secondary:
                     self._secondary_failed(error)
                 else:
-                    self._primary_not_flushed(error)
+                    self._gate.not_durable(error)
             if len(results) < 2:
                 return
             self._settling = False

@@ -17,7 +17,8 @@ Invariants:
    names.  So rule 3 of the design holds: no write reaches it as a hit, its blocks are copied,
    both sides have been flushed since.
 4. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
-5. Errors of the primary go to the host and leave the blocks dirty.
+5. Errors of the primary go to the host and leave the blocks dirty.  That cached writes were lost
+   goes to all hosts and to the copier, whoever met it (`not_durable`).
 6. With a direct path (`attach.direct`), an extent that is open there may be dirty without being
    in any of these stages: its blocks are taken at the next barrier.  It is not clean.
 
@@ -35,6 +36,7 @@ from bitmapd.gate.clearing import Clearing
 from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
+from bitmapd.media.lost import LostWrites
 from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
@@ -80,6 +82,7 @@ class Gate:
         )
         # Loop time up to which every completed write of the direct path is known.
         self._known_until = scheduler.time()
+        self.lost_writes = LostWrites()  # of the primary; hosts and copier share its flushes
         self.on_flush_error: Callable[[OSError], None] | None = None
         self.on_primary_error: PrimaryFailed | None = None  # told before the host is
         self.primary_errors = 0
@@ -203,10 +206,16 @@ class Gate:
     def flush(self, done: Done) -> None:
         def flushed(error: OSError | None) -> None:
             if error is not None:
-                self._not_durable(error)
+                self.not_durable(error)
             done(error)
 
         self._primary.flush(flushed)
+
+    def not_durable(self, error: OSError) -> None:
+        """A flush or FUA request of the primary failed, whoever asked: all hosts and the copier are
+        to hear of it, since the kernel does not say it again (`media.lost`)."""
+        if self.lost_writes.report(error) and self.on_flush_error is not None:
+            self.on_flush_error(error)
 
     def _tell(self, verb: str, offset_bytes: int, length_bytes: int, error: OSError) -> None:
         """What the mirror asks of the primary is answered for where it is asked.  Of a host's
@@ -221,14 +230,8 @@ class Gate:
         self, verb: str, offset_bytes: int, length_bytes: int, error: OSError, fua: bool
     ) -> None:
         self._tell(verb, offset_bytes, length_bytes, error)
-        if fua:
-            self._not_durable(error)
-
-    def _not_durable(self, error: OSError) -> None:
-        """The kernel reports the loss of cached data once, to whoever asks first; the copier's own
-        next flush would succeed although what it has read may be gone."""
-        if self.on_flush_error is not None:
-            self.on_flush_error(error)
+        if fua and error.errno != errno.EOPNOTSUPP:
+            self.not_durable(error)
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
         self._primary.allocation(offset_bytes, length_bytes, done)

@@ -11,8 +11,10 @@ was opened `aside`) go to threads; those of hosts do not, because handing them o
 the copy where the client is as fast as we are.
 
 Flushes go to the medium one at a time, and all that wait for the next one share its answer: the
-kernel reports the loss of cached data once for each descriptor (errseq_t in lib/errseq.c), to
-whoever asks first, and nobody may be told of success by a flush that ran beside that one.
+kernel reports the loss of cached data once for each descriptor (`media.lost`), to whoever asks
+first, and nobody may be told of success by a flush that ran beside that one.  Writes with FUA are
+told of it too; a flush that succeeds waits for those that are in flight, and what they are told is
+told before.
 
 Opening and closing may block for as long as the medium likes.  The constructor blocks; `open` does
 not, nor does `close` of a device that was opened `aside`; that of any other does.
@@ -32,6 +34,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bitmapd.errors import (
@@ -82,6 +85,16 @@ def open_error(path: str, error: OSError) -> BitmapdError:
     return BitmapdError(text)
 
 
+class _Round:
+    """Operations with FUA that began between the ends of two flushes."""
+
+    __slots__ = ("in_flight", "when_ended")
+
+    def __init__(self) -> None:
+        self.in_flight = 0
+        self.when_ended: Callable[[], None] | None = None
+
+
 class KernelDevice:
     """A `Device`, and a `Target` whose `open` opens the path again."""
 
@@ -110,6 +123,7 @@ class KernelDevice:
         self._closing = threading.Lock()
         self._flushing = False
         self._next_flush: list[Done] = []
+        self._durables = _Round()
         self.size_bytes = 0
         self.block_size_bytes = 512
         self.direct = True
@@ -250,6 +264,8 @@ class KernelDevice:
             self._engine.read_now(self._fd, offset_bytes, buffer, done)
 
     def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        if fua:
+            done = self._durable(done)
         if not self._aio_blocks:
             self._engine.write(self._fd, offset_bytes, buffer, done, fua)
         elif self._aside and len(buffer) >= ASIDE_BYTES:
@@ -277,6 +293,13 @@ class KernelDevice:
         sharing, self._next_flush = self._next_flush, []
 
         def flushed(error: OSError | None) -> None:
+            if self._durables.in_flight:
+                self._durables.when_ended = partial(ended, error)
+                self._durables = _Round()
+            else:
+                ended(error)
+
+        def ended(error: OSError | None) -> None:
             self._flushing = False
             if self._next_flush:
                 self._flush()
@@ -284,6 +307,19 @@ class KernelDevice:
                 self._engine.answer(done, error)
 
         self._engine.flush(self._fd, flushed)
+
+    def _durable(self, done: Done) -> Done:
+        """Count an operation with FUA until it has called back."""
+        durables = self._durables
+        durables.in_flight += 1
+
+        def ended(error: OSError | None) -> None:
+            self._engine.answer(done, error)
+            durables.in_flight -= 1
+            if not durables.in_flight and durables.when_ended is not None:
+                durables.when_ended()
+
+        return ended
 
     def zero(
         self,
@@ -296,6 +332,8 @@ class KernelDevice:
         fast: bool = False,
     ) -> None:
         fd = self._fd
+        if fua:
+            done = self._durable(done)
 
         def work() -> bool:
             for mode in (_PUNCH_HOLE | _KEEP_SIZE, _ZERO_RANGE | _KEEP_SIZE):
@@ -344,6 +382,8 @@ class KernelDevice:
 
     def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
         fd = self._fd
+        if fua:
+            done = self._durable(done)
 
         def work() -> None:
             try:

@@ -77,3 +77,29 @@ def test_a_pass_is_not_done_with_what_has_to_be_copied_again() -> None:
     mirror.run(10.0)
     assert done == [1]
     assert mirror.gate.in_sync
+
+
+def test_a_flush_of_the_copier_that_fails_is_a_loss_for_hosts(copied: Mirror) -> None:
+    """The kernel has told the copier, and tells nobody again."""
+    host = copied.gate.lost_writes.listener()
+    copied.fail(copied.primary, errno.EIO)
+    answers: list[OSError | None] = []
+    copied.gate.flush(answers.append)
+    copied.run()
+    assert answers == [None]
+    told = host.answer(answers[0])
+    assert told is not None
+    assert told.errno == errno.EIO
+
+
+def test_a_refusal_of_what_is_not_offered_loses_nothing(copied: Mirror) -> None:
+    host = copied.gate.lost_writes.listener()
+    answers: list[OSError | None] = []
+    copied.gate.zero(BLOCK, BLOCK, answers.append, fua=True, fast=True)
+    copied.primary.fail_next = {"write": [errno.EOPNOTSUPP]}
+    copied.finish(copied.primary, 1)
+    assert answers[0] is not None
+    assert host.answer(None) is None
+    copied.finish(copied.primary)
+    copied.finish(copied.secondary)
+    assert copied.told("copy-error") == []

@@ -37,6 +37,7 @@ from typing import Any
 from bitmapd.errors import UsageError
 from bitmapd.media.base import Export
 from bitmapd.media.buffers import BufferPool
+from bitmapd.media.lost import LostWrites
 from bitmapd.nbd.server.connection import Connection, Phase
 from bitmapd.nbd.server.handshake import ServerHandshake, ServerOffer, TlsMode
 from bitmapd.nbd.server.hub import ConnectionLimits, ServerStats
@@ -78,6 +79,7 @@ class NbdServer:
         may_spin: Callable[[], bool] = lambda: True,
         limits: ConnectionLimits | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        lost_writes: LostWrites | None = None,
     ) -> None:
         """`kick` submits what the export has queued and runs the completions that are there;
         `cork` promises a `kick` to come.  `may_spin` says whether the loop has nothing else to do
@@ -86,6 +88,7 @@ class NbdServer:
         self.export = export
         self.limits = limits or ConnectionLimits()
         self.stats = ServerStats()
+        self.lost_writes = lost_writes or LostWrites()
         self.give = pool.give
         self._memory = Memory(pool, self._run_batch)
         self._kick = kick

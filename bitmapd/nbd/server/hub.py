@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from bitmapd.media.base import Export
+from bitmapd.media.lost import LostWrites
 from bitmapd.nbd.numbers import Cmd
 from bitmapd.nbd.server.tls_worker import TlsWorker
 
@@ -47,6 +48,7 @@ class Hub(Protocol[ConnectionT_contra]):
     export: Export
     limits: ConnectionLimits
     stats: ServerStats
+    lost_writes: LostWrites
 
     def readable(self, connection: ConnectionT_contra) -> None: ...
 

@@ -5,6 +5,8 @@
 2. A buffer handed in comes back to the pool here, except that of a successful read, which goes
    into the outbox.
 3. After `abandon` nothing is answered any more, but buffers come back and `in_flight` falls.
+4. A flush or FUA request succeeds only if the client has been told of every loss of cached writes
+   since it was let in, whoever met it (`media.lost`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from bitmapd.media.base import Done
 from bitmapd.nbd.numbers import Cmd, CmdFlag
 from bitmapd.nbd.server.hub import Hub
 from bitmapd.nbd.server.outbox import Outbox
@@ -33,6 +36,7 @@ class Service:
         "_answered",
         "_export",
         "_give",
+        "_losses",
         "_out",
         "_replies",
         "_stats",
@@ -46,6 +50,7 @@ class Service:
         self._give = hub.give
         self._stats = hub.stats
         self._export = hub.export
+        self._losses = hub.lost_writes.listener()
         self._replies = replies
         self._out = out
         self._answered = answered
@@ -60,18 +65,19 @@ class Service:
 
     def write(self, handle: int, flags: int, offset: int, buffer: memoryview) -> None:
         self.in_flight += 1
-        self._export.write(
-            offset,
-            buffer,
-            partial(self._write_done, handle, offset, buffer),
-            (flags & _FUA) != 0,
-        )
+        done: Done = partial(self._write_done, handle, offset, buffer)
+        if flags & _FUA:
+            self._export.write(offset, buffer, self._durable(done), True)
+        else:
+            self._export.write(offset, buffer, done, False)
 
     def other(self, command: int, flags: int, handle: int, offset: int, length: int) -> None:
         """FLUSH, TRIM, WRITE_ZEROES, CACHE or BLOCK_STATUS."""
         self.in_flight += 1
         export, fua = self._export, (flags & _FUA) != 0
-        done = partial(self._finish, command, flags, handle, offset, length)
+        done: Done = partial(self._finish, command, flags, handle, offset, length)
+        if fua or command == _FLUSH:
+            done = self._durable(done)
         if command == _FLUSH:
             export.flush(done)
         elif command == _TRIM:
@@ -92,6 +98,10 @@ class Service:
             export.allocation(
                 offset, length, partial(self._allocation_done, flags, handle, offset, length)
             )
+
+    def _durable(self, done: Done) -> Done:
+        """Of one that is not answered nobody would hear."""
+        return lambda error: done(error if self._abandoned else self._losses.answer(error))
 
     def _read_done(
         self, handle: int, flags: int, offset: int, buffer: memoryview, error: OSError | None
