@@ -66,8 +66,9 @@ bench-vm: setup  ## beside md, dm-mirror, DRBD in a virtual machine; BENCH_ARGS=
 bench-prediction: setup  ## updates of every policy on the recorded traces; TRACES="more.csv.gz"
 	$(PYTHON) -m tests.bench.prediction $(TRACES)
 
-soak: setup  ## long property tests, then kill -9 under verify load; CYCLES=200, EXAMPLES=1200
+soak: setup  ## long property tests and walks, kill -9 under load; CYCLES=, EXAMPLES=, STEPS=
 	STATEFUL_EXAMPLES=$(or $(EXAMPLES),1200) $(PYTEST) -n $(JOBS) --timeout 3600 tests/property
+	$(PYTHON) -m tests.soak.walks --steps $(or $(STEPS),2000000)
 	$(PYTHON) -m tests.soak.soak --cycles $(or $(CYCLES),200)
 
 fuzz: setup  ## a longer run of the fuzz tests; EXAMPLES=20000

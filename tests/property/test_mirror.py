@@ -56,11 +56,14 @@ class MirrorMachine(RuleBasedStateMachine):
         # Power cuts before the first sync are as good as any: start equal, record empty.
         self.boot(blank_image(GEOMETRY), bytes(SIZE), bytes(SIZE))
 
-    def boot(self, record: bytes, primary: bytes, secondary: bytes) -> None:
+    def boot(
+        self, record: bytes, primary: bytes, secondary: bytes, far: SimDisk | None = None
+    ) -> None:
+        """The machine starts with these contents; `far` is a secondary that went on meanwhile."""
         self.loop = Clock()
         self.record = SimDisk("record", len(record), record)
         self.primary = SimDisk("primary", SIZE, primary)
-        self.secondary = SimDisk("secondary", SIZE, secondary)
+        self.secondary = far or SimDisk("secondary", SIZE, secondary)
         self.disks = (self.record, self.primary, self.secondary)
         self.begin()
         self.pending_writes: list[tuple[int, bytes]] = []  # sent, not acknowledged
@@ -74,7 +77,17 @@ class MirrorMachine(RuleBasedStateMachine):
         self.store = RecordStore(GEOMETRY, loaded, self.record, self.loop, lambda *a, **k: None)
         self.policy = MischievousPolicy(EXTENTS, self.rng)
         self.gate = self.make_gate()
-        self.copier = Copier(
+        self.copier = self.make_copier()
+        self.gate.take_recorded()
+        if self.gate.taken:
+            self.copier.begin_pass(compare=self.compare, predecessor=True)
+        self.copier.start()
+
+    def make_gate(self) -> Gate:
+        return Gate(GEOMETRY, self.primary, self.store, self.policy, self.loop, limit_extents=3)
+
+    def make_copier(self) -> Copier:
+        return Copier(
             GEOMETRY,
             self.gate,
             self.primary,
@@ -88,13 +101,6 @@ class MirrorMachine(RuleBasedStateMachine):
             era_interval_s=1.0,
             piece_bytes=2 * BLOCK,
         )
-        self.gate.take_recorded()
-        if self.gate.taken:
-            self.copier.begin_pass(compare=self.compare)
-        self.copier.start()
-
-    def make_gate(self) -> Gate:
-        return Gate(GEOMETRY, self.primary, self.store, self.policy, self.loop, limit_extents=3)
 
     # -- the host -------------------------------------------------------------------------
     def sectors_of(self, offset: int, length: int) -> range:
@@ -139,10 +145,11 @@ class MirrorMachine(RuleBasedStateMachine):
         promised = dict(self.acknowledged)
 
         def done(error: OSError | None) -> None:
-            if error is None:
-                for sector, data in promised.items():
-                    if self.acknowledged.get(sector) == data:
-                        self.flushed[sector] = data
+            for sector, data in promised.items():
+                if error is not None:  # and the host knows that it may be lost
+                    self.unsure.update({sector} - self.flushed.keys())
+                elif self.acknowledged.get(sector) == data:
+                    self.flushed[sector] = data
 
         self.submit_flush(done)
 
@@ -184,7 +191,9 @@ class MirrorMachine(RuleBasedStateMachine):
     def fail(self, data: st.DataObject) -> None:
         """An operation ends in an error; a failed write may have been carried out in part."""
         disk = data.draw(st.sampled_from([d for d in self.disks if d.pending]))
-        index = data.draw(st.integers(0, len(disk.pending) - 1))
+        self.fail_one(disk, data.draw(st.integers(0, len(disk.pending) - 1)))
+
+    def fail_one(self, disk: SimDisk, index: int) -> None:
         disk.fail_next = {disk.pending[index].kind: [errno.EIO]}
         disk.finish(index)
         disk.fail_next = {}
@@ -243,7 +252,7 @@ class MirrorMachine(RuleBasedStateMachine):
         """Sector -> what a power cut at this moment may leave there, where that is not certain."""
         contents: dict[int, set[bytes]] = {}
         writes = [(offset, data) for _, offset, data in disk.volatile]
-        writes += [(op.offset_bytes, op.data) for op in disk.pending if op.kind == "write"]
+        writes += [(op.offset_bytes, op.data) for op in disk.to_come]
         for offset, data in writes:
             for at in range(0, len(data), SECTOR):
                 sector = (offset + at) // SECTOR

@@ -5,6 +5,11 @@ cache: a completed write is visible to reads at once, but durable only after a f
 Nothing completes by itself: `pending` operations are finished one by one, in whatever order the
 test chooses.  `crash` gives the medium after a power cut: each write that was not made durable
 (completed or in flight) is kept, lost or torn at 512-byte sectors, as the given chooser says.
+
+With `luck` an operation that fails does harm: a write is carried out in part, and a flush loses
+some of what was volatile, once, as the kernel reports it once.  With `writes_late` the disk is a
+server: what a lost connection or a process that died had sent stays with it as `ghosts`, which land
+when the test says so, at the latest `LATE_S` after the next connection.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from typing import Any, Protocol
 from bitmapd.media.base import AllocationDone, Done
 
 SECTOR = 512
+LATE_S = 20.0
 
 Volatile = tuple[int, int, bytes]  # serial number, offset, data
 
@@ -110,6 +116,8 @@ class SimDisk:
         self.unreadable: set[int] = set()  # bytes whose reading ends in EIO
         self.connected = True
         self.writes_late = False
+        self.luck: Chooser | None = None
+        self.ghosts: list[SimOp] = []
         self.history: list[tuple[str, int, int]] = []
 
     # -- Device ---------------------------------------------------------------------------
@@ -183,6 +191,8 @@ class SimDisk:
         if errors:
             number = errors.pop(0)
             if number:
+                if self.luck is not None:
+                    self._fail_badly(op, self.luck)
                 op.done(OSError(number, f"simulated {errno.errorcode.get(number, number)}"))
                 return
         if op.kind == "read":
@@ -193,17 +203,7 @@ class SimDisk:
                 return
             op.buffer[:] = self.visible[op.offset_bytes : end]
         elif op.kind == "write":
-            end = op.offset_bytes + op.length_bytes
-            self.visible[op.offset_bytes : end] = op.data
-            if op.fua:
-                # Older volatile writes to the same place must not come back over this one.
-                self.volatile = [
-                    piece for old in self.volatile for piece in _outside(old, op.offset_bytes, end)
-                ]
-                self.durable[op.offset_bytes : end] = op.data
-            else:
-                self.volatile.append((self._serial, op.offset_bytes, op.data))
-                self._serial += 1
+            self._carry_out(op.offset_bytes, op.data, op.fua)
         elif op.kind == "flush":
             for serial, offset, data in self.volatile:
                 if serial < op.serial:
@@ -213,20 +213,85 @@ class SimDisk:
             self.connected = True
         op.done(None)
 
+    def _carry_out(self, offset: int, data: bytes, fua: bool) -> None:
+        end = offset + len(data)
+        self.visible[offset:end] = data
+        if fua:
+            # Older volatile writes to the same place must not come back over this one.
+            self.volatile = [piece for old in self.volatile for piece in _outside(old, offset, end)]
+            self.durable[offset:end] = data
+        else:
+            self.volatile.append((self._serial, offset, data))
+            self._serial += 1
+
+    def _fail_badly(self, op: SimOp, luck: Chooser) -> None:
+        if op.kind == "write":
+            for at in range(0, len(op.data), SECTOR):
+                if luck.random() < 0.5:
+                    piece = op.data[at : at + SECTOR]
+                    self._carry_out(op.offset_bytes + at, piece, op.fua and luck.random() < 0.7)
+        elif op.kind == "flush":
+            kept = []
+            for serial, offset, data in self.volatile:
+                fate = luck.random()
+                if serial >= op.serial or fate < 0.3:
+                    kept.append((serial, offset, data))
+                elif fate < 0.6:
+                    self.durable[offset : offset + len(data)] = data
+            self.volatile = kept
+            self.visible = bytearray(self.durable)
+            for _, offset, data in kept:
+                self.visible[offset : offset + len(data)] = data
+
+    def abandon(self) -> None:
+        """Whoever asked is gone, and hears of nothing.  A disk carries out what it was asked for; a
+        server keeps it for later."""
+        pending, self.pending = self.pending, []
+        for op in pending:
+            if op.kind == "write":
+                if self.writes_late:
+                    self.ghosts.append(op)
+                else:
+                    self._carry_out(op.offset_bytes, op.data, op.fua)
+
+    def lose_connection(self) -> None:
+        """What was in flight ends in an error, and may yet be carried out."""
+        pending = list(self.pending)
+        self.abandon()
+        self.connected = False
+        for op in pending:
+            op.done(OSError(errno.ENOTCONN, "the connection was lost"))
+
+    def greet(self, loop: SimLoop, luck: Chooser) -> None:
+        """A new connection: every ghost lands within `LATE_S`, or never."""
+        for ghost in self.ghosts:
+            loop.call_later(luck.random() * LATE_S * 0.99, self.land, ghost)
+
+    def land(self, ghost: SimOp) -> None:
+        if ghost in self.ghosts:
+            self.ghosts.remove(ghost)
+            self._carry_out(ghost.offset_bytes, ghost.data, ghost.fua)
+
     def disappear(self, chooser: Chooser) -> None:
         """Lose power and come back: nothing works until `open`, and what was volatile is gone."""
         image = self.crash(chooser)
         pending, self.pending = self.pending, []
+        self.ghosts = []
         self.durable, self.visible, self.volatile = bytearray(image), bytearray(image), []
         self.connected = False
         for op in pending:
             op.done(OSError(errno.ENOTCONN, "the connection was lost"))
 
+    @property
+    def to_come(self) -> list[SimOp]:
+        """Writes that may be carried out at any moment."""
+        return self.ghosts + [op for op in self.pending if op.kind == "write"]
+
     def crash(self, chooser: Chooser) -> bytes:
         """The medium after a power cut; the disk object is of no use afterwards."""
         image = bytearray(self.durable)
         writes = [(offset, data) for _, offset, data in self.volatile]
-        writes += [(op.offset_bytes, op.data) for op in self.pending if op.kind == "write"]
+        writes += [(op.offset_bytes, op.data) for op in self.to_come]
         for offset, data in writes:
             fate = chooser.random()
             if fate < 0.4:
