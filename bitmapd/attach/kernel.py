@@ -79,6 +79,7 @@ class KernelAttachment:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: NbdServer | None = None  # as long as the kernel is to be connected to it
         self._stats: dict[str, BlockStat] = {}
+        self._uncounted = self._restored = False  # at the latest barrier
         self.era_device = ""
         self.adopted = False
         self.current_era = 0
@@ -213,7 +214,8 @@ class KernelAttachment:
 
     # -- while hosts write --------------------------------------------------------------------
     def _open_stat(self, layer: str, device: str) -> None:
-        self._stats[layer] = BlockStat(os.stat(device).st_rdev)
+        number = os.stat(device).st_rdev
+        self._stats[layer] = BlockStat(f"{os.major(number)}:{os.minor(number)}")
 
     def _offers_discard(self) -> bool:
         number = os.stat(self.era_device).st_rdev
@@ -225,7 +227,7 @@ class KernelAttachment:
         if "era" not in self._stats:
             return Counters(0, 0)
         fields = self._stats["era"].read()
-        return Counters(fields[6] * SECTOR_BYTES, fields[11])
+        return Counters(fields[6] * SECTOR_BYTES, fields[11], self._stats["era"].lapses)
 
     def host_counters(self) -> HostCounters:
         """What hosts asked for, whatever way it took; zeros before `attach`."""
@@ -253,6 +255,7 @@ class KernelAttachment:
             "segments": segments,
             "since_era": since_era,
             "deadline_s": BARRIER_DEADLINE_S,
+            "lapses": self._stats["era"].lapses if "era" in self._stats else 0,
         }
         try:
             frame = await self._wiring.call("barrier", fields)
@@ -263,6 +266,7 @@ class KernelAttachment:
                 bool(frame.header["skipped"]),
                 str(frame.header["damage"]),
             )
+            self._tell_of_counting(frame.header["counted_again"], str(frame.header["uncounted"]))
         except HelperError as error:
             late = error.code == "ENOBUFS"
             done(PutOffError(errno.ENOBUFS, error.strerror) if late else error, None)
@@ -270,6 +274,23 @@ class KernelAttachment:
             done(OSError(errno.EPROTO, f"the wiring helper's answer: {error}"), None)
         else:
             done(None, landed)
+
+    def _tell_of_counting(self, restored: Sequence[str], problem: str) -> None:
+        """Somebody has the kernel not count: see `media/blockstat`."""
+        if problem and not self._uncounted:
+            self.emit(
+                "counters-error",
+                message=f"the kernel does not count writes, so every era is taken as written:"
+                f" {problem}",
+            )
+        elif restored and not self._restored:
+            self.emit(
+                "counters-restored",
+                message=f"queue/iostats of {', '.join(restored)} was 0 and is 1 again: without it"
+                " direct writes are not seen",
+            )
+        self._uncounted = bool(problem)
+        self._restored = bool(restored)
 
 
 async def negotiate(

@@ -280,6 +280,24 @@ _EVENTS = (
         "nothing; a longer `era-interval` saves the kernel work",
     ),
     EventKind(
+        "counters-error",
+        Level.ERROR,
+        ("message",),
+        "the kernel does not count writes of the volume's devices and cannot be told to, so direct"
+        " writes cannot be seen: every era is taken as written, and the volume is never `in-sync`",
+        'set `queue/iostats` of the volume\'s dm devices to 1, or use `attach = "nbd"`',
+        is_error=True,
+    ),
+    EventKind(
+        "counters-restored",
+        Level.NOTICE,
+        ("message",),
+        "somebody (udev rules, tuned) had set `queue/iostats` of the volume's dm devices to 0; it"
+        " is 1 again, and what was not counted is taken as written",
+        "keep that tuning off device-mapper's devices",
+        limited=True,
+    ),
+    EventKind(
         "era-damaged",
         Level.ERROR,
         ("message",),

@@ -45,10 +45,13 @@ class Counters:
     """Of the device under both paths, since it was made; monotone.
 
     Bytes and not writes tell whether something was written: an empty flush counts as a write.
+    `lapses`: how often the kernel was found not to count; between two readings that differ in it
+    anything may have been written.
     """
 
     written_bytes: int
     discards: int
+    lapses: int = 0
 
 
 @dataclass(frozen=True, slots=True)

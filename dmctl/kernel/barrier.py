@@ -24,10 +24,13 @@ dm-era marks a block before a write to it goes on, in the era that is current th
    before would have waited for it if it had begun before that one's reading.  Hence counters are
    compared with those read two barriers ago: for discards, and to skip a barrier: if three
    readings in a row are equal nothing is unknown, nothing is claimed, and the era goes on.  But
-   what was brought may have got lost on its way: whoever asks again from the same era on gets it
-   again.
-6. What a barrier needs of memory for 4 exists before.
-7. dm-era digests an ended era at a cost of the volume's size, some seconds per TiB, keeps its marks
+   what was brought may get lost on its way: whoever asks again from the same era on gets it again.
+   So a reading counts as that of an earlier barrier once it is known that what that one brought has
+   arrived: when the era behind it is asked for.
+6. The kernel may have been told not to count (`media/blockstat`).  Lapses are part of a reading, so
+   whatever was not counted is unknown, and discards may have been among it.
+7. What a barrier needs of memory for 4 exists before.
+8. dm-era digests an ended era at a cost of the volume's size, some seconds per TiB, keeps its marks
    until then, and fails writes when its metadata are full.  So no era is ended while more than half
    of them are in use: that leaves room for a copy of all that a digestion changes while a snapshot
    is held.
@@ -41,15 +44,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, Protocol
 
 from bitarray import bitarray
 
+from bitmapd.media.blockstat import BlockStat
 from dmctl.kernel.dm_ioctl import DeviceMapper
 from dmctl.kernel.dm_wire import Target
 from dmctl.model import era
@@ -65,10 +68,25 @@ _SECTORS_WRITTEN, _DISCARDS = 6, 11
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of the era device since it was made; each only grows."""
+    """Of the era device since it was made; each only grows.  `lapses` as in `media/blockstat`."""
 
     sectors_written: int
     discards: int
+    lapses: int = 0
+
+
+class Metadata(Protocol):
+    """Blocks of the era device's metadata as they are on their medium."""
+
+    def read_block(self, number: int) -> memoryview | bytes: ...
+
+    def read_blocks(self, numbers: Sequence[int]) -> Sequence[memoryview | bytes]: ...
+
+
+class Alarm(Protocol):
+    """Has what waits in the kernel end with EINTR after that time."""
+
+    def __call__(self, seconds: float) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +143,22 @@ class Barrier:
         mapper: DeviceMapper,
         era_name: str,
         write_name: str,
-        metadata: MetadataFile,
+        metadata: Metadata,
         read_counters: Callable[[], Counters],
+        deadline: Alarm | None = None,
     ) -> None:
         self._mapper = mapper
         self._era = era_name
         self._write = write_name
         self._metadata = metadata
         self._read_counters = read_counters
+        self._deadline = alarm if deadline is None else deadline
         self._hold, self._go_on = mapper.holding(write_name), mapper.going_on(write_name)
-        # Not known of an era device that was found: then every discard since it was made counts.
+        # Read before the latest two barriers whose blocks have arrived.  Not known of an era device
+        # that was found: then every discard since it was made counts.
         self._last: Counters | None = None
         self._earlier: Counters | None = None
+        self._brought: Counters | None = None  # read before one whose blocks are on their way
         self._next_era: int | None = None  # asked for by who has got all that was brought
 
     def __call__(
@@ -146,6 +168,8 @@ class Barrier:
         but that an era ended, and the next barrier is to begin with the same `since_era`.
         OSError ENOBUFS if no era can be ended for the time being."""
         before = self._read_counters()
+        if since_era == self._next_era and self._brought is not None:
+            self._earlier, self._last, self._brought = self._last, self._brought, None
         known = since_era == self._next_era and before == self._last == self._earlier
         if table is None and known:
             return Collected(bitarray(), since_era - 1, skipped=True)
@@ -169,9 +193,9 @@ class Barrier:
                 blocks, to_era, damage = bitarray(), status.current_era, str(error)
         finally:
             self._mapper.message(self._era, DROP_SNAPSHOT)
-        widened = after.discards > (0 if self._earlier is None else self._earlier.discards)
-        self._earlier, self._last = self._last, before
-        self._next_era = to_era + 1
+        since = self._earlier or Counters(0, 0)
+        widened = after.discards > since.discards or after.lapses > since.lapses
+        self._brought, self._next_era = before, to_era + 1
         if widened:
             blocks = widen(blocks)
         return Collected(blocks, to_era, window_s, widened=widened, damage=damage)
@@ -199,7 +223,7 @@ class Barrier:
     def _drain(self, hold_first: bool, deadline_s: float) -> float:
         """Seconds for which writes were held."""
         try:
-            with alarm(deadline_s):
+            with self._deadline(deadline_s):
                 start_s = time.monotonic()
                 if hold_first:
                     self._hold()
@@ -239,19 +263,7 @@ def alarm(seconds: float, handler: Handler = lambda *_: None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-class StatFile:
-    """Counters of a block device, by its number "major:minor"."""
-
-    def __init__(self, number: str, root: Path = Path("/sys/dev/block")) -> None:
-        self._fd = os.open(root / number / "stat", os.O_RDONLY | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-    def fields(self) -> list[int]:
-        """As Documentation/block/stat.rst numbers them."""
-        return [int(field) for field in os.pread(self._fd, 512, 0).split()]
-
-    def counters(self) -> Counters:
-        fields = self.fields()
-        return Counters(fields[_SECTORS_WRITTEN], fields[_DISCARDS])
+def counters(stat: BlockStat, lapses: int = 0) -> Counters:
+    """`lapses`: those that somebody else has seen."""
+    fields = stat.read()
+    return Counters(fields[_SECTORS_WRITTEN], fields[_DISCARDS], stat.lapses + lapses)

@@ -46,7 +46,8 @@ from bitmapd.attach.helper_frames import (
     result,
 )
 from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError
-from dmctl.kernel.barrier import Barrier, MetadataFile, StatFile, alarm
+from bitmapd.media.blockstat import BlockStat
+from dmctl.kernel.barrier import Barrier, MetadataFile, alarm, counters
 from dmctl.kernel.dm_ioctl import CONTROL, DeviceMapper, load_module
 from dmctl.kernel.dm_wire import Target
 from dmctl.kernel.execute import Dmsetup
@@ -127,7 +128,10 @@ class Helper:
         self._actor = Dmsetup(mapper)
         self._lock: int | None = None
         self._barrier: Barrier | None = None
-        self._files: list[MetadataFile | StatFile] = []
+        self._files: list[MetadataFile | BlockStat] = []
+        self._stats: dict[Layer, BlockStat] = {}
+        self._lapses = 0  # those that bitmapd has seen
+        self._restored = 0
         self.verbs: dict[str, Callable[[Request], Answer]] = {
             "build": self.build,
             "connect": self.connect,
@@ -195,6 +199,7 @@ class Helper:
             if made:
                 selftest(self._mapper, self._actor)
         era = self._layer(seen if served else self._reach(Goal.TRACKED), Layer.ERA)
+        self._have_counted(Layer.ERA, era)
         answer = {
             "era_device": device_path(era.name),
             # A volume that grows gets a new era device under hosts that go on.
@@ -247,6 +252,8 @@ class Helper:
         seen = self._reach(Goal.ATTACHED, request.segments() or ())
         write = self._layer(seen, Layer.WRITE)
         era = self._layer(seen, Layer.ERA)
+        for layer in Layer:
+            self._have_counted(layer, self._layer(seen, layer))
         answer = {
             "write_device": write.name,
             "top_device": self._layer(seen, Layer.TOP).name,
@@ -269,6 +276,8 @@ class Helper:
                 table = write_table(self._volume, segments, era=era.number, nbd=nbd)
         else:
             barrier, table = self._barrier, None
+        self._lapses = request.number("lapses")
+        restored, uncounted = self._count_on()
         collected = barrier(None if table is None else wired(table), since_era, deadline_s)
         answer = {
             "collected_to_era": collected.to_era,
@@ -276,6 +285,8 @@ class Helper:
             "skipped": collected.skipped,
             "widened": collected.widened,
             "damage": collected.damage,
+            "counted_again": restored,
+            "uncounted": uncounted,
         }
         return answer, pack_runs(runs(collected.blocks))
 
@@ -314,11 +325,49 @@ class Helper:
         if self._barrier is None:
             metadata = MetadataFile(node(self._mapper.table(era.name)[0].parameters.split()[0]))
             self._files.append(metadata)
-            counters = StatFile(era.number)
-            self._files.append(counters)
+            stat = self._stat_of(Layer.ERA, era)
             write = self._volume.device(Layer.WRITE)
-            self._barrier = Barrier(self._mapper, era.name, write, metadata, counters.counters)
+            self._barrier = Barrier(
+                self._mapper,
+                era.name,
+                write,
+                metadata,
+                lambda: counters(stat, self._lapses + self._restored),
+            )
         return self._barrier
+
+    # -- counting -------------------------------------------------------------------------------
+    def _stat_of(self, layer: Layer, device: Mapped) -> BlockStat:
+        if layer not in self._stats:
+            self._stats[layer] = BlockStat(device.number)
+            self._files.append(self._stats[layer])
+        return self._stats[layer]
+
+    def _have_counted(self, layer: Layer, device: Mapped) -> None:
+        """Whether something was written directly is known from the kernel's counters alone."""
+        try:
+            self._stat_of(layer, device).switch_on()
+        except OSError as error:
+            raise WrongStateError(
+                f"the kernel does not count the writes of {device_path(device.name)}, and cannot be"
+                f" told to: {error}",
+                hint="queue/iostats of device-mapper's devices has to be 1; or use --attach nbd",
+            ) from error
+
+    def _count_on(self) -> tuple[list[str], str]:
+        """Names of the layers that somebody had the kernel not count, and why it still does not.
+
+        Before a barrier and not as soon as it is seen: every look until then finds it.
+        """
+        restored, problem = [], ""
+        for layer, stat in self._stats.items():
+            try:
+                if stat.switch_on():
+                    restored.append(self._volume.device(layer))
+                    self._restored += 1
+            except OSError as error:
+                problem = f"{device_path(self._volume.device(layer))}: {error}"
+        return restored, problem
 
     def _forget(self) -> None:
         """The devices are about to change."""
@@ -326,6 +375,7 @@ class Helper:
         for file in self._files:
             file.close()
         self._files.clear()
+        self._stats.clear()
 
     def _nbd_number(self, seen: Observed) -> str:
         return seen.nbd.number if seen.nbd is not None else ""
@@ -349,11 +399,11 @@ def node(number: str) -> str:
 
 
 def counters_of(number: str) -> dict[str, int]:
-    file = StatFile(number)
+    stat = BlockStat(number)
     try:
-        fields = file.fields()
+        fields = stat.read()
     finally:
-        file.close()
+        stat.close()
     return {
         "reads": fields[_READS],
         "writes": fields[_WRITES],

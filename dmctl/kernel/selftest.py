@@ -5,7 +5,7 @@ before an era device is made for a volume, a small one is made, written, discard
 
  1. the block layer cuts discards at `discard_max_bytes`, and each piece marks its first block;
  2. zeroing marks every block, or is not offered;
- 3. the counters of writes and discards of a mapped device count;
+ 3. the counters of writes and discards of a mapped device count, once they are switched on;
  4. `take_metadata_snap` ends the era: what is written later is not in the snapshot;
  5. a new table comes in force while the device is in use, and the limit of discards stays.
 
@@ -27,8 +27,9 @@ from typing import Final, NoReturn
 from bitarray import bitarray
 
 from bitmapd.errors import WrongStateError
+from bitmapd.media.blockstat import BlockStat
 from dmctl.kernel import ram
-from dmctl.kernel.barrier import Barrier, Collected, MetadataFile, StatFile
+from dmctl.kernel.barrier import Barrier, Collected, MetadataFile, counters
 from dmctl.kernel.dm_ioctl import DeviceMapper
 from dmctl.kernel.dm_wire import Target
 from dmctl.kernel.execute import Dmsetup
@@ -53,7 +54,7 @@ class _Scratch:
     era: str
     write: str
     barrier: Barrier
-    counters: StatFile
+    stat: BlockStat
 
     def queue(self, name: str, attribute: str) -> int:
         device = self.mapper.device(name)
@@ -71,9 +72,12 @@ def selftest(mapper: DeviceMapper, actor: Dmsetup) -> None:
 
 def _writes(scratch: _Scratch) -> int:
     """The latest era that was collected."""
-    before = scratch.counters.counters()
+    before = counters(scratch.stat)
     _write(scratch, 3)
-    if scratch.counters.counters().sectors_written == before.sectors_written:
+    after = counters(scratch.stat)
+    if after.lapses != before.lapses:
+        _fail("it is told again and again not to count (queue/iostats)")
+    if after.sectors_written == before.sectors_written:
         _fail("the counter of writes of a mapped device stands still")
     table = [Target(0, DATA_BYTES // SECTOR_BYTES, "linear", f"{device_path(scratch.era)} 0")]
     first = scratch.barrier(table, 1, _DEADLINE_S)
@@ -92,10 +96,10 @@ def _discards(scratch: _Scratch, era: int) -> int:
         _fail(f"discards of up to {limit} bytes are let through, {BLOCK_BYTES} were allowed")
     if not scratch.queue(scratch.write, "discard_max_bytes"):
         return era
-    before = scratch.counters.counters()
+    before = counters(scratch.stat)
     start, length = 8 * BLOCK_BYTES + BLOCK_BYTES // 2, 5 * BLOCK_BYTES
     _ask(scratch.write, _BLKDISCARD, start, length)
-    if scratch.counters.counters().discards == before.discards:
+    if counters(scratch.stat).discards == before.discards:
         _fail("the counter of discards of a mapped device stands still")
     landed = scratch.barrier(None, era + 1, _DEADLINE_S)
     missing = set(range(8, 14)) - _blocks(landed)
@@ -137,12 +141,13 @@ def _scratch(mapper: DeviceMapper, actor: Dmsetup) -> Iterator[_Scratch]:
         actor.limit_discard(era, BLOCK_BYTES)
         _create(stack, actor, write, Line(0, DATA_BYTES, Linear(device_path(era), 0)))
         device = mapper.device(era)
-        counters = StatFile(device.number if device is not None else "")
-        stack.callback(counters.close)
+        stat = BlockStat(device.number if device is not None else "")
+        stack.callback(stat.close)
+        stat.switch_on()
         reader = MetadataFile(metadata)
         stack.callback(reader.close)
-        barrier = Barrier(mapper, era, write, reader, counters.counters)
-        yield _Scratch(mapper, actor, era, write, barrier, counters)
+        barrier = Barrier(mapper, era, write, reader, lambda: counters(stat))
+        yield _Scratch(mapper, actor, era, write, barrier, stat)
 
 
 def _create(stack: contextlib.ExitStack, actor: Dmsetup, name: str, line: Line) -> None:

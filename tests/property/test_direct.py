@@ -27,9 +27,9 @@ from tests.support.records import blank_image
 from tests.support.sim import SECTOR, SimDisk, drain
 from tests.support.simkernel import SimKernel, finish_or_drop
 
-TROUBLES = ("restart", "helper", "close", "gate", "pause", "cache", "cut")
+TROUBLES = ("restart", "helper", "close", "gate", "pause", "cache", "cut", "counters")
 
-failures = st.sampled_from(["given up", "old table", "new table"])
+failures = st.sampled_from(["given up", "old table", "new table", "cleared"])
 
 
 class Keeping(MischievousPolicy):
@@ -70,6 +70,8 @@ class DirectMachine(MirrorMachine):
             self.start_again(Random(seed), swap=False)
 
     def boot(self, record: bytes, primary: bytes, secondary: bytes) -> None:
+        if hasattr(self, "kernel"):
+            self.kernel.end()
         self.kernel: SimKernel | None = None
         super().boot(record, primary, secondary)
 
@@ -128,8 +130,8 @@ class DirectMachine(MirrorMachine):
         failed=st.none() | failures,
         cool=st.booleans(),
         early=st.booleans(),
-        stages=st.sampled_from([0, 1, 2, 3, 3, 5]),
-        then=st.sampled_from(["nothing", "finish", "rest", "fail", "fail next", "close"]),
+        stages=st.sampled_from([0, 1, 2, 3, 3, 4, 5, 6]),
+        then=st.sampled_from(["nothing", "finish", "hang", "rest", "fail", "fail next", "close"]),
     )
     def write_during_barrier(
         self,
@@ -166,7 +168,9 @@ class DirectMachine(MirrorMachine):
                 extents = extents - kernel.direct(kernel.busy.segments) or extents
             for extent in sorted(extents):
                 self.write_into(data, extent)
-        if then != "nothing":
+        if then == "hang":
+            self.run_while_writes_hang(0.0)
+        elif then != "nothing":
             self.kernel.era.work()
             drain(self.loop, self.primary)
         if then == "close":
@@ -175,7 +179,7 @@ class DirectMachine(MirrorMachine):
             self.drain(*self.disks)
         if then in ("fail", "fail next"):
             self.barrier_fails(3, data.draw(failures), data.draw(st.integers(1, 2)))
-        if then not in ("nothing", "finish"):
+        if then not in ("nothing", "finish", "hang"):
             self.rest(2)
 
     @precondition(lambda self: not self.closed)
@@ -232,12 +236,14 @@ class DirectMachine(MirrorMachine):
             if self.kernel.can_step:
                 self.step_kernel()
 
-    @rule(stages=st.integers(0, 6), how=failures, times=st.integers(1, 2))
+    @rule(stages=st.integers(0, 8), how=failures, times=st.integers(1, 3))
     def barrier_fails(self, stages: int, how: str, times: int) -> None:
         for _ in range(times):
             self.begin_barrier(stages)
             if how == "given up":
                 self.kernel.give_up()
+            elif how == "cleared":
+                self.kernel.inactive = None  # by another program
             else:
                 self.kernel.lose_helper(swap=how == "new table")
             self.loop.run_soon()
@@ -315,6 +321,8 @@ class DirectMachine(MirrorMachine):
             self.routes.gate_all(wanted=bool(seed & 1))
         elif what == "pause":
             super().pause_or_resume(0)
+        elif what == "counters":
+            self.kernel.era.counting = False
         elif what == "cache":
             super().lose_secondary_cache(seed, 0)
         else:

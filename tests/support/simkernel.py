@@ -6,11 +6,11 @@ after that, whoever submits it.  It is counted when it ends, however it ends, or
 (`counts_at_start`), as kernels before 6.3 do.  A discard is split into pieces of at most a block,
 wherever they begin, and each piece marks the first block that it touches and no other.
 
-`SimKernel` is the table above it with the barrier: each `step` takes the barrier under way one
-stage further, and between two of them anything may happen.  `give_up` ends it with an error and
-the old table (a deadline, no memory), `lose_helper` with an error and either table; the death of
-bitmapd ends the helper too, and nobody is told.  What the helper remembers from one barrier to the
-next dies with it.
+`SimKernel` is the table above it.  Its barrier is the real one (`simhelper`): each `step` takes it
+one call to the kernel further, and between two of them anything may happen.  `give_up` has a call
+fail (a deadline, no memory), `lose_helper` ends the helper there, and either table is in force; the
+death of bitmapd ends the helper too, and nobody is told.  What the helper remembers from one
+barrier to the next dies with it.
 
 Writes of hosts are `Bio`s: split at the table's segments, sent to the era device or to the gate,
 held while the table is suspended, and sent to the next gate again when one died.
@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
+from dataclasses import dataclass
 
-from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.direct import BarrierDone, Counters, HostCounters, Landed
 from bitmapd.gate.routes import DIRECT, GATE, Run, Segment
 from bitmapd.media.base import AllocationDone, Device, Done
 from bitmapd.media.buffers import aligned
 from bitmapd.record.geometry import Geometry
-from tests.support.sim import Chooser, SimDisk, SimOp
+from dmctl.model.era import runs
+from tests.support.sim import SECTOR, Chooser, SimDisk, SimOp
+from tests.support.simhelper import Lockstep, Marks, SimHelper
 
 
 class SimEra:
@@ -47,6 +47,7 @@ class SimEra:
         self.writes = 0
         self.written_bytes = 0
         self.discards = 0
+        self.counting = True  # queue/iostats
         self._deferred: list[Callable[[], None]] = []
 
     @property
@@ -79,10 +80,10 @@ class SimEra:
     def _submit(
         self, blocks: Run, count: Callable[[], None], done: Done, issue: Callable[[Done], None]
     ) -> None:
-        for_hosts, at_start = self.for_hosts, self.counts_at_start
+        for_hosts, at_start, counted = self.for_hosts, self.counts_at_start, self.counting
 
         def ended(error: OSError | None) -> None:
-            if not at_start:
+            if counted and not at_start:
                 count()
             done(error)
 
@@ -95,7 +96,7 @@ class SimEra:
                 self.host_ops = [op for op in self.host_ops if any(op is it for it in pending)]
                 self.host_ops += pending[before:]
 
-        if at_start:
+        if counted and at_start:
             count()
         if self.defers():
             self._deferred.append(go)
@@ -165,32 +166,32 @@ class SimEra:
         self.marks[self.current] = set()
         return self.current - 1
 
-    def marked(self, first_era: int, last_era: int) -> set[int]:
-        eras = (blocks for era, blocks in self.marks.items() if first_era <= era <= last_era)
-        return set().union(*eras)
-
-
-class Stage(IntEnum):
-    ASKED = 0
-    COUNTED = 1
-    ROLLED_OVER = 2
-    LOADED = 3
-    SUSPENDED = 4
-    RESUMED = 5
-    READ = 6
-
 
 @dataclass(slots=True)
 class _Barrier:
     segments: list[Segment] | None
     since_era: int
     done: BarrierDone
-    stage: Stage = Stage.ASKED
-    era: int = 0
-    writes: int = 0
-    discards: int = 0
-    marked: set[int] = field(default_factory=set)
-    landed: Landed | None = None
+    process: Lockstep
+
+
+class SimStat:
+    """The era device's counters, as `media/blockstat` reads them."""
+
+    def __init__(self, era: SimEra) -> None:
+        self._era = era
+        self.lapses = 0
+
+    def read(self) -> list[int]:
+        self.lapses += not self._era.counting
+        fields = [0] * 17
+        fields[6], fields[11] = self._era.written_bytes // SECTOR, self._era.discards
+        return fields
+
+    def switch_on(self) -> bool:
+        was_off = not self._era.counting
+        self._era.counting = True
+        return was_off
 
 
 @dataclass(slots=True, eq=False)
@@ -211,25 +212,27 @@ class SimKernel:
 
     def __init__(self, geometry: Geometry, disk: SimDisk) -> None:
         self.geometry = geometry
+        self.size_bytes, self.block_bytes = geometry.size_bytes, geometry.block_bytes
         self.disk = disk
         self.era = SimEra(disk, geometry)
         self.table: list[Segment] = [(0, geometry.size_bytes, GATE)]
         self.inactive: list[Segment] | None = None
+        self.coming: list[Segment] | None = None  # the resume that is under way has it
+        self.snapshot: Marks | None = None
+        self.metadata_used = 10  # of METADATA_BLOCKS
         self.suspended = False
         self.gate: Device | None = None
         self.busy: _Barrier | None = None
         self.in_flight: list[Bio] = []
         self.held: list[Bio] = []  # by the suspend
         self._at_gate: list[tuple[Bio, int, int]] = []  # bio, first byte, end byte
-        # The helper's memory: counters as they were before the latest two snapshots.
-        self._previous: tuple[int, int] | None = None
-        self._earlier: tuple[int, int] | None = None
-        self._next_era: int | None = None
+        self._seen = self.stat()  # what bitmapd sees
+        self._helper = SimHelper(self, lambda: self.era.current)
 
     # -- Kernel ---------------------------------------------------------------------------
     def counters(self) -> Counters:
-        era = self.era
-        return Counters(era.written_bytes, era.discards)
+        fields = self._seen.read()
+        return Counters(fields[6] * SECTOR, fields[11], self._seen.lapses)
 
     def host_counters(self) -> HostCounters:
         era = self.era
@@ -240,104 +243,131 @@ class SimKernel:
     ) -> None:
         if self.busy is not None:
             raise AssertionError("a barrier was asked for while another one was under way")
-        if segments is not None:
-            covered = [at for first, end, _ in segments for at in (first, end)]
-            inner = covered[1:-1]
-            if covered[0] or covered[-1] != self.geometry.size_bytes or inner[::2] != inner[1::2]:
-                raise AssertionError(f"{segments} do not cover the volume once")
-        self.busy = _Barrier(None if segments is None else list(segments), since_era, done)
+        wanted = None if segments is None else list(segments)
+        process = self._helper.begin(wanted, since_era, self._seen.lapses)
+        self.busy = _Barrier(wanted, since_era, done, process)
 
-    # -- the barrier, stage by stage ------------------------------------------------------
+    # -- what the helper asks of it -------------------------------------------------------
     @property
-    def can_step(self) -> bool:
-        barrier = self.busy
-        return barrier is not None and not (barrier.stage is Stage.SUSPENDED and self.in_flight)
+    def drained(self) -> bool:
+        return not self.in_flight
 
-    def step(self) -> None:
-        """Take the barrier one stage further."""
-        barrier = self.busy
-        if barrier is None or not self.can_step:
-            raise AssertionError("there is nothing to do")
-        if barrier.stage is Stage.ASKED:
-            barrier.writes, barrier.discards = self.era.writes, self.era.discards
-            read = (barrier.writes, barrier.discards)
-            known = barrier.since_era == self._next_era and self._earlier == self._previous == read
-            if barrier.segments is None and known:
-                barrier.landed = Landed((), barrier.since_era - 1, 0.0, skipped=True)
-                barrier.stage = Stage.READ
-                return
-        elif barrier.stage is Stage.COUNTED:
-            barrier.era = self.era.roll_over()
-            barrier.marked = self.era.marked(barrier.since_era, barrier.era)
-        elif barrier.stage is Stage.ROLLED_OVER:
-            self.inactive = barrier.segments or self.inactive
-        elif barrier.stage is Stage.LOADED:
-            self.suspended = True
-        elif barrier.stage is Stage.SUSPENDED:
-            self._resume()
-        elif barrier.stage is Stage.RESUMED:
-            self._read(barrier)
-        else:
-            self.busy = None
-            barrier.done(None, barrier.landed)
-            return
-        barrier.stage = Stage(barrier.stage + 1)
+    @property
+    def is_suspended(self) -> bool:
+        return self.suspended
 
-    def _read(self, barrier: _Barrier) -> None:
-        runs = self._runs(barrier.marked, self._discards_since(self._earlier))
-        barrier.landed = Landed(runs, barrier.era, 0.001)
-        self._earlier, self._previous = self._previous, (barrier.writes, barrier.discards)
-        self._next_era = barrier.era + 1
+    @property
+    def has_inactive(self) -> bool:
+        return self.inactive is not None
 
-    def _discards_since(self, previous: tuple[int, int] | None) -> bool:
-        """Whether a discard may be marked in the eras that are collected."""
-        return self.era.discards > (0 if previous is None else previous[1])
+    def stat(self) -> SimStat:
+        return SimStat(self.era)
 
-    def _runs(self, marked: set[int], widen: bool) -> list[Run]:
-        blocks = BlockSet()
-        for block in marked:
-            blocks.add(block, block + 1 + widen)
-        return list(blocks.runs())
+    def load(self, segments: list[Segment] | None) -> None:
+        self.inactive = segments
 
-    def _resume(self) -> None:
-        """As a resume in the kernel does it: with the inactive table, if there is one."""
-        if self.inactive is not None:
-            self.table, self.inactive = self.inactive, None
+    def suspend(self, *, to_swap: bool) -> None:
+        self.suspended = True
+        if to_swap:
+            self.coming, self.inactive = self.inactive, None
+
+    def resume(self, *, swap: bool) -> None:
+        """With the inactive table, if there is one; else the suspend was broken off."""
+        if not swap:
+            self.inactive = self.inactive or self.coming
+        elif (table := self.coming or self.inactive) is not None:
+            self.table, self.inactive = table, None
+        self.coming = None
         self.suspended = False
         held, self.held = self.held, []
         for bio in held:
             self.submit(bio)
 
+    def take_snapshot(self) -> Marks:
+        self.era.roll_over()
+        return Marks(self.geometry.blocks, self.era.current, self.era.marks)
+
+    # -- the barrier, call by call --------------------------------------------------------
+    @property
+    def can_step(self) -> bool:
+        barrier = self.busy
+        return barrier is not None and (barrier.process.ended or barrier.process.waits_for())
+
+    def step(self) -> None:
+        """Take the barrier one call further."""
+        barrier = self.busy
+        if barrier is None or not self.can_step:
+            raise AssertionError("there is nothing to do")
+        if not barrier.process.ended:
+            barrier.process.step()
+            return
+        self._must_be_tidy(barrier)
+        self.busy = None
+        collected = barrier.process.result
+        if collected is None:
+            barrier.done(barrier.process.error, None)
+            return
+        brought = runs(collected.blocks)
+        landed = Landed(list(brought), collected.to_era, 0.001, collected.skipped, collected.damage)
+        barrier.done(None, landed)
+
     # -- what goes wrong ------------------------------------------------------------------
     def give_up(self) -> None:
-        """The helper gives the barrier up, at whatever stage it is, and says so."""
-        self.inactive = None
-        self._end_with_error(errno.ETIMEDOUT)
+        """The helper gives the barrier up, at whatever call it is, and says so; if all is done,
+        what it says does not arrive."""
+        barrier, self.busy = self.busy, None
+        if barrier is None:
+            return
+        process = barrier.process
+        if not process.ended:
+            waits = not process.waits_for()
+            process.fail(OSError(errno.EINTR if waits else errno.ENOMEM, "simulated"))
+            while not process.ended:
+                process.step()
+        self._must_be_tidy(barrier)
+        barrier.done(process.error or OSError(errno.EPROTO, "simulated"), None)
+
+    def _must_be_tidy(self, barrier: _Barrier) -> None:
+        """Nothing waits for a helper that has answered."""
+        left = [self.suspended and "a suspended device", self.inactive and "an inactive table"]
+        if not barrier.process.failed_at_drop:
+            left.append(self.snapshot is not None and "a snapshot")
+        if any(left):
+            raise AssertionError(f"a barrier that ended has left {left}")
 
     def lose_helper(self, *, swap: bool) -> None:
-        """It dies; the next one resumes what is suspended and clears what is loaded.
+        """It dies; the next one clears what is loaded and resumes what is suspended.
 
         `swap`: the resume may have come first, which brings the new table if all was drained.
         """
-        self._previous = self._earlier = None
-        if not (swap and self.suspended and not self.in_flight):
-            self.inactive = None
-        self._end_with_error(errno.EPIPE)
-
-    def _end_with_error(self, number: int) -> None:
-        barrier, self.busy = self.busy, None
+        barrier = self._kill_helper()
+        if not (swap and self.suspended and self.drained):
+            self.inactive = self.coming = None
         if self.suspended:
-            self._resume()
+            self.resume(swap=True)
+        self._helper = SimHelper(self, lambda: self.era.current)
         if barrier is not None:
-            barrier.done(OSError(number, "simulated"), None)
+            barrier.done(OSError(errno.EPIPE, "simulated"), None)
+
+    def _kill_helper(self) -> _Barrier | None:
+        barrier, self.busy = self.busy, None
+        if barrier is not None:
+            barrier.process.kill()
+        return barrier
 
     def bitmapd_died(self, chooser: Chooser, *, swap: bool) -> None:
         """What it had sent to the primary is carried out or not; the helper goes with it."""
-        self.gate = self.busy = None
+        self.gate = None
+        self._kill_helper()
         self.lose_helper(swap=swap)
+        self._seen = self.stat()
         self.era.work()  # the kernel has these
         others = [op for op in self.disk.pending if not self.owns(op)]
         finish_or_drop(self.disk, others, chooser)
+
+    def end(self) -> None:
+        """The machine has lost its power."""
+        self._kill_helper()
 
     def new_gate(self, gate: Device) -> None:
         """Requests that the dead one had not answered are sent again."""
@@ -419,7 +449,8 @@ class SimKernel:
 
     def may_be_direct(self) -> set[int]:
         """In the table that is in force, or in the one that is loaded."""
-        return self.direct(self.table) | self.direct(self.inactive or [])
+        tables = (self.table, self.inactive or [], self.coming or [])
+        return set().union(*map(self.direct, tables))
 
     def owns(self, op: SimOp) -> bool:
         """Whether an operation on the disk is a host's, which came there without the gate."""

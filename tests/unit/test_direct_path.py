@@ -107,6 +107,19 @@ def test_a_table_is_asked_for_in_segments(bench: Bench) -> None:
     assert bench.routes.count_direct == 1
 
 
+def test_what_the_kernel_did_not_count_may_have_been_written(bench: Bench) -> None:
+    for _ in range(2):
+        bench.begin()
+        bench.land()
+    assert not bench.path.written
+    bench.helper.now = Counters(0, 0, lapses=1)
+    assert bench.path.written
+    for _ in range(2):
+        bench.begin()
+        bench.land()
+    assert not bench.path.written
+
+
 def test_what_is_told_of_the_extents_written_decides_which_runs_stay() -> None:
     bench = Bench()
     bench.routes = bench.path.routes = Routes(max_segments=3)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from bitarray import bitarray
 
-from dmctl.kernel.barrier import Barrier, MetadataFile, StatFile
+from bitmapd.media.blockstat import BlockStat
+from dmctl.kernel.barrier import Barrier, MetadataFile, counters
 from dmctl.kernel.dm_ioctl import DeviceMapper
 from dmctl.kernel.dm_wire import Target
 from tests.vm.guest.disks import MIB, SECTOR, disks
@@ -69,7 +70,7 @@ class Stack:
     write: str
     sectors: int
     barrier: Barrier = field(init=False)
-    _files: list[MetadataFile | StatFile] = field(init=False, default_factory=list)
+    _files: list[MetadataFile | BlockStat] = field(init=False, default_factory=list)
 
     def linear(self, device: str | None = None) -> list[Target]:
         """A table for the write device."""
@@ -78,11 +79,12 @@ class Stack:
     def renew_barrier(self, metadata: str | None = None) -> None:
         """As a helper does that takes over a live era device."""
         self.close()
-        self._files = [MetadataFile(metadata or self.metadata), StatFile(number(self.era))]
-        reader, counters = self._files
+        self._files = [MetadataFile(metadata or self.metadata), BlockStat(number(self.era))]
+        reader, stat = self._files
         assert isinstance(reader, MetadataFile)
-        assert isinstance(counters, StatFile)
-        self.barrier = Barrier(self.mapper, ERA, WRITE, reader, counters.counters)
+        assert isinstance(stat, BlockStat)
+        stat.switch_on()
+        self.barrier = Barrier(self.mapper, ERA, WRITE, reader, lambda: counters(stat))
 
     def close(self) -> None:
         for file in self._files:

@@ -16,6 +16,7 @@ import pytest
 from bitmapd.attach.helper import Wiring
 from bitmapd.attach.helper_frames import HelperError, unpack_runs
 from bitmapd.errors import WrongStateError
+from bitmapd.media import blockstat
 from dmctl.kernel import barrier, helper
 from dmctl.kernel.dm_ioctl import DeviceMapper
 from dmctl.kernel.execute import Dmsetup
@@ -104,7 +105,9 @@ async def connect(wiring: Wiring, server: Server) -> dict[str, Any]:
 
 
 async def blocks(wiring: Wiring, **fields: Any) -> tuple[list[tuple[int, int]], dict[str, Any]]:
-    frame = await wiring.call("barrier", {"segments": None, "deadline_s": 5.0, **fields})
+    frame = await wiring.call(
+        "barrier", {"segments": None, "deadline_s": 5.0, "lapses": 0, **fields}
+    )
     return unpack_runs(frame.payload), frame.header
 
 
@@ -308,8 +311,8 @@ def test_requests_that_make_no_sense_are_refused(volumes: Volumes) -> None:
             ("hello", {}, "wrong-state"),
             ("stat", {}, "wrong-state"),
             ("connect", {"timeout_s": "soon"}, "usage"),
-            ("barrier", {"since_era": 1, "deadline_s": 1}, "wrong-state"),
-            ("barrier", {"since_era": True, "deadline_s": 1}, "usage"),
+            ("barrier", {"since_era": 1, "deadline_s": 1, "lapses": 0}, "wrong-state"),
+            ("barrier", {"since_era": True, "deadline_s": 1, "lapses": 0}, "usage"),
             ("attach", {"segments": [[0, SIZE]]}, "usage"),
             ("attach", {"segments": DIRECT}, "wrong-state"),
         ):
@@ -349,9 +352,9 @@ def _does_not_cut_discards(*_: Any) -> None:
         (barrier.Barrier, "_collect", _marks_nothing, "of a write to block 3"),
         (Dmsetup, "limit_discard", _does_not_cut_discards, "discards of up to"),
         (
-            barrier.StatFile,
-            "counters",
-            lambda _: barrier.Counters(0, 0),
+            blockstat.BlockStat,
+            "read",
+            lambda _: [0] * 17,
             "the counter of writes of a mapped device stands still",
         ),
     ],
