@@ -5,16 +5,19 @@ never waits in a system call for the kernel's tables, so it can always serve the
 suspend waits for.
 
 1. One request at a time; each call ends with an answer, a HelperError, or the helper's death.
-2. A helper that died is replaced at the next call.  The new one is told at once what it is for
-   (`hello`) and resumes whatever of the volume it finds suspended.
+2. A helper that dies is replaced at once, whatever else goes on, and again until one has the
+   volume: the new one learns what it is for (`hello`) and resumes whatever of the volume it finds
+   suspended.  One that only makes connections suspends nothing, and is replaced at the next call.
 3. The helper ends when its socket reaches end of file, so it never outlives this process for long.
+   One that does not is killed after `GRACE_S`.
+4. Nothing here waits for a process: its end is an event of the loop.
 """
 
 from __future__ import annotations
 
 import array
 import asyncio
-import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -32,6 +35,8 @@ from bitmapd.attach.helper_frames import (
 
 HELPER_MODULE = "dmctl.kernel.helper"
 CALL_TIMEOUT_S = 60.0
+GRACE_S = 0.5
+AGAIN_S = 1.0  # between two attempts to replace a helper
 _CHUNK_BYTES = 1 << 20
 
 Emit = Callable[..., None]
@@ -46,10 +51,14 @@ class Wiring:
         hello: dict[str, Any],
         emit: Emit,
         *options: str,
+        suspends: bool = True,
     ) -> None:
         """`hello`: what the helper is to know of the volume, sent to each one that is started with
-        these options."""
+        these options.  `suspends`: whether it may leave something suspended."""
         self._options = options
+        self._suspends = suspends
+        self._replacing: asyncio.Task[None] | None = None
+        self._closed = False
         self._loop = loop
         self._hello = hello
         self._emit = emit
@@ -70,10 +79,13 @@ class Wiring:
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> Frame:
         """The answer to one request; HelperError if it was refused or the helper died."""
-        async with self._turn:
-            if self._sock is None:
-                await self._start()
-            return await self._ask(verb, fields or {}, fds, timeout_s)
+        try:
+            async with self._turn:
+                if self._sock is None:
+                    await self._start()
+                return await self._ask(verb, fields or {}, fds, timeout_s)
+        finally:
+            self._notice()
 
     async def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -81,14 +93,21 @@ class Wiring:
             ours.setblocking(False)
             command = [sys.executable, "-P", "-m", HELPER_MODULE, *self._options]
             command += ["--fd", str(theirs.fileno())]
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, cwd="/"
             )
+            try:
+                pidfd = os.pidfd_open(process.pid)
+            except OSError:
+                process.kill()
+                raise
         except OSError as error:
             ours.close()
             raise HelperError("EAGAIN", f"cannot start the wiring helper: {error}") from error
         finally:
             theirs.close()
+        self._loop.add_reader(pidfd, self._ended, process, pidfd)
+        self._process = process
         self._sock, self._reader = ours, FrameReader()
         answer = await self._ask("hello", self._hello, (), CALL_TIMEOUT_S)
         self.observed = answer.header
@@ -132,24 +151,52 @@ class Wiring:
             if frames:
                 return frames[0]
 
+    def _ended(self, process: subprocess.Popen[bytes], pidfd: int) -> None:
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        process.wait()  # it has ended
+        self._notice()
+
+    def _notice(self) -> None:
+        """That the helper has ended; a call under way reads the end of its stream instead."""
+        process = self._process
+        if process is not None and process.returncode is not None and not self._turn.locked():
+            self._lost("", EOFError(f"status {process.returncode}, between two requests"))
+
     def _lost(self, verb: str, error: BaseException) -> None:
         self.deaths += 1
         self._emit("helper-died", verb=verb, message=f"the wiring helper ended: {error}")
-        self.kill()
+        self._let_go()
+        if self._suspends and not self._closed and self._replacing is None:
+            self._replacing = self._loop.create_task(self._replace())
 
-    def kill(self) -> None:
-        """End the helper; it resumes what it may have suspended unless it is killed in the act."""
+    async def _replace(self) -> None:
+        while True:
+            try:
+                await self.call("awake")
+            except HelperError:
+                await asyncio.sleep(AGAIN_S)
+            else:
+                self._replacing = None
+                return
+
+    def _let_go(self) -> None:
+        """End the helper; it resumes what it may have suspended unless it has to be killed."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
-        if self._process is not None:
-            process, self._process = self._process, None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.5)
-                return
-            process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5.0)
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            self._loop.call_later(GRACE_S, _kill, process)
 
     def close(self) -> None:
-        self.kill()
+        self._closed = True
+        if self._replacing is not None:
+            self._replacing.cancel()
+        self._let_go()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Unless it has ended and was waited for."""
+    if process.returncode is None:
+        process.kill()

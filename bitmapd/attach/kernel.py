@@ -75,7 +75,7 @@ class KernelAttachment:
         }
         self._wiring = Wiring(loop, hello, emit)
         # A helper that holds the writes of hosts may wait for what needs the connection.
-        self._connector = Wiring(loop, hello, emit, "--connects")
+        self._connector = Wiring(loop, hello, emit, "--connects", suspends=False)
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: NbdServer | None = None  # as long as the kernel is to be connected to it
         self._stats: dict[str, BlockStat] = {}

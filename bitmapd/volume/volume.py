@@ -277,14 +277,14 @@ class Volume:
             raise
         if self._verifying is not None:
             self._verifying.cancel(errno.ECANCELED, "the volume is being stopped")
+        if now:
+            self.hurry()
         await self._mode.last_writes(self._end_eras)
         if not now:
             await self._drain()
         await self._pausing.close()
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
-        if now or self._hurried:
-            leave_at_once(self._secondary)
         await stopped.wait()
         clean = await self._empty_record()
         extents = self._store.recorded_extents
@@ -325,10 +325,14 @@ class Volume:
         await self._until(enough)
 
     def hurry(self) -> None:
-        """Let a stop that is copying what is left end without it."""
+        """Let a stop that is copying what is left end without it.
+
+        Eras end only while no copy is in flight, so the last ones would wait for a secondary that
+        hangs as long as that does.
+        """
         self._hurried = True
-        if self.copier.state is CopyState.STOPPED:
-            leave_at_once(self._secondary)
+        self.copier.pause()
+        leave_at_once(self._secondary)
         self._on_change()
 
     async def _drain(self) -> None:

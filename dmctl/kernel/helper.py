@@ -133,6 +133,7 @@ class Helper:
         self._lapses = 0  # those that bitmapd has seen
         self._restored = 0
         self.verbs: dict[str, Callable[[Request], Answer]] = {
+            "awake": self.awake,
             "build": self.build,
             "connect": self.connect,
             "attach": self.attach,
@@ -184,6 +185,12 @@ class Helper:
         return device
 
     # -- verbs --------------------------------------------------------------------------------
+    def awake(self, request: Request) -> Answer:
+        """Nothing of the volume is suspended, and no other helper can suspend it."""
+        del request
+        self.own()
+        return {}, b""
+
     def build(self, request: Request) -> Answer:
         del request
         self._forget()
