@@ -169,7 +169,7 @@ async def _serve_kernel(
     ]
     if not in_force:
         return
-    direct.routes.adopt(extent for run in in_force for extent in range(*run))
+    direct.routes.adopt(in_force)
     missing = [run for run in in_force if not covers(*run)]
     if missing:
         kernel.emit(

@@ -1,4 +1,4 @@
-"""A sparse set of blocks: what is dirty in an era, what is being copied (pure).
+"""A sparse set of blocks or extents: what is dirty in an era, what is being copied (pure).
 
 The set is cut into regions of 16,384 blocks (1 GiB at 64 KiB), each a bitarray of 2 KiB that
 exists only while it has bits.  So an empty set costs nothing whatever the volume's size, taking
@@ -8,7 +8,7 @@ per TiB.  A write marks its blocks in about 150 ns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
 
@@ -22,8 +22,10 @@ class BlockSet:
 
     __slots__ = ("_regions",)
 
-    def __init__(self) -> None:
+    def __init__(self, runs: Iterable[tuple[int, int]] = ()) -> None:
         self._regions: dict[int, bitarray] = {}
+        for first, stop in runs:
+            self.add(first, stop)
 
     def _pieces(self, first: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(region, first within it, stop within it) of a range."""
@@ -88,6 +90,24 @@ class BlockSet:
                 self._regions[region] = bits.copy()
             else:
                 mine |= bits
+
+    def minus(self, other: BlockSet) -> BlockSet:
+        """Those that the other set has not, as a set of its own."""
+        left = BlockSet()
+        for region, bits in self._regions.items():
+            theirs = other._regions.get(region)
+            rest = bits.copy() if theirs is None else bits & ~theirs
+            if theirs is None or rest.any():
+                left._regions[region] = rest
+        return left
+
+    def meets(self, other: BlockSet) -> bool:
+        """Whether a block is in both."""
+        return any(
+            (bits & other._regions[region]).any()
+            for region, bits in self._regions.items()
+            if region in other._regions
+        )
 
     def clear(self) -> None:
         self._regions.clear()

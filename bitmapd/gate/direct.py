@@ -215,14 +215,8 @@ class DirectPath:
                 self._emit("era-damaged", message=f"all of the record is copied: {landed.damage}")
                 runs = [geometry.extent_blocks(*run) for run in recorded]
             if adopted := self.routes.take_adopted():
-                runs = merged([*runs, *(geometry.extent_blocks(e, e + 1) for e in adopted)])
-            self.routes.landed(
-                {
-                    extent
-                    for first, stop in runs
-                    for extent in range(first // per, (stop - 1) // per + 1)
-                }
-            )
+                runs = merged([*runs, *(geometry.extent_blocks(*run) for run in adopted)])
+            self.routes.landed((first // per, (stop - 1) // per + 1) for first, stop in runs)
             done(runs)
             self.on_ended()
 

@@ -18,6 +18,9 @@ A table is changed only when that helps: something has to be cooled, or the gate
 recorded extents that could have been direct.  When not all of them fit, one that goes in pushes
 another one out, so then it takes many such writes.
 
+A volume has a million extents and more, so all sets of them are sets of bits (`BlockSet`), and
+what is said of many is said in runs.
+
 A crash loses all of it.  A restarted bitmapd counts every recorded extent as direct until its
 first barrier has loaded a table of its own.
 """
@@ -26,6 +29,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from bitmapd.gate.blockset import BlockSet
 
 Segment = tuple[int, int, str]  # first byte, end byte, "direct" or "gate"
 Run = tuple[int, int]  # extents [first, stop)
@@ -43,8 +48,8 @@ class Table:
 
     runs: tuple[Run, ...]
 
-    def extents(self) -> set[int]:
-        return {extent for first, stop in self.runs for extent in range(first, stop)}
+    def extents(self) -> BlockSet:
+        return BlockSet(self.runs)
 
     def segments(self, extent_bytes: int, size_bytes: int) -> list[Segment]:
         """Segments that cover the volume exactly once."""
@@ -70,14 +75,15 @@ class Routes:
     def __init__(self, *, max_segments: int = MAX_SEGMENTS) -> None:
         self._max_runs = max(1, (max_segments - 1) // 2)
         self._table = EMPTY
-        self._direct: set[int] = set()
+        self._direct = BlockSet()
         self._pending: Table | None = None
-        self._maybe: set[int] = set()  # direct in a table that may be in force
-        self._adopted: set[int] = set()  # direct before this process began
-        self._leaving: set[int] = set()
-        self._cooling: set[int] = set()
-        self._written: set[int] = set()  # by the last barrier's blocks
-        self._gated: set[int] = set()  # recorded extents that the gate saw written since
+        self._maybe = BlockSet()  # direct in a table that may be in force
+        self._adopted = BlockSet()  # direct before this process began
+        self._leaving = BlockSet()
+        self._open = BlockSet()  # direct, maybe and leaving
+        self._cooling = BlockSet()
+        self._written = BlockSet()  # by the last barrier's blocks
+        self._gated = BlockSet()  # recorded extents that the gate saw written since
         self._gated_hits = 0
         self._must_load = False
         self._full = False  # the table has not room for all that is recorded
@@ -92,46 +98,50 @@ class Routes:
     # -- what the gate asks -----------------------------------------------------------------
     def is_open(self, extent: int) -> bool:
         """Whether it may have been written without the gate's knowledge since the last blocks."""
-        return extent in self._direct or extent in self._maybe or extent in self._leaving
+        return self._open.any(extent, extent + 1)
 
     def is_cooling(self, extent: int) -> bool:
-        return extent in self._cooling
+        return self._cooling.any(extent, extent + 1)
 
     def cool(self, extents: Iterable[int]) -> None:
         """Have these moved to the gate, so that the record can lose them."""
-        self._cooling.update(extents)
+        for extent in extents:
+            self._cooling.add(extent, extent + 1)
 
     def warm(self, extents: Iterable[int]) -> None:
         """They are wanted after all."""
-        self._cooling.difference_update(extents)
+        for extent in extents:
+            self._cooling.discard(extent, extent + 1)
 
     def closed(self) -> list[int]:
         """Cooling extents that the gate alone has written since their last blocks were known."""
-        return [extent for extent in self._cooling if not self.is_open(extent)]
+        closed = self._cooling.minus(self._open)
+        return [extent for run in closed.runs() for extent in range(*run)]
 
     def gone(self, extents: Iterable[int]) -> None:
         """These have left the record."""
-        extents = list(extents)
-        self._cooling.difference_update(extents)
-        self._gated.difference_update(extents)
+        for extent in extents:
+            self._cooling.discard(extent, extent + 1)
+            self._gated.discard(extent, extent + 1)
 
     def gated_hit(self, first: int, stop: int) -> None:
         """A write to recorded extents [first, stop) came through the gate."""
         self._gated_hits += 1
-        self._gated.update(range(first, stop))
+        self._gated.add(first, stop)
         if self._gated_hits % URGENT_HITS == 0:
             self.on_urgent()
 
-    def adopt(self, extents: Iterable[int]) -> None:
-        """A table of an earlier process is in force, and these are direct in it."""
-        self._adopted.update(extents)
-        self._maybe |= self._adopted
+    def adopt(self, extents: Iterable[Run]) -> None:
+        """A table of an earlier process is in force, and these runs are direct in it."""
+        self._adopted.update(BlockSet(extents))
+        self._maybe.update(self._adopted)
+        self._open.update(self._adopted)
         self._must_load = True
 
-    def take_adopted(self) -> set[int]:
-        """The extents that were adopted; empty ever after."""
-        adopted, self._adopted = self._adopted, set()
-        return adopted
+    def take_adopted(self) -> list[Run]:
+        """Runs of the extents that were adopted; empty ever after."""
+        adopted, self._adopted = self._adopted, BlockSet()
+        return list(adopted.runs())
 
     def seal(self) -> None:
         """Hosts cannot reach the volume any more.
@@ -154,23 +164,28 @@ class Routes:
     # -- barriers ---------------------------------------------------------------------------
     @property
     def count_direct(self) -> int:
-        return len(self._direct)
+        return self._direct.count()
 
     @property
     def wants_change(self) -> bool:
         """Whether a barrier should load a table."""
         if self._sealed or self._gating:
             return not self.all_gated
-        if self._must_load or not self._cooling.isdisjoint(self._direct):
+        if self._must_load or self._cooling.meets(self._direct):
             return True
         if self._full and self._gated_hits < URGENT_HITS:
             return False
-        return any(extent not in self._direct for extent in self._gated - self._cooling)
+        return self._misplaced
+
+    @property
+    def _misplaced(self) -> bool:
+        """Whether the gate saw writes that could have been direct."""
+        return bool(self._gated.minus(self._direct).minus(self._cooling))
 
     @property
     def urgent(self) -> bool:
         """Whether a barrier for the table's sake should not wait for the end of the era."""
-        return self._gated_hits >= URGENT_HITS and bool(self._gated - self._direct - self._cooling)
+        return self._gated_hits >= URGENT_HITS and self._misplaced
 
     @property
     def settling(self) -> bool:
@@ -189,51 +204,49 @@ class Routes:
         runs = [] if self._sealed or self._gating else self._without_cooling(recorded)
         self._full = len(runs) > self._max_runs
         if self._full:
-            hot = self._written | self._gated
+            written, gated = self._written, self._gated
             runs.sort(
                 key=lambda run: (
-                    (hot.isdisjoint(range(*run)), run[0] - run[1])
-                    if run[1] - run[0] < 4096
-                    else (False, run[0] - run[1])
+                    not (written.any(*run) or gated.any(*run)),
+                    run[0] - run[1],
                 )
             )
             runs = sorted(runs[: self._max_runs])
         table = Table(tuple(runs))
         self._pending = table
-        self._maybe |= table.extents()
+        proposed = table.extents()
+        self._maybe.update(proposed)
+        self._open.update(proposed)
         return table
 
     def _without_cooling(self, recorded: Iterable[Run]) -> list[Run]:
-        runs: list[Run] = []
-        for first, stop in recorded:
-            begin = first
-            for cold in sorted(self._cooling.intersection(range(first, stop))):
-                if cold > begin:
-                    runs.append((begin, cold))
-                begin = cold + 1
-            if stop > begin:
-                runs.append((begin, stop))
-        return runs
+        if not self._cooling:
+            return list(recorded)
+        return list(BlockSet(recorded).minus(self._cooling).runs())
 
-    def landed(self, written: Iterable[int]) -> None:
+    def landed(self, written: Iterable[Run]) -> None:
         """The barrier has passed, with the table that was proposed for it, if one was.
 
-        `written`: the extents of the blocks it collected.
+        `written`: runs of the extents of the blocks it collected.
         """
-        self._leaving = set()
+        self._leaving = BlockSet()
         if self._pending is not None:
-            direct = self._pending.extents()
-            before = self._direct | self._maybe
-            self._leaving = before - direct
-            self.moved += len(self._direct ^ direct)
+            direct, before = self._pending.extents(), self._direct
+            gone, come = before.minus(direct), direct.minus(before)
+            self.moved += gone.count() + come.count()
+            before.update(self._maybe)
+            self._leaving = before.minus(direct)
             self.loads += 1
             self._table, self._direct, self._pending = self._pending, direct, None
-            self._maybe = set()
+            self._maybe = BlockSet()
             self._must_load = False
         if self._last:
-            self._leaving = set()
-        self._written = set(written)
-        self._gated = set()
+            self._leaving = BlockSet()
+        self._open = BlockSet()
+        for part in (self._direct, self._maybe, self._leaving):
+            self._open.update(part)
+        self._written = BlockSet(written)
+        self._gated = BlockSet()
         self._gated_hits = 0
 
     def failed(self) -> None:

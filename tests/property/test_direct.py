@@ -91,7 +91,7 @@ class DirectMachine(MirrorMachine):
                 self.kernel.era.defers = lambda: self.rng.random() < 0.3
         kernel = self.kernel
         self.routes = Routes(max_segments=self.rng.choice([3, 5, 2000]))
-        self.routes.adopt(kernel.direct(kernel.table))
+        self.routes.adopt((extent, extent + 1) for extent in kernel.direct(kernel.table))
         self.direct = DirectPath(
             GEOMETRY, kernel, self.routes, lambda *a, **k: None, since_era=kernel.era.current
         )

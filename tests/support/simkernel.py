@@ -173,6 +173,7 @@ class _Barrier:
     since_era: int
     done: BarrierDone
     process: Lockstep
+    older: Marks | None  # a snapshot that a helper left which died
 
 
 class SimStat:
@@ -245,7 +246,7 @@ class SimKernel:
             raise AssertionError("a barrier was asked for while another one was under way")
         wanted = None if segments is None else list(segments)
         process = self._helper.begin(wanted, since_era, self._seen.lapses)
-        self.busy = _Barrier(wanted, since_era, done, process)
+        self.busy = _Barrier(wanted, since_era, done, process, self.snapshot)
 
     # -- what the helper asks of it -------------------------------------------------------
     @property
@@ -330,7 +331,7 @@ class SimKernel:
     def _must_be_tidy(self, barrier: _Barrier) -> None:
         """Nothing waits for a helper that has answered."""
         left = [self.suspended and "a suspended device", self.inactive and "an inactive table"]
-        if not barrier.process.failed_at_drop:
+        if not barrier.process.failed_at_drop and self.snapshot is not barrier.older:
             left.append(self.snapshot is not None and "a snapshot")
         if any(left):
             raise AssertionError(f"a barrier that ended has left {left}")

@@ -83,3 +83,13 @@ def test_a_run_that_ends_with_its_region() -> None:
     assert blocks.next_run(0) == (REGION_BLOCKS - 3, REGION_BLOCKS)
     assert blocks.any(REGION_BLOCKS - 1, REGION_BLOCKS + 1)
     assert not blocks.any(REGION_BLOCKS, REGION_BLOCKS)
+
+
+@given(st.sets(st.integers(0, 40_000)), st.sets(st.integers(0, 40_000)))
+def test_two_sets_are_compared(one: set[int], other: set[int]) -> None:
+    left, right = (BlockSet((block, block + 1) for block in blocks) for blocks in (one, other))
+    rest = left.minus(right)
+    assert {b for run in rest.runs() for b in range(*run)} == one - other
+    assert bool(rest) is bool(one - other)
+    assert left.meets(right) is not one.isdisjoint(other)
+    assert {b for run in left.runs() for b in range(*run)} == one, "it stays as it is"

@@ -276,7 +276,7 @@ def test_a_barrier_is_wanted_for_writes_tables_and_what_is_leaving(bench: Bench)
 
 def test_all_that_was_direct_before_counts_as_written_once(bench: Bench) -> None:
     """A write that was in flight at the start may be marked in an era that is not collected."""
-    bench.routes.adopt([0, 1, 4])
+    bench.routes.adopt([(0, 2), (4, 5)])
     bench.begin((0, 5))
     bench.helper.done(OSError(errno.ETIMEDOUT, "a write hangs"), None)
     bench.begin((0, 5))

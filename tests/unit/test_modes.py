@@ -163,7 +163,7 @@ def test_the_last_writes_are_asked_for_a_few_times(
     async def test() -> None:
         attached = Attached(local)
         await attached.prepare()
-        attached.direct.routes.adopt([2])
+        attached.direct.routes.adopt([(2, 3)])
         barriers = attached.barriers_that(lambda number: number >= first_that_lands)
         await attached.mode.last_writes(barriers)
         assert attached.direct.routes.settling is (first_that_lands > LAST_BARRIERS)
@@ -177,7 +177,7 @@ def test_what_cannot_be_closed_is_left_open(local: LocalVolume, kernel: NotedKer
         attached = Attached(local)
         await attached.prepare()
         routes = attached.direct.routes
-        routes.adopt([2])
+        routes.adopt([(2, 3)])
         with pytest.raises(UnreachableError) as caught:
             await attached.mode.close_direct(attached.barriers_that(lambda number: False))
         assert attached.barriers == LAST_BARRIERS
