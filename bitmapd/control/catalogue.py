@@ -128,6 +128,15 @@ _EVENTS = (
         "nothing",
     ),
     EventKind(
+        "secondary-forgot",
+        Level.ERROR,
+        ("secondary", "offset_bytes", "message"),
+        "blocks that it had confirmed are not on the secondary that came back; everything is"
+        " recorded, compared and copied where it differs",
+        "*The secondary forgets*",
+        is_error=True,
+    ),
+    EventKind(
         "primary-error",
         Level.ERROR,
         ("device", "offset_bytes", "length_bytes", "message"),

@@ -30,6 +30,7 @@ from enum import Enum
 
 from bitmapd.copier.late import LateWrites
 from bitmapd.copier.reconnect import Reconnect
+from bitmapd.copier.sample import Samples
 from bitmapd.copier.throttle import Backoff, SpeedMeter, Throttle
 from bitmapd.copier.transfers import Transfers
 from bitmapd.gate.blockset import BlockSet
@@ -113,6 +114,7 @@ class Copier:
         self.on_change: Callable[[], None] | None = None
         self.last_error: OSError | None = None
         self.late = LateWrites(gate, scheduler, self.proceed, bound_s=late_writes_s)
+        self.samples = Samples(geometry, gate, primary, secondary, scheduler, pool, self._sampled)
         self._reconnect = Reconnect(secondary, scheduler, backoff, check_secondary, self)
         self._transfers = Transfers(
             geometry,
@@ -135,6 +137,8 @@ class Copier:
             self._set_state(CopyState.PAUSED)
         else:
             self._go_on()
+        if self._secondary.connected:
+            self.samples.check()
         self._on_timer()
 
     def pause(self) -> None:
@@ -197,6 +201,7 @@ class Copier:
         """The volume is larger from now on."""
         self._geometry = geometry
         self._transfers.grow(geometry)
+        self.samples.grow(geometry)
 
     @property
     def compare(self) -> bool:
@@ -226,7 +231,17 @@ class Copier:
     @property
     def idle(self) -> bool:
         """Whether nothing is in flight and the barrier, if one was begun, has passed."""
-        return self._transfers.idle and not self._settling and not self._barrier
+        return (
+            self._transfers.idle
+            and not self._settling
+            and not self._barrier
+            and not self.samples.checking
+        )
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether everything is on the secondary, and nothing speaks against its having kept it."""
+        return self._gate.in_sync and self.pass_blocks is None and not self.samples.checking
 
     def _set_state(self, state: CopyState) -> None:
         if state is not self.state:
@@ -337,6 +352,7 @@ class Copier:
         self.copied_bytes += length_bytes
         self._batch_bytes += length_bytes
         self._gate.copied(first, stop)
+        self.samples.copied(first)
         if self.pass_blocks is not None:
             self.pass_copied_bytes += self._geometry.block_bytes * self.pass_blocks.count_in(
                 first, stop
@@ -453,6 +469,7 @@ class Copier:
     def replaced(self) -> None:
         self._take_back()
         self.late.arrived()
+        self.samples.check()
 
     def opened(self) -> None:
         self._emit("link-up", secondary=self._secondary.name)
@@ -468,6 +485,25 @@ class Copier:
                 message=f"cannot open the secondary: {error.strerror or error}",
             )
         self.last_error = error
+
+    def _sampled(self, different_offset_bytes: int | None) -> None:
+        if different_offset_bytes is not None:
+            self._emit(
+                "secondary-forgot",
+                secondary=self._secondary.name,
+                offset_bytes=different_offset_bytes,
+                message="it does not hold what it had confirmed; everything is compared, and copied"
+                " where it differs",
+            )
+            self._gate.take_everything(self._recorded)
+            self.begin_pass(compare=True)
+        if self.on_change is not None:
+            self.on_change()
+        self.proceed()
+
+    def _recorded(self, error: OSError | None) -> None:
+        if error is not None:  # it is copied all the same; a crash before that forgets it
+            self.last_error = error
 
     def _check_stopped(self) -> None:
         if self.idle and self._draining:

@@ -18,7 +18,7 @@ the copier does the rest.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -71,7 +71,9 @@ class Verify:
         *,
         repair: bool,
         done: Callable[[OSError | None, VerifyResult], None],
+        only: Sequence[int] | None = None,
     ) -> None:
+        """With `only`, these blocks are compared, those of them that do not have to wait for it."""
         self._geometry = geometry
         self._gate = gate
         self._primary = primary
@@ -84,6 +86,9 @@ class Verify:
         self._cursor = 0
         self._in_flight = 0
         self._suspects: deque[tuple[int, int]] = deque()  # block, tries so far
+        if only is not None:
+            self._cursor = geometry.blocks
+            self._suspects.extend((block, MAX_TRIES) for block in only)
         self._singly: deque[int] = deque()  # blocks of pieces that could not be read as a whole
         self._unreadable: dict[Device, BlockSet] = {primary: BlockSet(), secondary: BlockSet()}
         self._error: OSError | None = None

@@ -384,6 +384,17 @@ class Gate:
         runs = (self._geometry.extent_blocks(*extents) for extents in self._store.recorded_runs())
         self._unsettled.take(runs, self._scheduler.time())
 
+    def take_everything(self, done: Done) -> None:
+        """Have the whole volume copied: the secondary may have lost any of it.
+
+        Marked before it is recorded, so that nothing of it is clean and leaves the record again.
+        """
+        now, everything = self._scheduler.time(), (0, self._geometry.extents)
+        self._unsettled.take([(0, self._geometry.blocks)], now)
+        self._policy.added(*everything, now)
+        if not self._store.add([everything], (), done):
+            self._scheduler.call_soon(done, None)
+
     def mark(self, first: int, stop: int, done: Done) -> None:
         """Have blocks [first, stop) copied although nobody wrote them: repair, or a resync."""
         per = self._geometry.blocks_per_extent

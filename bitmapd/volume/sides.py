@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,6 +150,7 @@ class Note:
     secondary: str
     secondary_name: str
     in_sync_s: int | None  # None: but for what the record names
+    lately: tuple[int, ...] = ()  # blocks that were copied last, to be compared at the next start
 
     def sentence(self) -> str:
         since = (
@@ -160,13 +161,17 @@ class Note:
         return f"{self.secondary_name} {since} {self.primary_name}, volume '{self.volume}'"
 
 
+_TEXTS = ("volume", "primary", "primary_name", "secondary", "secondary_name")
+
+
 def read_note(file: Path) -> Note | None:
     """None if there is none, or what is there says nothing."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
-        texts = {key: str(table[key]) for key in Note.__slots__ if key != "in_sync_s"}
-        return Note(**texts, in_sync_s=int(table["in_sync_s"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        texts = {key: str(table[key]) for key in _TEXTS}
+        lately = tuple(int(block) for block in table.get("lately", ()))
+        return Note(**texts, in_sync_s=int(table["in_sync_s"]), lately=lately)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
@@ -222,12 +227,16 @@ class NoteKeeper:
         config: VolumeConfig,
         paths: Paths,
         superblock: Callable[[], Superblock],
+        lately: Callable[[], Sequence[int]],
         loop: asyncio.AbstractEventLoop,
         emit: Emit,
     ) -> None:
         self._config = config
         self._file = paths.sides_file(config.uuid)
         self._superblock = superblock
+        self._lately = lately
+        before = read_note(self._file)
+        self.lately_before = before.lately if before is not None else ()
         self._loop = loop
         self._emit = emit
         self._due_s = float("-inf")
@@ -255,6 +264,7 @@ class NoteKeeper:
             superblock.secondary,
             config.secondary,
             int(time.time()),
+            tuple(self._lately()),
         )
         data = json.dumps(asdict(note)).encode() + b"\n"
         async with self._turn:

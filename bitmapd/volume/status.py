@@ -11,7 +11,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 
 
-def state_of(store: RecordStore, gate: Gate, copier: Copier) -> str:
+def state_of(store: RecordStore, copier: Copier) -> str:
     """The most pressing of what is true of the volume."""
     if store.failing or store.slow:
         return "degraded"
@@ -21,7 +21,7 @@ def state_of(store: RecordStore, gate: Gate, copier: Copier) -> str:
         return "paused"
     if copier.pass_blocks is not None:
         return "resyncing"
-    return "in-sync" if gate.in_sync else "copying"
+    return "in-sync" if copier.in_sync else "copying"
 
 
 def recorded_bytes(store: RecordStore, geometry: Geometry) -> int:
@@ -37,7 +37,7 @@ def describe(
         "name": config.name,
         "uuid": str(config.uuid),
         "attach": config.attach,
-        "state": state_of(store, gate, copier),
+        "state": state_of(store, copier),
         "device": device_of(config),
         "primary": config.primary,
         "secondary": config.secondary,

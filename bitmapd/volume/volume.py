@@ -159,7 +159,12 @@ class Volume:
         self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
         self._hints.begin()
         self._note = NoteKeeper(
-            config, self._paths, lambda: self._session.superblock, loop, self._emit
+            config,
+            self._paths,
+            lambda: self._session.superblock,
+            lambda: self.copier.samples.lately,
+            loop,
+            self._emit,
         )
         self._copy_pool = BufferPool(loop, COPY_POOL_BYTES)
         self.copier = Copier(
@@ -180,6 +185,7 @@ class Volume:
             read_primary=self._primary.read_aside,
         )
         self.copier.on_change = self._on_change
+        self.copier.samples.remember(self._note.lately_before)
         self._recording = Recording(self.gate, loop, self._emit)
         opened.append(self._recording.close)
         self._recording.record_to(config.trace)
@@ -257,7 +263,7 @@ class Volume:
 
     @property
     def _in_sync(self) -> bool:
-        return self.gate.in_sync and self.copier.pass_blocks is None
+        return self.copier.in_sync
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not (condition() or self.left):
@@ -530,7 +536,7 @@ class Volume:
     # -- status ---------------------------------------------------------------------------
     @property
     def state(self) -> str:
-        return state_of(self._store, self.gate, self.copier)
+        return state_of(self._store, self.copier)
 
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""

@@ -36,7 +36,12 @@ def in_sync(local: LocalVolume, *, times: int = 1, emit: Any = None) -> None:
     async def tell() -> None:
         loop = asyncio.get_running_loop()
         keeper = NoteKeeper(
-            local.config, local.paths, lambda: local.superblock, loop, emit or Events()
+            local.config,
+            local.paths,
+            lambda: local.superblock,
+            lambda: [3, 5],
+            loop,
+            emit or Events(),
         )
         for _ in range(times):
             keeper.in_sync()
@@ -62,6 +67,7 @@ def test_a_note_names_both_sides_and_the_time(local: LocalVolume) -> None:
     assert note is not None
     assert note.primary == local.superblock.primary
     assert note.secondary == local.superblock.secondary
+    assert note.lately == (3, 5)
     assert note.sentence().startswith(f"{local.secondary} was, at 20")
     assert f"in sync with {local.primary}, volume 'vol0'" in note.sentence()
 
