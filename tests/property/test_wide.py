@@ -26,6 +26,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.copier.verify import Verify, VerifyResult
+from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool
 from tests.property.test_mirror import BLOCK, EXTENTS, GEOMETRY, SIZE, Clock, MirrorMachine, seeds
 from tests.support.machines import machine_settings
@@ -86,9 +87,10 @@ class WideMachine(MirrorMachine):
     def begin(self) -> None:
         self.verifying = None
         if self.harm:
-            for disk in (self.record, self.secondary):
+            for disk in self.disks:
                 disk.luck = self.rng
         super().begin()
+        self.losses = self.gate.lost_writes.listener()  # a host's connection
         if self.late and self.secondary.connected:
             self.secondary.greet(self.loop, self.rng)
 
@@ -108,6 +110,16 @@ class WideMachine(MirrorMachine):
             late_writes_s=LATE_S if self.late else 0.0,
             piece_bytes=2 * BLOCK,
         )
+
+    # -- the host -------------------------------------------------------------------------
+    def submit(self, kind: str, offset: int, data: bytes, done: Done, fua: bool) -> None:
+        answer = self.losses.answer
+        durable = (lambda error: done(answer(error))) if fua else done
+        super().submit(kind, offset, data, durable, fua)
+
+    def submit_flush(self, done: Done) -> None:
+        answer = self.losses.answer
+        super().submit_flush(lambda error: done(answer(error)))
 
     # -- what happens now and then --------------------------------------------------------
     @precondition(lambda self: self.troubles)
