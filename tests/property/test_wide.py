@@ -113,9 +113,13 @@ class WideMachine(MirrorMachine):
 
     # -- the host -------------------------------------------------------------------------
     def submit(self, kind: str, offset: int, data: bytes, done: Done, fua: bool) -> None:
-        answer = self.losses.answer
-        durable = (lambda error: done(answer(error))) if fua else done
-        super().submit(kind, offset, data, durable, fua)
+        def durable(error: OSError | None) -> None:
+            error = self.losses.answer(error)
+            if error is not None:  # the host has been told, if not by a flush
+                self.unsure.update(self.acknowledged.keys() - self.flushed.keys())
+            done(error)
+
+        super().submit(kind, offset, data, durable if fua else done, fua)
 
     def submit_flush(self, done: Done) -> None:
         answer = self.losses.answer
