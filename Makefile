@@ -12,7 +12,7 @@ VM_CORE := $(addprefix tests/vm/guest/test_,volume.py barrier.py helper.py stack
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo test lint coverage test-fast test-real test-vm test-vm-core bench bench-vm bench-prediction soak fuzz docs install uninstall clean
+.PHONY: help setup demo test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-prediction soak mutants fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,7 +26,10 @@ $(STAMP): packages.txt pyproject.toml tools/setup.sh
 demo: setup  ## mirror a real file system, kill the daemon in mid-write, recover, compare
 	$(PYTHON) examples/demo.py
 
-test: lint coverage test-real test-vm-core  ## lint, tests, coverage report and its gate; see test-vm
+test: lint coverage test-real mutants-sample test-vm-core  ## lint, tests, coverage report and its gate; see test-vm
+
+mutants-sample: setup
+	$(PYTHON) tools/mutants.py --sample 6
 
 lint: setup  ## ruff, mypy --strict, import contracts, shellcheck
 	.venv/bin/ruff check .
@@ -70,6 +73,10 @@ soak: setup  ## long property tests and walks, kill -9 under load; CYCLES=, EXAM
 	STATEFUL_EXAMPLES=$(or $(EXAMPLES),1200) $(PYTEST) -n $(JOBS) --timeout 3600 tests/property
 	$(PYTHON) -m tests.soak.walks --steps $(or $(STEPS),2000000)
 	$(PYTHON) -m tests.soak.soak --cycles $(or $(CYCLES),200)
+	$(PYTHON) -m tests.soak.late --seconds $(or $(LATE_SECONDS),3600)
+
+mutants: setup  ## break the code in chosen places, each has to be noticed; MUTANTS="--sample 8"
+	$(PYTHON) tools/mutants.py $(MUTANTS)
 
 fuzz: setup  ## a longer run of the fuzz tests; EXAMPLES=20000
 	FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) --timeout 3600 tests/fuzz
