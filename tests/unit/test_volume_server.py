@@ -83,10 +83,18 @@ def test_a_server_that_is_away_does_not_keep_a_volume_from_starting(
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "while it copies"])
+@pytest.mark.parametrize("eras", [False, True], ids=["nbd", "dm"])
 def test_a_stop_in_a_hurry_waits_for_no_server(
-    make_local: Callable[..., LocalVolume], tmp_path: Path, late: bool
+    make_local: Callable[..., LocalVolume],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    late: bool,
+    eras: bool,
 ) -> None:
-    """A server that takes requests and does not answer them."""
+    """A server that takes requests and does not answer them.
+
+    `eras`: the last ones have to end first, which they do while no copy is in flight.
+    """
     with short_folder() as folder, nbdkit(folder, "memory", f"{8 * MIB}") as server:
         local = make_local(secondary=format_uri(server.uri()))
 
@@ -97,6 +105,11 @@ def test_a_stop_in_a_hurry_waits_for_no_server(
                 served.volume.copier.wake()
                 while served.volume.copier.idle:
                     await asyncio.sleep(0.01)
+                copier = served.volume.copier
+                if eras:
+                    monkeypatch.setattr(
+                        served.volume._mode, "last_writes", lambda end: end(lambda: copier.idle)
+                    )
                 stop = asyncio.ensure_future(served.volume.stop(not late))
                 if late:
                     await asyncio.wait([stop], timeout=0.3)

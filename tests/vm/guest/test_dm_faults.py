@@ -498,6 +498,45 @@ def test_case_23_a_helper_that_is_killed_at_any_moment(restless: DmVolume) -> No
     assert "helper-died" in restless.dmctl("events", restless.name, "--now")
 
 
+@contextlib.contextmanager
+def hung(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_case_03_and_23_nobody_waits_for_a_secondary_that_hangs(tmp_path: Path) -> None:
+    """Not the writes that a helper has left held which was killed, and not 'stop --now'."""
+    size = 16 * MIB
+    socket, pid = tmp_path / "socket", tmp_path / "pid"
+    sh("nbdkit", "--unix", str(socket), f"--pidfile={pid}", "memory", str(size))
+    server = int(pid.read_text())
+    secondary = Medium(f"nbd+unix:///?socket={socket}", size)
+    with (
+        disks(("hung-p", size), ("hung-r", 4 * MIB)) as (primary, record),
+        over("hung", tmp_path, [primary, secondary, record], *NO_PREDICTIONS) as volume,
+    ):
+        put_directly(volume, 0)
+        volume.wait_in_sync()
+        with hung(server):
+            put(volume.device, 0)
+            volume.until(lambda status: status["dirty_bytes"] > 0)
+            (wiring,) = (
+                helper
+                for helper in helpers_of(volume)
+                if b"--connects" not in Path(f"/proc/{helper}/cmdline").read_bytes()
+            )
+            with hung(wiring):
+                sh("dmsetup", "suspend", "--noflush", "--nolockfs", f"dmctl-{volume.name}-w")
+                os.kill(wiring, signal.SIGKILL)
+            Writing(volume, 0).finish()
+            volume.stop("--now")
+        assert layers(volume) == []
+    os.kill(server, signal.SIGTERM)
+
+
 def test_case_04_and_22_when_the_kernel_has_no_room_for_more(restless: DmVolume) -> None:
     """A suspend under way waits for what the kernel cannot send, since nobody answers."""
     chance = random.Random(4)
