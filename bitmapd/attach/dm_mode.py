@@ -55,8 +55,8 @@ class DmMode:
         self._prepared = False
 
     @property
-    def direct(self) -> DirectPath:
-        return self._direct
+    def elsewhere(self) -> tuple[DirectPath]:
+        return (self._direct,)
 
     @property
     def adopted(self) -> bool:

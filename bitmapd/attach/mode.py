@@ -29,7 +29,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from bitmapd.config import VolumeConfig
-from bitmapd.gate.direct import DirectPath
+from bitmapd.gate.elsewhere import Elsewhere
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.buffers import BufferPool
@@ -55,7 +55,7 @@ class Mode(Protocol):
         """From `begin` on."""
 
     @property
-    def direct(self) -> DirectPath | None:
+    def elsewhere(self) -> tuple[Elsewhere, ...]:
         """How hosts write past the gate, if they can; from `prepare` on."""
 
     @property

@@ -26,7 +26,7 @@ from bitmapd.record.store import RecordStore
 class NbdMode:
     """Hosts connect to a socket; every write passes the gate."""
 
-    direct = None
+    elsewhere = ()
     exclusive = True
     adopted = False
     server: NbdServer

@@ -264,9 +264,9 @@ class Copier:
         if self.state is CopyState.PAUSED and self.idle and self.on_change is not None:
             self.on_change()  # whoever asked for the pause waits for this
         running = self.state is CopyState.RUNNING
-        # With a direct path eras end whatever the secondary does: the kernel's table follows the
+        # Where others write eras end whatever the secondary does: the kernel's table follows the
         # record at barriers.
-        if self._barrier or not (running or self._gate.has_direct):
+        if self._barrier or not (running or self._gate.is_written_elsewhere):
             return
         now = self._scheduler.time()
         if self._era_is_over(now):

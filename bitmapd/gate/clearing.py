@@ -8,9 +8,9 @@ An extent leaves for one of three reasons:
 Invariants:
 1. Extents leave only through `_let_go`, and each was found clean in the same event.  So no answer
    of a policy takes from the record what may differ.
-2. With a direct path, an extent that is open there is not clean.  It is *cooled*: moved to the gate
-   at a barrier and, when it is closed and clean, dropped by the next tick, unless the policy wants
-   it after all.  What was cooled because the record is too large goes all the same.
+2. An extent that is open elsewhere (`gate/elsewhere`) is not clean.  It is *cooled*: left to the
+   gate at a barrier and, when it is closed and clean, dropped by the next tick, unless the policy
+   wants it after all.  What was cooled because the record is too large goes all the same.
 3. Room for what misses bring is made after them, in the same turn of the loop and by the policy's
    order; what is over the limit for other reasons goes with the tick.
 
@@ -20,20 +20,20 @@ to only means more to copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from bitmapd.gate.routes import Routes
+from bitmapd.gate.elsewhere import Elsewhere
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import Scheduler
 from bitmapd.predict.policy import EVICTIONS_PER_ADDITION, Policy
 from bitmapd.record.store import RecordStore
 
-# With a direct path one part in so many of the record's limit is kept free for misses.
+# Where others write, one part in so many of the record's limit is kept free for misses.
 COOLING_PART = 16
 
 
 class Clearing:
-    """See the module docstring.  `routes` are those of the direct path, if there is one."""
+    """See the module docstring."""
 
     def __init__(
         self,
@@ -43,12 +43,12 @@ class Clearing:
         scheduler: Scheduler,
         *,
         limit_extents: int,
-        routes: Routes | None,
+        elsewhere: Sequence[Elsewhere],
     ) -> None:
         self._store = store
         self._unsettled = unsettled
         self._scheduler = scheduler
-        self._routes = routes
+        self._elsewhere = elsewhere
         self.policy = policy
         self.limit_extents = limit_extents
         self._brought = 0  # extents that the misses of this turn have added
@@ -63,8 +63,9 @@ class Clearing:
     # -- what may leave ---------------------------------------------------------------------
     def is_clean(self, extent: int) -> bool:
         """Whether a recorded extent is known to be equal and durable on both sides."""
-        if self._routes is not None and self._routes.is_open(extent):
-            return False
+        for other in self._elsewhere:
+            if other.is_open(extent):
+                return False
         # `_is_settled`, written out: a miss on a full record asks for dozens.
         return self._store.covers(extent, extent + 1) and not self._unsettled.touches(extent)
 
@@ -118,13 +119,13 @@ class Clearing:
         """Once a second: cooling, the limit, lazy clears."""
         self._retire(self.policy.expired(now), now)
         excess = self.excess_extents
-        if self._routes is not None:
-            self._drop_cooled(self._routes, now)
+        if self._elsewhere:
+            self._drop_cooled(now)
             # Cooling takes until the barrier after the next, so it begins before the limit.
             excess += self.limit_extents // COOLING_PART - len(self._evicting)
         if excess > 0:
             victims = self.policy.victims(excess, self._may_retire, now)
-            if self._routes is not None:
+            if self._elsewhere:
                 victims = [extent for extent in victims if self._may_retire(extent)]
                 self._evicting.update(victims)
             self._retire(victims, now)
@@ -138,20 +139,20 @@ class Clearing:
     # -- how --------------------------------------------------------------------------------
     def _retire(self, extents: Iterable[int], now: float) -> None:
         """Have the record lose these: at once what is closed, after cooling what is open."""
-        routes = self._routes
-        if routes is None:
-            self._drop_clean(extents, now)
-            return
-        settled = [extent for extent in extents if self._is_settled(extent)]
-        routes.cool(extent for extent in settled if routes.is_open(extent))
-        self._drop_clean(settled, now)
+        if self._elsewhere:
+            extents = [extent for extent in extents if self._is_settled(extent)]
+        for other in self._elsewhere:
+            other.cool(extent for extent in extents if other.is_open(extent))
+        self._drop_clean(extents, now)
 
-    def _drop_cooled(self, routes: Routes, now: float) -> None:
+    def _drop_cooled(self, now: float) -> None:
         """Cooled extents that are closed and clean leave, unless they are wanted again."""
-        closed = [extent for extent in routes.closed() if self.is_clean(extent)]
-        wanted = [e for e in closed if e not in self._evicting and self.policy.wants(e, now)]
-        routes.warm(wanted)
-        self._drop_clean(set(closed).difference(wanted), now)
+        for cooled in self._elsewhere:
+            closed = [extent for extent in cooled.closed() if self.is_clean(extent)]
+            wanted = [e for e in closed if e not in self._evicting and self.policy.wants(e, now)]
+            for other in self._elsewhere:
+                other.warm(wanted)
+            self._drop_clean(set(closed).difference(wanted), now)
 
     def _drop_clean(self, extents: Iterable[int], now: float) -> None:
         self._let_go([extent for extent in extents if self.is_clean(extent)], now)
@@ -160,6 +161,6 @@ class Clearing:
         if gone:
             self._store.drop(gone)
             self.policy.dropped(gone, now)
-            if self._routes is not None:
-                self._routes.gone(gone)
-                self._evicting.difference_update(gone)
+            self._evicting.difference_update(gone)
+            for other in self._elsewhere:
+                other.gone(gone)

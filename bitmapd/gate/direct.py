@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from bitmapd.gate.elsewhere import Collected
 from bitmapd.gate.routes import Routes, Run, Segment
 from bitmapd.record.geometry import Geometry
 
@@ -101,7 +102,7 @@ class Kernel(Protocol):
 
 
 class DirectPath:
-    """See the module docstring."""
+    """See the module docstring; an `Elsewhere`."""
 
     def __init__(
         self,
@@ -139,6 +140,39 @@ class DirectPath:
         return self._kernel.host_counters()
 
     @property
+    def host_load(self) -> tuple[int, int]:
+        hosts = self._kernel.host_counters()
+        return hosts.writes + hosts.discards + hosts.reads, hosts.written_bytes
+
+    # -- extents ----------------------------------------------------------------------------
+    def is_open(self, extent: int) -> bool:
+        return self.routes.is_open(extent)
+
+    def cool(self, extents: Iterable[int]) -> None:
+        self.routes.cool(extents)
+
+    def warm(self, extents: Iterable[int]) -> None:
+        self.routes.warm(extents)
+
+    def closed(self) -> list[int]:
+        return self.routes.closed()
+
+    def gone(self, extents: Iterable[int]) -> None:
+        self.routes.gone(extents)
+
+    def gated_hit(self, first: int, stop: int) -> None:
+        self.routes.gated_hit(first, stop)
+
+    # -- eras -------------------------------------------------------------------------------
+    def when_urgent(self, call: Callable[[], None]) -> None:
+        self.routes.on_urgent = call
+
+    @property
+    def is_urgent(self) -> bool:
+        """Also when ending the era holds up nobody and makes it known that nothing was written."""
+        return self.routes.urgent or self.at_rest
+
+    @property
     def collected_era(self) -> int:
         """The latest era whose blocks are known."""
         return self._since_era - 1
@@ -171,11 +205,7 @@ class DirectPath:
         routes = self.routes
         return routes.wants_change or routes.settling or self.written
 
-    def barrier(
-        self,
-        recorded: Iterable[Run],
-        done: Callable[[Sequence[Run] | None], None],
-    ) -> None:
+    def barrier(self, recorded: Iterable[Run], done: Collected) -> None:
         """End the era; `done` gets the blocks that were written, or None if it failed.
 
         `recorded`: runs of extents that are durably recorded now.  What failed is told as an

@@ -19,8 +19,8 @@ Invariants:
 4. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
 5. Errors of the primary go to the host and leave the blocks dirty.  That cached writes were lost
    goes to all hosts and to the copier, whoever met it (`not_durable`).
-6. With a direct path (`attach.direct`), an extent that is open there may be dirty without being
-   in any of these stages: its blocks are taken at the next barrier.  It is not clean.
+6. An extent that is open elsewhere (`gate/elsewhere`) may be dirty without being in any of these
+   stages: its blocks are taken at the next barrier.  It is not clean.
 
 A crash loses what is dirty; the record names every extent of it, and `take_recorded` marks all
 their blocks at the next start.
@@ -30,10 +30,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.clearing import Clearing
-from bitmapd.gate.direct import DirectPath
+from bitmapd.gate.elsewhere import Elsewhere
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
 from bitmapd.media.lost import LostWrites
@@ -59,10 +60,10 @@ class Gate:
         scheduler: Scheduler,
         *,
         limit_extents: int,
-        direct: DirectPath | None = None,
+        elsewhere: Sequence[Elsewhere] = (),
     ) -> None:
         self._geometry = geometry
-        self._direct = direct
+        self._elsewhere = tuple(elsewhere)
         self._primary = primary
         self._store = store
         self._policy = policy
@@ -78,9 +79,9 @@ class Gate:
             self._unsettled,
             scheduler,
             limit_extents=limit_extents,
-            routes=None if direct is None else direct.routes,
+            elsewhere=self._elsewhere,
         )
-        # Loop time up to which every completed write of the direct path is known.
+        # Loop time up to which every completed write elsewhere is known.
         self._known_until = scheduler.time()
         self.lost_writes = LostWrites()  # of the primary; hosts and copier share its flushes
         self.on_flush_error: Callable[[OSError], None] | None = None
@@ -148,8 +149,8 @@ class Gate:
             return
         # A hit, written out: this is the path that has to be short.
         self.hits += 1
-        if self._direct is not None:
-            self._direct.routes.gated_hit(first, stop)
+        for other in self._elsewhere:
+            other.gated_hit(first, stop)
         self._policy.wrote(first, stop, now, True)
         era = self._current_era
         if era.since_s is None:
@@ -330,21 +331,28 @@ class Gate:
             else:
                 self._scheduler.call_soon(ready)
 
-        if self._direct is None:
-            landed()
-            return
         begun = self._scheduler.time()
+        missing = list(self._elsewhere)  # those whose blocks have not come
+        waiting = len(missing)
 
-        def collected(runs: Sequence[tuple[int, int]] | None) -> None:
+        def brought(other: Elsewhere, runs: Sequence[tuple[int, int]] | None) -> None:
+            nonlocal waiting
+            waiting -= 1
             if runs is not None:
-                self._take_direct(runs)
-                self._known_until = begun
+                self._take_from_elsewhere(runs)
+                missing.remove(other)
+            if not waiting:
+                if not missing:
+                    self._known_until = begun
+                landed()
+
+        for other in self._elsewhere:
+            other.barrier(self._store.covered_runs(), partial(brought, other))
+        if not self._elsewhere:
             landed()
 
-        self._direct.barrier(self._store.covered_runs(), collected)
-
-    def _take_direct(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Blocks that the kernel saw written, by hosts directly or by the gate."""
+    def _take_from_elsewhere(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Blocks that were written there, or by the gate and seen there."""
         if not runs:
             return
         self._unsettled.take(runs, self._known_until)
@@ -358,26 +366,25 @@ class Gate:
 
     def when_urgent(self, call: Callable[[], None]) -> None:
         """Have `call` called when `era_is_urgent` may have become true by writes of hosts."""
-        if self._direct is not None:
-            self._direct.routes.on_urgent = call
+        for other in self._elsewhere:
+            other.when_urgent(call)
 
     @property
-    def has_direct(self) -> bool:
-        return self._direct is not None
+    def is_written_elsewhere(self) -> bool:
+        """Whether somebody else may write this primary at all."""
+        return bool(self._elsewhere)
 
     @property
     def wants_era(self) -> bool:
         """Whether there is something that ending the era would bring to the copier."""
-        return bool(self._current_era.blocks) or (
-            self._direct is not None and self._direct.wants_barrier
-        )
+        if self._current_era.blocks:
+            return True
+        return any(other.wants_barrier for other in self._elsewhere)
 
     @property
     def era_is_urgent(self) -> bool:
-        """Whether the kernel's table should be changed before the era is over, or ending it holds
-        up nobody and makes it known that nothing was written."""
-        direct = self._direct
-        return direct is not None and (direct.routes.urgent or direct.at_rest)
+        """Whether somebody who writes elsewhere should not have to wait for the end of the era."""
+        return any(other.is_urgent for other in self._elsewhere)
 
     def take_recorded(self) -> None:
         """Mark every block of every recorded extent as to be copied: recovery, or a resync."""
@@ -444,11 +451,10 @@ class Gate:
         have been written directly since the last barrier."""
         if self._unsettled.any(first, stop):
             return True
-        direct, per = self._direct, self._geometry.blocks_per_extent
-        return (
-            direct is not None
-            and any(map(direct.routes.is_open, range(first // per, (stop - 1) // per + 1)))
-            and direct.being_written
+        per = self._geometry.blocks_per_extent
+        extents = range(first // per, (stop - 1) // per + 1)
+        return any(
+            any(map(other.is_open, extents)) and other.being_written for other in self._elsewhere
         )
 
     def copied(self, first: int, stop: int) -> None:
@@ -520,7 +526,7 @@ class Gate:
     def tick(self) -> None:
         """Once a second: cooling, the limit, lazy clears."""
         now = self._scheduler.time()
-        if self._direct is not None and not self._direct.written:
+        if not any(other.written for other in self._elsewhere):
             self._known_until = now
         self._clearing.tick(now)
 
@@ -560,21 +566,22 @@ class Gate:
     @property
     def host_load(self) -> tuple[int, int]:
         """Requests of hosts and bytes written by them, since the start."""
-        if self._direct is None:
-            return self.writes + self.reads, self.written_bytes
-        hosts = self._direct.host_counters
-        return hosts.writes + hosts.discards + hosts.reads, hosts.written_bytes
+        requests, written_bytes = self.writes + self.reads, self.written_bytes
+        for other in self._elsewhere:
+            theirs = other.host_load
+            requests, written_bytes = max(requests, theirs[0]), max(written_bytes, theirs[1])
+        return requests, written_bytes
 
     @property
     def in_sync(self) -> bool:
         """Whether nothing waits to be copied or flushed."""
         if self._unsettled:
             return False
-        return self._direct is None or not self._direct.written
+        return not any(other.written for other in self._elsewhere)
 
     def oldest_dirty_s(self) -> float | None:
         """Loop time of the oldest write that may not be durable on the secondary."""
         oldest_s = self._unsettled.oldest_s
-        if self._direct is not None and self._direct.written:
+        if any(other.written for other in self._elsewhere):
             return self._known_until if oldest_s is None else min(oldest_s, self._known_until)
         return oldest_s

@@ -153,7 +153,7 @@ class Volume:
             make_policy(config.predictor, geometry),
             loop,
             limit_extents=self._limit_extents(None),
-            direct=self._mode.direct,
+            elsewhere=self._mode.elsewhere,
         )
         self.gate.on_primary_error = self._primary_failed
         self._hints = HintKeeper(self._session, self.gate, loop, self._emit)

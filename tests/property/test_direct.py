@@ -102,7 +102,7 @@ class DirectMachine(MirrorMachine):
             self.policy,
             self.loop,
             limit_extents=3,
-            direct=self.direct,
+            elsewhere=(self.direct,),
         )
 
     # -- the host -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.gate.direct import DirectPath
+from bitmapd.gate.elsewhere import Elsewhere
 from bitmapd.gate.gate import Gate
 from bitmapd.gate.routes import Routes
 from bitmapd.media.base import Done
@@ -138,10 +139,12 @@ class Mirror:
         secondary: bytes | None = None,
         hollow: bool = False,
         direct: bool = False,
+        elsewhere: Sequence[Elsewhere] = (),
     ) -> None:
         """`hollow` disks keep nothing that can be read: for volumes too large for memory.
 
-        `direct`: hosts reach the primary and the gate through `kernel`.
+        `direct`: hosts reach the primary and the gate through `kernel`; else others may write
+        `elsewhere`.
         """
         size = size_bytes or extents * extent_bytes
         self.geometry = Geometry(size, extent_bytes, block_bytes)
@@ -166,7 +169,7 @@ class Mirror:
             self.policy,
             self.loop,
             limit_extents=limit_extents,
-            direct=self.path if direct else None,
+            elsewhere=(self.path,) if direct else elsewhere,
         )
         self.kernel.new_gate(self.gate)
         self.pool = BufferPool(self.loop, pool_bytes)

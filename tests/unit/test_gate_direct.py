@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from bitmapd.copier.engine import URGENT_ERA_S
+from bitmapd.gate.elsewhere import Collected, Run
 from bitmapd.gate.routes import DIRECT, GATE, URGENT_HITS
 from tests.support.mirror import (
     BLOCK,
@@ -82,7 +83,7 @@ def host_wrote(mirror: Mirror, block: int, count: int = 1) -> None:
 def test_without_a_direct_path_there_is_nothing_to_ask_for() -> None:
     mirror = Mirror()
     gate = mirror.gate
-    assert not gate.has_direct
+    assert not gate.is_written_elsewhere
     assert not gate.wants_era
     assert not gate.era_is_urgent
     mirror.put(0)
@@ -92,7 +93,7 @@ def test_without_a_direct_path_there_is_nothing_to_ask_for() -> None:
 def test_blocks_written_directly_are_known_after_the_barrier() -> None:
     mirror = direct(0, 1)
     gate = mirror.gate
-    assert gate.has_direct
+    assert gate.is_written_elsewhere
     assert not gate.wants_era
     host_wrote(mirror, 2, 3)
     assert (gate.writes, gate.dirty_blocks()) == (4, 0), "the gate has not seen it"
@@ -113,7 +114,7 @@ def test_blocks_written_directly_are_known_after_the_barrier() -> None:
 def test_the_load_of_hosts_is_what_the_kernel_counts() -> None:
     for mirror in (direct(0), Mirror()):
         requests, written = mirror.gate.host_load
-        if mirror.gate.has_direct:
+        if mirror.gate.is_written_elsewhere:
             host_wrote(mirror, 0, 2)
         else:
             mirror.put(0, 2)
@@ -433,3 +434,92 @@ def test_victims_that_may_not_go_are_not_waited_for() -> None:
     assert not mirror.routes.is_cooling(0)
     mirror.gate.tick()
     assert policy.told[-1] == ("victims", 1), "extent 0 is still in excess"
+
+
+# -- several who write elsewhere --------------------------------------------------------------
+
+
+class Another:
+    """An `Elsewhere` that is answered by hand."""
+
+    def __init__(self) -> None:
+        self.open: set[int] = set()
+        self.cooled: list[int] = []
+        self.left: list[int] = []
+        self.written = self.being_written = self.wants_barrier = self.is_urgent = False
+        self.host_load = (0, 0)
+        self.done: Collected | None = None
+
+    def is_open(self, extent: int) -> bool:
+        return extent in self.open
+
+    def cool(self, extents: Iterable[int]) -> None:
+        self.cooled += extents
+
+    def warm(self, extents: Iterable[int]) -> None:
+        self.cooled = [extent for extent in self.cooled if extent not in set(extents)]
+
+    def closed(self) -> list[int]:
+        return [extent for extent in self.cooled if extent not in self.open]
+
+    def gone(self, extents: Iterable[int]) -> None:
+        self.left += extents
+
+    def gated_hit(self, first: int, stop: int) -> None:
+        """Nothing is written there that came through the gate."""
+
+    def barrier(self, recorded: Iterable[Run], done: Collected) -> None:
+        self.done = done
+
+    def when_urgent(self, call: Callable[[], None]) -> None:
+        """It never is."""
+
+
+def test_an_era_is_over_when_all_of_them_say_so() -> None:
+    one, other = Another(), Another()
+    mirror = Mirror(elsewhere=(one, other))
+    mirror.put(0)
+    ready: list[int] = []
+    mirror.gate.take_era(lambda: ready.append(1))
+    assert one.done is not None
+    assert other.done is not None
+    one.done([(2, 3)])
+    mirror.loop.run_soon()
+    assert not ready
+    other.done([(4, 5)])
+    mirror.loop.run_soon()
+    assert ready
+    assert list(mirror.gate.taken.runs()) == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_what_one_of_them_does_not_know_is_as_old_as_the_latest_full_barrier() -> None:
+    one, other = Another(), Another()
+    mirror = Mirror(elsewhere=(one, other))
+    one.written = True
+    assert not mirror.gate.in_sync
+    before = mirror.gate.oldest_dirty_s()
+    mirror.loop.advance(3.0)
+    for answers in ((None, []), ([], None), ([], [])):
+        assert mirror.gate.oldest_dirty_s() == before
+        mirror.gate.take_era(lambda: None)
+        for elsewhere, answer in zip((one, other), answers, strict=True):
+            assert elsewhere.done is not None
+            elsewhere.done(answer)
+        mirror.loop.run_soon()
+    assert mirror.gate.oldest_dirty_s() == before + 3.0
+
+
+def test_an_extent_leaves_when_none_of_them_may_write_it() -> None:
+    one, other = Another(), Another()
+    mirror = Mirror(elsewhere=(one, other))
+    gate = mirror.gate
+    mirror.store.add([(0, 1)], (), lambda error: None)
+    mirror.run()
+    one.open, other.open = {0}, {0}
+    assert not gate.is_clean(0)
+    one.open.clear()
+    assert not gate.is_clean(0)
+    other.open.clear()
+    assert gate.is_clean(0)
+    gate.drop_all_clean()
+    assert (one.left, other.left) == ([0], [0])

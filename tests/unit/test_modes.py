@@ -85,7 +85,7 @@ class Attached:
 
     @property
     def direct(self) -> DirectPath:
-        return self.mode.direct
+        return self.mode.elsewhere[0]
 
     def barriers_that(self, land: Callable[[int], bool]) -> EndEras:
         """`land`: whether the barrier of this number does, the first being 1."""

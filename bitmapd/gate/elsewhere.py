@@ -1,0 +1,69 @@
+"""Whoever else writes this primary, as the gate sees it (pure).
+
+The gate is told of a write before it happens.  Others may write besides, and say so later: hosts
+through the kernel's table (`gate/direct`).  What they have in common is here, and the gate knows no
+more of any of them.
+
+1. An extent that is *open* may have been written without the gate's knowledge since the latest
+   barrier.  It is not clean, and so never leaves the record.
+2. A barrier ends the era there, too.  It calls back once no write of that era is in flight, with
+   the blocks that were written in it; after an error they come with the next one.  One at a time.
+3. What the record is to lose is *cooled* first: nobody writes it elsewhere after the barrier that
+   comes next, and after the one behind that it is *closed*.
+4. Who writes elsewhere writes only what is durably recorded (`recorded` of the barrier).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+Run = tuple[int, int]
+# The blocks that were written, or None if that will be known at the next barrier.
+Collected = Callable[[Sequence[Run] | None], None]
+
+
+class Elsewhere(Protocol):
+    """See the module docstring.  Runs are [first, stop)."""
+
+    # -- extents
+    def is_open(self, extent: int) -> bool: ...
+
+    def cool(self, extents: Iterable[int]) -> None: ...
+
+    def warm(self, extents: Iterable[int]) -> None:
+        """They are wanted after all."""
+
+    def closed(self) -> list[int]:
+        """Cooling extents that the gate alone has written since their last blocks were known."""
+
+    def gone(self, extents: Iterable[int]) -> None:
+        """These have left the record."""
+
+    def gated_hit(self, first: int, stop: int) -> None:
+        """A write to recorded extents came through the gate."""
+
+    # -- eras
+    def barrier(self, recorded: Iterable[Run], done: Collected) -> None: ...
+
+    @property
+    def wants_barrier(self) -> bool: ...
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a barrier should not wait for the end of the era."""
+
+    def when_urgent(self, call: Callable[[], None]) -> None:
+        """Have `call` called when `is_urgent` may have become true by writes of hosts."""
+
+    @property
+    def written(self) -> bool:
+        """Whether something may have been written that no barrier has brought."""
+
+    @property
+    def being_written(self) -> bool:
+        """Whether hosts write now, or `written`: good enough to put off a judgement."""
+
+    @property
+    def host_load(self) -> tuple[int, int]:
+        """Requests of hosts, and bytes written, since the start; those that the gate saw, too."""
