@@ -528,9 +528,9 @@ def test_case_03_and_23_nobody_waits_for_a_secondary_that_hangs(tmp_path: Path) 
                 for helper in helpers_of(volume)
                 if b"--connects" not in Path(f"/proc/{helper}/cmdline").read_bytes()
             )
-            with hung(wiring):
-                sh("dmsetup", "suspend", "--noflush", "--nolockfs", f"dmctl-{volume.name}-w")
-                os.kill(wiring, signal.SIGKILL)
+            os.kill(wiring, signal.SIGSTOP)  # before it can resume
+            sh("dmsetup", "suspend", "--noflush", "--nolockfs", f"dmctl-{volume.name}-w")
+            os.kill(wiring, signal.SIGKILL)
             Writing(volume, 0).finish()
             volume.stop("--now")
         assert layers(volume) == []
