@@ -66,6 +66,7 @@ class _Page:
         "lazy",
         "newest_slot",
         "sequence",
+        "served",
         "stop",
         "suspect",
         "waiters",
@@ -80,7 +81,8 @@ class _Page:
         self.newest_slot = state.newest_slot
         self.sequence = state.sequence
         self.highest = state.highest  # highest sequence that was ever tried
-        self.waiters: list[_Batch] = []
+        self.waiters: list[_Batch] = []  # for the next write
+        self.served: list[_Batch] = []  # by the write that is in flight
         self.writing = False
         self.lazy = False
         self.suspect = False
@@ -88,12 +90,13 @@ class _Page:
 
 
 class _Batch:
-    """One `add` that waits for some pages."""
+    """One request that waits for some pages; `adds` to the record, or only clears."""
 
-    __slots__ = ("done", "error", "pages")
+    __slots__ = ("adds", "done", "error", "pages")
 
-    def __init__(self, done: Done) -> None:
+    def __init__(self, done: Done, *, adds: bool = True) -> None:
         self.done = done
+        self.adds = adds
         self.pages = 0
         self.error: OSError | None = None
 
@@ -243,6 +246,22 @@ class RecordStore:
             if page.lazy and not page.writing:
                 self._make_ready(page)
 
+    def destage_clears(self, done: Done) -> None:
+        """Call back when nothing that was dropped up to now is in the stored copy any more; with an
+        error if a page could not be written.  What comes meanwhile is not waited for."""
+        batch = _Batch(done, adds=False)
+        for page in self._pages:
+            if page.lazy:
+                page.waiters.append(batch)
+                self._make_ready(page)
+            elif page.writing:
+                page.served.append(batch)
+            else:
+                continue
+            batch.pages += 1
+        if not batch.pages:
+            self._scheduler.call_soon(done, None)
+
     def when_idle(self, done: Done) -> None:
         """Call back once no page is being written; with the last error while some page needs to be
         written again because of one."""
@@ -313,6 +332,7 @@ class RecordStore:
         low, high = page.first, page.stop
         bits = self._wanted[low:high]
         batches, page.waiters = page.waiters, []
+        page.served = batches
         page.writing = True
         page.lazy = False
         self._writing[page] = self._scheduler.time()
@@ -328,7 +348,7 @@ class RecordStore:
         encode_page_into(
             page.buffer, self._volume, page.index, sequence, page.sequence, content.tobytes()
         )
-        if batches:
+        if any(batch.adds for batch in batches):
             self.updates += 1
         else:
             self.clears += 1
@@ -365,6 +385,7 @@ class RecordStore:
         error: OSError | None,
     ) -> None:
         page.writing = False
+        page.served = []
         del self._writing[page]
         if error is None:
             page.suspect = False

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from bitmapd.errors import BitmapdError
 from bitmapd.gate.gate import Gate
+from bitmapd.media.waiting import Aside
 from bitmapd.predict.policy import Policy
 from bitmapd.record.hints import Hints
 from bitmapd.volume.session import RecordSession
@@ -27,9 +28,15 @@ Emit = Callable[..., None]
 
 class HintKeeper:
     def __init__(
-        self, session: RecordSession, gate: Gate, loop: asyncio.AbstractEventLoop, emit: Emit
+        self,
+        session: RecordSession,
+        gate: Gate,
+        loop: asyncio.AbstractEventLoop,
+        aside: Aside,
+        emit: Emit,
     ) -> None:
         self._session = session
+        self._aside = aside
         self._gate = gate
         self._loop = loop
         self._emit = emit
@@ -39,9 +46,9 @@ class HintKeeper:
         self._turn = asyncio.Lock()
         self._saving: asyncio.Task[None] | None = None
 
-    def begin(self) -> None:
-        """Have the gate's policy go on from the record's hints, before its first event.  Blocks."""
-        self._offer(self._gate.policy, self._session.read_hints())
+    async def begin(self) -> None:
+        """Have the gate's policy go on from the record's hints, before its first event."""
+        self._offer(self._gate.policy, await self._aside(self._session.read_hints))
 
     def hand_over(self, policy: Policy) -> None:
         """Have the policy that is to take the place of the gate's go on from what is known; before
@@ -64,7 +71,7 @@ class HintKeeper:
             if hints is None or misses == self._saved_misses:
                 return
             try:
-                await self._loop.run_in_executor(None, self._session.write_hints, hints)
+                await self._aside(self._session.write_hints, hints)
             except BitmapdError as error:
                 self._emit("hints-not-saved", message=error.message)
             else:

@@ -22,6 +22,7 @@ from collections.abc import Awaitable, Callable
 
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.errors import BitmapdError, WrongStateError
+from bitmapd.media.waiting import Aside
 from bitmapd.record.layout import Incompatible
 from bitmapd.volume.session import RecordSession
 
@@ -37,6 +38,7 @@ class Pausing:
         session: RecordSession,
         copier: Copier,
         until: Callable[[Callable[[], bool]], Awaitable[None]],
+        aside: Aside,
         emit: Emit,
     ) -> None:
         """`until` waits for a condition that depends on the copier's state."""
@@ -44,6 +46,7 @@ class Pausing:
         self._session = session
         self._copier = copier
         self._until = until
+        self._aside = aside
         self._emit = emit
         self._one = asyncio.Lock()
         self._closed = False
@@ -103,7 +106,7 @@ class Pausing:
         present = self._session.superblock.incompatible
         wanted = present | Incompatible.PAUSED if paused else present & ~Incompatible.PAUSED
         try:
-            self._session.update(incompatible=int(wanted))
+            await self._aside(self._session.update, incompatible=int(wanted))
         except BitmapdError as error:
             now, later = ("stands still", "goes on") if paused else ("goes on", "stands still")
             raise type(error)(

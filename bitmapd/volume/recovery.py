@@ -1,12 +1,26 @@
-"""What a volume does first: copy what the record names, and say what became of it."""
+"""What a volume does first: copy what the record names, and say what became of it.
+
+1. A pass is over when everything that was in the record when it began has been copied and settled.
+   Its end is *kept* when the stored record no longer names what the pass took out of it and the
+   superblock no longer asks for an initial sync, both durably.  Until then the volume is not in
+   sync: a crash would have all of it copied again.
+2. What cannot be written is tried again with the next tick; hosts and copying go on meanwhile.
+3. What stays in the record for predicted writes is not waited for.
+
+A crash in a pass leaves the record as it was, less what has been settled since, so it can be begun
+again at any time.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from bitmapd.copier.engine import Copier
+from bitmapd.errors import BitmapdError
 from bitmapd.gate.gate import Gate
+from bitmapd.media.waiting import Aside, completion
 from bitmapd.record.layout import InitialSync
 from bitmapd.record.store import RecordStore
 from bitmapd.volume.session import RecordSession
@@ -16,8 +30,7 @@ Emit = Callable[..., None]
 
 
 class Recovery:
-    """The pass over everything that was recorded at the start.  A crash in it leaves the record as
-    it was, less what has been settled since, so it can be begun again at any time."""
+    """The pass over everything that was recorded at the start, and the end of any later one."""
 
     def __init__(
         self,
@@ -25,16 +38,24 @@ class Recovery:
         store: RecordStore,
         gate: Gate,
         copier: Copier,
-        clock: Callable[[], float],
+        loop: asyncio.AbstractEventLoop,
+        aside: Aside,
         emit: Emit,
+        on_kept: Callable[[], None],
     ) -> None:
+        """`on_kept` is called when `kept` has become true."""
         self._session = session
         self._store = store
         self._gate = gate
         self._copier = copier
-        self._clock = clock
+        self._loop = loop
+        self._aside = aside
         self._emit = emit
+        self._on_kept = on_kept
+        self._keeping: asyncio.Task[None] | None = None
         self._reason = ""
+        self._passes = 0
+        self.kept = True  # the end of the last pass that is over (invariant 1)
         self.result: dict[str, Any] | None = None  # `last_recovery` of the status
         copier.on_pass_done = self._pass_done
 
@@ -43,7 +64,7 @@ class Recovery:
         initial = self._session.superblock.initial_sync
         self._extents = self._store.recorded_extents
         self._bytes_total = recorded_bytes(self._store, self._session.superblock.geometry)
-        self._started_s = self._clock()
+        self._started_s = self._loop.time()
         if initial is not InitialSync.NONE:
             self._reason = "initial"
         else:
@@ -68,16 +89,48 @@ class Recovery:
         self._reason = ""
 
     def _pass_done(self) -> None:
-        if self._reason == "":
+        if self._reason:
+            self.result = {
+                "reason": self._reason,
+                "extents": self._extents,
+                "bytes_total": self._bytes_total,
+                "bytes_copied": self._copier.pass_copied_bytes,
+                "seconds": round(self._loop.time() - self._started_s, 3),
+            }
+            self._reason = ""
+            self._emit("recovery-finished", **self.result)
+        self._passes += 1
+        self.kept = self._store.settled and not self._initial
+        self.tick()
+
+    @property
+    def _initial(self) -> bool:
+        return self._session.superblock.initial_sync is not InitialSync.NONE
+
+    def tick(self) -> None:
+        """Have the end of the last pass kept, unless it is, or that is under way."""
+        if not self.kept and self._keeping is None:
+            self._keeping = self._loop.create_task(self._keep())
+
+    async def _keep(self) -> None:
+        passes = None
+        try:
+            while passes != self._passes:  # another one may have ended meanwhile
+                passes = self._passes
+                await completion(self._store.destage_clears)
+                if self._initial:
+                    await self._aside(self._session.update, initial_sync=InitialSync.NONE)
+        except OSError:
+            return  # the store has told it
+        except BitmapdError as error:
+            self._emit("record-error", message=error.message)
             return
-        self.result = {
-            "reason": self._reason,
-            "extents": self._extents,
-            "bytes_total": self._bytes_total,
-            "bytes_copied": self._copier.pass_copied_bytes,
-            "seconds": round(self._clock() - self._started_s, 3),
-        }
-        self._reason = ""
-        self._emit("recovery-finished", **self.result)
-        if self._session.superblock.initial_sync is not InitialSync.NONE:
-            self._session.update(initial_sync=InitialSync.NONE)
+        finally:
+            self._keeping = None
+        self.kept = True
+        self._on_kept()
+
+    async def end(self) -> None:
+        """Return when nothing is under way; the copier has been stopped."""
+        if self._keeping is not None:
+            await self._keeping

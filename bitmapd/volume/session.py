@@ -36,7 +36,8 @@ Emit = Callable[..., None]
 
 class RecordSession:
     """Blocking I/O throughout: a few milliseconds for each superblock, less than a second to load
-    the record of 16 TiB."""
+    the record of 16 TiB, and as long as it likes where a device answers late.  So a volume has one
+    thread do all of it (`Aside`), which also keeps updates in order; `emit` is called on it."""
 
     def __init__(self, config: VolumeConfig, paths: Paths, emit: Emit) -> None:
         self._config = config

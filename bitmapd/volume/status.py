@@ -11,7 +11,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 
 
-def state_of(store: RecordStore, copier: Copier) -> str:
+def state_of(store: RecordStore, copier: Copier, *, in_sync: bool) -> str:
     """The most pressing of what is true of the volume."""
     if store.failing or store.slow:
         return "degraded"
@@ -21,7 +21,7 @@ def state_of(store: RecordStore, copier: Copier) -> str:
         return "paused"
     if copier.pass_blocks is not None:
         return "resyncing"
-    return "in-sync" if copier.in_sync else "copying"
+    return "in-sync" if in_sync else "copying"
 
 
 def recorded_bytes(store: RecordStore, geometry: Geometry) -> int:
@@ -29,7 +29,13 @@ def recorded_bytes(store: RecordStore, geometry: Geometry) -> int:
 
 
 def describe(
-    config: VolumeConfig, geometry: Geometry, store: RecordStore, gate: Gate, copier: Copier
+    config: VolumeConfig,
+    geometry: Geometry,
+    store: RecordStore,
+    gate: Gate,
+    copier: Copier,
+    *,
+    in_sync: bool,
 ) -> dict[str, Any]:
     """All of a volume's status that follows from its configuration and its parts."""
     oldest_s = gate.oldest_dirty_s()
@@ -37,7 +43,7 @@ def describe(
         "name": config.name,
         "uuid": str(config.uuid),
         "attach": config.attach,
-        "state": state_of(store, copier),
+        "state": state_of(store, copier, in_sync=in_sync),
         "device": device_of(config),
         "primary": config.primary,
         "secondary": config.secondary,

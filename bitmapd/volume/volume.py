@@ -34,6 +34,7 @@ from bitmapd.control.catalogue import lookup
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.errors import (
+    BitmapdError,
     BusyError,
     UnreachableError,
     UsageError,
@@ -105,17 +106,27 @@ class Volume:
     # -- start ----------------------------------------------------------------------------
     async def start(self) -> None:
         """Recover and export; on an error everything that was opened is closed again."""
-        self._session = RecordSession(self.config, self._paths, self._emit)
+        try:
+            self._session = await self._aside(
+                RecordSession, self.config, self._paths, self._emit_from_aside
+            )
+        except BaseException:
+            self._aside.close()
+            raise
         self._mode = self._make_mode()
-        opened: list[Callable[[], None]] = [self._aside.close, self._session.close]
+        opened: list[Callable[[], None]] = []
         try:
             await self._assemble(opened)
         except BaseException:
             for close in reversed(opened):
                 close()
-            await self._mode.undo()
-            if not self._mode.adopted:
-                self._session.seal()
+            try:
+                await self._mode.undo()
+                if not self._mode.adopted:
+                    await self._aside(self._session.seal)
+            finally:
+                self._session.close()
+                self._aside.close()
             raise
 
     def _make_mode(self) -> Mode:
@@ -141,7 +152,7 @@ class Volume:
         opened.append(self._secondary.close)
         await open_secondary(self._secondary, loop, self._session.secondary_mismatch, self._emit)
 
-        self._session.begin()
+        await self._aside(self._session.begin)
         self.geometry = geometry
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
@@ -156,8 +167,8 @@ class Volume:
             elsewhere=self._mode.elsewhere,
         )
         self.gate.on_primary_error = self._primary_failed
-        self._hints = HintKeeper(self._session, self.gate, loop, self._emit)
-        self._hints.begin()
+        self._hints = HintKeeper(self._session, self.gate, loop, self._aside, self._emit)
+        await self._hints.begin()
         self._note = NoteKeeper(
             config,
             self._paths,
@@ -190,13 +201,22 @@ class Volume:
         opened.append(self._recording.close)
         self._recording.record_to(config.trace)
         self._recovery = Recovery(
-            self._session, self._store, self.gate, self.copier, loop.time, self._emit
+            self._session,
+            self._store,
+            self.gate,
+            self.copier,
+            loop,
+            self._aside,
+            self._emit,
+            on_kept=self._on_change,
         )
         self._recovery.begin()
         await self._mode.begin(
             self._engine, self.gate, self._store, lambda: self.copier.idle, opened
         )
-        self._pausing = Pausing(config.name, self._session, self.copier, self._until, self._emit)
+        self._pausing = Pausing(
+            config.name, self._session, self.copier, self._until, self._aside, self._emit
+        )
         self.copier.start(paused=self._pausing.stored)
         self._tick_timer = loop.call_later(TICK_S, self._tick)
 
@@ -220,6 +240,9 @@ class Volume:
             }
         self._emit_event(event, **fields)
 
+    def _emit_from_aside(self, event: str, **fields: Any) -> None:
+        self._loop.call_soon_threadsafe(partial(self._emit, event, **fields))
+
     def _primary_failed(
         self, verb: str, offset_bytes: int, length_bytes: int, error: OSError
     ) -> None:
@@ -237,6 +260,7 @@ class Volume:
         self.gate.tick()
         self._recording.flush()
         self._hints.tick()
+        self._recovery.tick()
         self._on_change()
 
     def _limit_extents(self, speed: float | None) -> int:
@@ -263,7 +287,7 @@ class Volume:
 
     @property
     def _in_sync(self) -> bool:
-        return self.copier.in_sync
+        return self.copier.in_sync and self._recovery.kept
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not (condition() or self.left):
@@ -292,15 +316,22 @@ class Volume:
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         await stopped.wait()
-        clean = await self._empty_record()
+        await self._recovery.end()
+        failure: BitmapdError | None = None
+        try:
+            clean = await self._empty_record()
+        except BitmapdError as error:  # empty, and not marked: all else is ended all the same
+            clean, failure = False, error
         extents = self._store.recorded_extents
         paused = self._pausing.stored
         self._emit("stopped", clean=clean, record_extents=extents, paused=paused)
         await self._finish()
         await self._engine.call(self._primary.close)
         await self._mode.detach(self._primary.close)
-        self._session.seal()
+        await self._aside(self._session.seal)
         await self._close()
+        if failure is not None:
+            raise failure
         return {"clean": clean, "record_extents": extents, "paused": paused}
 
     async def _finish(self) -> None:
@@ -322,7 +353,7 @@ class Volume:
         for device in (self._primary, self._record):
             await self._engine.call(device.close)
         await self._until_idle()
-        self._session.close()
+        await self._aside(self._session.close)
         self._aside.close()
         self._engine.close()
 
@@ -366,7 +397,7 @@ class Volume:
             return False
         clean = self.gate.in_sync and not self._store.recorded_extents
         if clean:
-            self._session.finish()
+            await self._aside(self._session.finish)
             await self._note.save()
         return clean
 
@@ -508,6 +539,7 @@ class Volume:
         self.copier.stop(stopped.set)
         leave_at_once(self._secondary)
         await stopped.wait()
+        await self._recovery.end()
         await commit_growth(self._session, geometry, self._aside)
         await self._finish()
         mode.hand_over()
@@ -536,12 +568,19 @@ class Volume:
     # -- status ---------------------------------------------------------------------------
     @property
     def state(self) -> str:
-        return state_of(self._store, self.copier)
+        return state_of(self._store, self.copier, in_sync=self._in_sync)
 
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""
         return (
-            describe(self.config, self.geometry, self._store, self.gate, self.copier)
+            describe(
+                self.config,
+                self.geometry,
+                self._store,
+                self.gate,
+                self.copier,
+                in_sync=self._in_sync,
+            )
             | {
                 "last_recovery": self._recovery.result,
                 "last_error": self._last_error,
