@@ -27,9 +27,9 @@ import sys
 import syslog
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from bitmapd import __version__
 from bitmapd.attach.choose import resolved
@@ -54,6 +54,9 @@ from bitmapd.volume.requestlog import check_log
 from bitmapd.volume.volume import Volume
 
 Emit = Callable[..., None]
+T = TypeVar("T")
+
+ALIVE_S = 0.5  # between two signs of life while a client waits
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -191,17 +194,42 @@ class Daemon:
     async def _status(self, args: dict[str, Any], progress: Progress) -> Any:
         return self.volume.status()
 
+    async def _alive(self, task: asyncio.Future[T], progress: Progress) -> T:
+        """Its value; meanwhile the client hears that this process lives, and how far it is.
+
+        The task goes on when the client goes away.
+        """
+        while not (await asyncio.wait([task], timeout=ALIVE_S))[0]:
+            figures = self.volume.status()
+            await progress({key: figures[key] for key in ("state", "dirty_bytes")})
+        return task.result()
+
+    async def _while_asked(self, work: Coroutine[Any, Any, T], progress: Progress) -> T:
+        """As `_alive`, for what nobody needs once the client has gone away."""
+        task = asyncio.ensure_future(work)
+        try:
+            return await self._alive(task, progress)
+        finally:
+            task.cancel()
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, T], progress: Progress) -> T:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended_unasked)
+        return await self._alive(task, progress)
+
+    def _ended_unasked(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # if nobody waits for it any more, nobody is to be told
+
     async def _stop(self, args: dict[str, Any], progress: Progress) -> Any:
-        task = self._begin_stop(bool(args.get("now", False)))
-        while not task.done():
-            # The stop goes on when the client that asked for it goes away.
-            await asyncio.wait([task], timeout=0.5)
-            if not task.done():
-                await progress({"dirty_bytes": self.volume.status()["dirty_bytes"]})
-        return await task
+        return await self._alive(self._begin_stop(bool(args.get("now", False))), progress)
 
     async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
-        state = str(args.get("for", "in-sync"))
+        return await self._while_asked(self._reach(str(args.get("for", "in-sync"))), progress)
+
+    async def _reach(self, state: str) -> dict[str, Any]:
         await self.volume.wait(state)
         while self.volume.left:
             async with self._turn:
@@ -211,17 +239,18 @@ class Daemon:
         return {"state": self.volume.state}
 
     async def _resync(self, args: dict[str, Any], progress: Progress) -> Any:
-        return await self.volume.resync(bool(args.get("checksum", False)))
+        work = self.volume.resync(bool(args.get("checksum", False)))
+        return await self._while_asked(work, progress)
 
     async def _verify(self, args: dict[str, Any], progress: Progress) -> Any:
         return await self.volume.verify(bool(args.get("repair", False)), progress)
 
     async def _pause(self, args: dict[str, Any], progress: Progress) -> Any:
-        await self.volume.pause()
+        await self._to_its_end(self.volume.pause(), progress)
         return {"state": self.volume.state}
 
     async def _resume(self, args: dict[str, Any], progress: Progress) -> Any:
-        await self.volume.resume()
+        await self._to_its_end(self.volume.resume(), progress)
         return {"state": self.volume.state}
 
     async def _set(self, args: dict[str, Any], progress: Progress) -> Any:
@@ -237,11 +266,7 @@ class Daemon:
         return {"changed": sorted(changes)}
 
     async def _resize(self, args: dict[str, Any], progress: Progress) -> Any:
-        task = asyncio.ensure_future(self._take_up_size())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        # It goes on when the client that asked for it goes away.
-        return await asyncio.shield(task)
+        return await self._to_its_end(self._take_up_size(), progress)
 
     async def _take_up_size(self) -> dict[str, Any]:
         async with self._turn:

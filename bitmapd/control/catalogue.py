@@ -455,9 +455,10 @@ def markdown() -> str:
     return (
         "# Events\n\n"
         "<!-- Made from bitmapd/control/catalogue.py by `make docs`; edit it there. -->\n\n"
-        "`dmctl events NAME` shows the newest 1000 since the start, then what comes; `--now` ends"
+        "`dmctl events NAME` shows what happened since the start, then what comes; `--now` ends"
         " after the\npast ones, `--explain` prints this table. Each has `at`, `volume`, `event` and"
-        " the fields below.\n\n"
+        " the fields below. 1000\nare kept: after that the oldest of the most frequent kind goes"
+        " first.\n\n"
         "† repetitions are let through five times in ten seconds; the next one says in"
         " `suppressed` how many\nwere held back. ‡ `dmctl status` shows the latest of these in"
         " `last_error`. Chapters *in italics* are\nthose of [recovery.md](recovery.md).\n\n"

@@ -4,15 +4,17 @@
 sent, with its class.  A volume that does not run is `WrongStateError`: no socket, or a socket that
 nobody listens on.
 
-1. `timeout_s` is the time without any sign of life: every event begins it anew.  None waits as
-   long as the connection lasts, which is right for verbs that take as long as they take.
-2. A connection that ends before the answer is `BitmapdError`: nobody knows what became of the
+1. `timeout_s` is the time without any sign of life, which every event begins anew: a verb that
+   lasts sends some twice a second.  `SilentError` says that the process does not answer.
+2. `within_s` bounds the whole call, with a `TimeOutError` that is none: the process is at work.
+3. A connection that ends before the answer is `BitmapdError`: nobody knows what became of the
    request.
 """
 
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,11 @@ from bitmapd.control.protocol import (
 from bitmapd.errors import BitmapdError, PermissionError_, TimeOutError, WrongStateError
 
 CONNECT_TIMEOUT_S = 5.0
+SILENCE_S = 15.0  # more than a loaded machine keeps a living process from saying a word
+
+
+class SilentError(TimeOutError):
+    """A process is there, and does not answer."""
 
 
 class ControlClient:
@@ -61,8 +68,11 @@ class ControlClient:
             return self._timed_out("accept a connection")
         return BitmapdError(f"cannot connect to {path}: {error.strerror or error}")
 
-    def _timed_out(self, what: str) -> TimeOutError:
-        return TimeOutError(f"bitmapd of volume '{self._volume}' did not {what} in time")
+    def _timed_out(self, what: str) -> SilentError:
+        return SilentError(
+            f"bitmapd of volume '{self._volume}' did not {what} in time",
+            hint=f"'dmctl stop {self._volume} --kill' ends it as a crash would, and loses nothing",
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -90,13 +100,14 @@ class ControlClient:
         verb: str,
         args: dict[str, Json] | None = None,
         *,
-        timeout_s: float | None = CONNECT_TIMEOUT_S,
+        timeout_s: float = SILENCE_S,
+        within_s: float | None = None,
         on_event: Callable[[dict[str, Json]], object] | None = None,
     ) -> Any:
         """The verb's result; `on_event` is called with every event before it."""
+        deadline_s = None if within_s is None else time.monotonic() + within_s
         self.send(verb, args)
-        self._socket.settimeout(timeout_s)
-        while (answers := self.receive()) is not None:
+        while (answers := self._receive_by(timeout_s, deadline_s)) is not None:
             for answer in answers:
                 if isinstance(answer, Result):
                     return answer.value
@@ -117,6 +128,19 @@ class ControlClient:
         except ConnectionError:
             # A server that refuses a client says why before it closes; `receive` finds that.
             return
+
+    def _receive_by(self, timeout_s: float, deadline_s: float | None) -> list[Answer] | None:
+        left_s = float("inf") if deadline_s is None else deadline_s - time.monotonic()
+        over = TimeOutError(f"volume '{self._volume}' is still at work, and the time is over")
+        if left_s <= 0:
+            raise over
+        self._socket.settimeout(max(0.001, min(timeout_s, left_s)))
+        try:
+            return self.receive()
+        except SilentError:
+            if timeout_s <= left_s:
+                raise
+            raise over from None
 
     def receive(self) -> list[Answer] | None:
         """What the next bytes bring, which may be no whole answer yet; None at the end."""

@@ -4,14 +4,16 @@ An event is a flat JSON object with `at` (ISO 8601, UTC), `volume`, `event` (its
 its own.  `EventLog` keeps the newest ones in a ring, hands each to its subscribers and writes it to
 a sink; `LineSink` is the sink for standard error.
 
-1. `emit` never blocks and never raises for want of room: the ring forgets the oldest, a subscriber
-   and the sink drop what they cannot take and count it.  It may be called on the write path.
+1. `emit` never blocks and never raises for want of room: the ring forgets, a subscriber and the
+   sink drop what they cannot take and count it.  It may be called on the write path.
 2. An event that the catalogue calls `limited` is let through `BURST` times in `WINDOW_S`; what is
    held back after that is counted, and the next one of that name says how many in `suppressed`.
    Everything else is never held back.
-3. `LineSink` writes from a thread of its own, because a pipe or the journal may block.  The thread
+3. A full ring forgets the oldest of those events of which it has most.  So nothing that goes on and
+   on (a host that connects again and again, a link that comes and goes) has the rest forgotten.
+4. `LineSink` writes from a thread of its own, because a pipe or the journal may block.  The thread
    starts with the first line, so that a process that becomes a daemon must not emit before.
-4. Under the journal (`JOURNAL_STREAM` is set) lines begin with a syslog level such as `<3>` and
+5. Under the journal (`JOURNAL_STREAM` is set) lines begin with a syslog level such as `<3>` and
    carry no time; elsewhere they begin with the time.
 
 A crash loses the ring; what the sink had taken is in the journal or in the file behind it.
@@ -19,6 +21,7 @@ A crash loses the ring; what the sink had taken is in the journal or in the file
 
 from __future__ import annotations
 
+import heapq
 import json
 import queue
 import threading
@@ -63,7 +66,9 @@ class EventLog:
         self._wall_clock = wall_clock
         self._clock = clock
         self._sink = sink
-        self._ring: deque[Fields] = deque(maxlen=capacity)
+        self._capacity = capacity
+        self._emitted = 0
+        self._ring: dict[str, deque[tuple[int, Fields]]] = {}  # name -> number and event, in order
         self._subscribers: list[Callable[[Fields], None]] = []
         self._windows: dict[str, tuple[float, int]] = {}  # name -> start, number since then
         self.suppressed_total = 0
@@ -77,7 +82,7 @@ class EventLog:
         entry: Fields = {"at": at, "volume": self._volume, "event": event} | fields
         if held_back:
             entry["suppressed"] = held_back
-        self._ring.append(entry)
+        self._keep(event, entry)
         for subscriber in tuple(self._subscribers):
             subscriber(entry)
         if self._sink is not None:
@@ -99,8 +104,19 @@ class EventLog:
             return None
         return held_back
 
+    def _keep(self, event: str, entry: Fields) -> None:
+        ring = self._ring
+        if sum(map(len, ring.values())) >= self._capacity:
+            most = max(ring, key=lambda name: (len(ring[name]), -ring[name][0][0]))
+            ring[most].popleft()
+            if not ring[most]:
+                del ring[most]
+        self._emitted += 1
+        ring.setdefault(event, deque()).append((self._emitted, entry))
+
     def recent(self) -> list[Fields]:
-        return list(self._ring)
+        numbered = heapq.merge(*self._ring.values(), key=lambda kept: kept[0])
+        return [entry for _number, entry in numbered]
 
     def subscribe(self, subscriber: Callable[[Fields], None]) -> Callable[[], None]:
         """Hand every coming event to `subscriber`, which neither blocks nor raises, until the

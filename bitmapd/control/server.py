@@ -5,9 +5,10 @@ runs; it may send events through `progress` and its value or its `BitmapdError` 
 
 1. Only the user that runs the server and root are answered: the socket has mode 0600 from the
    moment it exists, and the peer's credentials are asked of the kernel besides.
-2. At most `CONNECTION_LIMIT` connections, one line each way in memory; a request that is not whole
-   `REQUEST_TIMEOUT_S` after the server began to wait for it, or an answer that is not taken within
-   `SEND_TIMEOUT_S`, ends the connection.
+2. `Places` bounds the number of connections and of commands that wait; one line each way is in
+   memory.  A connection ends that asks for nothing for `IDLE_TIMEOUT_S`, that takes longer than
+   `REQUEST_TIMEOUT_S` for a request it has begun, or that does not take all of an answer within
+   `SEND_TIMEOUT_S`.
 3. When the client goes away, its handler is cancelled.  What has to be finished whether or not
    somebody waits for it, a handler runs in a task of its own and shields.
 4. A stale socket file is removed only if nothing answers on it.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bitmapd.control.events import EventLog, Fields
+from bitmapd.control.places import Places
 from bitmapd.control.protocol import (
     MAX_LINE_BYTES,
     Json,
@@ -36,8 +38,11 @@ from bitmapd.control.protocol import (
 from bitmapd.errors import BitmapdError, BusyError, PermissionError_, UsageError, explain
 from bitmapd.net.sockets import UnixListener, listen_unix, peer_credentials
 
-CONNECTION_LIMIT = 32
-REQUEST_TIMEOUT_S = 30.0
+CONNECTION_LIMIT = 64
+LASTING_LIMIT = 32
+STOP_LIMIT = 16
+IDLE_TIMEOUT_S = 30.0
+REQUEST_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 10.0
 FOLLOW_EVENTS = 1000
 
@@ -68,23 +73,30 @@ class ControlServer:
         handlers: Mapping[str, Handler],
         *,
         connection_limit: int = CONNECTION_LIMIT,
+        lasting_limit: int = LASTING_LIMIT,
+        stop_limit: int = STOP_LIMIT,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
         request_timeout_s: float = REQUEST_TIMEOUT_S,
         send_timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
         self.path = path
         self._handlers = handlers
-        self._connection_limit = connection_limit
+        self._idle_timeout_s = idle_timeout_s
         self._request_timeout_s = request_timeout_s
         self._send_timeout_s = send_timeout_s
         self._server: asyncio.Server | None = None
         self._listener: UnixListener | None = None
-        self._connections: dict[asyncio.Task[Any], bool] = {}  # task -> a handler is running
+        self._connections: set[asyncio.Task[Any]] = set()
+        self._places: Places[asyncio.Task[Any]] = Places(
+            connection_limit, lasting_limit, stop_limit
+        )
         self._closing = False
 
     async def start(self) -> None:
         self._listener = listen_unix(self.path)
+        # The first byte of a line is read by itself.
         self._server = await asyncio.start_unix_server(
-            self._connected, sock=self._listener.sock, limit=MAX_LINE_BYTES
+            self._connected, sock=self._listener.sock, limit=MAX_LINE_BYTES - 1
         )
 
     async def close(self, grace_s: float = 2.0) -> None:
@@ -96,8 +108,8 @@ class ControlServer:
         if self._server is None or self._listener is None:
             return
         self._server.close()
-        for task, busy in self._connections.items():
-            if not busy:
+        for task in self._connections:
+            if not self._places.running(task):
                 task.cancel()
         if self._connections:
             await asyncio.wait(self._connections, timeout=grace_s)
@@ -110,11 +122,14 @@ class ControlServer:
         task = asyncio.current_task()
         if task is None:
             raise RuntimeError("a connection is served outside of a task")
-        self._connections[task] = False
+        self._connections.add(task)
         task.add_done_callback(_report)
+        # `drain` then waits for all of an answer, and `close` has nothing left to send.
+        writer.transport.set_write_buffer_limits(high=0)
         try:
-            refusal = self._refusal(writer.get_extra_info("socket"))
-            if refusal is not None:
+            try:
+                self._admit(task, writer.get_extra_info("socket"))
+            except BitmapdError as refusal:
                 await self._send(writer, encode_error(refusal))
                 return
             while not self._closing and await self._one(task, reader, writer):
@@ -125,16 +140,17 @@ class ControlServer:
             if not self._closing:
                 raise
         finally:
-            del self._connections[task]
+            self._connections.remove(task)
+            self._places.leave(task)
             writer.close()
 
-    def _refusal(self, sock: socket.socket) -> BitmapdError | None:
+    def _admit(self, task: asyncio.Task[Any], sock: socket.socket) -> None:
         _pid, uid = peer_credentials(sock)
         if uid not in (0, os.geteuid()):
-            return PermissionError_(f"user {uid} may not control this volume")
-        if len(self._connections) > self._connection_limit:
-            return BusyError(f"more than {self._connection_limit} control connections")
-        return None
+            raise PermissionError_(f"user {uid} may not control this volume")
+        gone = self._places.enter(task)
+        if gone is not None:
+            gone.cancel()
 
     async def _one(
         self,
@@ -144,29 +160,39 @@ class ControlServer:
     ) -> bool:
         """Serve one request; whether another may follow on this connection."""
         try:
-            async with asyncio.timeout(self._request_timeout_s):
-                line = await reader.readuntil(b"\n")
+            async with asyncio.timeout(self._idle_timeout_s):
+                line = await reader.readexactly(1)
+            if line != b"\n":
+                async with asyncio.timeout(self._request_timeout_s):
+                    line += await reader.readuntil(b"\n")
         except (TimeoutError, asyncio.IncompleteReadError, ConnectionError):
             return False
         except asyncio.LimitOverrunError:
             error = UsageError(f"a control message is longer than {MAX_LINE_BYTES} bytes")
             await self._send(writer, encode_error(error))
             return False
-        self._connections[task] = True
         try:
-            answer, good = await self._answer(line, reader, writer)
+            answer, good = await self._answer(task, line, reader, writer)
             await self._send(writer, answer)
         finally:
-            self._connections[task] = False
+            self._places.end(task)
         return good
 
     async def _answer(
-        self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        task: asyncio.Task[Any],
+        line: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
     ) -> tuple[bytes, bool]:
         try:
             request = decode_request(line)
         except UsageError as error:
             return encode_error(error), False
+        try:
+            self._places.begin(task, request.verb)
+        except BusyError as error:
+            return encode_error(error), True
         handler = self._handlers.get(request.verb)
         if handler is None:
             known = ", ".join(sorted(self._handlers))

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bitmapd.control.client import ControlClient
+from bitmapd.control.client import ControlClient, SilentError
 from bitmapd.control.events import EventLog
 from bitmapd.control.notify import notify
 from bitmapd.control.protocol import MAX_LINE_BYTES, Event
@@ -174,12 +174,25 @@ def test_a_client_that_breaks_the_rules_is_told_and_dropped(
     assert message in answer["error"]["message"]
 
 
-def test_half_a_request_ends_with_its_deadline(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("data", "bound"), [(b'{"verb": ', "request_timeout_s"), (b"", "idle_timeout_s")]
+)
+def test_half_a_request_and_none_end_with_their_deadlines(
+    path: Path, data: bytes, bound: str
+) -> None:
     async def main() -> bytes:
-        async with serving(path, request_timeout_s=0.05):
-            return await asyncio.to_thread(raw, path, b'{"verb": ')
+        async with serving(path, **{bound: 0.05}):
+            return await asyncio.to_thread(raw, path, data)
 
     assert asyncio.run(main()) == b""
+
+
+def test_an_empty_line_is_no_request(path: Path) -> None:
+    async def main() -> bytes:
+        async with serving(path):
+            return await asyncio.to_thread(raw, path, b"\n")
+
+    assert json.loads(asyncio.run(main()))["error"]["exit_status"] == 2
 
 
 def test_a_client_that_goes_away_cancels_its_handler(path: Path) -> None:
@@ -239,16 +252,74 @@ def test_a_mistake_in_a_handler_ends_the_connection_and_is_reported(path: Path) 
     assert [type(report["exception"]) for report in reports] == [KeyError]
 
 
-def test_more_connections_than_the_limit_are_told_so(path: Path) -> None:
-    def client_side() -> None:
-        with ControlClient(path, "v") as first, ControlClient(path, "v") as second:
-            assert first.call("echo") == second.call("echo") == {}
-            with pytest.raises(BusyError, match="more than 2"):
-                call(path, "echo")
-        assert call(path, "echo") == {}
+def test_an_answer_that_is_not_taken_ends_the_connection(path: Path) -> None:
+    """However little of it the kernel has no room for: it stays in no buffer of ours."""
+
+    asked = asyncio.Event()
+
+    async def chatty(_args: dict[str, Any], progress: Progress) -> Any:
+        asked.set()
+        for _ in range(4):  # the kernel takes about three and a half
+            await progress({"data": "x" * 60_000})
 
     async def main() -> None:
-        async with serving(path, connection_limit=2):
+        async with serving(path, {"chatty": chatty}, send_timeout_s=0.05) as server:
+            with ControlClient(path, "v") as client:
+                client.send("chatty")
+                await asked.wait()
+                while server._connections:
+                    await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(path: Path) -> None:
+    def client_side() -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(100):
+                stack.enter_context(ControlClient(path, "v"))
+            assert call(path, "echo") == {}
+            last = stack.enter_context(ControlClient(path, "v"))
+            assert last.call("echo") == {}
+
+    async def main() -> None:
+        async with serving(path):
+            await asyncio.to_thread(client_side)
+
+    asyncio.run(main())
+
+
+def test_commands_that_wait_leave_places_for_status_and_stop(path: Path) -> None:
+    waiting = asyncio.Event()
+
+    async def forever(_args: dict[str, Any], progress: Progress) -> Any:
+        await progress({})
+        await waiting.wait()
+
+    def client_side() -> None:
+        with contextlib.ExitStack() as stack:
+
+            def ask(verb: str) -> ControlClient:
+                client = stack.enter_context(ControlClient(path, "v"))
+                client.send(verb)
+                client.receive()  # it is at work, or refused
+                return client
+
+            for _ in range(40):
+                ask("wait")
+            with pytest.raises(BusyError, match="32 commands wait at the control socket"):
+                call(path, "events")
+            for _ in range(20):
+                ask("stop")
+            with pytest.raises(BusyError, match="16 commands wait for the stop"):
+                call(path, "stop")
+            for _ in range(100):
+                assert call(path, "status") == call(path, "ping") == {}
+
+    handlers = {"wait": forever, "events": forever, "stop": forever, "status": echo, "ping": echo}
+
+    async def main() -> None:
+        async with serving(path, handlers):
             await asyncio.to_thread(client_side)
 
     asyncio.run(main())
@@ -399,6 +470,30 @@ def test_a_server_that_hangs_times_out(path: Path) -> None:
         sock.listen(1)
         with ControlClient(path, "v") as client, pytest.raises(TimeOutError, match="answer"):
             client.call("echo", timeout_s=0.05)
+
+
+def test_a_call_that_is_to_end_in_time_does_so_while_events_come(path: Path) -> None:
+    async def lively(_args: dict[str, Any], progress: Progress) -> Any:
+        while True:
+            await progress({})
+            await asyncio.sleep(0.01)
+
+    def client_side() -> None:
+        for within_s in (0.0, 0.1):
+            with ControlClient(path, "v") as client, pytest.raises(TimeOutError) as caught:
+                client.call("lively", within_s=within_s)
+            assert not isinstance(caught.value, SilentError), "it is at work"
+        with ControlClient(path, "v") as client, pytest.raises(TimeOutError) as caught:
+            client.call("forever", timeout_s=10, within_s=0.05)
+        assert not isinstance(caught.value, SilentError), "it had not been silent for long"
+        with ControlClient(path, "v") as client, pytest.raises(SilentError, match="answer"):
+            client.call("forever", timeout_s=0.05, within_s=10)
+
+    async def main() -> None:
+        async with serving(path, {"lively": lively, "forever": forever}):
+            await asyncio.to_thread(client_side)
+
+    asyncio.run(main())
 
 
 def test_a_server_that_dies_without_an_answer(path: Path) -> None:

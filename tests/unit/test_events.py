@@ -65,6 +65,29 @@ def test_the_ring_keeps_the_newest() -> None:
     assert [entry["number"] for entry in log.recent()] == [2, 3, 4]
 
 
+def test_what_happens_again_and_again_has_nothing_else_forgotten() -> None:
+    """Not even what is let through because it comes slowly: invariant 3."""
+    log, clock = new_log(capacity=100)
+    log.emit("record-damaged", page=7)
+    for number in range(500):
+        log.emit("client-connected", peer=f"p{number}")
+        log.emit("client-disconnected", peer=f"p{number}")
+        clock.now_s += WINDOW_S
+        if number == 250:
+            log.emit("link-down", message="in between")
+    kept = log.recent()
+    assert len(kept) == 100
+    assert (kept[0]["event"], kept[1]["event"]) == ("record-damaged", "link-down")
+    assert [entry["peer"] for entry in kept[2:]] == [f"p{451 + n // 2}" for n in range(98)]
+
+
+def test_where_all_are_equally_frequent_the_oldest_is_forgotten() -> None:
+    log, _ = new_log(capacity=2)
+    for name in ("started", "in-sync", "link-down", "link-up"):
+        log.emit(name)
+    assert [entry["event"] for entry in log.recent()] == ["link-down", "link-up"]
+
+
 def test_subscribers_come_and_go_even_while_they_are_called() -> None:
     log, _ = new_log()
     got: list[str] = []
