@@ -6,13 +6,15 @@ nobody listens on.
 
 1. `timeout_s` is the time without any sign of life, which every event begins anew: a verb that
    lasts sends some twice a second.  `SilentError` says that the process does not answer.
-2. `within_s` bounds the whole call, with a `TimeOutError` that is none: the process is at work.
+2. `within_s` bounds the whole call, with a `TimeOutError` that is no `SilentError` if a sign of
+   life came within the last `SIGN_S`: the process is at work.
 3. A connection that ends before the answer is `BitmapdError`: nobody knows what became of the
    request.
 """
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 from collections.abc import Callable
@@ -32,6 +34,8 @@ from bitmapd.control.protocol import (
 from bitmapd.errors import BitmapdError, PermissionError_, TimeOutError, WrongStateError
 
 CONNECT_TIMEOUT_S = 5.0
+POLL_S = 0.02
+SIGN_S = 2.0  # a verb that lasts sends four signs of life meanwhile
 SILENCE_S = 15.0  # more than a loaded machine keeps a living process from saying a word
 
 
@@ -48,10 +52,21 @@ class ControlClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_s)
         try:
-            self._socket.connect(str(path))
+            self._connect(path, time.monotonic() + timeout_s)
         except OSError as error:
             self._socket.close()
             raise self._cannot_connect(error, path) from None
+
+    def _connect(self, path: Path, deadline_s: float) -> None:
+        while True:
+            try:
+                self._socket.connect(str(path))
+                return
+            except BlockingIOError:
+                # unix(7): the queue of the listener is full, and nobody tells when it has room.
+                if time.monotonic() >= deadline_s:
+                    raise
+                select.select([], [], [], POLL_S)
 
     def _cannot_connect(self, error: OSError, path: Path) -> BitmapdError:
         if isinstance(error, FileNotFoundError | ConnectionRefusedError):
@@ -105,9 +120,11 @@ class ControlClient:
         on_event: Callable[[dict[str, Json]], object] | None = None,
     ) -> Any:
         """The verb's result; `on_event` is called with every event before it."""
-        deadline_s = None if within_s is None else time.monotonic() + within_s
+        heard_s = time.monotonic()
+        deadline_s = float("inf") if within_s is None else heard_s + within_s
         self.send(verb, args)
-        while (answers := self._receive_by(timeout_s, deadline_s)) is not None:
+        while (answers := self._receive_by(timeout_s, deadline_s, heard_s)) is not None:
+            heard_s = time.monotonic()
             for answer in answers:
                 if isinstance(answer, Result):
                     return answer.value
@@ -129,18 +146,18 @@ class ControlClient:
             # A server that refuses a client says why before it closes; `receive` finds that.
             return
 
-    def _receive_by(self, timeout_s: float, deadline_s: float | None) -> list[Answer] | None:
-        left_s = float("inf") if deadline_s is None else deadline_s - time.monotonic()
-        over = TimeOutError(f"volume '{self._volume}' is still at work, and the time is over")
-        if left_s <= 0:
-            raise over
-        self._socket.settimeout(max(0.001, min(timeout_s, left_s)))
-        try:
-            return self.receive()
-        except SilentError:
-            if timeout_s <= left_s:
-                raise
-            raise over from None
+    def _receive_by(
+        self, timeout_s: float, deadline_s: float, heard_s: float
+    ) -> list[Answer] | None:
+        left_s = deadline_s - time.monotonic()
+        if left_s > 0:
+            self._socket.settimeout(max(0.001, min(timeout_s, left_s)))
+            try:
+                return self.receive()
+            except SilentError:
+                if timeout_s <= left_s or time.monotonic() - heard_s >= SIGN_S:
+                    raise
+        raise TimeOutError(f"volume '{self._volume}' is still at work, and the time is over")
 
     def receive(self) -> list[Answer] | None:
         """What the next bytes bring, which may be no whole answer yet; None at the end."""

@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
-from bitmapd.config import Paths, VolumeConfig, load_volume
+from bitmapd.config import load_volume
 from dmctl.cli.context import Context, each, selected
+from dmctl.cli.media import listed, missing_media
 from dmctl.cli.processes import is_running, launch, start_lock
-from dmctl.model.assembly import NEEDED, local_media
-
-
-def present(path: str) -> bool:
-    """Whether a medium is there: a file, or a block device that has a size by now."""
-    try:
-        found = os.stat(path)
-        if stat.S_ISREG(found.st_mode):
-            return True
-        if not stat.S_ISBLK(found.st_mode):
-            return False
-        number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
-        return int(Path("/sys/dev/block", number, "size").read_text()) > 0
-    except (OSError, ValueError):
-        return False
-
-
-def missing_media(config: VolumeConfig) -> dict[str, str]:
-    """Role -> path of what is not there."""
-    return {role: path for role, path in local_media(config).items() if not present(path)}
-
-
-def listed(missing: dict[str, str]) -> str:
-    """Such as `its primary /dev/x and its record /dev/y`."""
-    return " and ".join(f"its {role} {path}" for role, path in missing.items())
+from dmctl.model.assembly import NEEDED
 
 
 def assemble(context: Context, args: Namespace) -> int:
@@ -75,9 +49,3 @@ def _tell(context: Context, name: str, result: str, missing: dict[str, str]) -> 
     else:
         text = f"volume '{name}' is started" + (f" without {listed(missing)}" if missing else "")
     context.output.say(text)
-
-
-def start_command(paths: Paths, name: str) -> list[str]:
-    """The words that start a volume as `dmctl start` does; the interpreter comes before them."""
-    folders = ["--config-dir", str(paths.config_dir), "--run-dir", str(paths.run_dir)]
-    return ["-P", "-m", "dmctl", *folders, "--json", "start", name]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from bitmapd.config import Paths, check_name, volume_names
 from bitmapd.control.client import ControlClient
 from bitmapd.errors import BitmapdError, UsageError, explain
 from dmctl.cli.output import Output
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,41 @@ def selected(context: Context, args: Namespace, *, default_all: bool) -> list[st
     return names or volume_names(context.paths)
 
 
+def side_by_side(
+    keys: Sequence[str], work: Callable[[str], T]
+) -> Iterator[tuple[str, T | BitmapdError]]:
+    """What `work` gives for each, in the order in which they end: one that waits for a process that
+    hangs holds up no other.  Its errors are values."""
+
+    def one(key: str) -> T | BitmapdError:
+        try:
+            return work(key)
+        except BitmapdError as error:
+            return error
+        except OSError as error:
+            return explain(error)
+
+    if len(keys) == 1:
+        yield keys[0], one(keys[0])
+        return
+    ended: SimpleQueue[tuple[str, T | BaseException]] = SimpleQueue()
+
+    def run(key: str) -> None:
+        try:
+            ended.put((key, one(key)))
+        except BaseException as mistake:  # noqa: BLE001  (raised below)
+            ended.put((key, mistake))
+
+    for key in keys:
+        # An interrupt ends the program, whatever they wait for.
+        threading.Thread(target=run, args=(key,), name=key, daemon=True).start()
+    for _ in keys:
+        key, value = ended.get()
+        if isinstance(value, BaseException) and not isinstance(value, BitmapdError):
+            raise value
+        yield key, value
+
+
 def each(
     context: Context,
     command: str,
@@ -65,23 +104,22 @@ def each(
     doing: str,
     work: Callable[[str], dict[str, Any]],
 ) -> int:
-    """Do `work` for every volume, going on after an error; the worst exit status.
+    """Do `work` for every volume, side by side; the worst exit status.
 
     With JSON one document tells of all volumes; it has an `error` if one of them failed.
     """
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
     errors: list[BitmapdError] = []
-    for name in names:
-        try:
-            rows.append({"name": name, **work(name), "error": None})
-        except (BitmapdError, OSError) as problem:
-            error = problem if isinstance(problem, BitmapdError) else explain(problem)
-            errors.append(error)
-            rows.append({"name": name, "result": "failed", "error": error.to_json()})
-            if not context.output.as_json:
-                context.output.error(error, f"cannot {doing} '{name}'")
+    for name, value in side_by_side(names, work):
+        if not isinstance(value, BitmapdError):
+            rows[name] = {"name": name, **value, "error": None}
+            continue
+        errors.append(value)
+        rows[name] = {"name": name, "result": "failed", "error": value.to_json()}
+        if not context.output.as_json:
+            context.output.error(value, f"cannot {doing} '{name}'")
     if context.output.as_json:
-        body: dict[str, Any] = {"volumes": rows}
+        body: dict[str, Any] = {"volumes": [rows[name] for name in names]}
         if errors:
             body["error"] = min(errors, key=lambda error: error.exit_status).to_json()
         context.output.json(command, body)

@@ -20,12 +20,12 @@ def _ask(
     name: str,
     verb: str,
     args: dict[str, Any],
-    timeout_s: float = VERB_TIMEOUT_S,
+    within_s: float = VERB_TIMEOUT_S,
 ) -> Any:
     """The result of a verb; NotFoundError rather than "not running" for an unknown volume."""
     try:
         with context.control(name) as client:
-            return client.call(verb, args, timeout_s=timeout_s)
+            return client.call(verb, args, within_s=within_s)
     except WrongStateError:
         load_volume(context.paths, name)
         raise
@@ -84,7 +84,6 @@ def verify(context: Context, args: Namespace) -> int:
         result: dict[str, Any] = client.call(
             "verify",
             {"repair": args.repair},
-            timeout_s=None,
             on_event=lambda event: bar(float(event.get("progress") or 0.0)),
         )
     found, repaired = result["unexpected_bytes"], result["repaired_bytes"]

@@ -16,9 +16,18 @@ from bitmapd.config import (
     load_volume,
     remove_volume,
 )
+from bitmapd.control.client import SilentError
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
 from dmctl.cli.context import Context, each, selected
 from dmctl.cli.copying import is_paused
+from dmctl.cli.killing import (
+    END_TIMEOUT_S,
+    holder,
+    kill,
+    not_found,
+    stays_stopped,
+    waiting_hosts,
+)
 from dmctl.cli.processes import POLL_S, Watched, is_running, launch, start_lock
 from dmctl.model.assembly import local_media
 
@@ -26,7 +35,7 @@ from dmctl.model.assembly import local_media
 def start(context: Context, args: Namespace) -> int:
     def one(name: str) -> dict[str, Any]:
         load_volume(context.paths, name)
-        with start_lock(context.paths, name):
+        with start_lock(context.paths, name, args.timeout):
             config = load_volume(context.paths, name)  # it may have been removed meanwhile
             result = "running"
             running = is_running(context.paths, name)
@@ -57,15 +66,23 @@ def _distrust(context: Context, config: VolumeConfig, *, running: bool) -> None:
 
 
 def stop(context: Context, args: Namespace) -> int:
+    names = selected(context, args, default_all=False)
+
     def one(name: str) -> dict[str, Any]:
         try:
-            answer = _stop(context, name, now=args.now, timeout_s=args.timeout)
+            answer = _stop(context, name, args, bar=len(names) == 1)
         except WrongStateError:
             if is_running(context.paths, name):
                 raise
-            _must_exist(context, name)
+            config = _must_exist(context, name)
+            if config is not None and (killed := _without_socket(context, config, args)):
+                return killed
             context.output.say(f"volume '{name}' is stopped already")
             return dict.fromkeys(("clean", "record_extents", "paused")) | {"result": "not running"}
+        except TimeOutError as error:
+            if not args.kill:
+                raise
+            return _kill(context, load_volume(context.paths, name), args, error)
         left = answer.get("record_extents")
         rest = "" if answer.get("clean") else f"; {left} extents are left in its record"
         if answer.get("paused"):
@@ -73,51 +90,87 @@ def stop(context: Context, args: Namespace) -> int:
         context.output.say(f"volume '{name}' is stopped{rest}")
         return {"result": "stopped", **answer}
 
-    return each(context, "stop", selected(context, args, default_all=False), "stop", one)
+    return each(context, "stop", names, "stop", one)
 
 
-def _stop(context: Context, name: str, *, now: bool, timeout_s: float | None) -> dict[str, Any]:
+def _stop(context: Context, name: str, args: Namespace, *, bar: bool) -> dict[str, Any]:
     """Ask for the stop, and wait for the end of the process."""
-    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+    deadline_s = None if args.timeout is None else time.monotonic() + args.timeout
     most = 0
-
-    def left_s() -> float | None:
-        return None if deadline_s is None else max(0.0, deadline_s - time.monotonic())
-
+    shown = context.output.progress(f"stopping {name}") if bar else contextlib.nullcontext(None)
     with (
         context.control(name) as client,
         contextlib.closing(Watched(client)) as process,
-        context.output.progress(f"stopping {name}") as bar,
+        shown as share,
     ):
 
         def told(event: dict[str, Any]) -> None:
             nonlocal most
             dirty = int(event.get("dirty_bytes") or 0)
             most = max(most, dirty)
-            bar(1 - dirty / most if most else 1.0)
-            if left_s() == 0:
-                raise _still_stopping(name)
+            if share is not None:
+                share(1 - dirty / most if most else 1.0)
 
         try:
-            answer = client.call("stop", {"now": now}, timeout_s=left_s(), on_event=told)
-        except TimeOutError:
-            raise _still_stopping(name) from None
-        if not process.wait(left_s()):
-            raise _still_stopping(name)
+            answer = client.call("stop", {"now": args.now}, within_s=args.timeout, on_event=told)
+        except SilentError:
+            raise
+        except TimeOutError as error:
+            if deadline_s is None or time.monotonic() < deadline_s:
+                stays_stopped(context.paths, name)  # it has given up, and ends as by a crash
+                raise
+            raise TimeOutError(
+                f"volume '{name}' did not stop in time; it goes on stopping",
+                hint=f"'dmctl stop {name} --now' leaves what is not copied in the record",
+            ) from error
+        if not process.wait(END_TIMEOUT_S if deadline_s is None else _left_s(deadline_s)):
+            raise TimeOutError(
+                f"volume '{name}' has stopped, and its process has not ended",
+                hint="see 'The process hangs' in docs/recovery.md",
+            )
     return dict(answer)
 
 
-def _still_stopping(name: str) -> TimeOutError:
-    return TimeOutError(
-        f"volume '{name}' did not stop in time; it goes on stopping",
-        hint=f"'dmctl stop {name} --now' leaves what is not copied in the record",
+def _without_socket(
+    context: Context, config: VolumeConfig, args: Namespace
+) -> dict[str, Any] | None:
+    """Of a volume whose control socket nobody answers at; None if really nobody serves it."""
+    with holder(context.paths, config) as found:
+        if found is None:
+            return None
+    error = SilentError(
+        f"process {found.pid} holds the record of volume '{config.name}' and does not listen: it"
+        " starts, ends, or hangs",
+        hint=f"wait for it, or end it: 'dmctl stop {config.name} --kill'",
     )
+    if not args.kill:
+        raise error
+    return _kill(context, config, args, error)
 
 
-def _must_exist(context: Context, name: str) -> None:
+def _kill(
+    context: Context, config: VolumeConfig, args: Namespace, reason: TimeOutError
+) -> dict[str, Any]:
+    from dmctl.cli.record import recorded_extents  # noqa: PLC0415  (imports the whole format)
+
+    context.output.say(reason.message)
+    with holder(context.paths, config) as found:
+        if found is None:
+            raise not_found(config.name)
+        kill(context.paths, config, found, args.timeout)
+    left = recorded_extents(config)
+    context.output.say(
+        f"volume '{config.name}' is stopped as by a crash: process {found.pid} was killed; its"
+        f" record names {left} extents{waiting_hosts(config)}"
+    )
+    return {"result": "killed", "clean": False, "record_extents": left, "paused": None}
+
+
+def _must_exist(context: Context, name: str) -> VolumeConfig | None:
     # A mistake in its configuration is no reason not to say that it is stopped.
     with contextlib.suppress(ConfigError):
-        load_volume(context.paths, name)
+        return load_volume(context.paths, name)
+    return None
 
 
 def wait(context: Context, args: Namespace) -> int:
@@ -138,7 +191,9 @@ def _left_s(deadline_s: float | None) -> float | None:
 def _wait_in_sync(context: Context, name: str, deadline_s: float | None) -> bool:
     with context.control(name) as client:
         try:
-            client.call("wait", {"for": "in-sync"}, timeout_s=_left_s(deadline_s))
+            client.call("wait", {"for": "in-sync"}, within_s=_left_s(deadline_s))
+        except SilentError:
+            raise
         except TimeOutError:
             return False
         except BitmapdError:

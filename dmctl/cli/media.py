@@ -1,19 +1,22 @@
-"""Looking at a secondary from the command line: its size, and samples of its content."""
+"""Looking at media from the command line: whether they are there, their size, samples of them."""
 
 from __future__ import annotations
 
 import asyncio
 import mmap
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitmapd.config import VolumeConfig
 from bitmapd.errors import UnreachableError
 from bitmapd.media.base import Done
 from bitmapd.nbd.client.target import NbdTarget
 from bitmapd.net.uri import parse_uri
+from dmctl.model.assembly import local_media
 
 CONNECT_TIMEOUT_S = 10.0
 SAMPLE_BYTES = 64 << 10
@@ -27,6 +30,30 @@ class Medium:
     size_bytes: int
     block_size_bytes: int
     read: Read
+
+
+def present(path: str) -> bool:
+    """Whether a medium is there: a file, or a block device that has a size by now."""
+    try:
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            return True
+        if not stat.S_ISBLK(found.st_mode):
+            return False
+        number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+        return int(Path("/sys/dev/block", number, "size").read_text()) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def missing_media(config: VolumeConfig) -> dict[str, str]:
+    """Role -> path of what is not there."""
+    return {role: path for role, path in local_media(config).items() if not present(path)}
+
+
+def listed(missing: dict[str, str]) -> str:
+    """Such as `its primary /dev/x and its record /dev/y`."""
+    return " and ".join(f"its {role} {path}" for role, path in missing.items())
 
 
 @contextmanager

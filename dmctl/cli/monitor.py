@@ -40,8 +40,9 @@ from bitmapd.control.client import ControlClient
 from bitmapd.control.events import EventLog, LineSink, Sink, format_line
 from bitmapd.errors import BitmapdError, BusyError, TimeOutError, WrongStateError, error_from_json
 from bitmapd.net.sockets import peer_credentials
-from dmctl.cli.assemble import missing_media, start_command
 from dmctl.cli.context import Context
+from dmctl.cli.media import missing_media
+from dmctl.cli.processes import start_command
 from dmctl.model.assembly import PATIENCE_S, Assembly, Do
 
 MOUNTS = "/proc/self/mountinfo"

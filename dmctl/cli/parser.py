@@ -324,7 +324,18 @@ def _volumes(commands: Commands) -> None:
     )
     _names(stop)
     stop.add_argument("--now", action="store_true", help="leave what is not copied in the record")
-    _timeout(stop, "give up waiting after this time with status 40; the stop goes on")
+    stop.add_argument(
+        "--kill",
+        action="store_true",
+        help="end a process that does not answer, or has not stopped within --timeout, as a crash"
+        " would (SIGKILL): nothing is lost, and what its record names is copied after the next"
+        " start",
+    )
+    _timeout(
+        stop,
+        "give up waiting after this time with status 40; the stop goes on (default: no bound while"
+        " the process is at work; one that does not answer is given up after 15s)",
+    )
 
     resize = _command(
         commands,

@@ -1,4 +1,4 @@
-"""The process behind a volume: starting it and noticing its end.
+"""The process behind a volume: starting it, noticing its end, and ending one that hangs.
 
 Whether a volume runs is learnt from its control socket alone.  The process is watched through a
 pidfd, so that its end is an event and a process number that is used again deceives nobody.
@@ -31,6 +31,8 @@ POLL_S = 0.03
 SYSTEMD_RUNS = Path("/run/systemd/system")  # sd_booted(3)
 FORK_TIMEOUT_S = 60.0  # until a bitmapd that becomes a daemon has left its parent
 SILENT_S = 10.0  # until a daemon has written its pid file
+LOCK_TIMEOUT_S = 150.0  # more than a start takes that is given the time it has by default
+SYSTEMCTL_TIMEOUT_S = 10.0
 
 
 def is_running(paths: Paths, name: str) -> bool:
@@ -44,24 +46,39 @@ def is_running(paths: Paths, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def start_lock(paths: Paths, name: str) -> Iterator[Path]:
+def start_lock(paths: Paths, name: str, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[Path]:
     """One start or removal of a volume at a time: a second one waits, and then looks again."""
+    deadline_s = time.monotonic() + timeout_s
     paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     path = paths.run_dir / f"{name}.lock"
     fd = os.open(path, flags, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        while not _locked(fd):
+            if time.monotonic() >= deadline_s:
+                raise TimeOutError(
+                    f"another command that starts or removes volume '{name}' has not ended",
+                    hint=f"it holds {path} ('lsof {path}' names it)",
+                )
+            select.select([], [], [], POLL_S)  # nobody tells that a lock was given up
         yield path
     finally:
         os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def launch(paths: Paths, name: str, timeout_s: float) -> None:
     """Start bitmapd and return when it serves the volume; raise the error that ended it."""
     deadline_s = time.monotonic() + timeout_s
     paths.error_file(name).unlink(missing_ok=True)
-    if _has_unit(paths, name):
+    if has_unit(paths, name):
         _start_unit(paths, name, timeout_s)
         _await_ready(paths, name, deadline_s, None)
         return
@@ -83,7 +100,13 @@ def launch(paths: Paths, name: str, timeout_s: float) -> None:
     _await_ready(paths, name, deadline_s, stale)
 
 
-def _has_unit(paths: Paths, name: str) -> bool:
+def start_command(paths: Paths, name: str) -> list[str]:
+    """The words that start a volume as `dmctl start` does; the interpreter comes before them."""
+    folders = ["--config-dir", str(paths.config_dir), "--run-dir", str(paths.run_dir)]
+    return ["-P", "-m", "dmctl", *folders, "--json", "start", name]
+
+
+def has_unit(paths: Paths, name: str) -> bool:
     """Whether systemd runs here and has our unit, which serves the default folders."""
     if (str(paths.config_dir), str(paths.run_dir)) != (DEFAULT_CONFIG_DIR, DEFAULT_RUN_DIR):
         return False
@@ -124,7 +147,7 @@ def _await_ready(paths: Paths, name: str, deadline_s: float, stale: tuple[int, i
                 if time.monotonic() > silent_until_s:
                     raise _vanished(name)
                 select.select([], [], [], POLL_S)
-            elif _ended(pidfd, POLL_S):
+            elif ended(pidfd, POLL_S):
                 raise _reported(paths, name) or _vanished(name)
     finally:
         if pidfd is not None:
@@ -150,7 +173,7 @@ def _new_daemon(pid_file: Path, stale: tuple[int, int] | None) -> int | None:
         return None  # being written, or gone: its error file tells
 
 
-def _ended(pidfd: int, timeout_s: float | None) -> bool:
+def ended(pidfd: int, timeout_s: float | None) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
@@ -211,7 +234,7 @@ class Watched:
     def wait(self, timeout_s: float | None) -> bool:
         """Whether it has ended within the time."""
         if self._pidfd is not None:
-            return _ended(self._pidfd, timeout_s)
+            return ended(self._pidfd, timeout_s)
         self._client.socket.settimeout(timeout_s)
         try:
             while self._client.receive() is not None:

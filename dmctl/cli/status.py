@@ -13,9 +13,9 @@ from bitmapd.config import (
     load_volume,
 )
 from bitmapd.control.events import iso_time
-from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError, explain
+from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
 from bitmapd.units import human_duration, human_size
-from dmctl.cli.context import Context, selected, worst
+from dmctl.cli.context import Context, selected, side_by_side, worst
 from dmctl.cli.processes import last_error
 
 CHECK_STATUS = {
@@ -37,13 +37,14 @@ def status(context: Context, args: Namespace) -> int:
     output = context.output
     volumes: list[dict[str, Any]] = []
     errors: list[BitmapdError] = []
-    for name in selected(context, args, default_all=True):
-        try:
-            volumes.append(volume_status(context, load_volume(context.paths, name)))
-        except BitmapdError as error:
-            errors.append(error)
-        except OSError as error:
-            errors.append(explain(error))
+    names = selected(context, args, default_all=True)
+    found = dict(side_by_side(names, lambda name: _one(context, name)))
+    for name in names:
+        value = found[name]
+        if isinstance(value, BitmapdError):
+            errors.append(value)
+        else:
+            volumes.append(value)
     if output.as_json:
         body: dict[str, Any] = {"volumes": volumes}
         if errors:
@@ -60,6 +61,10 @@ def status(context: Context, args: Namespace) -> int:
     if args.check:
         statuses += [CHECK_STATUS.get(volume["state"], 1) for volume in volumes]
     return worst(statuses)
+
+
+def _one(context: Context, name: str) -> dict[str, Any]:
+    return volume_status(context, load_volume(context.paths, name))
 
 
 def volume_status(context: Context, config: VolumeConfig) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from bitmapd.config import load_volume, volume_names
 from bitmapd.control.catalogue import EVENTS
 from bitmapd.control.client import ControlClient
 from bitmapd.control.protocol import Event, Failure
-from bitmapd.errors import UsageError, WrongStateError
-from dmctl.cli.context import Context
+from bitmapd.errors import BitmapdError, WrongStateError
+from dmctl.cli.context import Context, side_by_side, worst
 
 
 def events(context: Context, args: Namespace) -> int:
@@ -25,19 +25,7 @@ def events(context: Context, args: Namespace) -> int:
         names = [args.name]
     else:
         names = volume_names(context.paths)
-    with ExitStack() as stack:
-        clients: list[ControlClient] = []
-        for name in names:
-            try:
-                clients.append(stack.enter_context(context.control(name)))
-            except (WrongStateError, UsageError):
-                if args.name is not None:
-                    raise
-        if args.now:
-            _past(context, clients)
-        else:
-            _follow(context, clients)
-    return 0
+    return (_past if args.now else _follow)(context, names, named=args.name is not None)
 
 
 def _explain(context: Context) -> int:
@@ -59,16 +47,44 @@ def _explain(context: Context) -> int:
     return 0
 
 
-def _past(context: Context, clients: list[ControlClient]) -> None:
+def _past(context: Context, names: list[str], *, named: bool) -> int:
+    """Of all that answer, in the order of time."""
+
+    def one(name: str) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = []
+        with context.control(name) as client:
+            client.call("events", {"now": True}, on_event=entries.append)
+        return entries
+
     entries: list[dict[str, Any]] = []
-    for client in clients:
-        client.call("events", {"now": True}, on_event=entries.append)
+    statuses = []
+    for _name, value in side_by_side(names, one):
+        if not isinstance(value, BitmapdError):
+            entries += value
+        elif named or not isinstance(value, WrongStateError):
+            context.output.error(value)
+            statuses.append(value.exit_status)
     for entry in sorted(entries, key=lambda entry: str(entry.get("at"))):
         context.output.event(entry)
+    return worst(statuses)
 
 
-def _follow(context: Context, clients: list[ControlClient]) -> None:
+def _follow(context: Context, names: list[str], *, named: bool) -> int:
     """Until every volume has stopped."""
+    clients: list[ControlClient] = []
+    statuses = []
+    with ExitStack() as stack:
+        for _name, value in side_by_side(names, context.control):
+            if not isinstance(value, BitmapdError):
+                clients.append(stack.enter_context(value))
+            elif named or not isinstance(value, WrongStateError):
+                context.output.error(value)
+                statuses.append(value.exit_status)
+        _print_all(context, clients)
+    return worst(statuses)
+
+
+def _print_all(context: Context, clients: list[ControlClient]) -> None:
     with selectors.DefaultSelector() as selector:
         for client in clients:
             client.send("events", {"now": False})

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bitmapd.record import tool
-from dmctl.cli.assemble import present
+from dmctl.cli.media import present
 from tests.support.cli import TIMEOUT_S, Cli, new_cli
 from tests.support.loops import loop_device, sparse_file
 

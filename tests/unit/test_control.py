@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -462,6 +463,23 @@ def test_a_socket_that_may_not_be_used(path: Path) -> None:
 def test_a_path_that_is_too_long_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(BitmapdError, match="cannot connect"):
         ControlClient(tmp_path / ("x" * 120), "v")
+
+
+def test_a_full_queue_of_connections_is_waited_for(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock, contextlib.ExitStack() as stack:
+        sock.bind(str(path))
+        sock.listen(0)
+        stack.enter_context(ControlClient(path, "v"))
+        with pytest.raises(SilentError, match="accept a connection"):
+            ControlClient(path, "v", 0.05)
+
+        def accept() -> None:
+            stack.enter_context(sock.accept()[0])
+
+        timer = threading.Timer(0.1, accept)
+        timer.start()
+        stack.enter_context(ControlClient(path, "v"))
+        timer.join()
 
 
 def test_a_server_that_hangs_times_out(path: Path) -> None:
