@@ -51,6 +51,7 @@ from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.tool import RecordMedium
 from bitmapd.volume.requestlog import check_log
+from bitmapd.volume.stall import Stall, StalledError
 from bitmapd.volume.volume import Volume
 
 Emit = Callable[..., None]
@@ -131,7 +132,10 @@ class Daemon:
         if self._failure is not None:
             raise self._failure
         if self._stop_task is not None:
-            await self._stop_task  # its failure is the process's failure
+            try:
+                await self._stop_task  # its failure is the process's failure
+            except StalledError as error:
+                self._last_resort.end(error)  # any other end would wait for the medium, too
 
     def _figures(self) -> dict[str, Any]:
         return self.volume.status()
@@ -151,6 +155,19 @@ class Daemon:
         return self._stop_task
 
     async def _stop_volume(self, now: bool) -> dict[str, Any]:
+        """StalledError if a medium does not answer: it will not be waited for any longer."""
+        stop = asyncio.ensure_future(self._stop_in_turn(now))
+        stall = Stall(STOP_TIMEOUT_S)
+        while not (await asyncio.wait([stop], timeout=ALIVE_S))[0]:
+            if stall.seen(asyncio.get_running_loop().time(), self.volume.asked()):
+                raise StalledError(
+                    f"the stop of volume '{self._name}' waits for {self.volume.silent_media()},"
+                    f" which has not answered for {STOP_TIMEOUT_S:g} s: bitmapd ends as by a crash",
+                    hint="what differs is in the record, and is copied after the next start",
+                )
+        return stop.result()
+
+    async def _stop_in_turn(self, now: bool) -> dict[str, Any]:
         async with self._turn:
             return await self.volume.stop(now)
 

@@ -3,12 +3,16 @@
 Hypothesis keeps no example database (tests run in parallel in a clean tree) and sets no deadline
 (a loaded machine is no failure).  `FUZZ_EXAMPLES` makes the fuzz tests longer.  `short_path` is a
 `tmp_path` in which the path of a unix socket stays below the system's limit of 107 bytes.
+
+A shell without job control starts what is in the background with SIGINT ignored, and that is
+inherited by every program down to those that a test interrupts; here it gets its meaning back.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +29,12 @@ settings.register_profile(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "100")),
 )
 settings.load_profile("fuzz" if "FUZZ_EXAMPLES" in os.environ else "tests")
+
+
+def pytest_configure() -> None:
+    """Of a worker, too: each reads this file."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from bitmapd.media.base import Done
 
@@ -38,14 +38,19 @@ class Aside:
 
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, name)
+        self.at_work = 0  # calls that were asked for and have not returned
 
     async def __call__(
         self, call: Callable[Args, Result], *args: Args.args, **kwargs: Args.kwargs
     ) -> Result:
         loop = asyncio.get_running_loop()
-        return await asyncio.shield(
-            loop.run_in_executor(self._pool, partial(call, *args, **kwargs))
-        )
+        returned = loop.run_in_executor(self._pool, partial(call, *args, **kwargs))
+        self.at_work += 1
+        returned.add_done_callback(self._returned)
+        return await asyncio.shield(returned)
+
+    def _returned(self, _: asyncio.Future[Any]) -> None:
+        self.at_work -= 1
 
     def close(self) -> None:
         """The thread ends with its last call."""

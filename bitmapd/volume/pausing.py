@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.engine import Copier
 from bitmapd.errors import BitmapdError, WrongStateError
 from bitmapd.media.waiting import Aside
 from bitmapd.record.layout import Incompatible
@@ -50,6 +50,7 @@ class Pausing:
         self._emit = emit
         self._one = asyncio.Lock()
         self._closed = False
+        self.paused = self.stored  # what was asked for; a stop in a hurry pauses the copier as well
         if self.stored:
             self._emit("paused", message=f"since an earlier session; {self.hint} ends it")
 
@@ -57,10 +58,6 @@ class Pausing:
     def stored(self) -> bool:
         """What the record says."""
         return self._session.superblock.paused
-
-    @property
-    def paused(self) -> bool:
-        return self._copier.state is CopyState.PAUSED
 
     @property
     def hint(self) -> str:
@@ -77,6 +74,7 @@ class Pausing:
         """Return when nothing is copied any more, and the record says that nothing is to be."""
         async with self._one:
             self._refuse_closed()
+            self.paused = True
             self._copier.pause()
             if not self.stored:
                 await self._write(paused=True)
@@ -91,6 +89,7 @@ class Pausing:
                     await self._write(paused=False)
                     self._emit("resumed")
             finally:
+                self.paused = False
                 self._copier.resume()
 
     async def close(self) -> None:

@@ -357,6 +357,28 @@ class Volume:
         self._aside.close()
         self._engine.close()
 
+    def asked(self) -> tuple[int, ...] | None:
+        """Figures of which some move when a medium answers; None while nothing is asked of one."""
+        if not self._engine.in_flight and not self._aside.at_work:
+            return None
+        copier, store = self.copier, self._store
+        return (
+            self._engine.in_flight,
+            self._aside.at_work,
+            copier.copied_bytes,
+            self.gate.settles,
+            store.updates + store.clears,
+        )
+
+    def silent_media(self) -> str:
+        """Which of them may be the one that does not answer."""
+        config = self.config
+        if self._store.write_age_s > 0 or self._aside.at_work:
+            return f"record {config.record}"
+        if not self.copier.idle:
+            return f"primary {config.primary} or secondary {config.secondary}"
+        return f"primary {config.primary}"
+
     async def _end_eras(self, enough: Callable[[], bool]) -> None:
         self.copier.wake()
         await self._until(enough)

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.support.volumes import DMCTL, MIB, Volume, noise, wait_gone
+import pytest
+
+from tests.support.faulty import faulty_disk
+from tests.support.volumes import DMCTL, MIB, Volume, make_file, noise, wait_gone
 
 SIZE = 8 * MIB
 OPTIONS = ["--initial-sync", "skip", "--era-interval", "100ms"]
@@ -208,3 +211,49 @@ def test_idle_connections_and_waiting_commands_keep_nobody_out(short_path: Path)
         assert volume.status()["state"] == "in-sync"
         assert volume.refused("wait", "a", "--for", "in-sync")["exit_status"] == 12
         volume.stop()
+
+
+# -- media that never answer ------------------------------------------------------------------
+
+
+@contextmanager
+def impatient(volume: Volume) -> Iterator[subprocess.Popen[str]]:
+    """Its bitmapd in the foreground, which waits for media during a stop for a second only."""
+    folders = ["--config-dir", str(volume.folder / "etc"), "--run-dir", str(volume.folder / "run")]
+    code = "import bitmapd.daemon as d; d.STOP_TIMEOUT_S = 1.0; raise SystemExit(d.main())"
+    command = [sys.executable, "-P", "-c", code, volume.name, "--foreground", *folders]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            volume.dmctl("wait", volume.name, "--for", "started", "--timeout", "60s")
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("role", ["record", "secondary", "primary"])
+def test_a_stop_ends_though_a_medium_never_answers(short_path: Path, role: str) -> None:
+    """As by a crash: with the medium named, and what differs in the record."""
+    backing = make_file(short_path / "backing", SIZE)
+    with ExitStack() as stack:
+        disk = stack.enter_context(faulty_disk(short_path / "faulty", backing))
+        media: dict[str, Path | str] = {role: disk.path}
+        volume = stack.enter_context(Volume(short_path, SIZE, "a", options=OPTIONS, media=media))
+        volume.create()
+        with impatient(volume) as process:
+            volume.write(0, noise(1, MIB))
+            volume.dmctl("set", "a", "era-interval=10min")
+            volume.write(MIB, noise(2, 2 * MIB))
+            with disk.hanging():
+                error = volume.refused("stop", "a")
+                assert error["exit_status"] == 40
+                assert "bitmapd ends as by a crash" in error["message"]
+                assert f"{role} {disk.path}" in error["message"]
+            assert process.wait(60) == 40
+            assert process.stderr is not None
+            assert "bitmapd ends as by a crash" in process.stderr.read()
+        assert volume.differing() <= volume.recorded()
+        assert volume.status()["last_error"]["code"] == "time-out"
+        volume.start()
+        volume.wait_in_sync()
+        volume.stop()
+        assert volume.differing() == set()
