@@ -371,7 +371,7 @@ def test_resync_tells_which_volumes_it_can_do_nothing_for(cli: Cli) -> None:
 
     with control_thread(cli.paths.control_socket("away"), {"resync": resync}):
         outcome = cli.ok("resync", "--all")
-    away, damaged, left = outcome.err.splitlines()
+    away, damaged, left = sorted(outcome.err.splitlines())
     assert away.startswith("passed over: volume 'away' is link-down: it copies as soon as its")
     assert damaged.startswith("passed over: volume 'damaged' is not running, and its record")
     assert "cannot be read" in damaged
