@@ -85,6 +85,10 @@ def open_error(path: str, error: OSError) -> BitmapdError:
     return BitmapdError(text)
 
 
+class OtherMediumError(OSError):
+    """What was opened is not the medium that was meant; it has been let go of."""
+
+
 class _Round:
     """Operations with FUA that began between the ends of two flushes."""
 
@@ -107,15 +111,18 @@ class KernelDevice:
         exclusive: bool = False,
         defer: bool = False,
         aside: bool = False,
+        mismatch: Callable[[int], str | None] | None = None,
     ) -> None:
         """`exclusive` claims a block device, so that nobody mounts or formats it meanwhile.
         `defer` leaves the opening to `open`: until then there is no size and nothing works.
-        `aside` is for a medium that hosts do not work on: see `read_aside`."""
+        `aside` is for a medium that hosts do not work on: see `read_aside`.  `mismatch`, asked by
+        its size in the course of opening, may block: why it is not the medium that was meant."""
         self.name = str(path)
         self._engine = engine
         self._read_only = read_only
         self._exclusive = exclusive
         self._aside = aside
+        self._mismatch = mismatch
         self._zeros: memoryview | None = None
         self._fd = -1
         self._remote = False
@@ -153,6 +160,8 @@ class KernelDevice:
                 raise open_error(self.name, again) from again
         try:
             self._examine(fd)
+            if self._mismatch is not None and (reason := self._mismatch(self.size_bytes)):
+                raise OtherMediumError(errno.ENODEV, reason)
         except BaseException:
             os.close(fd)
             raise
@@ -192,6 +201,10 @@ class KernelDevice:
         """Take up the medium's present size; blocks."""
         self.size_bytes = self._size(self._fd)
         return self.size_bytes
+
+    async def present_size_bytes(self) -> int:
+        """As `refresh_size`, off the loop."""
+        return await self._engine.call(self.refresh_size, aside=self._aside)
 
     def _file_block_size(self, fd: int) -> int:
         """512 unless direct I/O of that size is refused, as on a disk with 4 KiB sectors."""

@@ -15,7 +15,7 @@ from bitmapd.config import VolumeConfig
 from bitmapd.errors import ForeignRecordError, UnreachableError
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Target
-from bitmapd.media.kdevice import KernelDevice
+from bitmapd.media.kdevice import KernelDevice, OtherMediumError
 from bitmapd.media.waiting import completion
 from bitmapd.nbd.client.target import NbdTarget
 from bitmapd.net.uri import is_uri, parse_uri
@@ -28,11 +28,14 @@ Mismatch = Callable[[int], str | None]  # by size: why it is not the volume's se
 
 
 def make_secondary(
-    config: VolumeConfig, loop: asyncio.AbstractEventLoop, engine: AioEngine
+    config: VolumeConfig, loop: asyncio.AbstractEventLoop, engine: AioEngine, mismatch: Mismatch
 ) -> Target:
+    """A device is compared with what the record knows in the course of opening, off the loop."""
     if is_uri(config.secondary):
         return _make_client(config, loop)
-    return KernelDevice(config.secondary, engine, exclusive=True, defer=True, aside=True)
+    return KernelDevice(
+        config.secondary, engine, exclusive=True, defer=True, aside=True, mismatch=mismatch
+    )
 
 
 def _make_client(config: VolumeConfig, loop: asyncio.AbstractEventLoop) -> NbdTarget:
@@ -51,6 +54,8 @@ async def open_secondary(
         patience = loop.call_later(OPEN_PATIENCE_S, secondary.close)
     try:
         await completion(secondary.open)
+    except OtherMediumError as error:
+        raise _foreign(error) from error
     except OSError as error:
         emit(
             "link-down",
@@ -61,14 +66,21 @@ async def open_secondary(
     finally:
         if patience is not None:
             patience.cancel()
-    if (reason := mismatch(secondary.size_bytes)) is not None:
-        raise ForeignRecordError(
-            reason, hint="nothing was written; give the volume its own secondary back"
-        )
+    if (wrong := wrong_secondary(secondary, mismatch)) is not None:
+        raise _foreign(wrong)
+
+
+def _foreign(wrong: OSError) -> ForeignRecordError:
+    return ForeignRecordError(
+        wrong.strerror or str(wrong),
+        hint="nothing was written; give the volume its own secondary back",
+    )
 
 
 def wrong_secondary(secondary: Target, mismatch: Mismatch) -> OSError | None:
-    """What the copier is told of a secondary that it has opened again."""
+    """What the copier is told of a secondary that it has opened again; does not block."""
+    if isinstance(secondary, KernelDevice):  # it would not have been opened
+        return None
     reason = mismatch(secondary.size_bytes)
     return None if reason is None else OSError(errno.ENODEV, reason)
 
@@ -79,7 +91,7 @@ async def present_size(
     """Its size and that of its blocks, in bytes.  A device that is away has none; a server is
     asked over a connection of its own."""
     if isinstance(secondary, KernelDevice):
-        size_bytes = secondary.refresh_size() if secondary.connected else 0
+        size_bytes = await secondary.present_size_bytes() if secondary.connected else 0
         return size_bytes, secondary.block_size_bytes
     probe = _make_client(config, loop)
     try:

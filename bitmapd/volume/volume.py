@@ -148,7 +148,9 @@ class Volume:
         self._record = await self._engine.call(partial(KernelDevice, config.record, self._engine))
         opened.append(self._record.close)
         self._warn_if_buffered()
-        self._secondary = make_secondary(config, loop, self._engine)
+        self._secondary = make_secondary(
+            config, loop, self._engine, self._session.secondary_mismatch
+        )
         opened.append(self._secondary.close)
         await open_secondary(self._secondary, loop, self._session.secondary_mismatch, self._emit)
 
@@ -531,7 +533,7 @@ class Volume:
         return larger_geometry(self.geometry, primary, secondary, await local(self.config.record))
 
     async def _grow(self, geometry: Geometry) -> None:
-        self._primary.refresh_size()
+        await self._primary.present_size_bytes()
         await prepare_growth(self._session, self._store, self.gate, geometry, self._aside)
         await commit_growth(self._session, geometry, self._aside)
         self._store.grow(geometry, new_page_states(self.geometry, geometry))
