@@ -67,7 +67,7 @@ class LastResort:
             failure = BitmapdError(
                 f"a mistake of the program: {kind}: {error}", f"{hint}; report it with the log"
             )
-        self.end(failure, "".join(traceback.format_exception(error)))
+        self.end(failure, _trace(error))
 
     def on_loop(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """The loop's exception handler."""
@@ -82,6 +82,15 @@ class LastResort:
     def on_thread(self, args: threading.ExceptHookArgs) -> None:
         """For `threading.excepthook`."""
         self.end_by(args.exc_value or RuntimeError("a thread ended"))
+
+
+def _trace(error: BaseException) -> str:
+    """Where it came from, without source lines: their files may lie on what this process serves."""
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [
+        f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}" for frame, line in frames
+    ]
+    return "\n".join([*places, f"{type(error).__name__}: {error}"])
 
 
 class Signals:

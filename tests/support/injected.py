@@ -40,16 +40,16 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 PLACES: dict[str, tuple[Any, str]] = {
     **{
         f"os.{name}": (os, name)
-        for name in ("open", "preadv", "pread", "pwrite", "pwritev", "fdatasync", "fsync", "fstat")
+        for name in ("open", "preadv", "pwritev", "fdatasync", "fsync", "fstat", "lseek", "rename")
     },
-    **{f"os.{name}": (os, name) for name in ("lseek", "eventfd_write", "replace", "read", "write")},
+    "os.eventfd_write": (os, "eventfd_write"),
     "ioctl": (sys.modules["fcntl"], "ioctl"),
     "thread": (threading.Thread, "start"),
     **{f"loop.{name}": (asyncio.BaseEventLoop, name) for name in ("call_later", "call_at")},
     **{f"loop.{name}": (asyncio.BaseEventLoop, name) for name in ("call_soon", "create_task")},
     "loop.add_reader": (asyncio.SelectorEventLoop, "add_reader"),
     **{f"socket.{name}": (socket.socket, name) for name in ("accept", "sendmsg", "recv_into")},
-    **{f"socket.{name}": (socket.socket, name) for name in ("send", "recv", "setsockopt")},
+    **{f"socket.{name}": (socket.socket, name) for name in ("send", "recv")},
     "pool.take": (buffers.BufferPool, "take"),
 }
 
@@ -196,7 +196,10 @@ class Daemon:
 
     @property
     def alive(self) -> bool:
-        return self._status is None and not select.select([self._pidfd], [], [], 0)[0]
+        return not self.ends_within(0)
+
+    def ends_within(self, seconds: float) -> bool:
+        return self._status is not None or bool(select.select([self._pidfd], [], [], seconds)[0])
 
     def ends_before(self, readable: socket.socket) -> bool:
         """Which comes first: the end of the process, or something to read."""

@@ -89,7 +89,7 @@ def test_so_does_a_task_that_nobody_asks() -> None:
         await asyncio.sleep(60)
         """
     )
-    assert program.ended() == (1, "failed out of memory ['MemoryError']\n")
+    assert program.ended() == (1, "failed out of memory ['MemoryError:']\n")
 
 
 def test_a_descriptor_that_a_client_cannot_be_given_ends_nothing(short_path: object) -> None:
