@@ -1,6 +1,7 @@
 """What protects a process, and media from it, whatever it was started with (edge).
 
-`protect_memory` keeps one that serves writes from waiting for itself when memory is short.
+`protect_memory` keeps one that serves writes from waiting for itself when memory is short, and from
+being killed for it.  The wiring helper takes the steps of that one by one.
 `keep_standard_descriptors` keeps a medium from becoming a place to print to.
 """
 
@@ -11,12 +12,18 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 _PR_SET_IO_FLUSHER = 57
 _MCL_CURRENT = 1
 _MCL_FUTURE = 2
 _MCL_ONFAULT = 4
 _STACK_BYTES = 512 << 10  # of a thread; locked memory, and 8 MiB by default
+
+_OOM_SCORE = -1000
+_OOM_SCORE_FILE = Path("/proc/self/oom_score_adj")
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 Emit = Callable[..., None]
 
@@ -39,21 +46,44 @@ def protect_memory(emit: Emit) -> None:
 
     Without the privilege, as in a container, this is told and the volume is served all the same.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        if number != errno.EINVAL:  # kernels before 5.6 do not know it
-            emit(
-                "not-io-flusher",
-                message=f"PR_SET_IO_FLUSHER: {os.strerror(number)}; grant CAP_SYS_RESOURCE",
-            )
+    number = become_io_flusher()
+    if number not in (0, errno.EINVAL):  # kernels before 5.6 do not know it
+        emit(
+            "not-io-flusher",
+            message=f"PR_SET_IO_FLUSHER: {os.strerror(number)}; grant CAP_SYS_RESOURCE",
+        )
     threading.stack_size(_STACK_BYTES)
     # What is mapped now is brought in and locked; what is mapped later is locked as it is used.
-    if (
-        libc.mlockall(_MCL_CURRENT) != 0
-        or libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) != 0
-    ):
+    number = lock_memory(_MCL_CURRENT) or lock_memory(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+    if number:
+        emit("memory-not-locked", message=f"mlockall: {os.strerror(number)}; raise RLIMIT_MEMLOCK")
+    number = be_killed_last()
+    if number:
         emit(
-            "memory-not-locked",
-            message=f"mlockall: {os.strerror(ctypes.get_errno())}; raise RLIMIT_MEMLOCK",
+            "may-be-killed",
+            message=f"oom_score_adj: {os.strerror(number)}; grant CAP_SYS_RESOURCE",
         )
+
+
+# Each of these returns an errno, 0 for success.
+
+
+def become_io_flusher() -> int:
+    """Memory that this process asks for does not wait for write-out (PR_SET_IO_FLUSHER)."""
+    arguments = map(ctypes.c_ulong, (1, 0, 0, 0))
+    return ctypes.get_errno() if _libc.prctl(_PR_SET_IO_FLUSHER, *arguments) else 0
+
+
+def lock_memory(flags: int = _MCL_CURRENT | _MCL_FUTURE) -> int:
+    """As the flags of mlockall(2) have it; by default what is mapped now and later, as a whole."""
+    return ctypes.get_errno() if _libc.mlockall(flags) else 0
+
+
+def be_killed_last() -> int:
+    """Not to be chosen when the kernel kills to get memory; left alone where somebody saw to it."""
+    try:
+        if int(_OOM_SCORE_FILE.read_text()) > _OOM_SCORE:
+            _OOM_SCORE_FILE.write_text(str(_OOM_SCORE))
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0

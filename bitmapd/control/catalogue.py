@@ -382,6 +382,13 @@ _EVENTS = (
         "*Shortage of memory*",
     ),
     EventKind(
+        "may-be-killed",
+        Level.WARNING,
+        ("message",),
+        "a protection against shortage of memory is missing",
+        "*Shortage of memory*",
+    ),
+    EventKind(
         "memory-not-locked",
         Level.WARNING,
         ("message",),

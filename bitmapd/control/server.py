@@ -13,7 +13,7 @@ runs; it may send events through `progress` and its value or its `BitmapdError` 
    somebody waits for it, a handler runs in a task of its own and shields.
 4. A stale socket file is removed only if nothing answers on it.
 5. An exception of a handler other than BitmapdError and OSError is a mistake of the program: it
-   goes to the loop's exception handler and the connection ends without an answer.
+   goes to the loop's exception handler, which ends the process (`lastresort`).
 """
 
 from __future__ import annotations

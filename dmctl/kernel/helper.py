@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import gc
@@ -46,6 +45,7 @@ from bitmapd.attach.helper_frames import (
     result,
 )
 from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError
+from bitmapd.hardening import be_killed_last, become_io_flusher, lock_memory
 from bitmapd.media.blockstat import BlockStat
 from dmctl.kernel.barrier import Barrier, MetadataFile, alarm, counters
 from dmctl.kernel.dm_ioctl import CONTROL, DeviceMapper, load_module
@@ -539,24 +539,14 @@ def _give_up(number: int, frame: object) -> None:
 
 
 # -- the process ------------------------------------------------------------------------------
-_MCL_CURRENT_FUTURE: Final = 1 | 2
-_PR_SET_IO_FLUSHER: Final = 57
-_OOM_SCORE: Final = "-1000"
-
-
 def harden() -> list[str]:
     """Make the process independent of the devices that it suspends; what was not permitted."""
-    problems = []
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_IO_FLUSHER, *map(ctypes.c_ulong, (1, 0, 0, 0))):
-        problems.append(f"PR_SET_IO_FLUSHER: {os.strerror(ctypes.get_errno())}")
-    if libc.mlockall(_MCL_CURRENT_FUTURE):
-        problems.append(f"mlockall: {os.strerror(ctypes.get_errno())}")
-    try:
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-    except OSError as error:
-        problems.append(f"oom_score_adj: {error.strerror}")
-    return problems
+    steps = {
+        "PR_SET_IO_FLUSHER": become_io_flusher,
+        "mlockall": lock_memory,
+        "oom_score_adj": be_killed_last,
+    }
+    return [f"{name}: {os.strerror(number)}" for name, step in steps.items() if (number := step())]
 
 
 def _complain(kind: type[BaseException], error: BaseException, trace: object) -> None:
