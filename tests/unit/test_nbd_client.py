@@ -1,4 +1,4 @@
-"""`NbdTarget` and `Link` against servers that do what no real server can be made to do."""
+"""`NbdTarget` and `Pipeline` against servers that do what no real server can be made to do."""
 
 from __future__ import annotations
 

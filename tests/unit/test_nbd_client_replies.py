@@ -15,8 +15,8 @@ from bitmapd.nbd.client.replies import (
     MAX_DESCRIPTORS,
     MAX_PAYLOAD_BYTES,
     STAGING_BYTES,
+    InFlight,
     ReplyParser,
-    Request,
 )
 from bitmapd.nbd.numbers import (
     SIMPLE_REPLY_MAGIC,
@@ -69,12 +69,12 @@ def done(_error: OSError | None) -> None:
     raise AssertionError("the parser calls nobody")
 
 
-def a_request(handle: int, command: int, length: int) -> Request:
+def a_request(handle: int, command: int, length: int) -> InFlight:
     buffer = memoryview(bytearray(b"\xaa" * length)) if command == Cmd.READ else None
-    return Request(handle, command, BASE, length, done, buffer)
+    return InFlight(handle, command, BASE, length, done, buffer)
 
 
-def a_parser(*requests: Request, structured: bool = True) -> ReplyParser:
+def a_parser(*requests: InFlight, structured: bool = True) -> ReplyParser:
     parser = ReplyParser(structured, CONTEXT if structured else None)
     for request in requests:
         parser.requests[request.handle] = request
@@ -93,7 +93,7 @@ def feed(parser: ReplyParser, data: bytes, piece_bytes: int = 1 << 30) -> None:
         at += count
 
 
-def content(request: Request) -> bytes:
+def content(request: InFlight) -> bytes:
     assert request.buffer is not None
     return bytes(request.buffer)
 
@@ -287,7 +287,7 @@ def test_an_answer_to_what_was_not_sent_yet(reply: bytes) -> None:
 
 
 def test_misuse_is_a_bug_of_the_caller() -> None:
-    request = Request(1, READ, BASE, 512, done)
+    request = InFlight(1, READ, BASE, 512, done)
     with pytest.raises(RuntimeError, match="no buffer"):
         feed(a_parser(request), FULL)
 
@@ -339,7 +339,7 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(requests, replies, contents)
 
 
-def play(plan: Plan, data: bytes, piece_bytes: int) -> tuple[ReplyParser, dict[int, Request], str]:
+def play(plan: Plan, data: bytes, piece_bytes: int) -> tuple[ReplyParser, dict[int, InFlight], str]:
     requests = {
         handle: a_request(handle, command, length)
         for handle, (command, length) in enumerate(plan.requests, 1)

@@ -40,7 +40,7 @@ from itertools import islice
 from bitmapd.media.base import Unanswered
 from bitmapd.nbd.client.connect import tls_reason
 from bitmapd.nbd.client.handshake import ServerExport
-from bitmapd.nbd.client.replies import ReplyParser, Request
+from bitmapd.nbd.client.replies import InFlight, ReplyParser
 from bitmapd.nbd.numbers import REQUEST_MAGIC, Cmd
 from bitmapd.nbd.wire import REQUEST, ProtocolError
 
@@ -53,7 +53,7 @@ TLS_GATHER_BYTES = 64 << 10
 _pack = REQUEST.pack
 
 
-class Link:
+class Pipeline:
     """See the module docstring.  `label` begins every message."""
 
     def __init__(
@@ -97,7 +97,7 @@ class Link:
         return len(self._requests)
 
     def submit(
-        self, command: int, flags: int, request: Request, payload: memoryview | None = None
+        self, command: int, flags: int, request: InFlight, payload: memoryview | None = None
     ) -> None:
         """Queue a request; its handle is chosen here.  The link must not be lost."""
         handle = request.handle = self._next_handle

@@ -58,7 +58,7 @@ _KNOWN_ERRORS = frozenset(int(number) for number in Errno)
 
 
 @dataclass(slots=True)
-class Request:
+class InFlight:
     """A request in flight; `buffer` is where a read's data go."""
 
     handle: int
@@ -81,7 +81,7 @@ class _Sink:
     it is not the data of a read."""
 
     rest: memoryview
-    request: Request
+    request: InFlight
     last: bool
     kind: int
     payload: bytearray | None = None
@@ -92,8 +92,8 @@ class ReplyParser:
     `sent_bytes`, the length of all output that the kernel has taken."""
 
     def __init__(self, structured: bool, allocation_id: int | None = None) -> None:
-        self.requests: dict[int, Request] = {}
-        self.finished: deque[Request] = deque()
+        self.requests: dict[int, InFlight] = {}
+        self.finished: deque[InFlight] = deque()
         self.sent_bytes = 0
         self.data_bytes = 0  # of reads, received so far
         self._structured = structured
@@ -187,7 +187,7 @@ class ReplyParser:
         self._finish(request)
         return _SIMPLE_BYTES
 
-    def _find(self, handle: int) -> Request:
+    def _find(self, handle: int) -> InFlight:
         request = self.requests.get(handle)
         if request is None:
             raise ProtocolError(f"reply to a request that is not in flight, handle {handle:#x}")
@@ -197,7 +197,7 @@ class ReplyParser:
 
     # -- payloads -------------------------------------------------------------------------
     def _fill(
-        self, at: int, available: int, target: memoryview, request: Request, last: bool
+        self, at: int, available: int, target: memoryview, request: InFlight, last: bool
     ) -> int:
         """Put data into `target`: what is staged now, the rest when it comes."""
         taken = min(available, len(target))
@@ -209,7 +209,7 @@ class ReplyParser:
             self._finish(request)
         return taken
 
-    def _chunk(self, request: Request, kind: int, payload: bytes, last: bool) -> None:
+    def _chunk(self, request: InFlight, kind: int, payload: bytes, last: bool) -> None:
         """A chunk without data of a read, complete and of a length that fits its kind."""
         if kind == _HOLE:
             offset, size = OFFSET_HOLE.unpack(payload)
@@ -223,7 +223,7 @@ class ReplyParser:
         if last:
             self._finish(request)
 
-    def _block_status(self, request: Request, payload: bytes) -> None:
+    def _block_status(self, request: InFlight, payload: bytes) -> None:
         (context,) = CONTEXT_ID.unpack_from(payload)
         if context != self._allocation_id:
             raise ProtocolError(f"block status of context {context}, which was not selected")
@@ -242,7 +242,7 @@ class ReplyParser:
             request.descriptors.append((length, flags & (ALLOC_HOLE | ALLOC_ZERO)))
             left -= length
 
-    def _finish(self, request: Request) -> None:
+    def _finish(self, request: InFlight) -> None:
         if request.error is None:
             if request.command == _READ and request.covered_bytes != request.length_bytes:
                 raise ProtocolError(
@@ -254,7 +254,7 @@ class ReplyParser:
         self.finished.append(request)
 
 
-def _check_chunk(request: Request, kind: int, length: int, last: bool) -> None:
+def _check_chunk(request: InFlight, kind: int, length: int, last: bool) -> None:
     """Whether a chunk of this kind and length may answer this request at all."""
     if kind == _DATA:
         fits = request.command == _READ and length > OFFSET_DATA.size
@@ -277,7 +277,7 @@ def _check_chunk(request: Request, kind: int, length: int, last: bool) -> None:
         )
 
 
-def _cover(request: Request, offset_bytes: int, length_bytes: int) -> memoryview:
+def _cover(request: InFlight, offset_bytes: int, length_bytes: int) -> memoryview:
     """The part of a read's buffer that a chunk fills; it must not have been filled before."""
     buffer = request.buffer
     if buffer is None:
@@ -299,7 +299,7 @@ def _cover(request: Request, offset_bytes: int, length_bytes: int) -> memoryview
     return buffer[start:stop]
 
 
-def _take_error(request: Request, kind: int, payload: bytes) -> None:
+def _take_error(request: InFlight, kind: int, payload: bytes) -> None:
     number, length = ERROR_CHUNK.unpack_from(payload)
     rest = len(payload) - ERROR_CHUNK.size
     if kind == _ERROR_OFFSET:

@@ -33,8 +33,8 @@ from bitmapd.nbd.client.handshake import (
     ServerExport,
     check_secondary,
 )
-from bitmapd.nbd.client.pipeline import Link
-from bitmapd.nbd.client.replies import Request
+from bitmapd.nbd.client.pipeline import Pipeline
+from bitmapd.nbd.client.replies import InFlight
 from bitmapd.nbd.numbers import Cmd, CmdFlag, ExportFlag
 from bitmapd.nbd.wire import ProtocolError
 from bitmapd.net.uri import NbdUri
@@ -90,7 +90,7 @@ class NbdTarget:
         self._connections = connections
         self._kick = kick
         self._timeout_s = timeout_s
-        self._links: list[Link] = []
+        self._pipelines: list[Pipeline] = []
         self._turn = 0
         self._opening: asyncio.Task[None] | None = None
         self._loss = "not connected"
@@ -107,12 +107,12 @@ class NbdTarget:
 
     @property
     def connected(self) -> bool:
-        return bool(self._links)
+        return bool(self._pipelines)
 
     @property
     def in_flight(self) -> int:
         """Requests that the server has not answered yet."""
-        return sum(link.in_flight for link in self._links)
+        return sum(link.in_flight for link in self._pipelines)
 
     def open(self, done: Done) -> None:
         """Connect, or connect again; an older link is given up.  Resolving, connecting and the
@@ -121,7 +121,7 @@ class NbdTarget:
             self._fail(done, errno.EALREADY, "is being opened already")
             return
         self._lose(OSError(errno.ENOTCONN, f"{self.name}: opened again"))
-        self._opening = self._loop.create_task(self._open_links())
+        self._opening = self._loop.create_task(self._open_all())
         self._opening.add_done_callback(lambda task: self._opened(task, done))
 
     def _opened(self, task: asyncio.Task[None], done: Done) -> None:
@@ -149,14 +149,14 @@ class NbdTarget:
             done(self._error(errno.EIO, f"cannot be opened: {problem!r}"))
             raise problem
 
-    async def _open_links(self) -> None:
-        links: list[Link] = []
+    async def _open_all(self) -> None:
+        links: list[Pipeline] = []
         try:
-            links.append(await self._open_link(self._timeout_s))
+            links.append(await self._open_one(self._timeout_s))
             export = links[0].export
             while len(links) < self._connections and export.has(ExportFlag.CAN_MULTI_CONN):
                 try:
-                    link = await self._open_link(min(self._timeout_s, MORE_TIMEOUT_S))
+                    link = await self._open_one(min(self._timeout_s, MORE_TIMEOUT_S))
                 except OSError:
                     break  # one client too many for the server, which may also let it wait
                 links.append(link)
@@ -169,11 +169,11 @@ class NbdTarget:
                 link.close()
             raise
         self._use(links[0].export)
-        self._links = links
+        self._pipelines = links
 
-    async def _open_link(self, timeout_s: float) -> Link:
+    async def _open_one(self, timeout_s: float) -> Pipeline:
         connection, export = await connect(self._loop, self._uri, self._tls, timeout_s)
-        link = Link(
+        link = Pipeline(
             self._loop, connection, export, self.name, self._timeout_s, self._lose, self._kick
         )
         try:
@@ -197,14 +197,14 @@ class NbdTarget:
     def close(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
-        links, self._links = self._links, []
+        links, self._pipelines = self._pipelines, []
         for link in links:
             link.close()
         self._loss = "closed"
 
     def _lose(self, error: OSError) -> None:
         """Called by a link that is lost, and for all when one is."""
-        links, self._links = self._links, []
+        links, self._pipelines = self._pipelines, []
         if links:
             reason = (error.strerror or str(error)).removeprefix(f"{self.name}: ")
             self._loss = f"not connected ({reason})"
@@ -217,13 +217,13 @@ class NbdTarget:
         if self._refuses(offset_bytes, length, done):
             return
         if length <= self._maximum_bytes:
-            self._submit(_READ, 0, Request(0, _READ, offset_bytes, length, done, buffer))
+            self._submit(_READ, 0, InFlight(0, _READ, offset_bytes, length, done, buffer))
             return
         step = self._maximum_bytes
         group = _Group(done, -(-length // step))
         for at in range(0, length, step):
             piece = buffer[at : at + step]
-            request = Request(0, _READ, offset_bytes + at, len(piece), group.one_done, piece)
+            request = InFlight(0, _READ, offset_bytes + at, len(piece), group.one_done, piece)
             self._submit(_READ, 0, request)
 
     def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
@@ -232,13 +232,13 @@ class NbdTarget:
             return
         flags, done = self._durable(fua, done)
         if length <= self._maximum_bytes:
-            self._submit(_WRITE, flags, Request(0, _WRITE, offset_bytes, length, done), buffer)
+            self._submit(_WRITE, flags, InFlight(0, _WRITE, offset_bytes, length, done), buffer)
             return
         step = self._maximum_bytes
         group = _Group(done, -(-length // step))
         for at in range(0, length, step):
             piece = buffer[at : at + step]
-            request = Request(0, _WRITE, offset_bytes + at, len(piece), group.one_done)
+            request = InFlight(0, _WRITE, offset_bytes + at, len(piece), group.one_done)
             self._submit(_WRITE, flags, request, piece)
 
     def zero(
@@ -266,7 +266,7 @@ class NbdTarget:
         group = _Group(done, -(-length_bytes // step))
         for at in range(0, length_bytes, step):
             piece = _ZEROS[: min(step, length_bytes - at)]
-            request = Request(0, _WRITE, offset_bytes + at, len(piece), group.one_done)
+            request = InFlight(0, _WRITE, offset_bytes + at, len(piece), group.one_done)
             self._submit(_WRITE, flags, request, piece)
 
     def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
@@ -280,10 +280,10 @@ class NbdTarget:
         self._in_steps(_TRIM, flags, offset_bytes, length_bytes, done)
 
     def flush(self, done: Done) -> None:
-        if not self._links:
+        if not self._pipelines:
             self._fail(done, errno.ENOTCONN, self._loss)
             return
-        self._submit(_FLUSH, 0, Request(0, _FLUSH, 0, 0, done))
+        self._submit(_FLUSH, 0, InFlight(0, _FLUSH, 0, 0, done))
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
         if self._refuses(offset_bytes, length_bytes, lambda error: done(error, [])):
@@ -296,14 +296,14 @@ class NbdTarget:
             done(error, request.descriptors if error is None else [])
 
         length = min(length_bytes, MAX_STATUS_BYTES)
-        request = Request(0, _BLOCK_STATUS, offset_bytes, length, told)
+        request = InFlight(0, _BLOCK_STATUS, offset_bytes, length, told)
         self._submit(_BLOCK_STATUS, 0, request)
 
     # -- helpers --------------------------------------------------------------------------
     def _submit(
-        self, command: int, flags: int, request: Request, payload: memoryview | None = None
+        self, command: int, flags: int, request: InFlight, payload: memoryview | None = None
     ) -> None:
-        links = self._links
+        links = self._pipelines
         if len(links) == 1:
             links[0].submit(command, flags, request, payload)
             return
@@ -319,7 +319,7 @@ class NbdTarget:
         for at in range(0, length_bytes, step):
             length = min(step, length_bytes - at)
             self._submit(
-                command, flags, Request(0, command, offset_bytes + at, length, group.one_done)
+                command, flags, InFlight(0, command, offset_bytes + at, length, group.one_done)
             )
 
     def _durable(self, fua: bool, done: Done) -> tuple[int, Done]:
@@ -339,7 +339,7 @@ class NbdTarget:
 
     def _refuses(self, offset_bytes: int, length_bytes: int, done: Done) -> bool:
         """Whether an operation cannot even begin; `done` is then on its way."""
-        if not self._links:
+        if not self._pipelines:
             self._fail(done, errno.ENOTCONN, self._loss)
             return True
         end = offset_bytes + length_bytes
