@@ -10,6 +10,9 @@ secondary comes back, and at the start, some blocks that were copied lately are 
 2. Bounded: at most `SAMPLES` blocks and `SAMPLE_BYTES`, for at most `CHECK_S` and the answers that
    are under way then.  Copying goes on meanwhile; the volume is not in sync before it is over.
 3. Equal blocks prove nothing about others.  One that differs means that anything may be gone.
+4. A difference is the secondary's only where the primary is known not to have changed.  Else what
+   is done about it would destroy the last good copy after a primary was overwritten.  So at the
+   start nothing is compared unless the primary was found as the last stop left it.
 
 What was copied lately is in memory here; the volume keeps some of it from session to session
 (`lately`).  A crash loses what came since; a secondary that forgot only that is not found out.

@@ -45,6 +45,7 @@ class RecordSession:
         self._paths = paths
         self._state_file = paths.state_file(config.uuid)
         self._begun = False
+        self.primary_is_as_left = False  # since a stop; nobody knows after a crash
         self._medium = tool.RecordMedium.open(config.record)
         try:
             self._medium.lock()
@@ -106,6 +107,7 @@ class RecordSession:
                 " compares everything and copies what differs over the secondary; if it was a"
                 f" mistake, see {CHAPTER}",
             )
+        self.primary_is_as_left = True
 
     def _fingerprint(self, superblock: Superblock) -> str:
         size_bytes = superblock.geometry.size_bytes

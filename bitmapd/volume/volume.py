@@ -198,7 +198,8 @@ class Volume:
             read_primary=self._primary.read_aside,
         )
         self.copier.on_change = self._on_change
-        self.copier.samples.remember(self._note.lately_before)
+        if self._session.primary_is_as_left:
+            self.copier.samples.remember(self._note.lately_before)
         self._recording = Recording(self.gate, loop, self._emit)
         opened.append(self._recording.close)
         self._recording.record_to(config.trace)

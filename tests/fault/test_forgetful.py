@@ -135,3 +135,30 @@ def test_one_that_remembers_is_copied_nothing(short_path: Path) -> None:
         with volume.events() as events:
             events.wait("in-sync")
         assert all(event["event"] != "secondary-forgot" for event in events.seen)
+
+
+def test_after_a_crash_a_difference_may_be_the_primarys(short_path: Path) -> None:
+    """The primary was overwritten in place meanwhile: the secondary is the last good copy, and only
+    what the record names may be copied over it."""
+    size = 128 * MIB
+    with Volume(short_path, size, options=SKIP) as volume:
+        volume.create()
+        volume.start()
+        content = noise(1, 3 * MIB)
+        volume.write(5 * MIB, content)
+        volume.wait_in_sync()
+        volume.stop()
+        volume.start()
+        volume.write(100 * MIB, noise(99, MIB))
+        volume.wait_in_sync()
+        volume.kill()
+        assert volume.recorded().isdisjoint({5, 6, 7})
+        with volume.primary.open("r+b") as file:
+            file.write(bytes(size))
+        volume.start()
+        volume.wait_in_sync()
+        with volume.events() as events:
+            events.wait("in-sync")
+        assert all(event["event"] != "secondary-forgot" for event in events.seen)
+        volume.kill()
+        assert volume.secondary.read_bytes()[5 * MIB : 8 * MIB] == content
