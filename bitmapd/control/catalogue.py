@@ -248,6 +248,22 @@ _EVENTS = (
         limited=True,
     ),
     EventKind(
+        "medium-gone",
+        Level.ERROR,
+        ("device", "message"),
+        "the file of a medium was deleted, moved or replaced while it is in use; the volume goes"
+        " on with the one it has, and is `degraded`",
+        "*A file is gone*, before anything else: do not stop the volume",
+        is_error=True,
+    ),
+    EventKind(
+        "medium-back",
+        Level.NOTICE,
+        ("device",),
+        "the name leads to the file that is in use again",
+        "nothing",
+    ),
+    EventKind(
         "state-unreadable",
         Level.WARNING,
         ("file", "message"),

@@ -51,6 +51,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from bitmapd.volume.hints import HintKeeper
 from bitmapd.volume.pausing import Pausing
+from bitmapd.volume.presence import Presence
 from bitmapd.volume.recovery import Recovery
 from bitmapd.volume.requestlog import Recording
 from bitmapd.volume.resize import (
@@ -197,6 +198,13 @@ class Volume:
             late_writes_s=config.late_writes_s,
             read_primary=self._primary.read_aside,
         )
+        media = (self._primary, self._record, self._secondary)
+        self._presence = Presence(
+            [medium for medium in media if isinstance(medium, KernelDevice)],
+            self._engine,
+            loop,
+            self._emit,
+        )
         self.copier.on_change = self._on_change
         if self._session.primary_is_as_left:
             self.copier.samples.remember(self._note.lately_before)
@@ -264,6 +272,7 @@ class Volume:
         self._recording.flush()
         self._hints.tick()
         self._recovery.tick()
+        self._presence.tick()
         self._on_change()
 
     def _limit_extents(self, speed: float | None) -> int:
@@ -344,6 +353,7 @@ class Volume:
         self._recording.close()
         await self._hints.save()
         await self._note.end()
+        self._presence.end()
         await self._until_idle()
 
     async def _until_idle(self) -> None:
@@ -593,6 +603,8 @@ class Volume:
     # -- status ---------------------------------------------------------------------------
     @property
     def state(self) -> str:
+        if self._presence.gone:
+            return "degraded"
         return state_of(self._store, self.copier, in_sync=self._in_sync)
 
     def status(self) -> dict[str, Any]:
@@ -607,6 +619,7 @@ class Volume:
                 in_sync=self._in_sync,
             )
             | {
+                "state": self.state,
                 "last_recovery": self._recovery.result,
                 "last_error": self._last_error,
                 "connections": self._mode.server.stats.connections,
