@@ -95,7 +95,8 @@ def verify(context: Context, args: Namespace) -> int:
         error = DifferencesError(
             f"volume '{args.name}': {found - repaired} bytes differ that the record does not name"
             f" ({compared} compared{f'; {skipped}' if unread else ''})",
-            hint=f"'dmctl verify {args.name} --repair' copies them from the primary",
+            hint="find out which side is right, see 'The sides differ' in docs/recovery.md; if the"
+            f" primary is, 'dmctl verify {args.name} --repair' copies them from there",
         )
     elif unread:
         error = BitmapdError(
