@@ -39,6 +39,7 @@ from bitmapd.config import (
     change_volume,
     changed,
     check_name,
+    from_unit_instance,
     load_volume,
 )
 from bitmapd.control.events import EventLog, LineSink, format_line
@@ -72,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         " volume can be used (sd_notify). The exit status is that of dmctl; an error that ended the"
         " process is also in RUN_DIR/NAME.err, as one JSON object.",
     )
-    parser.add_argument("name", metavar="NAME", help="the volume")
+    parser.add_argument("name", metavar="NAME", type=from_unit_instance, help="the volume")
     parser.add_argument(
         "--foreground", action="store_true", help="stay in the foreground, log to standard error"
     )
@@ -116,9 +117,10 @@ class Daemon:
         }
         try:
             self._signals = Signals(loop, handlers, self._last_resort)
-            await control.start()
             if self._metrics is not None:
                 await self._metrics.start()
+            # Last: who reaches it takes the volume for started.
+            await control.start()
         except BaseException:
             await self._begin_stop(True)
             raise

@@ -147,11 +147,14 @@ def error_from_json(data: dict[str, Any]) -> BitmapdError:
 
 _BY_ERRNO: dict[int, type[BitmapdError]] = {
     errno.ENOENT: NotFoundError,
+    errno.ENOTDIR: NotFoundError,
     errno.ENODEV: NotFoundError,
     errno.ENXIO: NotFoundError,
     errno.EEXIST: ExistsError,
     errno.EBUSY: BusyError,
+    errno.EADDRINUSE: BusyError,
     errno.ENOSPC: NoSpaceError,
+    errno.EFBIG: NoSpaceError,
     errno.EDQUOT: NoSpaceError,
     errno.EACCES: PermissionError_,
     errno.EPERM: PermissionError_,

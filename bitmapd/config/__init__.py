@@ -14,7 +14,8 @@ field carries the key it is written as, its kind, its default and its explanatio
    place withdraws the other one inherited from a less specific place.
 5. Values from the command line pass through the same parsers as those from files.
 
-Reading follows no symbolic link at the last component and refuses files above 1 MiB.  A written
+Reading follows no symbolic link at the last component and refuses files above 1 MiB, and what is
+nested deeper than Python's stack.  A written
 file appears whole or not at all, and is durable when the call returns.
 """
 
@@ -31,7 +32,13 @@ from bitmapd.config.files import (
     remove_volume,
     volume_names,
 )
-from bitmapd.config.kinds import check_name, is_loopback, parse_metrics_listen
+from bitmapd.config.kinds import (
+    check_name,
+    from_unit_instance,
+    is_loopback,
+    parse_metrics_listen,
+    unit_instance,
+)
 from bitmapd.config.problems import ConfigError, Problem, nearest
 from bitmapd.config.tables import build_volume, changed, parse_table, render
 from bitmapd.config.volume import (
@@ -58,6 +65,7 @@ __all__ = [
     "device_of",
     "effective_era_interval_s",
     "effective_record_limit_bytes",
+    "from_unit_instance",
     "is_loopback",
     "keys",
     "load_all",
@@ -68,5 +76,6 @@ __all__ = [
     "parse_table",
     "remove_volume",
     "render",
+    "unit_instance",
     "volume_names",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from uuid import UUID
 import toml
 
 from bitmapd.config.kinds import check_name
-from bitmapd.config.problems import ConfigError, Problem, nearest
+from bitmapd.config.problems import Problem, config_error, denied, nearest
 from bitmapd.config.tables import build_volume, layer, parse_table, render
 from bitmapd.config.volume import VolumeConfig, keys
 from bitmapd.errors import ExistsError, NotFoundError, UsageError
@@ -23,6 +24,8 @@ from bitmapd.net.uri import MAX_SOCKET_PATH_BYTES, NbdUri, format_uri
 DEFAULT_CONFIG_DIR = "/etc/dmctl"
 DEFAULT_RUN_DIR = "/run/dmctl"
 MAX_FILE_BYTES = 1 << 20
+MAX_KEY_DOTS = 16
+_QUOTED = re.compile(r""""(?:[^"\\]|\\.)*"|'[^']*'""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +45,7 @@ class Paths:
         """An argument wins over the environment, which wins over the built-in default."""
         config = config_dir or environment.get("DMCTL_CONFIG_DIR") or DEFAULT_CONFIG_DIR
         run = run_dir or environment.get("DMCTL_RUN_DIR") or DEFAULT_RUN_DIR
-        paths = cls(Path(os.path.abspath(config)), Path(os.path.abspath(run)))
-        longest = len(os.fsencode(paths.control_socket("n" * 32)))
-        if longest > MAX_SOCKET_PATH_BYTES:
-            raise UsageError(
-                f"the run directory {paths.run_dir} makes socket paths of up to {longest} bytes;"
-                f" the system allows {MAX_SOCKET_PATH_BYTES}",
-                hint="choose a shorter --run-dir",
-            )
-        return paths
+        return cls(Path(os.path.abspath(config)), Path(os.path.abspath(run)))
 
     @property
     def defaults_file(self) -> Path:
@@ -76,10 +71,21 @@ class Paths:
         return self.state_dir / f"{uuid}.sides"
 
     def control_socket(self, name: str) -> Path:
-        return self.run_dir / f"{name}.ctl"
+        return self._socket(name, "ctl")
 
     def nbd_socket(self, name: str) -> Path:
-        return self.run_dir / f"{name}.nbd"
+        return self._socket(name, "nbd")
+
+    def _socket(self, name: str, suffix: str) -> Path:
+        path = self.run_dir / f"{name}.{suffix}"
+        length_bytes = len(os.fsencode(path))
+        if length_bytes > MAX_SOCKET_PATH_BYTES:
+            raise UsageError(
+                f"the socket {path} has a path of {length_bytes} bytes; the system allows"
+                f" {MAX_SOCKET_PATH_BYTES}",
+                hint="choose a shorter --run-dir, or a shorter name",
+            )
+        return path
 
     def pid_file(self, name: str) -> Path:
         return self.run_dir / f"{name}.pid"
@@ -100,17 +106,33 @@ def read_table(path: Path) -> tuple[dict[str, Any], list[Problem]]:
             data = stream.read(MAX_FILE_BYTES + 1)
         if len(data) > MAX_FILE_BYTES:
             return {}, [Problem(str(path), None, f"is larger than {MAX_FILE_BYTES} bytes")]
-        return tomllib.loads(data.decode()), []
+        text = data.decode()
+        if _is_deep(text):
+            return {}, [Problem(str(path), None, "is nested too deeply")]
+        return tomllib.loads(text), []
     except FileNotFoundError:
         raise
     except OSError as error:
         if error.errno == errno.ELOOP:
             return {}, [Problem(str(path), None, "is a symbolic link", "put the file itself there")]
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return {}, [denied(str(path), f"cannot be read: {error.strerror}")]
         return {}, [Problem(str(path), None, f"cannot be read: {error.strerror}")]
     except UnicodeDecodeError:
         return {}, [Problem(str(path), None, "is not UTF-8 text")]
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        return {}, [Problem(str(path), None, "is nested too deeply")]
+    except ValueError as error:  # TOMLDecodeError, and numbers beyond what Python converts
         return {}, [Problem(str(path), None, f"is not TOML: {error}")]
+
+
+def _is_deep(text: str) -> bool:
+    """Whether a key has more parts than any of ours.  tomllib takes memory in their square: one of
+    100,000 parts takes 40 GB."""
+    return any(
+        _QUOTED.sub("", line).partition("#")[0].count(".") > MAX_KEY_DOTS
+        for line in text.split("\n")
+    )
 
 
 def load_defaults(paths: Paths) -> tuple[dict[str, Any], list[Problem]]:
@@ -142,7 +164,7 @@ def volume_names(paths: Paths) -> list[str]:
 
 
 def load_volume(paths: Paths, name: str) -> VolumeConfig:
-    """Raises NotFoundError, or ConfigError with all problems of dmctl.toml and the volume."""
+    """Raises NotFoundError, or `config_error` of all problems of dmctl.toml and the volume."""
     check_name(name)
     defaults, problems = load_defaults(paths)
     try:
@@ -155,7 +177,7 @@ def load_volume(paths: Paths, name: str) -> VolumeConfig:
             or (f"there are: {', '.join(names)}" if names else "make one with 'dmctl create'"),
         ) from None
     if config is None or problems:
-        raise ConfigError(problems + found)
+        raise config_error(problems + found)
     return config
 
 
@@ -186,7 +208,7 @@ def volume_origins(paths: Paths, name: str) -> dict[str, str]:
 
 
 def load_all(paths: Paths) -> dict[str, VolumeConfig]:
-    """Every volume; ConfigError with all problems of all files."""
+    """Every volume; `config_error` of all problems of all files."""
     defaults, problems = load_defaults(paths)
     configs: dict[str, VolumeConfig] = {}
     for name in volume_names(paths):
@@ -203,7 +225,7 @@ def load_all(paths: Paths) -> dict[str, VolumeConfig]:
             configs[name] = config
     problems += _shared_things(paths, configs)
     if problems:
-        raise ConfigError(problems)
+        raise config_error(problems)
     return configs
 
 
@@ -243,7 +265,7 @@ def change_volume(paths: Paths, config: VolumeConfig, names: Iterable[str]) -> N
     path = paths.volume_file(config.name)
     table, problems = read_table(path)
     if problems:
-        raise ConfigError(problems)
+        raise config_error(problems)
     changes = render(config, names)
     wanted = {key: value for key, value in table.items() if key not in changes} | changes
     kept = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +22,43 @@ from bitmapd.units import (
     parse_size,
 )
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}", re.ASCII)
+MAX_NAME_CHARS = 64  # what the superblock of a record has room for
+
+_NAME = re.compile(r"[A-Za-z0-9+_][A-Za-z0-9+_.-]*", re.ASCII)
+_MAX_INSTANCE_CHARS = 255 - len("dmctl-assemble@.service")
+_UNIT_PLUS = "\\x2b"
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
 _LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}", re.ASCII)
 
 
 def check_name(name: str) -> str:
-    """The name itself, if it may be a volume's name."""
+    """The name itself, if it may be a volume's name: what LVM allows for one of its own."""
+    if len(name) > MAX_NAME_CHARS:
+        raise UsageError(
+            f"the name {name[:MAX_NAME_CHARS]!r}… has {len(name)} characters, that of a volume has"
+            f" at most {MAX_NAME_CHARS}"
+        )
     if _NAME.fullmatch(name) is None:
         raise UsageError(
             f"{name!r} cannot be the name of a volume",
-            hint="use 1 to 32 of a-z 0-9 _ - and begin with a letter or digit",
+            hint="use letters, digits and + _ . - and begin with neither . nor -",
         )
+    if len(unit_instance(name)) > _MAX_INSTANCE_CHARS:
+        raise UsageError(f"{name!r} has more + than the name of a unit of systemd can hold")
     return name
+
+
+def unit_instance(name: str) -> str:
+    """A volume's name as the instance of a systemd unit, where a + has to be escaped.
+
+    A - is not, as systemd-escape would do it: the units take the instance as it is (%i).
+    """
+    return name.replace("+", _UNIT_PLUS)
+
+
+def from_unit_instance(text: str) -> str:
+    """The name that an instance stands for; a name itself stays as it is."""
+    return text.replace(_UNIT_PLUS, "+")
 
 
 def is_loopback(host: str) -> bool:
@@ -49,11 +74,16 @@ class Kind:
     render: Callable[[Any], str | int | bool]
 
 
+def _quoted(value: Any) -> str:
+    """The value, shortened: a file may hold one of any size and depth."""
+    return reprlib.repr(value)
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{value!r} is not a string", hint='write it in quotes: "…"')
+        raise UsageError(f"{_quoted(value)} is not a string", hint='write it in quotes: "…"')
     if not value.isprintable() or not value:
-        raise UsageError(f"{value!r} is empty or holds control characters")
+        raise UsageError(f"{_quoted(value)} is empty or holds control characters")
     return value
 
 
@@ -66,21 +96,21 @@ def _size(value: Any) -> int:
 def _positive_size(value: Any) -> int:
     size_bytes = _size(value)
     if size_bytes == 0:
-        raise UsageError(f"{value!r} is zero")
+        raise UsageError(f"{_quoted(value)} is zero")
     return size_bytes
 
 
 def _interval(value: Any) -> float:
     interval_s = parse_duration(_text(value))
     if not 0.1 <= interval_s <= 600:
-        raise UsageError(f"{value!r} is not between 100ms and 10min")
+        raise UsageError(f"{_quoted(value)} is not between 100ms and 10min")
     return interval_s
 
 
 def _positive_duration(value: Any) -> float:
     duration_s = parse_duration(_text(value))
     if duration_s == 0:
-        raise UsageError(f"{value!r} is zero")
+        raise UsageError(f"{_quoted(value)} is zero")
     return duration_s
 
 
@@ -90,7 +120,7 @@ def _rate(value: Any) -> int:
 
 def _boolean(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise UsageError(f"{value!r} is neither true nor false")
+        raise UsageError(f"{_quoted(value)} is neither true nor false")
     return value
 
 
@@ -105,7 +135,7 @@ def _uuid(value: Any) -> UUID:
     try:
         return UUID(_text(value))
     except ValueError:
-        raise UsageError(f"{value!r} is not a UUID") from None
+        raise UsageError(f"{_quoted(value)} is not a UUID") from None
 
 
 def _word(value: Any) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bitmapd.errors import BitmapdError, UsageError
+from bitmapd.errors import BitmapdError, PermissionError_, UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Problem:
     key: str | None
     message: str
     hint: str | None = None
+    is_denied: bool = False  # this user may not read the file
 
     def __str__(self) -> str:
         place = self.file if self.key is None else f"{self.file}: {self.key}"
@@ -38,8 +39,21 @@ class ConfigError(UsageError):
             super().__init__(f"{len(self.problems)} errors in the configuration:{lines}")
 
     def to_json(self) -> dict[str, Any]:
-        problems = [dataclasses.asdict(problem) for problem in self.problems]
+        keys = ("file", "key", "message", "hint")
+        problems = [{key: getattr(problem, key) for key in keys} for problem in self.problems]
         return BitmapdError.to_json(self) | {"problems": problems}
+
+
+def denied(file: str, message: str) -> Problem:
+    return Problem(file, None, message, "run it as root", is_denied=True)
+
+
+def config_error(problems: Iterable[Problem]) -> BitmapdError:
+    """ConfigError, unless all that is wrong is that this user may not look."""
+    found = ConfigError(problems)
+    if found.problems and all(problem.is_denied for problem in found.problems):
+        return PermissionError_(found.message, found.hint)
+    return found
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

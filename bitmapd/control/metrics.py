@@ -13,12 +13,14 @@ counters, the volume as the only label besides the state's name.  What is not kn
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmapd.config.kinds import parse_metrics_listen
-from bitmapd.errors import UsageError
+from bitmapd.errors import UsageError, refused
 from bitmapd.net.sockets import UnixListener, listen_unix
 
 if TYPE_CHECKING:
@@ -155,9 +157,13 @@ class MetricsServer:
             )
         else:
             host, port = self._address
-            self._server = await asyncio.start_server(
-                self._connected, host, port, limit=REQUEST_BYTES, reuse_address=True
-            )
+            try:
+                self._server = await asyncio.start_server(
+                    self._connected, host, port, limit=REQUEST_BYTES, reuse_address=True
+                )
+            except OSError as error:
+                plain = OSError(error.errno, os.strerror(error.errno or errno.EIO))
+                raise refused(plain, f"cannot serve metrics on {host}:{port}") from error
 
     async def close(self) -> None:
         if self._server is None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bitmapd.errors import BitmapdError, NotFoundError, PermissionError_, UsageError
+from bitmapd.errors import BitmapdError, NotFoundError, UsageError, refused
 from bitmapd.media.file_identity import file_text
 from bitmapd.net.uri import is_uri, parse_uri
 
@@ -85,7 +85,7 @@ def _stat(path: str) -> os.stat_result:
     except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"{path} does not exist") from None
     except PermissionError as error:
-        raise PermissionError_(f"cannot look at {path}: {error.strerror}") from error
+        raise refused(error, f"cannot look at {path}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path!r} is not a usable path: {error}") from error
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
@@ -214,9 +214,7 @@ def in_use(path: str | Path) -> str | None:
     except OSError as error:
         if error.errno == errno.EBUSY:
             return "opened exclusively by another program"
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise PermissionError_(f"cannot open {text}: {error.strerror}") from error
-        raise BitmapdError(f"cannot open {text}: {error.strerror}") from error
+        raise refused(error, f"cannot open {text}") from error
     os.close(fd)
     return None
 
@@ -354,10 +352,8 @@ def signature(path: str | Path) -> str | None:
             head = os.pread(fd, 128 * 1024, 0)
         finally:
             os.close(fd)
-    except PermissionError as error:
-        raise PermissionError_(f"cannot read {text}: {error.strerror}") from error
     except OSError as error:
-        raise BitmapdError(f"cannot read {text}: {error.strerror}") from error
+        raise refused(error, f"cannot read {text}") from error
     known = known_signature(lambda offset, length: head[offset : offset + length])
     return known or _ask_blkid(text)
 

@@ -37,13 +37,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bitmapd.errors import (
-    BitmapdError,
-    BusyError,
-    NotFoundError,
-    PermissionError_,
-    UsageError,
-)
+from bitmapd.errors import BitmapdError, BusyError, PermissionError_, UsageError, refused
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO, AllocationDone, Done
 from bitmapd.media.buffers import aligned
@@ -75,14 +69,9 @@ def _fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> None
 
 def open_error(path: str, error: OSError) -> BitmapdError:
     """The error to show a user for a medium that could not be opened."""
-    text = f"cannot open {path}: {error.strerror or error}"
-    if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV, errno.ENOTDIR):
-        return NotFoundError(text)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionError_(text)
     if error.errno == errno.EBUSY:
         return BusyError(f"{path} is in use by something else", "see lsblk and fuser -vm")
-    return BitmapdError(text)
+    return refused(error, f"cannot open {path}")
 
 
 class OtherMediumError(OSError):

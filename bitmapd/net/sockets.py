@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmapd.errors import BitmapdError, BusyError, ExistsError
+from bitmapd.errors import BitmapdError, BusyError, ExistsError, refused
 
 BACKLOG = 32
 
@@ -59,7 +59,7 @@ def listen_unix(path: Path, mode: int = 0o600, backlog: int = BACKLOG) -> UnixLi
         sock.listen(backlog)
     except OSError as error:
         sock.close()
-        raise BitmapdError(f"cannot listen on {path}: {error.strerror or error}") from error
+        raise refused(error, f"cannot listen on {path}") from error
     except BitmapdError:
         sock.close()
         raise

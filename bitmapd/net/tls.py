@@ -18,7 +18,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from bitmapd.errors import BitmapdError, NotFoundError, PermissionError_, UsageError
+from bitmapd.errors import NotFoundError, PermissionError_, UsageError, refused
 
 CA_CERT = "ca-cert.pem"
 
@@ -89,7 +89,7 @@ def _check_readable(path: Path) -> None:
     except PermissionError as error:
         raise PermissionError_(f"{path} may not be read by this user") from error
     except OSError as error:
-        raise BitmapdError(f"cannot read {path}: {error.strerror}") from error
+        raise refused(error, f"cannot read {path}") from error
 
 
 def _bad(path: Path, what: str, error: ssl.SSLError) -> UsageError:

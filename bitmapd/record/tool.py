@@ -41,9 +41,9 @@ from bitmapd.errors import (
     FormatTooNewError,
     NoSpaceError,
     NotFoundError,
-    PermissionError_,
     RecordDamagedError,
     UsageError,
+    refused,
 )
 from bitmapd.media.identity import in_use, same_medium, signature
 from bitmapd.record.hints import HINTS_BYTES
@@ -192,16 +192,8 @@ def _open(name: str, flags: int) -> int:
 def _explained(error: OSError | ValueError, what: str) -> BitmapdError:
     if not isinstance(error, OSError):
         return UsageError(f"{what}: {error}")
-    message = f"{what}: {error.strerror}"
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV):
-        return NotFoundError(message)
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return PermissionError_(message)
-    if error.errno == errno.EBUSY:
-        return BusyError(message, hint="it is mounted, or another program claims it")
-    if error.errno in (errno.ENOSPC, errno.EFBIG):
-        return NoSpaceError(message)
-    return BitmapdError(message)
+    is_busy = error.errno == errno.EBUSY
+    return refused(error, what, "it is mounted, or another program claims it" if is_busy else None)
 
 
 @contextmanager

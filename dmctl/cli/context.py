@@ -33,7 +33,8 @@ def worst(statuses: Iterable[int]) -> int:
 
 
 def combine(errors: Sequence[BitmapdError], doing: str) -> BitmapdError:
-    """One error for all of them, with the class of the worst."""
+    """One error for all of them, with the class of the worst; what two of them say is said once."""
+    errors = list({(error.message, error.hint): error for error in errors}.values())
     if len(errors) == 1:
         return _like(errors[0], f"{doing}: {errors[0].message}", errors[0].hint)
     lines = "".join(

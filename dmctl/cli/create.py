@@ -255,7 +255,7 @@ def _check(
             config.initial_sync, InitialSync.NONE
         ),
     )
-    if record is not None:
+    if record is not None and not record.read_only:
         _check_record(context, found, config, record, geometry)
     return superblock
 
@@ -376,7 +376,7 @@ def _check_secondary(
     have = identity.size_bytes or 0
     _check_size(found, config, need, have, identity.logical_block_bytes or 512)
     with found.collect():
-        content = signature(target)
+        content = None if identity.read_only else signature(target)
         # A copy of the primary looks like the primary; whether it is one is checked otherwise.
         if content is not None and not (
             config.initial_sync != "full" and content == signature(config.primary)

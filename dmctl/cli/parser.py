@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from bitmapd import __version__
+from bitmapd.config.kinds import from_unit_instance
 from bitmapd.errors import UsageError
 from bitmapd.units import parse_duration, parse_rate, parse_size
 from dmctl.cli.output import Output
@@ -205,11 +206,19 @@ def _command(
 
 
 def _name(parser: argparse.ArgumentParser) -> None:
-    _completed(parser.add_argument("name", metavar="NAME", help="the volume"), VOLUME)
+    _completed(
+        parser.add_argument("name", metavar="NAME", type=from_unit_instance, help="the volume"),
+        VOLUME,
+    )
 
 
 def _names(parser: argparse.ArgumentParser, *, all_option: bool = True) -> None:
-    _completed(parser.add_argument("names", metavar="NAME", nargs="*", help="the volumes"), VOLUME)
+    _completed(
+        parser.add_argument(
+            "names", metavar="NAME", nargs="*", type=from_unit_instance, help="the volumes"
+        ),
+        VOLUME,
+    )
     if all_option:
         parser.add_argument("--all", action="store_true", help="every configured volume")
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from bitmapd.config import Paths
+from bitmapd.config import Paths, unit_instance
 from bitmapd.config.files import DEFAULT_CONFIG_DIR, DEFAULT_RUN_DIR
 from bitmapd.control.client import ControlClient
 from bitmapd.control.events import iso_time
@@ -112,12 +112,12 @@ def has_unit(paths: Paths, name: str) -> bool:
         return False
     if not SYSTEMD_RUNS.is_dir() or shutil.which("systemctl") is None:
         return False
-    command = ["systemctl", "cat", f"bitmapd@{name}.service"]
+    command = ["systemctl", "cat", f"bitmapd@{unit_instance(name)}.service"]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _start_unit(paths: Paths, name: str, timeout_s: float) -> None:
-    command = ["systemctl", "start", f"bitmapd@{name}.service"]
+    command = ["systemctl", "start", f"bitmapd@{unit_instance(name)}.service"]
     try:
         answer = subprocess.run(command, capture_output=True, check=False, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -125,7 +125,7 @@ def _start_unit(paths: Paths, name: str, timeout_s: float) -> None:
     if answer.returncode != 0:
         raise _reported(paths, name) or BitmapdError(
             answer.stderr.decode(errors="replace").strip() or "systemctl failed",
-            hint=f"see 'journalctl -u bitmapd@{name}'",
+            hint=f"see 'journalctl -u bitmapd@{unit_instance(name)}'",
         )
 
 

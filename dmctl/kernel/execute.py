@@ -27,12 +27,10 @@ from typing import Final, Protocol
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
-    ExistsError,
-    NoSpaceError,
     NotFoundError,
-    PermissionError_,
     TimeOutError,
     WrongStateError,
+    class_for,
 )
 from dmctl.kernel import ram
 from dmctl.kernel.dm_ioctl import DeviceMapper
@@ -67,17 +65,6 @@ _POLL_S: Final = 0.02
 _ROUNDS: Final = 4
 _UDEV_CONTROL: Final = Path("/run/udev/control")
 _BUILDING: Final = {Goal.TRACKED, Goal.ATTACHED}
-
-_BY_ERRNO: Final[dict[int, type[BitmapdError]]] = {
-    errno.EBUSY: BusyError,
-    errno.EEXIST: ExistsError,
-    errno.ENODEV: NotFoundError,
-    errno.ENOENT: NotFoundError,
-    errno.ENXIO: NotFoundError,
-    errno.ENOSPC: NoSpaceError,
-    errno.EACCES: PermissionError_,
-    errno.EPERM: PermissionError_,
-}
 
 Log = Callable[[str], None]
 
@@ -171,7 +158,7 @@ def _failed(step: Step, error: BitmapdError | OSError, left: Sequence[str]) -> B
     if isinstance(error, BitmapdError):
         kind, reason, hint = type(error), error.message, error.hint
     else:
-        kind = _BY_ERRNO.get(error.errno or 0, BitmapdError)
+        kind = class_for(error)
         reason, hint = error.strerror or str(error), None
     message = f"{reason} (at: {_first_line(step)})"
     for problem in left:
@@ -344,7 +331,20 @@ def _explained(doing: str, text: str) -> OSError:
 
 _WORDS: Final = {
     code: os.strerror(code)
-    for code in (*_BY_ERRNO, errno.EINVAL, errno.ENOMEM, errno.EINTR, errno.ETIMEDOUT)
+    for code in (
+        errno.EBUSY,
+        errno.EEXIST,
+        errno.ENODEV,
+        errno.ENOENT,
+        errno.ENXIO,
+        errno.ENOSPC,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EINVAL,
+        errno.ENOMEM,
+        errno.EINTR,
+        errno.ETIMEDOUT,
+    )
 }
 
 

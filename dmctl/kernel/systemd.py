@@ -21,7 +21,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bitmapd.config import Paths, VolumeConfig, atomic_write, load_volume, volume_names
+from bitmapd.config import (
+    Paths,
+    VolumeConfig,
+    atomic_write,
+    load_volume,
+    unit_instance,
+    volume_names,
+)
 from bitmapd.errors import BitmapdError
 from dmctl.model import udev
 from dmctl.model.assembly import local_media
@@ -120,7 +127,7 @@ def _update_drop_ins(paths: Paths, units: Path, outcome: Outcome) -> None:
         units.glob(f"bitmapd@*.service.d/{DROP_IN_NAME}")
     )
     for name in volume_names(paths):
-        path = units / f"bitmapd@{name}.service.d" / DROP_IN_NAME
+        path = units / f"bitmapd@{unit_instance(name)}.service.d" / DROP_IN_NAME
         try:
             wanted[path] = drop_in(load_volume(paths, name))
         except BitmapdError:  # `rules` tells of it

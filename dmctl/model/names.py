@@ -10,7 +10,8 @@ does it, so that an inner name is read in one way only.
 
 1. A device is ours if and only if its UUID says so.  A name proves nothing: anybody can choose it.
 2. A volume whose name begins like an inner one is refused, because its top device could take the
-   name of another volume's layer.
+   name of another volume's layer; and one called like device-mapper's own node.
+3. The kernel has room for 127 bytes.  A name of 64 fits, unless it is full of hyphens.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from bitmapd.errors import UsageError
 INNER_PREFIX: Final = "dmctl-"
 UUID_PREFIX: Final = "DMCTL-"
 MAPPER_DIR: Final = "/dev/mapper/"
+CONTROL_NODE: Final = "control"
+MAX_NAME_BYTES: Final = 127
 
 _ODD_HYPHENS: Final = re.compile(r"(?<!-)-(?:--)*(?!-)")
 _UUID: Final = re.compile(r"DMCTL-([0-9a-f]{32})-([a-z]+)")
@@ -48,9 +51,20 @@ def layer_name(volume: str, layer: Layer) -> str:
             f"volume name '{volume}' begins like the inner devices of other volumes",
             hint=f"choose a name that does not begin with '{INNER_PREFIX}'",
         )
+    if volume == CONTROL_NODE:
+        raise UsageError(
+            f"/dev/mapper/{volume} is device-mapper's own node", hint="choose another name"
+        )
     if layer is Layer.TOP:
         return volume
-    return f"{INNER_PREFIX}{volume.replace('-', '--')}-{_SUFFIXES[layer]}"
+    name = f"{INNER_PREFIX}{volume.replace('-', '--')}-{_SUFFIXES[layer]}"
+    if len(name) > MAX_NAME_BYTES:
+        raise UsageError(
+            f"the device '{name}' would have a name of {len(name)} bytes; the kernel allows"
+            f" {MAX_NAME_BYTES}",
+            hint="choose a shorter name for the volume; a hyphen counts twice",
+        )
+    return name
 
 
 def parse_layer_name(name: str) -> tuple[str, Layer] | None:

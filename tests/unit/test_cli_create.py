@@ -120,10 +120,10 @@ def test_everything_that_is_wrong_is_listed_at_once(media: Cli) -> None:
     outcome = refused(
         media,
         2,
-        *words(media, name="BAD", primary="p", secondary="tiny", record="gone", attach="usb"),
+        *words(media, name=".bad", primary="p", secondary="tiny", record="gone", attach="usb"),
         "--block-size=2MiB",
     )
-    assert "'BAD' cannot be the name" in outcome.err
+    assert "'.bad' cannot be the name" in outcome.err
     assert "record" in outcome.err
     assert "gone does not exist" in outcome.err
     assert "auto, nbd, dm" in outcome.err

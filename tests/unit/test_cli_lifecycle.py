@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from bitmapd.config import load_volume
+from bitmapd.config import load_volume, unit_instance
 from bitmapd.control.server import Progress
 from bitmapd.errors import BusyError
+from bitmapd.net.uri import parse_uri
 from bitmapd.record import tool
 from tests.support.cli import MIB, Cli, check_status, control_thread, new_cli
 from tests.support.rawnbd import WRITE, RawNbd
@@ -84,6 +85,20 @@ def test_from_create_to_remove(cli: Cli) -> None:
     assert os.listdir(cli.paths.run_dir) == []
     # What is left is what `create` asks by before it overwrites a good copy.
     assert [path for path in cli.paths.config_dir.rglob("*") if path.is_file()] == [note]
+
+
+@pytest.mark.parametrize("name", ["+Vol.1_a-b", "A" * 64])
+def test_a_name_of_any_kind_that_lvm_allows(cli: Cli, name: str) -> None:
+    assert cli.create(name).status == 0
+    cli.ok("start", unit_instance(name))
+    cli.ok("wait", name, "--for", "in-sync", "--timeout", "30s")
+    status = cli.status(name)
+    assert (status["name"], status["state"]) == (name, "in-sync")
+    uri = parse_uri(status["device"])
+    assert (uri.export, uri.socket_path) == (name, str(cli.paths.nbd_socket(name)))
+    write(cli, 0, b"x" * 4096, name)
+    cli.ok("stop", name)
+    cli.ok("remove", name, "--yes")
 
 
 def test_starting_and_stopping_again_is_a_success_that_does_nothing(started: Cli) -> None:

@@ -181,3 +181,5 @@ def test_several_errors_become_one_of_the_worst_class() -> None:
         "cannot do it, for 3 reasons:\n  gone\n  busy (wait)\n  file: key: wrong"
     )
     assert type(combine([BitmapdError("x")], "d")) is BitmapdError
+    twice = combine([BusyError("busy", "wait"), BusyError("busy", "wait")], "cannot do it")
+    assert (twice.message, twice.hint) == ("cannot do it: busy", "wait")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Callable
@@ -27,14 +28,17 @@ from bitmapd.config import (
     check_name,
     create_volume,
     effective_record_limit_bytes,
+    from_unit_instance,
     keys,
     load_all,
     load_volume,
     parse_metrics_listen,
     remove_volume,
+    unit_instance,
     volume_names,
 )
 from bitmapd.errors import ExistsError, NotFoundError, UsageError
+from bitmapd.net.uri import parse_uri
 
 UUID_A = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
 UUID_B = "0b5e8a1e-1111-4222-8333-444455556666"
@@ -138,7 +142,7 @@ def test_all_errors_of_all_files_at_once(write: Write) -> None:
         'default = 1\n[defaults]\nera_intervall = "1s"\nprimary = "/dev/x"\ncopy_rate = "1MB/s"\n',
         alpha='uuid = "no"\nprimary = "dev/p"\nsecondary = "nbd://"\nextent_size = "3MiB"\n',
         beta="this is not TOML",
-        Gamma=toml_of(),
+        **{"-gamma": toml_of()},
         vol0=toml_of(),
     )
     assert problems_of(paths, None) == [
@@ -146,7 +150,7 @@ def test_all_errors_of_all_files_at_once(write: Write) -> None:
         ("dmctl.toml", "era_intervall"),
         ("dmctl.toml", "primary"),
         ("dmctl.toml", "copy_rate"),
-        ("Gamma.toml", None),
+        ("-gamma.toml", None),
         ("alpha.toml", "uuid"),
         ("alpha.toml", "primary"),
         ("alpha.toml", "secondary"),
@@ -274,15 +278,82 @@ def test_a_volume_that_does_not_exist(write: Write) -> None:
     assert volume_names(Paths(Path("/nonexistent"), Path("/run"))) == []
 
 
-@pytest.mark.parametrize("name", ["", "-a", "_a", "A", "a/b", "..", "a" * 33, "a\n", "\u00e9"])
+@pytest.mark.parametrize("name", ["", "-a", ".a", "a b", "a/b", "..", "a\n", "\u00e9", "a\\x2b"])
 def test_names_that_are_refused(name: str) -> None:
     with pytest.raises(UsageError, match="cannot be the name"):
         check_name(name)
 
 
-@pytest.mark.parametrize("name", ["a", "0", "vol0", "a-b_c", "a" * 32])
+@pytest.mark.parametrize("name", ["a", "0", "Vol0", "a-b_c", "+a.b", "_", "a.toml", "a" * 64])
 def test_names(name: str) -> None:
     assert check_name(name) == name
+
+
+def test_a_long_name_is_reported_as_long() -> None:
+    with pytest.raises(UsageError, match="has 65 characters, that of a volume has at most 64"):
+        check_name("a" * 65)
+    with pytest.raises(UsageError, match="has 1000000 characters") as caught:
+        check_name("/" * 1_000_000)
+    assert len(caught.value.message) < 200
+    with pytest.raises(UsageError, match="more \\+ than the name of a unit"):
+        check_name("+" * 64)
+
+
+NAMES = st.from_regex(r"[A-Za-z0-9+_][A-Za-z0-9+_.-]{0,63}", fullmatch=True)
+
+
+@given(NAMES, NAMES)
+def test_every_name_has_files_and_units_of_its_own(one: str, other: str) -> None:
+    paths = Paths(Path("/etc/dmctl"), Path("/run/dmctl"))
+
+    def files(name: str) -> set[Path]:
+        return {
+            paths.volume_file(name),
+            paths.control_socket(name),
+            paths.nbd_socket(name),
+            paths.pid_file(name),
+            paths.error_file(name),
+        }
+
+    for name in (one, other):
+        instance = unit_instance(name)
+        assert re.fullmatch(r"[A-Za-z0-9:_.\\-]+", instance), "what systemd allows"
+        assert from_unit_instance(instance) == from_unit_instance(name) == name
+        assert all(file.parent in (paths.volumes_dir, paths.run_dir) for file in files(name))
+        assert parse_uri(paths.default_listen(name)).export == name
+    if one != other:
+        assert not files(one) & files(other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 100_000,
+        "x = " + "{a=" * 50_000,
+        "x = " + "1" * 5000,
+        "x = 1979-99-99",
+        "primary." + "a." * 100_000 + "b = 1",
+        "[" + "a." * 100_000 + "b]",
+        "primary.a.a = {" + "'a'." * 20_000 + "b=1}",
+        "primary = [" + "'x'," * 100_000 + "]",
+    ],
+    ids=["arrays", "tables", "number", "date", "keys", "header", "inline", "long"],
+)
+def test_3_a_file_that_is_too_much_is_a_problem_of_its_volume(write: Write, text: str) -> None:
+    paths = write(bad="", good=toml_of())
+    paths.volume_file("bad").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_volume(paths, "bad")
+    assert str(paths.volume_file("bad")) in caught.value.message
+    assert len(caught.value.message) < 3000
+    assert load_volume(paths, "good").name == "good"
+    with pytest.raises(ConfigError) as caught:
+        load_all(paths)
+    assert {problem.file for problem in caught.value.problems} == {str(paths.volume_file("bad"))}
+    paths.volume_file("bad").unlink()
+    paths.defaults_file.write_text(text)
+    with pytest.raises(ConfigError, match=str(paths.defaults_file)):
+        load_volume(paths, "good")
 
 
 @pytest.mark.parametrize(
@@ -385,9 +456,15 @@ def test_paths_come_from_arguments_environment_defaults() -> None:
     assert Paths.find(environment) == Paths(Path("/env/etc"), Path("/env/run"))
     assert Paths.find(environment, "/a", "/b") == Paths(Path("/a"), Path("/b"))
     assert Paths.find({}, "a").config_dir == Path.cwd() / "a"
-    with pytest.raises(UsageError, match="socket paths") as caught:
-        Paths.find({}, run_dir="/r" * 50)
-    assert "--run-dir" in str(caught.value.hint)
+
+
+def test_a_socket_path_that_is_too_long_is_reported_with_its_length() -> None:
+    paths = Paths.find({}, run_dir="/r" * 40)  # 80 bytes
+    assert len(str(paths.control_socket("n" * 22))) == 107
+    for path in (paths.control_socket, paths.nbd_socket, paths.default_listen):
+        with pytest.raises(UsageError, match="has a path of 108 bytes; the system allows 107") as e:
+            path("n" * 23)
+        assert "--run-dir" in str(e.value.hint)
 
 
 def test_metrics_addresses() -> None:

@@ -82,8 +82,8 @@ def test_names(volume: str, layer: Layer, name: str) -> None:
     assert layer_name(volume, layer) == name
 
 
-NAMES = st.from_regex(r"[a-z0-9][a-z0-9_-]{0,31}", fullmatch=True).filter(
-    lambda name: not name.startswith("dmctl-")
+NAMES = st.from_regex(r"[A-Za-z0-9+_][A-Za-z0-9+_.-]{0,63}", fullmatch=True).filter(
+    lambda name: not name.startswith("dmctl-") and name != "control" and name.count("-") <= 53
 )
 
 
@@ -109,6 +109,16 @@ def test_names_that_are_not_inner_ones(name: str) -> None:
 def test_a_volume_named_like_a_layer_is_refused() -> None:
     with pytest.raises(UsageError, match="inner devices"):
         layer_name("dmctl-vol0-w", Layer.TOP)
+    with pytest.raises(UsageError, match="own node"):
+        layer_name("control", Layer.TOP)
+
+
+def test_3_inner_names_fit_the_kernel() -> None:
+    longest = "a" + "-" * 53 + "a" * 10
+    assert len(layer_name(longest, Layer.ERA)) == 127
+    with pytest.raises(UsageError, match="128 bytes; the kernel allows 127") as caught:
+        layer_name("a" + "-" * 54 + "a" * 9, Layer.ERA)
+    assert "hyphen" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("layer", list(Layer))

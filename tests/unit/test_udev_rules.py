@@ -318,6 +318,14 @@ def test_files_follow_the_configuration(etc: Path, write: Write) -> None:
     assert not unit.parent.exists()
 
 
+def test_a_plus_in_a_name_is_escaped_for_systemd_and_not_for_udev(etc: Path, write: Write) -> None:
+    write("a+b.C_1-d")
+    update(etc)
+    folders = [path.name for path in (etc / "systemd/system").iterdir()]
+    assert folders == ["bitmapd@a\\x2bb.C_1-d.service.d"]
+    assert 'ENV{DMCTL_VOLUME}="a+b.C_1-d"' in (etc / "udev/rules.d" / udev.FILE_NAME).read_text()
+
+
 def test_what_an_administrator_put_beside_our_drop_in_stays(etc: Path, write: Write) -> None:
     write()
     update(etc)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import os
 import socket
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitmapd.errors import BitmapdError, BusyError, UsageError
+from bitmapd.errors import UsageError, refused
 from bitmapd.nbd.server.places import Peer, origin_of_address
 from bitmapd.net.sockets import UnixListener, listen_unix, peer_credentials
 from bitmapd.net.uri import MAX_SOCKET_PATH_BYTES
@@ -85,8 +84,7 @@ class Listeners:
         except OSError as error:
             for listener in opened:
                 listener.sock.close()
-            failure = BusyError if error.errno == errno.EADDRINUSE else BitmapdError
-            raise failure(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            raise refused(error, f"cannot listen on {host}:{port}") from error
         for listener in opened:
             self._begin(listener)
         return [listener.sock.getsockname()[:2] for listener in opened]
