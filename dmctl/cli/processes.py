@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from bitmapd.config import Paths, unit_instance
+from bitmapd.config import Paths, atomic_write, unit_instance
 from bitmapd.config.files import DEFAULT_CONFIG_DIR, DEFAULT_RUN_DIR
 from bitmapd.control.client import ControlClient
 from bitmapd.control.events import iso_time
@@ -82,6 +82,9 @@ def launch(paths: Paths, name: str, timeout_s: float) -> None:
         _start_unit(paths, name, timeout_s)
         _await_ready(paths, name, deadline_s, None)
         return
+    # Where it cannot leave its process number it cannot leave an error either.
+    atomic_write(paths.error_file(name), b"\n")
+    paths.error_file(name).unlink()
     stale = _mark(paths.pid_file(name))
     command = [sys.executable, "-P", "-m", "bitmapd.daemon", name]
     command += ["--config-dir", str(paths.config_dir), "--run-dir", str(paths.run_dir)]

@@ -9,7 +9,7 @@ import time
 from argparse import Namespace
 
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import BitmapdError, ExistsError, ForeignRecordError
+from bitmapd.errors import BitmapdError, ExistsError, ForeignRecordError, explain
 from bitmapd.record import tool
 from bitmapd.record.layout import SUPERBLOCK_BYTES, SUPERBLOCK_OFFSETS
 from bitmapd.units import human_size
@@ -20,12 +20,7 @@ def dump(context: Context, args: Namespace) -> int:
     loaded = tool.load(args.device)
     content = tool.dump(loaded)
     if args.output is not None:
-        try:
-            with open(args.output, "x", encoding="utf-8") as stream:
-                json.dump(content, stream, indent=1)
-                stream.write("\n")
-        except FileExistsError:
-            raise ExistsError(f"{args.output} exists", hint="name a new file") from None
+        _write_new(args.output, json.dumps(content, indent=1) + "\n")
         context.output.say(f"written to {args.output}")
     if context.output.as_json:
         context.output.json("record dump", {"device": args.device, **content})
@@ -46,6 +41,20 @@ def dump(context: Context, args: Namespace) -> int:
     for text in [*content["warnings"], *content["notes"]]:
         out.line(text)
     return 0
+
+
+def _write_new(path: str, text: str) -> None:
+    """A file that was not there; one that cannot be written whole is taken away again."""
+    try:
+        stream = open(path, "x", encoding="utf-8")  # noqa: SIM115  (not to be unlinked if it fails)
+    except FileExistsError:
+        raise ExistsError(f"{path} exists", hint="name a new file") from None
+    try:
+        with stream:
+            stream.write(text)
+    except OSError as error:
+        os.unlink(path)
+        raise explain(error, path) from error
 
 
 def check(context: Context, args: Namespace) -> int:

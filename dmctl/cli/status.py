@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from bitmapd.config import (
@@ -16,6 +17,7 @@ from bitmapd.control.events import iso_time
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
 from bitmapd.units import human_duration, human_size
 from dmctl.cli.context import Context, selected, side_by_side, worst
+from dmctl.cli.output import Output
 from dmctl.cli.processes import last_error
 
 CHECK_STATUS = {
@@ -29,6 +31,12 @@ CHECK_STATUS = {
     "split-brain": 16,
     "failed": 1,
 }
+# In the name of a key -> how its value is shown; the longest first.
+_UNITS: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("_bytes_per_second", lambda rate: f"{human_size(rate)}/s"),
+    ("_bytes", human_size),
+    ("_seconds", human_duration),
+)
 ANSWER_TIMEOUT_S = 5.0
 COLOURS = {0: "green", 101: "yellow", 100: "yellow"}
 
@@ -138,10 +146,38 @@ def _show(context: Context, volumes: list[dict[str, Any]]) -> None:
     for volume in volumes:
         if output.verbose:
             output.line()
-            for key, value in volume.items():
-                output.line(f"  {key:<24} {'-' if value is None else value}")
+            _details(output, volume)
         elif volume["last_error"] is not None:
             output.say(f"{volume['name']}: {volume['last_error']['message']}")
+
+
+def _details(output: Output, values: Mapping[str, Any], indent: str = "  ") -> None:
+    """Everything that the JSON has, in words and units for people."""
+    for key, value in values.items():
+        label, text = _in_words(key, value)
+        if label in values and label != key:
+            label += " size"  # `record` is a path
+        if isinstance(value, Mapping):
+            output.line(f"{indent}{label}")
+            _details(output, value, indent + "  ")
+        else:
+            output.line(f"{indent}{label.replace('_', ' '):<{26 - len(indent)}} {text}")
+
+
+def _in_words(key: str, value: Any) -> tuple[str, str]:
+    """The key without its unit, and the value with it."""
+    for unit, words in _UNITS:
+        if unit in key:
+            key, show = key.replace(unit, ""), words
+            break
+    else:
+        show = str
+    key = key.removesuffix("_total") or key
+    if value is None:
+        return key, "-"
+    if isinstance(value, bool):
+        return key, "yes" if value else "no"
+    return key, show(value) if isinstance(value, int | float) else str(value)
 
 
 def _row(volume: dict[str, Any]) -> list[str]:

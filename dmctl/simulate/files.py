@@ -1,9 +1,11 @@
-"""Trace files, plain or compressed with gzip, which their first bytes tell."""
+"""Trace files, plain or compressed with gzip, as their first bytes say.
+
+What is read may be no trace: no more of it is held in memory than one line, and a line is short.
+"""
 
 from __future__ import annotations
 
 import gzip
-import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from dmctl.simulate.formats import parse
 from dmctl.simulate.trace import Trace, make_trace
 
 GZIP_MAGIC = b"\x1f\x8b"
+# The longest line is one of fio's, with the path of a file in it.
+MAX_LINE_BYTES = 16 << 10
 SUFFIXES = frozenset((".gz", ".csv", ".txt", ".log", ".iolog"))
 
 
@@ -39,7 +43,15 @@ def load_trace(path: str | Path, form: str | None = None) -> Trace:
 
 
 def _lines(name: str, stream: Any) -> Iterator[str]:
+    number = 0
     try:
-        yield from io.TextIOWrapper(stream, encoding="utf-8")
+        while line := stream.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES:
+                raise UsageError(
+                    f"{name}, line {number}: this is no trace: the line is longer than"
+                    f" {MAX_LINE_BYTES} bytes"
+                )
+            yield line.decode()
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{name}: this is neither text nor a whole gzip file: {error}") from None

@@ -1,4 +1,4 @@
-"""The disk that holds the configuration is full: what is told, and what is left as it was."""
+"""The disk of the configuration, or /run, is full: what is reported, what is left as it was."""
 
 from __future__ import annotations
 
@@ -68,3 +68,32 @@ def test_a_log_of_requests_in_a_folder_that_is_not_there(cli: Cli) -> None:
     outcome = cli.call("set", "vol0", "trace=/nope/x")
     assert outcome.status == 10
     assert "/nope/x: No such file or directory" in outcome.err
+
+
+# -- /run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Iterator[Cli]:
+    with new_cli(tmp_path) as made, small_filesystem(made.paths.run_dir, 1):
+        yield made
+        made.clean_up()
+
+
+def test_run_is_full(run_cli: Cli) -> None:
+    assert run_cli.create().status == 0
+    ballast = run_cli.paths.run_dir / "ballast"
+
+    def fill() -> None:
+        with pytest.raises(OSError, match="No space"):
+            ballast.write_bytes(bytes(2 * MIB))
+
+    fill()
+    no_space(run_cli.call("start", "vol0"), run_cli.paths.error_file("vol0"))
+    assert run_cli.call("status", "vol0").status == 0
+    ballast.unlink()
+    run_cli.ok("start", "vol0")
+    fill()
+    assert run_cli.ok("start", "vol0", "--json").json["volumes"][0]["result"] == "running"
+    assert run_cli.status()["state"] != "failed"
+    run_cli.ok("stop", "vol0", "--now")

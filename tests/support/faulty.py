@@ -57,7 +57,7 @@ class FaultyDisk:
 @contextmanager
 def faulty_disk(folder: Path, backing: Path) -> Iterator[FaultyDisk]:
     need("nbdfuse")
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("NEEDS /dev/fuse: disks that fail were NOT tested")
     rules = [
@@ -101,7 +101,7 @@ def _show(stack: ExitStack, shown: Path, server: Peer, size_bytes: int) -> None:
 @contextmanager
 def small_filesystem(folder: Path, size_mib: int) -> Iterator[Path]:
     """A tmpfs of that size, mounted on `folder`; its size can be changed by `resize`."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     try:
         run("mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", str(folder))
     except (RuntimeError, FileNotFoundError) as error:

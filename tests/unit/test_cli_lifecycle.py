@@ -300,7 +300,11 @@ def test_check_turns_the_state_into_the_exit_status(cli: Cli, state: str, status
             "1:15 min",
         ]
         assert cli.call("status", "--check", "-q").out == ""
-        assert "hits_total               9" in cli.call("status", "-v").out
+        said = [line.split() for line in cli.call("status", "-v").out.splitlines()]
+        assert ["hits", "9"] in said
+        assert ["extent", "size", "1.0", "MiB"] in said
+        assert ["record", cli.status()["record"]] in said
+        assert not [line for line in said if line and "_" in line[0]]
 
 
 def test_the_worst_of_several_states(cli: Cli) -> None:

@@ -165,8 +165,8 @@ def test_a_run_folder_that_cannot_be_made(
     file = local.paths.run_dir / "f"
     file.touch()
     command = [*arguments(local)[:3], "--run-dir", str(file / "run")]
-    assert main(command) == BitmapdError.exit_status
-    assert capsys.readouterr().err.startswith("bitmapd: error: ")
+    assert main(command) == NotFoundError.exit_status
+    assert capsys.readouterr().err == f"bitmapd: error: {file}/run: Not a directory\n"
 
 
 def test_a_second_instance_is_refused(local: LocalVolume, start: Starter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,30 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="binary: this is neither"):
         load_trace(binary)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("before", [b"", b"0,W,0,512\n" * 2000])
+def test_one_endless_line_is_not_read_into_memory(
+    tmp_path: Path, packed: bool, before: bytes
+) -> None:
+    """A gigabyte in one line; packed it is a megabyte on the disk."""
+    endless = tmp_path / "endless"
+    with gzip.open(endless, "wb", compresslevel=1) if packed else open(endless, "wb") as stream:
+        stream.write(before)
+        if packed:
+            for _ in range(64):
+                stream.write(bytes(1 << 20))
+        else:
+            stream.truncate(1 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match="line is longer than 16384 bytes") as caught:
+            load_trace(endless)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    assert f"line {before.count(10) + 1}:" in caught.value.message
 
 
 @pytest.mark.parametrize(
