@@ -2,10 +2,10 @@
 
     bitmapd NAME [--foreground] [--config-dir DIR] [--run-dir DIR]
 
-In the foreground it tells the service manager when the volume can be used (sd_notify) and logs to
-standard error.  Otherwise it becomes a daemon (python-daemon) and logs to syslog; whether the start
-succeeded is learnt from the control socket, or from `RUN_DIR/NAME.err`, which holds the error that
-ended it as one JSON object.
+In the foreground it reports to the service manager when the volume can be used (sd_notify) and
+logs to standard error.  Otherwise it becomes a daemon (python-daemon) and logs to syslog; whether
+the start succeeded is learnt from the control socket, or from `RUN_DIR/NAME.err`, which holds the
+error that ended it as one JSON object.
 
 1. The lock on the record device is what makes it the only one; the pid file is for people.
 2. Memory is locked and the process marked as one that writes back for others (PR_SET_IO_FLUSHER)
@@ -69,9 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         " 'dmctl create' makes the volume.",
         epilog="SIGTERM stops at once and leaves in the record what is not copied; if that takes"
         f" longer than {STOP_TIMEOUT_S:g} s the process ends as by a crash, with status 40. SIGHUP"
-        " reads the configuration again. In the foreground it tells the service manager when the"
-        " volume can be used (sd_notify). The exit status is that of dmctl; an error that ended the"
-        " process is also in RUN_DIR/NAME.err, as one JSON object.",
+        " reads the configuration again. In the foreground it reports to the service manager when"
+        " the volume can be used (sd_notify). The exit status is that of dmctl; an error that ended"
+        " the process is also in RUN_DIR/NAME.err, as one JSON object.",
     )
     parser.add_argument("name", metavar="NAME", type=from_unit_instance, help="the volume")
     parser.add_argument(
@@ -183,7 +183,7 @@ class Daemon:
             return
         self._ended.set()
         if not task.cancelled() and task.exception() is not None:
-            self._log.emit("failed", message=f"the stop did not end in order: {task.exception()}")
+            self._log.emit("failed", message=f"the stop failed: {task.exception()}")
 
     def _reload(self) -> None:
         try:

@@ -3,7 +3,7 @@
 An error carries a message that names the value and the reason, and, where there is one, a hint
 that says what to do.  `code` is stable and appears in JSON; `exit_status` is the process's exit
 status.  Device errors stay `OSError`; they are turned into one of these only at the edge where
-a user is told of them (`explain`).
+a user sees them (`explain`).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def keep_standard_descriptors() -> None:
 def protect_memory(emit: Emit) -> None:
     """Never wait for memory that only our own progress can free; see docs/recovery.md.
 
-    Without the privilege, as in a container, this is told and the volume is served all the same.
+    Without the privilege, as in a container, this is an event; the volume is served all the same.
     """
     number = become_io_flusher()
     if number not in (0, errno.EINVAL):  # kernels before 5.6 do not know it

@@ -51,7 +51,7 @@ def build_volume(
     listen: str,
 ) -> tuple[VolumeConfig | None, list[Problem]]:
     """A volume from its table; `defaults` are the values of dmctl.toml by field name, `listen` is
-    where it is exported if nothing else is said."""
+    where it is exported by default."""
     own, problems = parse_table(table, file)
     values: dict[str, Any] = {"name": name, "listen": listen}
     for field, key in keys().items():

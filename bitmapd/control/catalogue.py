@@ -308,7 +308,7 @@ _EVENTS = (
         "counters-error",
         Level.ERROR,
         ("message",),
-        "the kernel does not count writes of the volume's devices and cannot be told to, so direct"
+        "the kernel does not count writes of the volume's devices and cannot be made to, so direct"
         " writes cannot be seen: every era is taken as written, and the volume is never `in-sync`",
         'set `queue/iostats` of the volume\'s dm devices to 1, or use `attach = "nbd"`',
         is_error=True,

@@ -477,7 +477,7 @@ class Copier:
         self.proceed()
 
     def not_opened(self, error: OSError) -> None:
-        # Why it stays away may be another reason than why it went; told once.
+        # Why it stays away may be another reason than why it went; reported once.
         if str(error) != str(self.last_error):
             self._emit(
                 "link-error",

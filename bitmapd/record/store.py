@@ -18,7 +18,7 @@ Invariants:
    page.  Everything that asks for the page meanwhile shares the next write (group commit).
 4. After a failed write the slot's content is unknown: the same slot is written again with a higher
    sequence number, and read back before the page counts as durable again.
-5. A write that is in flight for longer than `SLOW_S` is told of, once (`record-slow`): it is no
+5. A write that is in flight for longer than `SLOW_S` is reported once (`record-slow`): it is no
    error, so nobody would hear of it.  `record-ok` ends that, and ends errors: no write is overdue,
    and what failed has been written again.
 

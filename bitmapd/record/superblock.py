@@ -63,7 +63,7 @@ _NIL: Final = bytes(16)
 
 
 class RecordFlag(enum.IntFlag):
-    CLEAN = 1  # stopped in order: the record was empty and both media were flushed
+    CLEAN = 1  # stopped cleanly: the record was empty and both media were flushed
     SYNC_SKIPPED = 2  # the administrator said that both media were equal at the start
 
 

@@ -9,7 +9,7 @@ to the gate are seen.
    writes it; neither the loop nor a host ever waits for the file.
 2. Memory is bounded: at most `BATCHES` batches wait for the thread.  What comes on top is dropped
    and counted, and a line `# N requests were not recorded` stands in its place.
-3. The first error of the file ends the log, and is told.  The volume goes on.
+3. The first error of the file ends the log, and is an event.  The volume goes on.
 4. The file is appended to, so a log goes on after a restart.  What a crash leaves ends with a batch
    or in the middle of a line.
 

@@ -428,7 +428,7 @@ class Volume:
             self._store.flush_clears()
             await completion(self._store.when_idle)
         except OSError as error:
-            self._emit("record-error", message=f"cannot end the session in order: {error}")
+            self._emit("record-error", message=f"cannot end the session cleanly: {error}")
             return False
         clean = self.gate.in_sync and not self._store.recorded_extents
         if clean:

@@ -107,7 +107,7 @@ def each(
 ) -> int:
     """Do `work` for every volume, side by side; the worst exit status.
 
-    With JSON one document tells of all volumes; it has an `error` if one of them failed.
+    With JSON one document covers all volumes; it has an `error` if one of them failed.
     """
     rows: dict[str, dict[str, Any]] = {}
     errors: list[BitmapdError] = []

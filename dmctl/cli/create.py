@@ -1,6 +1,6 @@
 """create: check everything, then format the record, then write the configuration.
 
-1. Nothing is changed before every check has been made; all that speaks against it is told at once.
+1. Nothing is changed before every check has been made; all reasons against it are reported at once.
 2. The configuration is written last and appears whole, so that a volume exists completely or not at
    all.  If it cannot be written the record is wiped again.  A crash in between leaves a record that
    was never started: creating the volume again overwrites it without being forced to.
@@ -302,7 +302,7 @@ def _check_others(
     media: dict[str, str],
     known: dict[str, Identity | None],
 ) -> None:
-    """What other volumes use; one that cannot be read is told by `config check`, not here."""
+    """What other volumes use; `config check` reports one that cannot be read, not this."""
     for name in volume_names(context.paths):
         try:
             other = load_volume(context.paths, name)

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _report(output, explain(error), debug)
         except (OutputLost, SystemExit):
             raise
-        except Exception as error:  # noqa: BLE001  (a mistake of the program is told, not shown raw)
+        except Exception as error:  # noqa: BLE001  (a mistake of the program is reported, not shown raw)
             kind = type(error).__name__
             mistake = BitmapdError(f"internal error: {kind}: {error}", hint="run it with --debug")
             status = _report(output, mistake, debug)

@@ -9,7 +9,7 @@ are there, and `Assembly` (dmctl/model/assembly.py) decides.
 2. A volume that has joined the configuration while the monitor runs is not started by that:
    `dmctl create` does not start volumes.
 3. Where systemd runs, volumes have units, which start them again when they die; elsewhere the
-   monitor does, unless they were stopped: a daemon that ends in order takes its pid file away.
+   monitor does, unless they were stopped: a daemon that stops cleanly takes its pid file away.
 
 The monitor keeps nothing: one that was killed is started again, and finds volumes that run.
 """

@@ -33,7 +33,7 @@ class OutputLost(Exception):
 
 
 class Bar(Protocol):
-    """Progress of one operation, told as a fraction between 0 and 1."""
+    """Takes the progress of one operation, a fraction between 0 and 1."""
 
     def __call__(self, fraction: float) -> None: ...
 

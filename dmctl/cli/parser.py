@@ -255,9 +255,9 @@ def _volumes(commands: Commands) -> None:
         "create",
         "create:create",
         "create a volume, without starting it",
-        "Everything is checked before anything is changed, and every reason against it is listed."
-        " Then the record is formatted and the configuration is written. The secondary is"
-        " overwritten when the volume is started, unless --initial-sync says otherwise; one that"
+        "Checks everything before it changes anything, and lists every reason against it."
+        " Then it formats the record and writes the configuration. Starting the volume"
+        " overwrites the secondary, unless --initial-sync says otherwise; one that"
         " was in sync with another primary may be the last good copy: then a question is asked."
         " Sizes are whole numbers with B KiB MiB GiB TiB or k m g t, durations such as 250ms 5s"
         " 2min 1h.",
@@ -327,7 +327,7 @@ def _volumes(commands: Commands) -> None:
         "stop",
         "lifecycle:stop",
         "stop volumes cleanly",
-        "Requests are finished, what is left is copied, the record is marked clean. A stopped"
+        "Finishes requests, copies what is left and marks the record clean. A stopped"
         " volume is left alone. If the secondary is away or the volume is paused, what is left"
         " stays in the record.",
     )
@@ -368,7 +368,7 @@ def _volumes(commands: Commands) -> None:
         "remove",
         "lifecycle:remove",
         "forget a stopped volume",
-        "Its configuration goes; primary and secondary are never touched.",
+        "Removes its configuration; never touches primary or secondary.",
     )
     _name(remove)
     remove.add_argument(
@@ -410,7 +410,7 @@ def _boot(commands: Commands) -> None:
         commands,
         "udev-rules",
         "probe:udev_rules",
-        "tell udev and systemd of the volumes in /etc/dmctl",
+        "write the rules by which udev and systemd know the volumes in /etc/dmctl",
         "'dmctl create' and 'dmctl remove' do this too; it is needed after a configuration was"
         " changed by hand.",
     )

@@ -1,4 +1,4 @@
-"""probe, udev-rules: what udev asks of us, and what it is told."""
+"""probe, udev-rules: what udev asks, and what it gets."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def udev_rules(context: Context, args: Namespace) -> int:
 
 
 def keep_rules(context: Context, *former_media: str) -> None:
-    """After a volume was made or removed: tell udev and systemd; what fails is a note."""
+    """After a volume was made or removed: update the rules; what fails is a note."""
     try:
         problems = systemd.update(context.paths, former_media).problems
     except OSError as error:

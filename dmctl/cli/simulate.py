@@ -91,7 +91,7 @@ def _combinations(args: Namespace) -> Iterator[tuple[str, Params]]:
 def _replay_all(context: Context, args: Namespace, traces: Sequence[Trace]) -> list[Result]:
     runs = list(dict.fromkeys(_combinations(args)))
     for policy, params in runs:
-        make_model(traces[0], policy, params)  # a mistake is told before minutes of work
+        make_model(traces[0], policy, params)  # reports a mistake before minutes of work
     results: list[Result] = []
     before = 0
     with context.output.progress("replaying") as bar:

@@ -171,7 +171,7 @@ def _look_again(media: Iterable[str], outcome: Outcome) -> None:
             continue  # udev sees it when it appears
         except OSError as error:
             outcome.problems.append(
-                BitmapdError(f"udev cannot be told of {path}: {error.strerror}")
+                BitmapdError(f"udev cannot look at {path} again: {error.strerror}")
             )
 
 

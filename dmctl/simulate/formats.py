@@ -65,8 +65,7 @@ class _Lines:
     def wrong(self, reason: str, *quoted: str) -> NoReturn:
         """`reason` has a `{}` for each piece of the trace that it quotes.
 
-        A file that is no trace may be one line, however large it is: only the beginning of what is
-        quoted is told.
+        A file that is no trace may be one long line: a message quotes the beginning.
         """
         told = reason.format(*(repr(_beginning(text)) for text in quoted))
         raise UsageError(f"{self.name}, line {self.number}: {told}")

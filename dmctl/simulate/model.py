@@ -49,7 +49,7 @@ class Model(Protocol):
 
 
 class BatchModel:
-    """A model that is told which writes are in flight together, by `submit`."""
+    """A model that learns which writes are in flight together, by `submit`."""
 
     unit_bytes: int
     limit_units: int | None = None

@@ -304,7 +304,7 @@ def test_a_stop_that_fails_ends_the_process_all_the_same(
     with pytest.raises(NoSpaceError, match="cannot write"):
         process.call("stop")
     process.ended()
-    assert "the stop did not end in order" in "".join(process.log)
+    assert "the stop failed" in "".join(process.log)
     assert local.recorded() == set()
 
 

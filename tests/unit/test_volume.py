@@ -445,7 +445,7 @@ def test_a_stop_with_a_failing_record_is_not_clean(local: LocalVolume) -> None:
             BrokenRecord(served)
             assert (await served.volume.stop(False))["clean"] is False
             said = [event["message"] for event in served.named("record-error")]
-            assert any("cannot end the session in order" in message for message in said)
+            assert any("cannot end the session cleanly" in message for message in said)
 
     run(test())
     assert not local.superblock.flags & RecordFlag.CLEAN
