@@ -362,6 +362,18 @@ def test_a_pass_is_followed_to_its_end(mirror: Mirror) -> None:
     assert copier.pass_copied_bytes == 2 * EXTENT
 
 
+def test_a_settle_on_the_way_does_not_end_a_pass() -> None:
+    mirror = begun(rate_bytes_per_s=BLOCK)
+    mirror.policy.kept = set(range(8))
+    mirror.put(0, 16)
+    mirror.gate.take_recorded()
+    mirror.copier.begin_pass(compare=False)
+    while not mirror.gate.settles:
+        mirror.run(1.0)
+    assert mirror.copier.pass_remaining_bytes > 0
+    assert mirror.copier.pass_blocks is not None
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_what_a_process_that_died_had_sent_is_waited_for(mirror: Mirror, late: bool) -> None:
     mirror.secondary.writes_late = late

@@ -10,6 +10,7 @@ import pytest
 
 from bitmapd.record.geometry import KIB, Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE, PAGE_BYTES, encode_page, page_offset
+from bitmapd.record.pages import decode_slot
 from bitmapd.record.store import SLOW_S, RecordStore
 from bitmapd.volume.resize import new_page_states
 from tests.support.records import VOLUME, blank_image, load_image
@@ -356,6 +357,23 @@ def test_a_failed_page_is_mended_by_the_next_flush_of_clears(rig: Rig) -> None:
     assert not rig.store.failing
     assert rig.stored() == {5}, "what was asked for stays wanted"
     assert rig.store.covers(5, 6)
+
+
+def test_no_two_writes_of_a_page_have_the_same_sequence(rig: Rig) -> None:
+    """One that failed may be there in part: with the same sequence as its repetition, whose power
+    cut leaves the other part, both would pass for one whole page."""
+    sequences = []
+    for extent, fails in ((1, False), (2, True), (3, True), (4, False), (5, True), (6, False)):
+        rig.add((extent, extent + 1))
+        rig.store.flush_clears()
+        rig.loop.run_soon()
+        (write,) = [op for op in rig.disk.pending if op.kind == "write"]
+        sequences.append(decode_slot(write.data, VOLUME.bytes, 0).sequence)
+        if fails:
+            rig.fail()
+        else:
+            drain(rig.loop, rig.disk)
+    assert sequences == sorted(set(sequences))
 
 
 def test_who_waited_behind_a_failed_write_gets_the_next_one(rig: Rig) -> None:
