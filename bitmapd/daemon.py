@@ -55,6 +55,8 @@ from bitmapd.volume.requestlog import check_log
 from bitmapd.volume.stall import Stall, StalledError
 from bitmapd.volume.volume import Volume
 
+LOOK_AGAIN_S = 1.0
+
 Emit = Callable[..., None]
 T = TypeVar("T")
 
@@ -102,6 +104,7 @@ class Daemon:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._last_resort.on_loop)
+        _look_again(loop)
         self.volume = self._make_volume()
         listen = self.volume.config.metrics_listen
         if listen is not None:
@@ -302,6 +305,12 @@ class Daemon:
                     self._ended.set()
                 raise
         return answer
+
+
+def _look_again(loop: asyncio.AbstractEventLoop) -> None:
+    """A thread wakes the loop by a byte; asyncio forgets one that cannot be sent for want of memory
+    (`_write_to_self`), and a loop without a timer would wait for ever."""
+    loop.call_later(LOOK_AGAIN_S, _look_again, loop)
 
 
 def _write_error(paths: Paths, name: str, error: BitmapdError) -> None:
