@@ -255,8 +255,13 @@ def _check(
             config.initial_sync, InitialSync.NONE
         ),
     )
-    if record is not None and not record.read_only:
-        _check_record(context, found, config, record, geometry)
+    if (
+        record is not None
+        and not record.read_only
+        and not _check_record(context, found, config, record, geometry)
+    ):
+        # As after a process that died: what it had sent may land late.
+        superblock = dataclasses.replace(superblock, session=1)
     return superblock
 
 
@@ -442,7 +447,8 @@ def _check_record(
     config: VolumeConfig,
     identity: Identity,
     geometry: Geometry,
-) -> None:
+) -> bool:
+    """False if an earlier volume's process may have left writes on their way to its secondary."""
     path, need, have = config.record, record_size_bytes(geometry.extents), identity.size_bytes or 0
     if have < need:
         hint = f"truncate -s {need} {path}" if identity.kind == "file" else "use a larger device"
@@ -454,13 +460,14 @@ def _check_record(
             superblock = tool.probe(path)
         except (RecordDamagedError, FormatTooNewError) as error:
             found.unless_forced(error)
-            return
+            return False
         if superblock is not None:
             _check_old_record(context, found, config, superblock)
-            return
+            return superblock.clean or superblock.session == 0
         content = signature(path)
         if content is not None:
             found.unless_forced(ExistsError(f"record {path} holds something: {content}"))
+    return True
 
 
 def _check_old_record(

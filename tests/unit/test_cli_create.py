@@ -215,6 +215,12 @@ def test_a_file_system_on_the_primary_is_no_obstacle_and_on_its_copy_neither(med
     media.ok(*words(media, initial_sync="checksum"))
 
 
+def session_of(record: Path) -> int:
+    probed = tool.probe(record)
+    assert probed is not None
+    return probed.session
+
+
 def test_the_record_of_another_volume_needs_force(media: Cli) -> None:
     media.ok(*words(media))
     media.paths.volume_file("vol0").unlink()
@@ -249,6 +255,9 @@ def test_an_earlier_record_of_that_name_goes_if_it_is_clean(
     assert outcome.status == status
     if status:
         assert "not stopped cleanly" in outcome.err
+        media.ok(*words(media), "--force")
+    # What the old process had sent may land late: its successor's first session is no first one.
+    assert session_of(media.folder / "r") == (1 if status else 0)
 
 
 def test_a_damaged_or_newer_record_needs_force(media: Cli) -> None:
@@ -260,6 +269,7 @@ def test_a_damaged_or_newer_record_needs_force(media: Cli) -> None:
             stream.write(b"\xff")
     refused(media, 20, *words(media))
     media.ok(*words(media), "--force")
+    assert session_of(media.folder / "r") == 1
 
 
 def test_a_record_that_is_being_served_is_busy_even_with_force(media: Cli) -> None:
