@@ -49,7 +49,8 @@ Status = Mapping[str, Any]
 GAUGES = {
     "size_bytes": "Size of the volume.",
     "dirty_bytes": "Written and not yet durable on the secondary.",
-    "lag_seconds": "Age of the oldest write that is not yet durable on the secondary.",
+    "lag_seconds": "How long ago everything written was durable on the secondary.",
+    "content_age_seconds": "Age of the oldest content that the secondary lacks.",
     "record_bytes": "What the record names, and a crash would make us copy.",
     "record_extents": "Extents in the record.",
     "record_limit_bytes": "How much the record may name.",

@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable
 from enum import Enum
 
+from bitmapd.copier.ages import Ages, earliest
 from bitmapd.copier.late import LateWrites
 from bitmapd.copier.reconnect import Reconnect
 from bitmapd.copier.sample import Samples
@@ -96,6 +97,8 @@ class Copier:
         self._next_settle = 0.0
         self._failures = 0
         self._hold_settle_until = 0.0
+        self._ages = Ages()
+        self._era_since_s = 0.0  # of the era that the barrier ends
         self._batch_bytes = 0  # copied since the last settle began
         self._batch_limit_bytes: int | None = None  # after an error: so much at risk at a time
         gate.on_flush_error = self._primary_not_flushed
@@ -192,6 +195,7 @@ class Copier:
                 self.late.arrived()
         self.pass_blocks = BlockSet()
         self.pass_blocks.update(self._gate.taken)
+        self._ages.joined(self._gate.taken, self.now_s)
         self.pass_total_bytes = self.pass_remaining_bytes
         self.pass_copied_bytes = 0
         self._transfers.compare = compare
@@ -221,6 +225,11 @@ class Copier:
     def now_s(self) -> float:
         """Time of the loop that the copier, and so the gate, runs on."""
         return self._scheduler.time()
+
+    @property
+    def oldest_content_s(self) -> float | None:
+        """When the oldest content was written that the secondary lacks, or earlier (`Ages`)."""
+        return earliest(self._ages.oldest_s, self._gate.era_since_s)
 
     @property
     def pass_remaining_bytes(self) -> int:
@@ -274,6 +283,8 @@ class Copier:
                 return
             self._barrier = True
             self._next_era = now + self.era_interval_s
+            since_s = self._gate.era_since_s
+            self._era_since_s = now if since_s is None else since_s
             self._gate.take_era(self._after_barrier)
             return
         if not running:
@@ -302,6 +313,7 @@ class Copier:
 
     def _after_barrier(self) -> None:
         self._barrier = False
+        self._ages.joined(self._gate.taken, self._era_since_s)
         self._transfers.new_round()
         self.proceed()
 
@@ -352,6 +364,7 @@ class Copier:
         self.copied_bytes += length_bytes
         self._batch_bytes += length_bytes
         self._gate.copied(first, stop)
+        self._ages.copied(first, stop, self._gate.taken)
         self.samples.copied(first)
         if self.pass_blocks is not None:
             self.pass_copied_bytes += self._geometry.block_bytes * self.pass_blocks.count_in(
@@ -387,6 +400,7 @@ class Copier:
         failures = self._failures
         self._batch_bytes = 0
         extents = self._gate.begin_settle()
+        self._ages.settle_began()
         results: list[OSError | None] = []
 
         def flushed(device: Device, error: OSError | None) -> None:
@@ -402,6 +416,7 @@ class Copier:
             self._settling = False
             if failures == self._failures:
                 self._gate.settle(extents)
+                self._ages.settled()
                 self._reconnect.works()
                 if self._batch_limit_bytes is not None:
                     twice = 2 * self._batch_limit_bytes
@@ -412,6 +427,7 @@ class Copier:
                     self.on_change()
             else:
                 self._gate.unsettle(extents)
+                self._ages.settle_failed(self._gate.taken)
                 self._back_into_pass(extents)
             self.proceed()
 
@@ -433,6 +449,7 @@ class Copier:
         self._failures += 1
         self._transfers.revoke()
         self._back_into_pass(self._gate.forget_copied())
+        self._ages.forgotten(self._gate.taken)
 
     def _back_into_pass(self, extents: set[int]) -> None:
         """These are copied again, so a pass that has counted them is not done with them."""

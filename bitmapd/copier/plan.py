@@ -1,49 +1,69 @@
 """What to copy next, in which pieces, and how much at a time (pure).
 
-`Window` counts what is in flight.  `Plan` walks round and round over the set of blocks to copy and
-hands out runs:
+`Window` counts what is in flight.  `Plan` hands out runs of the set of blocks to copy.
+
+The idea: a sweep goes round and round over the set and never begins anew, so between two visits of
+a block every other one is copied at most once.  A block that is dirty again already (*hot*) has to
+be copied once more in any case, so the sweep passes it over.  But then a block that is written all
+the time would never be copied.  So what was passed over is remembered, and becomes *due*; due
+blocks have a share of the link that is their own.
 
 1. A block that was handed out is not handed out again until the caller says what became of it:
-   `done`, `returned` (it was not copied, for a reason that lies elsewhere) or `failed`.
+   `done`, `returned` (it was not copied, for a reason that lies elsewhere) or `failed`; or that it
+   was not even begun (`put_back`).
 2. A run consists of blocks of the set only, at most `max_blocks` of them.  Clean blocks between
    two dirty ones are not copied along.
-3. A block that is dirty again already (*hot*) is passed over, for it has to be copied once more
-   in any case; but in at most `max_deferrals` rounds one after another, so that how far the
-   secondary lags behind stays bounded.
-4. After a read error the blocks of the run are tried one by one, so that a bad sector does not
-   hold back its neighbours; a single block that fails waits, from `FIRST_RETRY_S` doubling to
+3. A block is passed over for no longer than `HOT_PERIOD_S` and the round that is under way then.
+   Afterwards it is due until it is copied, and due again a period later if it was written in it,
+   without waiting for the sweep.
+4. While both have something to copy, one block in `DUE_SHARE` is a due one, and the others are the
+   sweep's.  So with S bytes in the set and what joins it counted in, at R bytes/s, a block is
+   copied within DUE_SHARE * S / R + HOT_PERIOD_S + one round; and a hot one again after
+   max(HOT_PERIOD_S + one round, DUE_SHARE * H / R), where H is what is hot.  Neither depends on how
+   often anything is written.
+5. What was in flight and does not count is due.
+6. After an error of its own the blocks of a run are tried one by one, so that a bad sector does
+   not hold back its neighbours; a single block that fails waits, from `FIRST_RETRY_S` doubling to
    `LAST_RETRY_S`.  When very many fail, the medium is gone rather than a sector, and everything
    waits.
-5. A walk that found nothing is not made again before something has changed.
+7. A walk that found nothing is not made again before something has changed.
 
-Memory: block sets of what is in flight, hot or failing, and one entry for each of at most
+Memory: block sets of what is in flight, hot, due or failing, and one entry for each of at most
 `MAX_FAILING` failing blocks.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from bitmapd.gate.blockset import BlockSet
 
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 MAX_FAILING = 16384
+HOT_PERIOD_S = 5.0
+DUE_SHARE = 4
+
+IsHot = Callable[[int, int], bool]
+Run = tuple[int, int]  # blocks [first, stop)
 
 
 class Plan:
     """See the module docstring; blocks are given as ranges [first, stop)."""
 
-    def __init__(self, max_blocks: int, max_deferrals: int = 2) -> None:
+    def __init__(self, max_blocks: int) -> None:
         if max_blocks <= 0:
             raise ValueError(f"a run of at most {max_blocks} blocks is empty")
         self.max_blocks = max_blocks
-        self._cursor = 0
+        self._cursor = 0  # of the sweep
         self._busy = BlockSet()  # in flight, or waiting after a failure
-        self._passed = BlockSet()  # hot, passed over in this round
-        # deferred[i] holds blocks that were passed over in i + 1 rounds or more.
-        self._deferred = [BlockSet() for _ in range(max_deferrals)]
+        self._hot = BlockSet()  # passed over, or due lately; due after a period if dirty
+        self._hot_since_s = 0.0
+        self._due = BlockSet()  # not passed over any longer
+        self._due_cursor = 0
+        self._credit = 0  # blocks that the sweep is ahead of its share; due blocks' turn from 0 on
+        self._before = (0, 0, 0)  # both cursors and the credit, before the latest run
         self._single = BlockSet()  # to be handed out one by one
         self._retry_s: dict[int, float] = {}  # failing block -> its latest wait
         self._retries: list[tuple[float, int]] = []  # heap of (due time, block)
@@ -55,14 +75,15 @@ class Plan:
         """Blocks in flight, and those that wait after a failure."""
         return self._busy.count()
 
-    def new_round(self) -> None:
-        """The set has been replenished: hot blocks are looked at anew."""
-        self._passed.clear()
+    def new_round(self, taken: BlockSet, now_s: float) -> None:
+        """The set has been replenished: everything that was written has joined it."""
         self._expected = None
+        if self._hot and now_s - self._hot_since_s >= HOT_PERIOD_S:
+            hot, self._hot = self._hot, BlockSet()
+            hot.intersect(taken)  # the others were not written again
+            self._due.update(hot)
 
-    def next(
-        self, taken: BlockSet, now_s: float, is_hot: Callable[[int, int], bool]
-    ) -> tuple[int, int] | None:
+    def next(self, taken: BlockSet, now_s: float, is_hot: IsHot) -> Run | None:
         """The next run to copy, in flight from now on; `None` if there is nothing for now."""
         self._wake_failing(now_s)
         if now_s < self._hold_until_s:
@@ -70,20 +91,26 @@ class Plan:
         if self._expected is not None and taken.count() == self._expected:
             return None
         self._expected = None
-        begin = self._cursor
-        run = self._search(taken, begin, None, is_hot) or self._search(taken, 0, begin, is_hot)
-        if run is None:
-            self._expected = taken.count()
-            return None
-        self._busy.add(*run)
-        self._cursor = run[1]
-        return run
+        self._before = (self._cursor, self._due_cursor, self._credit)
+        for due in (self._credit >= 0, self._credit < 0):
+            run = self._next_due() if due else self._next_swept(taken, now_s, is_hot)
+            if run is not None:
+                self._busy.add(*run)
+                if self._due.any(*run):
+                    self._remember(*run, now_s)
+                return run
+        self._expected = taken.count()
+        return None
+
+    def put_back(self, first: int, stop: int) -> None:
+        """The run that was handed out last was not begun: as if it had not been asked for."""
+        self._busy.discard(first, stop)
+        self._cursor, self._due_cursor, self._credit = self._before
 
     def done(self, first: int, stop: int) -> None:
         """A run was copied; its blocks leave the set."""
         self._busy.discard(first, stop)
-        for blocks in self._deferred:
-            blocks.discard(first, stop)
+        self._due.discard(first, stop)
         if self._expected is not None:
             self._expected -= stop - first
         if self._single.any(first, stop):
@@ -94,11 +121,11 @@ class Plan:
     def returned(self, first: int, stop: int) -> None:
         """A run was not copied; it is handed out again."""
         self._busy.discard(first, stop)
+        self._due.add(first, stop)
         self._expected = None
-        self._cursor = first
 
     def failed(self, first: int, stop: int, now_s: float) -> None:
-        """The primary could not read a run."""
+        """A run was not copied, for a reason of its own."""
         self._expected = None
         self._single.add(first, stop)
         if stop - first > 1:
@@ -118,65 +145,73 @@ class Plan:
             self._busy.discard(block, block + 1)
             self._expected = None
 
-    def _search(
-        self, taken: BlockSet, start: int, end: int | None, is_hot: Callable[[int, int], bool]
-    ) -> tuple[int, int] | None:
-        """The first run that begins in [start, end) and may be copied now."""
-        while True:
-            run = taken.next_run(start, self.max_blocks)
-            if run is None or (end is not None and run[0] >= end):
-                return None
-            first, stop = run
-            busy = self._first_of(self._busy, first, stop)
-            if busy is not None:
-                if busy[0] == first:
+    # -- the two ways ---------------------------------------------------------------------
+    def _next_due(self) -> Run | None:
+        for run in self._free_runs(self._due, self._due_cursor):
+            self._due_cursor = run[1]
+            # With nothing else to copy the debt grows no further: a cold block that comes then is
+            # not to wait for it.
+            ahead = self._credit - (DUE_SHARE - 1) * (run[1] - run[0])
+            self._credit = max(ahead, -DUE_SHARE * self.max_blocks)
+            return run
+        return None
+
+    def _next_swept(self, taken: BlockSet, now_s: float, is_hot: IsHot) -> Run | None:
+        for first, stop in self._free_runs(taken, self._cursor):
+            run: Run | None = (first, stop)
+            if is_hot(first, stop):
+                run = self._cool_run(first, stop, now_s, is_hot)
+            if run is not None:
+                self._cursor = run[1]
+                self._credit = min(self._credit + run[1] - run[0], self.max_blocks)
+                return run
+        return None
+
+    def _free_runs(self, blocks: BlockSet, cursor: int) -> Iterator[Run]:
+        """Once round: runs of `blocks` that may be handed out, from the cursor on."""
+        for at, end in ((cursor, None), (0, cursor)):
+            start = at
+            while (run := blocks.next_run(start, self.max_blocks)) is not None:
+                first, stop = run
+                if end is not None and first >= end:
+                    break
+                busy = self._first_of(self._busy, first, stop)
+                if busy is not None and busy[0] == first:
                     start = busy[1]
                     continue
-                stop = busy[0]
-            single = self._first_of(self._single, first, stop)
-            if single is not None:
-                stop = max(single[0], first + 1)
-            if not is_hot(first, stop):
-                return first, stop
-            cool = self._cool_run(first, stop, is_hot)
-            if cool is not None:
-                return cool
-            start = stop
+                if busy is not None:
+                    stop = busy[0]
+                single = self._first_of(self._single, first, stop)
+                if single is not None:
+                    stop = max(single[0], first + 1)
+                yield first, stop
+                start = stop
 
     @staticmethod
-    def _first_of(blocks: BlockSet, first: int, stop: int) -> tuple[int, int] | None:
+    def _first_of(blocks: BlockSet, first: int, stop: int) -> Run | None:
         """The first run of `blocks` in the range."""
         if not blocks.any(first, stop):
             return None
         return blocks.next_run(first, stop - first)
 
-    def _cool_run(
-        self, first: int, stop: int, is_hot: Callable[[int, int], bool]
-    ) -> tuple[int, int] | None:
-        """The first run in the range without blocks that may be passed over."""
+    # -- hot blocks -----------------------------------------------------------------------
+    def _cool_run(self, first: int, stop: int, now_s: float, is_hot: IsHot) -> Run | None:
+        """The first run in the range without blocks that are passed over."""
         begin = None
         for block in range(first, stop):
-            if self._may_pass(block) and is_hot(block, block + 1):
+            if is_hot(block, block + 1) and not self._due.any(block, block + 1):
+                self._remember(block, block + 1, now_s)
                 if begin is not None:
                     return begin, block
-                self._pass(block)
             elif begin is None:
                 begin = block
         return None if begin is None else (begin, stop)
 
-    def _may_pass(self, block: int) -> bool:
-        if self._passed.any(block, block + 1):
-            return True
-        return bool(self._deferred) and not self._deferred[-1].any(block, block + 1)
-
-    def _pass(self, block: int) -> None:
-        """Pass over a hot block; counts once a round."""
-        if self._passed.any(block, block + 1):
-            return
-        self._passed.add(block, block + 1)
-        # One is left: a block that is in the last of them is not passed over.
-        fewest = next(d for d in self._deferred if not d.any(block, block + 1))
-        fewest.add(block, block + 1)
+    def _remember(self, first: int, stop: int, now_s: float) -> None:
+        """Look at these again when a period is over."""
+        if not self._hot:
+            self._hot_since_s = now_s
+        self._hot.add(first, stop)
 
 
 class Window:

@@ -131,7 +131,7 @@ class Transfers:
 
     def new_round(self) -> None:
         """`gate.taken` has been replenished."""
-        self._plan.new_round()
+        self._plan.new_round(self._gate.taken, self._scheduler.time())
 
     def revoke(self) -> None:
         """What is in flight does not count, even if it succeeds: it is copied again."""
@@ -158,15 +158,15 @@ class Transfers:
             first, stop = run
             offset, length = self._geometry.block_bytes_range(first, stop)
             if not self._window.may_start(length):
-                self._plan.returned(first, stop)
+                self._plan.put_back(first, stop)
                 return 0.0
             delay_s = max(throttle.delay_s(now_s, length) for throttle in throttles)
             if delay_s > 0:
-                self._plan.returned(first, stop)
+                self._plan.put_back(first, stop)
                 return delay_s
             buffer = self._pool.take(length)
             if buffer is None:
-                self._plan.returned(first, stop)
+                self._plan.put_back(first, stop)
                 self._await_memory()
                 return 0.0
             for throttle in throttles:

@@ -109,8 +109,14 @@ class BlockSet:
             if region in other._regions
         )
 
-    def clear(self) -> None:
-        self._regions.clear()
+    def intersect(self, other: BlockSet) -> None:
+        """Keep only blocks that are in the other set, too."""
+        for region in list(self._regions):
+            theirs = other._regions.get(region)
+            if theirs is not None:
+                self._regions[region] &= theirs
+            if theirs is None or not self._regions[region].any():
+                del self._regions[region]
 
     def next_run(self, start: int, limit: int | None = None) -> tuple[int, int] | None:
         """The first run of blocks at or after `start`, cut off after `limit` blocks."""

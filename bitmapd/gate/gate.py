@@ -579,6 +579,14 @@ class Gate:
             return False
         return not any(other.written for other in self._elsewhere)
 
+    @property
+    def era_since_s(self) -> float | None:
+        """Loop time of the oldest write of this era, or earlier; None if nothing was written."""
+        since_s = self._current_era.since_s
+        if any(other.written for other in self._elsewhere):
+            return self._known_until if since_s is None else min(since_s, self._known_until)
+        return since_s
+
     def oldest_dirty_s(self) -> float | None:
         """Loop time of the oldest write that may not be durable on the secondary."""
         oldest_s = self._unsettled.oldest_s

@@ -38,7 +38,7 @@ def describe(
     in_sync: bool,
 ) -> dict[str, Any]:
     """All of a volume's status that follows from its configuration and its parts."""
-    oldest_s = gate.oldest_dirty_s()
+    oldest_s, content_s = gate.oldest_dirty_s(), copier.oldest_content_s
     return {
         "name": config.name,
         "uuid": str(config.uuid),
@@ -54,6 +54,7 @@ def describe(
         "dirty_bytes": min(gate.dirty_blocks() * geometry.block_bytes, geometry.size_bytes),
         "suspect_bytes": min(gate.suspect_blocks * geometry.block_bytes, geometry.size_bytes),
         "lag_seconds": 0.0 if oldest_s is None else round(copier.now_s - oldest_s, 3),
+        "content_age_seconds": 0.0 if content_s is None else round(copier.now_s - content_s, 3),
         "record_bytes": recorded_bytes(store, geometry),
         "record_extents": store.recorded_extents,
         "record_limit_bytes": gate.limit_extents * geometry.extent_bytes,

@@ -90,8 +90,8 @@ def volume_status(context: Context, config: VolumeConfig) -> dict[str, Any]:
 
 def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> dict[str, Any]:
     numbers = (
-        "size_bytes", "dirty_bytes", "lag_seconds", "record_bytes", "record_extents",
-        "record_limit_bytes", "writes_total", "hits_total", "misses_total",
+        "size_bytes", "dirty_bytes", "lag_seconds", "content_age_seconds", "record_bytes",
+        "record_extents", "record_limit_bytes", "writes_total", "hits_total", "misses_total",
         "record_updates_total", "record_clears_total", "copied_bytes_total", "era", "resync",
         "last_recovery", "paused",
     )  # fmt: skip
@@ -135,7 +135,7 @@ def _stopped(config: VolumeConfig, error: dict[str, str] | None) -> dict[str, An
     if config.resync_target_s is None:
         result["record_limit_bytes"] = effective_record_limit_bytes(config, geometry.size_bytes)
     if extents == 0:
-        result |= {"dirty_bytes": 0, "lag_seconds": 0.0}
+        result |= {"dirty_bytes": 0, "lag_seconds": 0.0, "content_age_seconds": 0.0}
     return result
 
 

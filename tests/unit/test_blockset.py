@@ -63,7 +63,7 @@ def test_next_run(steps: list[tuple[str, tuple[int, int]]], start: int, limit: i
 
 
 @given(operations, operations)
-def test_update_and_clear(
+def test_update(
     mine: list[tuple[str, tuple[int, int]]], other: list[tuple[str, tuple[int, int]]]
 ) -> None:
     blocks, model = build(mine)
@@ -72,9 +72,18 @@ def test_update_and_clear(
     assert members(blocks) == model | added_model
     blocks.add(5, 6)
     assert members(added) == added_model, "update shares no state"
-    blocks.clear()
-    assert not blocks
-    assert members(blocks) == set()
+
+
+@given(operations, operations)
+def test_intersect(
+    mine: list[tuple[str, tuple[int, int]]], other: list[tuple[str, tuple[int, int]]]
+) -> None:
+    blocks, model = build(mine)
+    others, other_model = build(other)
+    blocks.intersect(others)
+    assert members(blocks) == model & other_model
+    assert bool(blocks) == bool(model & other_model), "no empty region is left"
+    assert members(others) == other_model
 
 
 def test_a_run_that_ends_with_its_region() -> None:

@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmapd.copier import plan as plan_module
-from bitmapd.copier.plan import FIRST_RETRY_S, LAST_RETRY_S, Plan, Window
+from bitmapd.copier.plan import (
+    DUE_SHARE,
+    FIRST_RETRY_S,
+    HOT_PERIOD_S,
+    LAST_RETRY_S,
+    Plan,
+    Window,
+)
 from bitmapd.gate.blockset import BlockSet
 
 
@@ -52,6 +59,7 @@ def test_a_block_in_flight_is_not_handed_out_again() -> None:
     plan = Plan(8)
     taken = blocks((4, 6))
     assert plan.next(taken, 0, cold) == (4, 6)
+    assert plan.busy_blocks == 2
     taken.add(0, 12)
     assert plan.next(taken, 0, cold) == (6, 12)
     assert plan.next(taken, 0, cold) == (0, 4)
@@ -100,33 +108,119 @@ def test_fruitless_walk_is_not_repeated_until_something_changed() -> None:
     assert plan.next(taken, 0, cold) == (0, 4)
 
 
-def test_hot_blocks_are_passed_over_in_a_bounded_number_of_rounds() -> None:
-    plan = Plan(8, max_deferrals=2)
+def test_a_hot_block_is_passed_over_for_a_period_and_then_once_a_period() -> None:
+    plan = Plan(8)
     taken = blocks((0, 4))
 
     def hot(first: int, stop: int) -> bool:
         return first <= 2 < stop
 
-    assert drain(plan, taken, is_hot=hot) == [(0, 2), (3, 4)]
-    assert plan.next(taken, 0, hot) is None
-    taken.add(0, 1)
-    assert drain(plan, taken, is_hot=hot) == [(0, 1)]
-    plan.new_round()
-    assert drain(plan, taken, is_hot=hot) == []
-    plan.new_round()
-    taken.add(1, 2)
-    assert drain(plan, taken, is_hot=hot) == [(1, 3)]
-    # Having been copied, it is passed over again.
-    plan.new_round()
-    taken.add(2, 3)
-    assert drain(plan, taken, is_hot=hot) == []
+    copied_s = []
+    for second in range(30):
+        plan.new_round(taken, float(second))
+        runs = drain(plan, taken, float(second), hot)
+        if second == 0:
+            assert runs == [(0, 2), (3, 4)]
+        elif runs:
+            assert runs == [(2, 3)]
+            copied_s.append(second)
+        taken.add(2, 3)
+    assert copied_s == [5, 10, 15, 20, 25]
+
+
+def test_a_block_that_was_not_written_again_is_not_due() -> None:
+    plan = Plan(8)
+    taken = blocks((0, 2), (7, 8))
+    assert drain(plan, taken, 0.0, lambda first, stop: True) == []
+    plan.new_round(taken, 1.0)
+    assert drain(plan, taken, 1.0) == [(0, 2), (7, 8)]
+    taken.add(7, 8)
+    taken.add(20, 21)
+    plan.new_round(taken, HOT_PERIOD_S)
+    assert plan.next(taken, HOT_PERIOD_S, cold) == (7, 8)
+    assert drain(plan, taken, HOT_PERIOD_S) == [(20, 21)]
+
+
+def with_due(due: tuple[int, int], more: tuple[int, int]) -> tuple[Plan, BlockSet]:
+    """A plan of runs of four, some blocks of which are due, and others are the sweep's."""
+    plan, taken = Plan(4), blocks(due)
+    assert drain(plan, taken, 0.0, lambda first, stop: True) == []
+    taken.add(*more)
+    plan.new_round(taken, HOT_PERIOD_S)
+    return plan, taken
+
+
+def firsts(plan: Plan, taken: BlockSet, count: int) -> list[int]:
+    """Where the next runs begin."""
+    runs = [plan.next(taken, HOT_PERIOD_S, cold) for _ in range(count)]
+    return [run[0] for run in runs if run is not None]
+
+
+def test_due_blocks_and_the_sweep_have_their_shares() -> None:
+    plan, taken = with_due((1000, 1200), (0, 200))
+    due = [first for first in firsts(plan, taken, 40) if first >= 1000]
+    assert len(due) == 40 // DUE_SHARE
+    assert len(firsts(plan, taken, 100)) == 60, "and all of the link if the other has nothing"
+
+
+def test_the_sweep_saves_up_no_turns_for_due_blocks() -> None:
+    plan, taken = with_due((1000, 1200), (0, 200))
+    taken.discard(1000, 1200)
+    taken.add(2000, 2200)
+    plan.done(1000, 1200)
+    assert len(firsts(plan, taken, 80)) == 80  # 320 blocks of the sweep, and nothing is due
+    plan.returned(0, 200)  # now these are
+    turns = [first < 1000 for first in firsts(plan, taken, 20)]
+    assert sum(turns) == 20 // DUE_SHARE + 1
+
+
+def test_due_blocks_do_not_pay_for_having_been_alone() -> None:
+    plan, taken = with_due((1000, 1200), (0, 4))
+    assert len(firsts(plan, taken, 40)) == 40
+    taken.add(2000, 2200)
+    turns = [first < 2000 for first in firsts(plan, taken, 11)]
+    assert any(turns[: DUE_SHARE + 1])
+
+
+def test_a_run_that_was_not_begun_is_handed_out_again_as_if_nothing_had_been() -> None:
+    plan = Plan(4)
+    taken = blocks((0, 40))
+    drain(plan, taken, 0.0, lambda first, stop: first >= 8)
+    taken.add(0, 8)
+    plan.new_round(taken, HOT_PERIOD_S)
+    order = []
+    for _ in range(10):
+        for _ in range(3):
+            run = plan.next(taken, HOT_PERIOD_S, cold)
+            assert run is not None
+            plan.put_back(*run)
+        assert plan.next(taken, HOT_PERIOD_S, cold) == run
+        order.append(run)
+    assert sorted(order) == [(at, at + 4) for at in range(0, 40, 4)]
+
+
+def test_no_error_begins_the_sweep_anew() -> None:
+    """Blocks at the front whose copies come to nothing keep nothing behind them from its turn."""
+    plan = Plan(4)
+    taken = blocks((0, 400))
+    turns = 0
+    while taken.any(396, 400):
+        run = plan.next(taken, 0.0, cold)
+        assert run is not None
+        if run[0] < 8:
+            plan.returned(*run)
+        else:
+            plan.done(*run)
+            taken.discard(*run)
+        turns += 1
+    assert turns < 2 * 100
 
 
 def test_hot_block_that_cooled_is_copied() -> None:
     plan = Plan(8)
     taken = blocks((0, 4))
     assert drain(plan, taken, is_hot=lambda first, stop: True) == []
-    plan.new_round()
+    plan.new_round(taken, 1.0)
     assert drain(plan, taken) == [(0, 4)]
 
 
@@ -134,10 +228,6 @@ def test_hot_run_at_the_front_does_not_hide_what_follows() -> None:
     plan = Plan(2)
     taken = blocks((0, 6))
     assert drain(plan, taken, is_hot=lambda first, stop: first < 4) == [(4, 6)]
-
-
-def test_deferral_can_be_switched_off() -> None:
-    assert drain(Plan(4, 0), blocks((0, 4)), is_hot=lambda first, stop: True) == [(0, 4)]
 
 
 def test_bad_block_does_not_hold_back_its_neighbours() -> None:
@@ -215,7 +305,7 @@ class Journal:
     """What a plan was told, and what must then hold of what it hands out."""
 
     def __init__(self) -> None:
-        self.plan = Plan(3, max_deferrals=2)
+        self.plan = Plan(3)
         self.taken = BlockSet()
         self.hot: set[int] = set()
         self.in_flight: list[tuple[int, int]] = []
@@ -264,7 +354,7 @@ def test_any_order_of_events(steps: list[tuple[str, int, int]]) -> None:
             journal.next()
         elif what == "round":
             journal.hot.clear()
-            plan.new_round()
+            plan.new_round(journal.taken, journal.now_s)
         elif what == "heat":
             journal.hot.update(range(where, where + much))
         elif what == "time":
@@ -286,7 +376,7 @@ def test_any_order_of_events(steps: list[tuple[str, int, int]]) -> None:
                 plan.returned(*run)
     for run in journal.in_flight:
         plan.returned(*run)
-    plan.new_round()
+    plan.new_round(journal.taken, journal.now_s)
     drain(plan, journal.taken, journal.now_s + 1000)
     assert not journal.taken
 
