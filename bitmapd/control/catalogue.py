@@ -155,6 +155,15 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "secondary-error",
+        Level.ERROR,
+        ("secondary", "offset_bytes", "length_bytes", "message"),
+        "the secondary refused a write there and goes on to answer; only that place is held back",
+        "*The secondary refuses places*",
+        limited=True,
+        is_error=True,
+    ),
+    EventKind(
         "record-error",
         Level.ERROR,
         ("device", "page", "message"),

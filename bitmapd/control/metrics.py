@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitmapd.config.kinds import parse_metrics_listen
+from bitmapd.control.states import STATES
 from bitmapd.errors import UsageError, refused
 from bitmapd.net.sockets import UnixListener, listen_unix
 
@@ -30,18 +31,6 @@ CONNECTION_LIMIT = 16
 REQUEST_BYTES = 8 << 10
 TIMEOUT_S = 5.0
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-STATES = (
-    "in-sync",
-    "copying",
-    "resyncing",
-    "paused",
-    "link-down",
-    "degraded",
-    "split-brain",
-    "stopped",
-    "failed",
-)
 
 Status = Mapping[str, Any]
 

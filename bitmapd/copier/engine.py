@@ -14,9 +14,11 @@ Invariants:
 3. After any error of the secondary, or a failed flush of the primary, what was copied and not
    flushed counts as not copied, and so do the copies and the settle that were under way: the error
    may mean that a cache is gone.  Nothing is cleared on the word of a device that failed.
-4. A new connection to the secondary is made only when nothing is in flight on the old one
+4. A place that the secondary refuses holds back itself only, and the link stays.  After
+   `MAX_REFUSED` in a row the connection is made anew.
+5. A new connection to the secondary is made only when nothing is in flight on the old one
    (`Reconnect`), and what that one may still write stays recorded (`LateWrites`).
-5. A host never waits for anything here.
+6. A host never waits for anything here.
 
 A crash leaves the secondary with some blocks newer than others; the record names all of them.
 """
@@ -31,9 +33,10 @@ from enum import Enum
 from bitmapd.copier.ages import Ages, earliest
 from bitmapd.copier.late import LateWrites
 from bitmapd.copier.reconnect import Reconnect
+from bitmapd.copier.refusals import Refusal
 from bitmapd.copier.sample import Samples
 from bitmapd.copier.throttle import Backoff, SpeedMeter, Throttle
-from bitmapd.copier.transfers import Transfers
+from bitmapd.copier.transfers import Transfers, Trouble
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Device, Done, Scheduler, Target, Timer
@@ -46,6 +49,10 @@ SETTLE_INTERVAL_S = 5.0
 # An error of the secondary takes back what was copied since the last settle.  So after one, less is
 # copied between two settles: half of what was at risk, then twice as much after each that succeeds.
 BATCH_BYTES = 64 << 20
+
+# After so many refusals in a row, with nothing written between, it may not be the places: a disk
+# that has come back under its name answers only who opens it again.
+MAX_REFUSED = 8
 
 SEARCH_PAUSE_S = 0.01
 # An era that ends early, because the kernel's table is to follow the record, lasts so long.
@@ -101,6 +108,7 @@ class Copier:
         self._era_since_s = 0.0  # of the era that the barrier ends
         self._batch_bytes = 0  # copied since the last settle began
         self._batch_limit_bytes: int | None = None  # after an error: so much at risk at a time
+        self._refused = 0  # writes, since one was taken or the secondary opened
         gate.on_flush_error = self._primary_not_flushed
         gate.when_urgent(self._urgent)
         self._urgent_timer: Timer | None = None
@@ -110,6 +118,7 @@ class Copier:
         self.state = CopyState.STOPPED
         self.copied_bytes = 0
         self.read_errors = 0
+        self.primary_failed_s = float("-inf")  # when it could not be flushed
         self.pass_blocks: BlockSet | None = None  # what is left of a recovery or resync
         self.pass_total_bytes = 0
         self.pass_copied_bytes = 0
@@ -230,6 +239,11 @@ class Copier:
     def oldest_content_s(self) -> float | None:
         """When the oldest content was written that the secondary lacks, or earlier (`Ages`)."""
         return earliest(self._ages.oldest_s, self._gate.era_since_s)
+
+    @property
+    def troubles(self) -> set[Trouble]:
+        """What keeps some places from being copied."""
+        return self._transfers.troubles
 
     @property
     def pass_remaining_bytes(self) -> int:
@@ -363,6 +377,7 @@ class Copier:
     def copied(self, first: int, stop: int, length_bytes: int) -> None:
         self.copied_bytes += length_bytes
         self._batch_bytes += length_bytes
+        self._refused = 0
         self._gate.copied(first, stop)
         self._ages.copied(first, stop, self._gate.taken)
         self.samples.copied(first)
@@ -387,10 +402,25 @@ class Copier:
     def not_compared(self, error: OSError) -> None:
         self._secondary_failed(error)
 
-    def not_written(self, first: int, stop: int, error: OSError) -> None:
+    def not_written(self, first: int, stop: int, error: OSError, refusal: Refusal) -> None:
         if self._secondary.lands_late(error):
             self.late.lost(first, stop)
-        self._secondary_failed(error)
+        if refusal is Refusal.PLACE:
+            self._refused += 1
+        if refusal is Refusal.GONE or self._refused >= MAX_REFUSED:
+            self._secondary_failed(error)
+            return
+        offset, length = self._geometry.block_bytes_range(first, stop)
+        self._emit(
+            "secondary-error",
+            secondary=self._secondary.name,
+            offset_bytes=offset,
+            length_bytes=length,
+            message=f"the secondary refuses a write: {error.strerror or error}",
+        )
+        self.last_error = error
+        self._take_back()
+        self._risk_less()
 
     # -- settling -------------------------------------------------------------------------
     def _settle(self, now: float) -> None:
@@ -436,6 +466,7 @@ class Copier:
 
     def _primary_not_flushed(self, error: OSError) -> None:
         """What was read from its cache may be gone; copied again soon, but not without a pause."""
+        self.primary_failed_s = self._scheduler.time()
         self._emit(
             "copy-error",
             device=self._primary.name,
@@ -467,17 +498,22 @@ class Copier:
     def _secondary_failed(self, error: OSError) -> None:
         self.last_error = error
         self._take_back()
+        self._refused = 0
         if self.state is CopyState.RUNNING:
-            at_risk = min(self._batch_bytes + self._transfers.in_flight_bytes, BATCH_BYTES)
-            self._batch_limit_bytes = max(at_risk // 2, self._geometry.block_bytes)
+            self._risk_less()
             self._emit(
                 "link-down",
                 secondary=self._secondary.name,
                 message=f"the secondary failed: {error.strerror or error}",
             )
-            self._batch_bytes = 0
             self._set_state(CopyState.LINK_DOWN)
             self._reconnect.seek()
+
+    def _risk_less(self) -> None:
+        """After an error of the secondary has taken back what was copied since the last settle."""
+        at_risk = min(self._batch_bytes + self._transfers.in_flight_bytes, BATCH_BYTES)
+        self._batch_limit_bytes = max(at_risk // 2, self._geometry.block_bytes)
+        self._batch_bytes = 0
 
     @property
     def wants_link(self) -> bool:

@@ -13,10 +13,13 @@ Invariants:
 1. The gate is only asked.  What a write that succeeded is worth, and what an error means for what
    was written before, is for the owner to say.
 2. A run that was in flight at `revoke` is never reported as copied.
-3. A read error of the primary holds back its own block only, and so does a write that failed on a
-   secondary that still answers.  Any other run that was not copied is handed out again at once.
+3. A read error of the primary holds back its own block only, and so does a write that a secondary
+   refuses which goes on to answer (`refusals`).  Any other run that was not copied is handed out
+   again at once.
 4. A buffer is given back after the last answer, success or error: when no device holds it.
-5. While hosts are at work transfers are small and held to a rate (`HostLoad`), unless the record
+5. What the secondary need not do is done without when it refuses: zeros are written instead, and
+   what it cannot read is sent without having been compared.
+6. While hosts are at work transfers are small and held to a rate (`HostLoad`), unless the record
    has outgrown its limit.
 
 There are no timers here: `begin` says how long to wait, and the owner calls it again.
@@ -28,12 +31,15 @@ A crash leaves some blocks of the runs in flight written and others not; all of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from typing import Protocol
 
 from bitmapd.copier.load import YIELD_PIECE_BYTES, HostLoad
 from bitmapd.copier.plan import Plan, Window
+from bitmapd.copier.refusals import Refusal, judge, may_do_without
 from bitmapd.copier.throttle import SpeedMeter, Throttle
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Done, Scheduler, Target
 from bitmapd.media.buffers import BufferPool
@@ -54,13 +60,24 @@ class TransfersOwner(Protocol):
         """The primary failed."""
 
     def not_compared(self, error: OSError) -> None:
-        """The secondary could not be read."""
+        """The link was lost while the secondary was being read."""
 
-    def not_written(self, first: int, stop: int, error: OSError) -> None:
+    def not_written(self, first: int, stop: int, error: OSError, refusal: Refusal) -> None:
         """The secondary failed; any part of the blocks may be written, now or later."""
 
     def proceed(self) -> None:
         """Something has happened that may allow the next transfer."""
+
+
+class Trouble(Enum):
+    """Why blocks are tried again and again; see `Transfers.troubles`."""
+
+    UNREADABLE = "the primary cannot be read"
+    REFUSED = "the secondary refuses them"
+    NO_ROOM = "the secondary has no room for them"
+
+
+_TROUBLE = {Refusal.PLACE: Trouble.REFUSED, Refusal.FULL: Trouble.NO_ROOM}
 
 
 class _Transfer:
@@ -109,6 +126,7 @@ class Transfers:
         self._plan = Plan(self._piece_blocks)
         self._window = Window()
         self._zero_block = bytearray(geometry.block_bytes)
+        self._failing = {trouble: BlockSet() for trouble in Trouble}
         self._revocations = 0
         self._pool_wait = False
         self.compare = False
@@ -128,6 +146,11 @@ class Transfers:
     def withheld_blocks(self) -> int:
         """Blocks in flight, and those that wait to be tried again after an error of their own."""
         return self._plan.busy_blocks
+
+    @property
+    def troubles(self) -> set[Trouble]:
+        """What keeps blocks from being copied that were tried by themselves, until they are."""
+        return {trouble for trouble, blocks in self._failing.items() if blocks}
 
     def new_round(self) -> None:
         """`gate.taken` has been replenished."""
@@ -202,7 +225,7 @@ class Transfers:
         if error is not None:
             first, stop = transfer.first, transfer.stop
             self._owner.not_read(first, stop, error)
-            self._plan.failed(first, stop, self._scheduler.time())
+            self._failed(first, stop, Trouble.UNREADABLE)
             self._end(transfer)
         elif self.compare:
             self._read_secondary(transfer)
@@ -218,12 +241,16 @@ class Transfers:
         offset, _ = self._geometry.block_bytes_range(transfer.first, transfer.stop)
 
         def was_read(error: OSError | None) -> None:
-            if error is not None:
+            if error is None:
+                self._send(transfer)
+            elif may_do_without(error, self._answers(error)):
+                self._pool.give(other)
+                transfer.other = None
+                self._send(transfer)
+            else:
                 self._owner.not_compared(error)
                 self._plan.returned(transfer.first, transfer.stop)
                 self._end(transfer)
-            else:
-                self._send(transfer)
 
         self._secondary.read(offset, other, was_read)
 
@@ -260,16 +287,32 @@ class Transfers:
             self.sent_bytes += end - start
             if zero:
                 self.zero_bytes += end - start
-                self._secondary.zero(offset + start, end - start, written)
+                self._zero(offset + start, transfer.buffer[start:end], written)
             else:
                 self._secondary.write(offset + start, transfer.buffer[start:end], written)
+
+    def _zero(self, offset: int, zeros: memoryview, written: Done) -> None:
+        def zeroed(error: OSError | None) -> None:
+            if error is not None and may_do_without(error, self._answers(error)):
+                self._secondary.write(offset, zeros, written)
+            else:
+                written(error)
+
+        self._secondary.zero(offset, len(zeros), zeroed)
+
+    def _answers(self, error: OSError) -> bool:
+        """Whether the secondary is there, and what failed is over."""
+        return self._secondary.connected and not self._secondary.lands_late(error)
 
     def _was_sent(self, transfer: _Transfer) -> None:
         first, stop = transfer.first, transfer.stop
         if transfer.error is not None:
-            self._owner.not_written(first, stop, transfer.error)
-            if self._secondary.connected:
-                # It answers: the place is bad, or was for the moment.  Others go first.
+            refusal = judge(transfer.error, self._answers(transfer.error))
+            self._owner.not_written(first, stop, transfer.error, refusal)
+            if refusal in _TROUBLE:
+                self._failed(first, stop, _TROUBLE[refusal])
+            elif self._secondary.connected:
+                # Once there is another link others go first: it may have been this place after all.
                 self._plan.failed(first, stop, self._scheduler.time())
             else:
                 self._plan.returned(first, stop)
@@ -279,8 +322,18 @@ class Transfers:
             length = self._geometry.block_bytes_range(first, stop)[1]
             self._meter.add(self._scheduler.time(), length)
             self._plan.done(first, stop)
+            for blocks in self._failing.values():
+                blocks.discard(first, stop)
             self._owner.copied(first, stop, length)
         self._end(transfer)
+
+    def _failed(self, first: int, stop: int, trouble: Trouble) -> None:
+        """Others go first; a run of several is in trouble only once it was tried by blocks."""
+        self._plan.failed(first, stop, self._scheduler.time())
+        if stop - first == 1:
+            for blocks in self._failing.values():
+                blocks.discard(first, stop)
+            self._failing[trouble].add(first, stop)
 
     def _end(self, transfer: _Transfer) -> None:
         if transfer.other is not None:

@@ -87,6 +87,7 @@ class Gate:
         self.on_flush_error: Callable[[OSError], None] | None = None
         self.on_primary_error: PrimaryFailed | None = None  # told before the host is
         self.primary_errors = 0
+        self.primary_failed_s = float("-inf")  # loop time of the latest of them
         self.watch: Watch | None = None  # is told of every change that a host asks for
         self.writes = 0
         self.hits = 0
@@ -224,6 +225,7 @@ class Gate:
         if error.errno == errno.EOPNOTSUPP:  # not offered
             return
         self.primary_errors += 1
+        self.primary_failed_s = self._scheduler.time()
         if self.on_primary_error is not None:
             self.on_primary_error(verb, offset_bytes, length_bytes, error)
 

@@ -6,22 +6,39 @@ from typing import Any
 
 from bitmapd.config import VolumeConfig, device_of
 from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.transfers import Trouble
 from bitmapd.gate.gate import Gate
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 
+# How long an error of the primary is the volume's state.  Longer than hosts take between attempts,
+# as ext4 with its 5 s and the kernel with its 30 s of write-back.
+PRIMARY_ERROR_S = 60.0
 
-def state_of(store: RecordStore, copier: Copier, *, in_sync: bool) -> str:
-    """The most pressing of what is true of the volume."""
+
+def state_of(store: RecordStore, gate: Gate, copier: Copier, *, in_sync: bool) -> str:
+    """The most pressing of what is true of the volume; the names are those of `control.states`."""
     if store.failing or store.slow:
         return "degraded"
+    troubles = copier.troubles
+    if Trouble.UNREADABLE in troubles or primary_is_failing(gate, copier):
+        return "primary-failing"
     if copier.state is CopyState.LINK_DOWN:
         return "link-down"
     if copier.state is CopyState.PAUSED:
         return "paused"
+    if Trouble.NO_ROOM in troubles:
+        return "no-space"
+    if Trouble.REFUSED in troubles:
+        return "secondary-failing"
     if copier.pass_blocks is not None:
         return "resyncing"
     return "in-sync" if in_sync else "copying"
+
+
+def primary_is_failing(gate: Gate, copier: Copier) -> bool:
+    """Whether it has refused something lately: hosts that go on asking keep the state."""
+    return copier.now_s - max(gate.primary_failed_s, copier.primary_failed_s) < PRIMARY_ERROR_S
 
 
 def recorded_bytes(store: RecordStore, geometry: Geometry) -> int:
@@ -43,7 +60,7 @@ def describe(
         "name": config.name,
         "uuid": str(config.uuid),
         "attach": config.attach,
-        "state": state_of(store, copier, in_sync=in_sync),
+        "state": state_of(store, gate, copier, in_sync=in_sync),
         "device": device_of(config),
         "primary": config.primary,
         "secondary": config.secondary,

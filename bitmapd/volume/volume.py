@@ -605,7 +605,7 @@ class Volume:
     def state(self) -> str:
         if self._presence.gone:
             return "degraded"
-        return state_of(self._store, self.copier, in_sync=self._in_sync)
+        return state_of(self._store, self.gate, self.copier, in_sync=self._in_sync)
 
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""

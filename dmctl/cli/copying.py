@@ -12,6 +12,12 @@ from dmctl.cli.context import Context, each, selected
 from dmctl.cli.processes import is_running
 
 VERB_TIMEOUT_S = 60.0
+# What a state in which nothing can be copied waits for.
+AWAITED = {
+    "link-down": "its secondary answers",
+    "no-space": "its secondary has room",
+    "secondary-failing": "its secondary takes what it refuses now",
+}
 RESIZE_TIMEOUT_S = 600.0  # waits for requests that are under way
 
 
@@ -51,9 +57,10 @@ def resync(context: Context, args: Namespace) -> int:
                 reason = f"{reason}; first: {error.hint}"
             context.output.say(f"passed over: {reason}")
             return {"result": "passed over", "state": None, "reason": reason}
-        if answer.get("state") == "link-down":
+        awaited = AWAITED.get(answer.get("state", ""))
+        if awaited is not None:
             reason = (
-                f"volume '{name}' is link-down: it copies as soon as its secondary answers; see"
+                f"volume '{name}' is {answer['state']}: it copies as soon as {awaited}; see"
                 f" 'dmctl events {name} --now'"
             )
             context.output.say(f"passed over: {reason}")

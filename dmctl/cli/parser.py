@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from bitmapd import __version__
 from bitmapd.config.kinds import from_unit_instance
+from bitmapd.control.states import check_codes
 from bitmapd.errors import UsageError
 from bitmapd.units import parse_duration, parse_rate, parse_size
 from dmctl.cli.output import Output
@@ -30,11 +31,7 @@ exit status:
 Of several volumes the lowest status that is not 0 counts.
 """
 
-CHECK_CODES = """\
-exit status of status --check:
-  0 in-sync, copying     101 resyncing, paused, link-down     100 degraded
-  14 stopped             16 split-brain                       1 failed
-"""
+CHECK_CODES = f"exit status of status --check:\n{check_codes()}"
 
 FILE = {"bash": "_shtab_compgen_files", "zsh": "_files"}
 VOLUME = {"bash": "_dmctl_volumes", "zsh": "_dmctl_volumes"}

@@ -14,23 +14,13 @@ from bitmapd.config import (
     load_volume,
 )
 from bitmapd.control.events import iso_time
+from bitmapd.control.states import check_status, hint
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
 from bitmapd.units import human_duration, human_size
 from dmctl.cli.context import Context, selected, side_by_side, worst
 from dmctl.cli.output import Output
 from dmctl.cli.processes import last_error
 
-CHECK_STATUS = {
-    "in-sync": 0,
-    "copying": 0,
-    "resyncing": 101,
-    "paused": 101,
-    "link-down": 101,
-    "degraded": 100,
-    "stopped": 14,
-    "split-brain": 16,
-    "failed": 1,
-}
 # In the name of a key -> how its value is shown; the longest first.
 _UNITS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("_bytes_per_second", lambda rate: f"{human_size(rate)}/s"),
@@ -67,7 +57,7 @@ def status(context: Context, args: Namespace) -> int:
             output.say("there are no volumes; 'dmctl create' makes one")
     statuses = [error.exit_status for error in errors]
     if args.check:
-        statuses += [CHECK_STATUS.get(volume["state"], 1) for volume in volumes]
+        statuses += [check_status(volume["state"]) for volume in volumes]
     return worst(statuses)
 
 
@@ -149,6 +139,9 @@ def _show(context: Context, volumes: list[dict[str, Any]]) -> None:
             _details(output, volume)
         elif volume["last_error"] is not None:
             output.say(f"{volume['name']}: {volume['last_error']['message']}")
+        todo = hint(volume["state"], volume["name"])
+        if todo is not None and not output.verbose:
+            output.say(f"hint: {todo}")
 
 
 def _details(output: Output, values: Mapping[str, Any], indent: str = "  ") -> None:
@@ -182,7 +175,7 @@ def _in_words(key: str, value: Any) -> tuple[str, str]:
 
 def _row(volume: dict[str, Any]) -> list[str]:
     state = volume["state"]
-    colour = COLOURS.get(CHECK_STATUS.get(state, 1), "red")
+    colour = COLOURS.get(check_status(state), "red")
     shown = state
     if volume["resync"]:
         total, left = (volume["resync"][key] or 0 for key in ("total_bytes", "remaining_bytes"))

@@ -24,6 +24,8 @@ NBDKIT = {
     "plain": [],
     "delay": ["--filter=delay", "wdelay=20ms", "delay-zero=20ms"],
     "errors": ["--filter=error", "error-pwrite=EIO", "error-pwrite-rate=2%"],
+    "zeroing always fails": ["--filter=error", "error-zero=EIO", "error-zero-rate=100%"],
+    "zeroing is invalid": ["--filter=error", "error-zero=EINVAL", "error-zero-rate=100%"],
     "blocks of 4 to 64 KiB": [
         "--filter=blocksize-policy",
         *("blocksize-minimum=4K", "blocksize-preferred=4K", "blocksize-maximum=64K"),

@@ -63,7 +63,8 @@ def test_case_13_blocks_that_cannot_be_read_hold_back_themselves_only(short_path
                 assert "cannot read the primary" in told["message"]
                 # Everything else is copied, durably, and leaves the dirty set.
                 figures = volume.until(lambda status: status["dirty_bytes"] == 4 * MIB)
-                assert figures["state"] == "copying"
+                assert figures["state"] == "primary-failing"
+                assert volume.dmctl_process("status", "--check").returncode == 100
                 assert figures["last_error"]["code"] == "copy-error"
                 assert figures["read_errors_total"] > 0
                 assert volume.secondary.read_bytes()[20 * MIB : bad_from] == noise(1, 4 * MIB)
@@ -117,6 +118,8 @@ def test_case_14_an_error_of_the_primary_goes_to_the_host_that_wrote(short_path:
                     assert "cannot write the primary for a host" in told["message"]
                 figures = volume.ask("status")
                 assert figures["primary_errors_total"] == 2
+                assert figures["state"] == "primary-failing"
+                assert volume.dmctl_process("status", "--check").returncode == 100
                 assert figures["last_error"]["code"] == "primary-error"
                 # What is on the medium now is unknown, so it is dirty and recorded.
                 assert {1, 20} <= volume.recorded()

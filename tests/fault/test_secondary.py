@@ -212,13 +212,15 @@ def test_case_03_a_full_secondary_is_gone_on_with_when_it_has_room(short_path: P
             volume.events() as events,
         ):
             volume.write(0, noise(1, 12 * MIB))
-            told = events.wait("link-down")
+            told = events.wait("secondary-error")
             assert "No space left" in told["message"]
+            volume.until(lambda status: status["state"] == "no-space")
+            assert volume.dmctl_process("status", "--check").returncode == 13
             scatter(volume, 2)
             assert volume.read(0, MIB) == volume.primary.read_bytes()[:MIB]
             resize(far, 64)
-            events.wait("link-up")
             end_equal(volume)
+        assert "link-down" not in {event["event"] for event in events.seen}
 
 
 def test_case_03_a_server_that_does_not_answer_delays_no_stop_and_no_start(

@@ -69,7 +69,7 @@ def test_the_main_help_lists_commands_and_exit_codes(cli: Cli) -> None:
     text = cli.call("--help").out
     assert all(f"\n    {command}" in text for command in COMMANDS)
     assert "22 record of another volume" in text
-    assert "101 resyncing, paused, link-down" in cli.call("status", "--help").out
+    assert "101 link-down, paused, secondary-failing" in cli.call("status", "--help").out
 
 
 @pytest.mark.parametrize(

@@ -325,11 +325,22 @@ def test_comparing_without_a_buffer_to_spare_sends() -> None:
     assert mirror.gate.in_sync
 
 
-def test_a_secondary_that_cannot_be_read_is_a_lost_link() -> None:
+def test_a_place_of_the_secondary_that_cannot_be_read_is_sent() -> None:
     mirror = compared(bytes(2 * EXTENT))
     mirror.turn()
     mirror.finish(mirror.primary)
     mirror.fail(mirror.secondary, errno.EIO)
+    assert mirror.copier.state is CopyState.RUNNING
+    mirror.run()
+    assert equal(mirror)
+    assert mirror.pool.out_bytes == 0
+
+
+def test_a_link_that_is_lost_while_comparing_is_made_anew() -> None:
+    mirror = compared(bytes(2 * EXTENT))
+    mirror.turn()
+    mirror.finish(mirror.primary)
+    mirror.fail(mirror.secondary, errno.ENODEV)
     assert mirror.copier.state is CopyState.LINK_DOWN
     mirror.run(1.0)
     mirror.run(1.0)

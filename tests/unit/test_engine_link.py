@@ -9,8 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from bitmapd.copier.engine import CopyState
+from bitmapd.copier.engine import MAX_REFUSED, CopyState
 from bitmapd.copier.late import QUIET_S
+from bitmapd.copier.transfers import Trouble
 from bitmapd.media.buffers import aligned
 from tests.support.mirror import BLOCK, LATE_S, PER_EXTENT, Mirror, begun, equal, until_reads
 from tests.support.sim import SimOp, drain
@@ -101,7 +102,7 @@ def test_every_write_of_a_copy_has_to_succeed(mirror: Mirror) -> None:
     mirror.fail(mirror.secondary, errno.EIO)
     assert mirror.copier.state is CopyState.RUNNING, "the other piece is still in flight"
     mirror.finish(mirror.secondary)
-    assert mirror.copier.state is CopyState.LINK_DOWN
+    assert mirror.told("secondary-error")[0]["offset_bytes"] == 0
     assert mirror.gate.is_dirty(0, 2)
 
 
@@ -299,13 +300,15 @@ def test_a_connection_lost_while_there_was_nothing_to_do_is_noticed(mirror: Mirr
     assert mirror.copier.state is CopyState.RUNNING
 
 
-def refuse_writes(mirror: Mirror, refused: Callable[[SimOp], bool]) -> None:
-    """The secondary answers these writes with EIO, and stays connected."""
+def refuse_writes(
+    mirror: Mirror, refused: Callable[[SimOp], bool], number: int = errno.EIO
+) -> None:
+    """The secondary answers these writes with an error, and stays connected."""
     disk = mirror.secondary
 
     def finish(index: int = 0) -> None:
         op = disk.pending[index]
-        disk.fail_next = {"write": [errno.EIO]} if op.kind == "write" and refused(op) else {}
+        disk.fail_next = {"write": [number]} if op.kind == "write" and refused(op) else {}
         type(disk).finish(disk, index)
 
     disk.finish = finish  # type: ignore[method-assign]
@@ -320,7 +323,9 @@ def test_a_place_that_can_never_be_written_holds_back_itself_only(mirror: Mirror
     assert list(mirror.gate.taken.runs()) == [(5, 6)]
     assert mirror.recorded() == {5 // PER_EXTENT}
     assert mirror.copier.stuck
-    assert len(mirror.told("link-down")) < 12, "it is tried less and less often"
+    assert mirror.copier.troubles == {Trouble.REFUSED}
+    assert len(mirror.told("secondary-error")) < 12, "it is tried less and less often"
+    assert mirror.told("link-down") == []
     refuse_writes(mirror, lambda op: False)
     for _ in range(70):
         mirror.run(1.0)
@@ -338,6 +343,38 @@ def test_errors_now_and_then_delay_copying_and_do_not_stop_it(mirror: Mirror) ->
         mirror.put(extent * PER_EXTENT + 2, 1)
     for _ in range(60):
         mirror.run(1.0)
-    assert mirror.told("link-down")
+    assert mirror.told("secondary-error")
+    assert mirror.told("link-down") == []
+    assert mirror.gate.in_sync
+    assert equal(mirror)
+
+
+def test_a_disk_that_refuses_everything_is_opened_again(mirror: Mirror) -> None:
+    """One that was pulled out and has come back answers only who opens it again."""
+    refuse_writes(mirror, lambda op: mirror.secondary.calls.count(("open", 0, 0)) == 0)
+    mirror.put(0, 1)
+    for _ in range(300):
+        mirror.run(1.0)
+    assert len(mirror.told("secondary-error")) == MAX_REFUSED - 1
+    assert len(mirror.told("link-down")) == len(mirror.told("link-up")) == 1
+    assert mirror.copier.troubles == set()
+    assert equal(mirror)
+
+
+def test_a_full_secondary_takes_what_has_its_room_and_goes_on_with_the_rest(mirror: Mirror) -> None:
+    full = True
+    number = errno.ENOSPC
+    refuse_writes(mirror, lambda op: full and op.offset_bytes >= 4 * BLOCK, number)
+    mirror.put(0, 12)
+    for _ in range(600):
+        mirror.run(1.0)
+    assert mirror.copier.troubles == {Trouble.NO_ROOM}
+    assert mirror.copier.state is CopyState.RUNNING
+    assert mirror.told("link-down") == []
+    assert mirror.recorded() == {1, 2}
+    full = False
+    for _ in range(70):
+        mirror.run(1.0)
+    assert mirror.copier.troubles == set()
     assert mirror.gate.in_sync
     assert equal(mirror)

@@ -56,7 +56,7 @@ def fail_once(served: Served) -> None:
     def write(fd: int, at: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
         if isinstance(secondary, KernelDevice) and fd == secondary.fd:
             engine.write = really  # type: ignore[method-assign]
-            engine.loop.call_soon(done, OSError(errno.EIO, "gone"))
+            engine.loop.call_soon(done, OSError(errno.ENODEV, "gone"))
         else:
             really(fd, at, buffer, done, fua)
 
