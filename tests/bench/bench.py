@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.bench import copies, loads, machine, report, servers
+from tests.bench import ages, copies, loads, machine, report, servers
+from tests.bench.ages import AgeLoad
 from tests.bench.loads import KIB, MIB, Load, Outcome
 from tests.bench.servers import Server
 from tests.support.volumes import Volume, make_file
@@ -45,6 +46,7 @@ class Scale:
     miss_device_bytes: int
     miss_requests: int
     big_bytes: int
+    age: AgeLoad
 
 
 FULL = Scale(
@@ -56,6 +58,7 @@ FULL = Scale(
     miss_device_bytes=2048 * MIB,
     miss_requests=3000,
     big_bytes=16 * TIB,
+    age=AgeLoad(375 * MIB, 20e6, "6MiB", 120.0),
 )
 QUICK = Scale(
     repeats=1,
@@ -66,6 +69,7 @@ QUICK = Scale(
     miss_device_bytes=64 * MIB,
     miss_requests=200,
     big_bytes=TIB,
+    age=AgeLoad(16 * MIB, 20e6, "1MiB", 3.0),
 )
 
 
@@ -325,6 +329,8 @@ def main() -> int:
         name = f"{scale.big_bytes // TIB} TiB, clean"
         memory[name] = measure_big_volume(media, state, scale)
     results["memory"] = memory
+    with folders(TMPFS) as (media, state, _):
+        results["age"] = ages.measure_ages(media, state, scale.age)
     results["machine"]["load average at the end"] = machine.load_average()
     document = None if options.quick or options.only != "all" else ROOT / "docs" / "benchmarks.md"
     path = report.write(results, options.results, document)

@@ -49,3 +49,5 @@ def test_quick_run_measures_every_part(tmp_path: Path) -> None:
         assert all(one["hit_share"] > 1 - misses for one in random_writes)
         assert len(backing["copies"]) == 2
     assert all(one["resident_mib"] > 0 for one in results["memory"].values())
+    assert results["age"]["hottest_age_s"] > 0
+    assert results["age"]["content_age_s"] > 0
