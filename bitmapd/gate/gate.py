@@ -345,7 +345,8 @@ class Gate:
                 missing.remove(other)
             if not waiting:
                 if not missing:
-                    self._known_until = begun
+                    # A late one: what was quiet meanwhile is known up to a later time.
+                    self._known_until = max(self._known_until, begun)
                 landed()
 
         for other in self._elsewhere:

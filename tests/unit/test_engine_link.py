@@ -208,6 +208,30 @@ def test_a_connection_can_be_made_anew(mirror: Mirror) -> None:
     assert mirror.recorded() == set()
 
 
+def test_a_pass_is_not_done_with_what_a_new_connection_makes_doubtful(mirror: Mirror) -> None:
+    """As after a resize: nothing failed, but what was copied was not flushed over the old one."""
+    mirror.policy.kept = set(range(8))
+    mirror.put(0, 12)
+    mirror.gate.take_era(lambda: None)
+    mirror.turn()
+    mirror.copier.begin_pass(compare=False)
+    mirror.turn()
+    for _ in range(3):
+        mirror.finish(mirror.primary)
+    mirror.finish(mirror.secondary)
+    mirror.finish(mirror.secondary)
+    left = mirror.copier.pass_remaining_bytes
+    assert left == 4 * BLOCK
+    mirror.copier.reconnect()
+    mirror.finish(mirror.secondary)
+    mirror.loop.advance(0.5)
+    mirror.finish(mirror.secondary)  # it is open
+    assert mirror.copier.pass_remaining_bytes == 12 * BLOCK
+    mirror.run(1.0)
+    assert mirror.copier.pass_blocks is None
+    assert equal(mirror)
+
+
 # -- a server that carries out late what it had received --------------------------------------
 
 

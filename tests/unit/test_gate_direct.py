@@ -243,6 +243,21 @@ def test_the_age_of_a_direct_write_begins_when_everything_was_known() -> None:
     assert gate.oldest_dirty_s() is None
 
 
+def test_a_late_barrier_makes_no_write_older() -> None:
+    """Nothing was written while it was under way for a minute; then somebody writes."""
+    mirror = direct(0)
+    gate = mirror.gate
+    barrier(mirror)
+    barrier(mirror)
+    gate.take_era(lambda: None)
+    mirror.loop.advance(60.0)
+    gate.tick()
+    mirror.run()
+    host_wrote(mirror, 0)
+    mirror.loop.advance(0.5)
+    assert gate.oldest_dirty_s() == 60.0
+
+
 def test_a_direct_write_may_be_older_than_one_through_the_gate() -> None:
     mirror = direct(0)
     host_wrote(mirror, 0)
