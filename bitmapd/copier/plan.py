@@ -13,9 +13,9 @@ blocks have a share of the link that is their own.
    was not even begun (`put_back`).
 2. A run consists of blocks of the set only, at most `max_blocks` of them.  Clean blocks between
    two dirty ones are not copied along.
-3. A block is passed over for no longer than `HOT_PERIOD_S` and the round that is under way then.
-   Afterwards it is due until it is copied, and due again a period later if it was written in it,
-   without waiting for the sweep.
+3. A block that was passed over is due after `HOT_PERIOD_S` and the round that is under way then,
+   until it is copied; and due again a period later if it was written in it, without waiting for
+   the sweep.
 4. While both have something to copy, one block in `DUE_SHARE` is a due one, and the others are the
    sweep's.  So with S bytes in the set and what joins it counted in, at R bytes/s, a block is
    copied within DUE_SHARE * S / R + HOT_PERIOD_S + one round; and a hot one again after
@@ -60,7 +60,7 @@ class Plan:
         self._busy = BlockSet()  # in flight, or waiting after a failure
         self._hot = BlockSet()  # passed over, or due lately; due after a period if dirty
         self._hot_since_s = 0.0
-        self._due = BlockSet()  # not passed over any longer
+        self._due = BlockSet()  # to be copied, hot or not
         self._due_cursor = 0
         self._credit = 0  # blocks that the sweep is ahead of its share; due blocks' turn from 0 on
         self._before = (0, 0, 0)  # both cursors and the credit, before the latest run
@@ -199,7 +199,7 @@ class Plan:
         """The first run in the range without blocks that are passed over."""
         begin = None
         for block in range(first, stop):
-            if is_hot(block, block + 1) and not self._due.any(block, block + 1):
+            if is_hot(block, block + 1):
                 self._remember(block, block + 1, now_s)
                 if begin is not None:
                     return begin, block

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitmapd.copier.ages import Ages
 from bitmapd.gate.blockset import BlockSet
 
-BLOCKS = 12
+BLOCKS = 4
 
 
 class Model:
@@ -47,12 +47,13 @@ class Model:
         return min((since_s for stage in stages for since_s in stage.values()), default=None)
 
 
+@settings(max_examples=400)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from(["join", "copy", "copy", "begin", "settled", "failed", "forgotten"]),
             st.integers(0, BLOCKS - 1),
-            st.integers(1, 3),
+            st.integers(1, 2),
         ),
         max_size=60,
     )

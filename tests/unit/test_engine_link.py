@@ -373,6 +373,20 @@ def test_errors_now_and_then_delay_copying_and_do_not_stop_it(mirror: Mirror) ->
     assert equal(mirror)
 
 
+def test_many_errors_with_successes_between_them_interrupt_no_link(mirror: Mirror) -> None:
+    count = itertools.count(1)
+    refuse_writes(mirror, lambda op: next(count) % 3 == 0)
+    for round_ in range(12):
+        for block in range(0, 32, 2):
+            mirror.put(block, fill=1 + round_)
+        mirror.run(1.0)
+    for _ in range(120):
+        mirror.run(1.0)
+    assert len(mirror.told("secondary-error")) > 2 * MAX_REFUSED
+    assert mirror.told("link-down") == []
+    assert equal(mirror)
+
+
 def test_a_disk_that_refuses_everything_is_opened_again(mirror: Mirror) -> None:
     """One that was pulled out and has come back answers only who opens it again."""
     refuse_writes(mirror, lambda op: mirror.secondary.calls.count(("open", 0, 0)) == 0)

