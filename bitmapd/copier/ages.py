@@ -66,14 +66,18 @@ class Ages:
 
     def settle_failed(self, taken: BlockSet) -> None:
         """What was to be flushed is in `taken` again."""
-        self._newer_since_s = earliest(self._newer_since_s, self._settling_since_s)
-        self._settling_since_s = None
-        self._look(taken)
+        since_s, self._settling_since_s = self._settling_since_s, None
+        self._again(taken, since_s)
 
     def forgotten(self, taken: BlockSet) -> None:
         """What was copied and not flushed is in `taken` again."""
-        self._newer_since_s = earliest(self._newer_since_s, self._copied_since_s)
-        self._copied_since_s = None
+        since_s, self._copied_since_s = self._copied_since_s, None
+        self._again(taken, since_s)
+
+    def _again(self, taken: BlockSet, since_s: float | None) -> None:
+        """Some of `taken` are older than their snapshot, and which is not known: one for all."""
+        self._newer_since_s = earliest(self._older_since_s, self._newer_since_s, since_s)
+        self._older = BlockSet()
         self._look(taken)
 
     def _look(self, taken: BlockSet) -> None:

@@ -47,7 +47,7 @@ class Model:
         return min((since_s for stage in stages for since_s in stage.values()), default=None)
 
 
-@settings(max_examples=400)
+@settings(max_examples=1000)
 @given(
     st.lists(
         st.tuples(
@@ -90,6 +90,19 @@ def test_no_content_is_older_than_told(steps: list[tuple[str, int, int]]) -> Non
         else:
             assert ages.oldest_s is not None
             assert ages.oldest_s <= oldest_s
+
+
+def test_a_block_that_comes_back_is_older_than_the_snapshot_that_it_is_in() -> None:
+    model = Model()
+    for now_s in (1.0, 2.0):
+        model.now_s = now_s
+        model.join(1, 2)
+        if now_s == 1.0:
+            model.copy(1)
+    model.again(model.copied)
+    model.ages.forgotten(model.taken)
+    model.copy(1)
+    assert model.ages.oldest_s == 1.0
 
 
 def test_the_age_under_a_load_that_never_pauses_is_at_most_two_snapshots() -> None:
