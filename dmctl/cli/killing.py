@@ -18,7 +18,6 @@ import os
 import signal
 import socket
 import stat
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path
 from bitmapd.config import Paths, VolumeConfig, device_of
 from bitmapd.errors import BitmapdError, TimeOutError
 from bitmapd.net.sockets import peer_credentials
-from dmctl.cli.processes import SYSTEMCTL_TIMEOUT_S, ended, has_unit
+from dmctl.cli.processes import ended, has_unit, systemctl
 
 PROC = Path("/proc")
 CONNECT_TIMEOUT_S = 1.0
@@ -77,9 +76,8 @@ def stays_stopped(paths: Paths, name: str) -> None:
     """It is stopped, and has not died: neither systemd nor `dmctl monitor` is to start it again."""
     paths.pid_file(name).unlink(missing_ok=True)
     if has_unit(paths, name):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            command = ["systemctl", "stop", "--no-block", f"bitmapd@{name}.service"]
-            subprocess.run(command, capture_output=True, check=False, timeout=SYSTEMCTL_TIMEOUT_S)
+        with contextlib.suppress(TimeOutError):  # the process is to end all the same
+            systemctl(name, "stop", "--no-block")
 
 
 def waiting_hosts(config: VolumeConfig) -> str:
@@ -103,12 +101,8 @@ def _candidates(paths: Paths, name: str) -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError):
         yield int(paths.pid_file(name).read_text())
     if has_unit(paths, name):
-        command = ["systemctl", "show", "-p", "MainPID", "--value", f"bitmapd@{name}.service"]
-        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
-            answer = subprocess.run(
-                command, capture_output=True, check=False, timeout=SYSTEMCTL_TIMEOUT_S
-            )
-            yield int(answer.stdout)
+        with contextlib.suppress(ValueError):
+            yield int(systemctl(name, "show", "-p", "MainPID", "--value").stdout)
 
 
 def _place(path: str) -> tuple[int, int] | None:

@@ -115,8 +115,18 @@ def has_unit(paths: Paths, name: str) -> bool:
         return False
     if not SYSTEMD_RUNS.is_dir() or shutil.which("systemctl") is None:
         return False
-    command = ["systemctl", "cat", f"bitmapd@{unit_instance(name)}.service"]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return systemctl(name, "cat").returncode == 0
+
+
+def systemctl(name: str, *words: str) -> subprocess.CompletedProcess[bytes]:
+    """About the volume's unit; TimeOutError if systemd does not answer."""
+    command = ["systemctl", *words, f"bitmapd@{unit_instance(name)}.service"]
+    try:
+        return subprocess.run(
+            command, capture_output=True, check=False, timeout=SYSTEMCTL_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeOutError(f"'{' '.join(command)}' did not end in time") from None
 
 
 def _start_unit(paths: Paths, name: str, timeout_s: float) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from bitmapd.config import unit_instance
 from bitmapd.control.client import ControlClient
 from bitmapd.errors import BitmapdError
 from dmctl.cli import processes
+from dmctl.cli.killing import stays_stopped
 from tests.support.cli import Cli, control_thread, new_cli
 
 
@@ -89,6 +91,29 @@ def test_without_the_unit_bitmapd_is_started_directly(cli: Cli, systemd: Path) -
     cli.create()
     cli.ok("start", "vol0")
     assert "start" not in (cli.folder / "log").read_text()
+
+
+def test_a_unit_whose_process_was_killed_is_stopped_under_its_own_name(
+    cli: Cli, systemd: Path
+) -> None:
+    """Else systemd would start it again; the names of units allow less than those of volumes."""
+    systemd.write_text("exit 0\n")
+    stays_stopped(cli.paths, "a+b")
+    asked = (cli.folder / "log").read_text().splitlines()
+    assert asked[-1] == f"stop --no-block bitmapd@{unit_instance('a+b')}.service"
+    assert "+" not in asked[-1]
+
+
+def test_a_systemd_that_does_not_answer(
+    cli: Cli, systemd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "SYSTEMCTL_TIMEOUT_S", 0.2)
+    tool = systemd.parent / "bin/systemctl"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    cli.create()
+    outcome = cli.call("start", "vol0")
+    assert outcome.status == 40
+    assert "'systemctl cat bitmapd@vol0.service' did not end in time" in outcome.err
 
 
 def test_a_unit_serves_the_default_folders_only(
