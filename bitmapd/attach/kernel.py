@@ -276,7 +276,12 @@ class KernelAttachment:
             done(None, landed)
 
     def _tell_of_counting(self, restored: Sequence[str], problem: str) -> None:
-        """Somebody has the kernel not count: see `media/blockstat`."""
+        """Somebody has the kernel not count: see `media/blockstat`.
+
+        What the helper switched on may have been off since our own reading, which saw nothing.
+        """
+        if restored and "era" in self._stats:
+            self._stats["era"].lapses += 1
         if problem and not self._uncounted:
             self.emit(
                 "counters-error",

@@ -9,7 +9,8 @@ begun in.  A barrier ends the era, waits until no write of it is in flight, and 
    only grow, on each processor.  Kernels count a write when it ends or, before 6.3, when it begins:
    one that began before the latest reading may have been marked after that barrier's roll-over.  It
    would have been held up by the barrier before if it had begun before that one's reading, so
-   three equal readings mean that nothing is unknown.
+   three equal readings mean that nothing is unknown.  The helper has the kernel count when it finds
+   that it does not, and says so with its answer; so a barrier that failed leaves all in doubt.
 3. Eras are collected without a gap: a barrier that fails is followed by one that brings the blocks
    of both eras.  One that is put off, since the kernel is busy with earlier eras, is not an error,
    and otherwise like one that failed.
@@ -225,6 +226,7 @@ class DirectPath:
         def ended(error: OSError | None, landed: Landed | None) -> None:
             self._busy = False
             if landed is None:
+                self._seen = None  # how far it came, and what it found, is not known
                 self.routes.failed()
                 self._not_landed(error)
                 done(None)

@@ -162,6 +162,7 @@ class SimHelper:
         )
         self._stat = kernel.stat()
         self._lapses = self._restored = 0
+        self.switched_on = False  # at the latest barrier; its answer says so
         self._process: Lockstep | None = None
         self._barrier = Barrier(
             self,  # type: ignore[arg-type]
@@ -175,7 +176,8 @@ class SimHelper:
     # -- the others' side -------------------------------------------------------------------
     def begin(self, segments: Sequence[Segment] | None, since_era: int, lapses: int) -> Lockstep:
         def work() -> Collected:
-            self._restored += self._stat.switch_on()
+            self.switched_on = self._stat.switch_on()
+            self._restored += self.switched_on
             self._lapses = lapses + self._restored
             table = None
             if segments is not None:

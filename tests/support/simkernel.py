@@ -305,6 +305,7 @@ class SimKernel:
         self._must_be_tidy(barrier)
         self.busy = None
         collected = barrier.process.result
+        self._seen.lapses += self._helper.switched_on
         if collected is None:
             barrier.done(barrier.process.error, None)
             return

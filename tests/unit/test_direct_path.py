@@ -120,6 +120,24 @@ def test_what_the_kernel_did_not_count_may_have_been_written(bench: Bench) -> No
     assert not bench.path.written
 
 
+def test_2_after_a_barrier_that_failed_anything_may_have_been_written(bench: Bench) -> None:
+    """It may have begun to count again what was not counted, and its answer did not arrive."""
+    for _ in range(2):
+        bench.begin()
+        bench.land()
+    assert not bench.path.written
+    bench.begin()
+    bench.helper.done(OSError(errno.EPIPE, "the helper has died"), None)
+    assert bench.path.written
+    bench.begin()
+    bench.land()
+    assert bench.path.written
+    assert bench.path.at_rest
+    bench.begin()
+    bench.land()
+    assert not bench.path.written
+
+
 def test_what_is_told_of_the_extents_written_decides_which_runs_stay() -> None:
     bench = Bench()
     bench.routes = bench.path.routes = Routes(max_segments=3)
@@ -223,8 +241,9 @@ def test_nothing_is_unknown_after_two_barriers_and_as_many_equal_readings(bench:
     bench.begin()
     helper.done(OSError(errno.EPIPE, "the helper died"), None)
     assert path.written
-    bench.begin()
-    bench.land()
+    for _ in range(2):
+        bench.begin()
+        bench.land()
     assert not path.written
     assert not path.at_rest
     helper.now = Counters(BLOCK, 0)
