@@ -426,7 +426,8 @@ class Copier:
     def _settle(self, now: float) -> None:
         self._settling = True
         self._next_settle = now + SETTLE_INTERVAL_S
-        pass_complete = self.pass_blocks is not None and not self.pass_blocks
+        # An empty one is a pass whose last blocks this settle makes durable.
+        ending = None if self.pass_blocks else self.pass_blocks
         failures = self._failures
         self._batch_bytes = 0
         extents = self._gate.begin_settle()
@@ -451,7 +452,7 @@ class Copier:
                 if self._batch_limit_bytes is not None:
                     twice = 2 * self._batch_limit_bytes
                     self._batch_limit_bytes = twice if twice <= BATCH_BYTES else None
-                if pass_complete:
+                if ending is not None and ending is self.pass_blocks:  # no other has begun
                     self._pass_done()
                 if self.on_change is not None:
                     self.on_change()

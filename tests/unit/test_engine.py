@@ -373,6 +373,29 @@ def test_a_pass_is_followed_to_its_end(mirror: Mirror) -> None:
     assert copier.pass_copied_bytes == 2 * EXTENT
 
 
+def test_a_settle_does_not_end_a_pass_that_began_meanwhile(mirror: Mirror) -> None:
+    mirror.policy.kept = set(range(8))
+    mirror.put(0, 4)
+    mirror.gate.take_recorded()
+    mirror.copier.begin_pass(compare=False)
+    while mirror.copier.pass_blocks or mirror.copier.pass_blocks is None:
+        drain(mirror.loop, mirror.primary)
+        if mirror.pending(mirror.secondary) == ["flush"]:
+            break
+        mirror.loop.advance(0.5)
+        if "write" in mirror.pending(mirror.secondary):
+            mirror.finish(mirror.secondary)
+    assert mirror.pending(mirror.secondary) == ["flush"]
+    mirror.gate.take_recorded()
+    mirror.copier.begin_pass(compare=True)
+    mirror.finish(mirror.secondary)
+    drain(mirror.loop, mirror.primary)
+    assert mirror.copier.pass_blocks is not None
+    assert mirror.copier.compare
+    mirror.run(5.0)
+    assert mirror.copier.pass_blocks is None
+
+
 def test_a_settle_on_the_way_does_not_end_a_pass() -> None:
     mirror = begun(rate_bytes_per_s=BLOCK)
     mirror.policy.kept = set(range(8))
