@@ -162,6 +162,12 @@ class KernelAttachment:
         answer = (await self._call("attach", {"segments": whole})).header
         self._open_stat("write", f"/dev/mapper/{answer['write_device']}")
         self._open_stat("top", self.device)
+        if taken := answer["taken_by_lvm"]:
+            self.emit(
+                "lvm-error",
+                message=f"LVM takes {', '.join(taken)} for the physical volume that is on"
+                f" {self.device}: what it writes there passes the record by",
+            )
         return [(int(a), int(b), str(kind)) for a, b, kind in answer["segments"]]
 
     async def close_hosts(self) -> None:

@@ -314,6 +314,16 @@ _EVENTS = (
         "nothing; a longer `era-interval` saves the kernel work",
     ),
     EventKind(
+        "lvm-error",
+        Level.ERROR,
+        ("message",),
+        "LVM on this host has no filter, and takes a layer below the volume, or its primary, for"
+        " the physical volume that is on the volume: what it writes is not mirrored",
+        "`vgchange -an` the volume group, set the filter of docs/boot.md,"
+        " `vgchange -ay`, then `dmctl verify NAME --repair`",
+        is_error=True,
+    ),
+    EventKind(
         "counters-error",
         Level.ERROR,
         ("message",),

@@ -51,6 +51,7 @@ from dmctl.kernel.barrier import Barrier, MetadataFile, alarm, counters
 from dmctl.kernel.dm_ioctl import CONTROL, DeviceMapper, load_module
 from dmctl.kernel.dm_wire import Target
 from dmctl.kernel.execute import Dmsetup
+from dmctl.kernel.lvm import taken_by_lvm
 from dmctl.kernel.nbd_netlink import NbdNetlink, find_device, raise_request_size
 from dmctl.kernel.observe import observe, queue_number
 from dmctl.kernel.selftest import selftest
@@ -261,7 +262,11 @@ class Helper:
         era = self._layer(seen, Layer.ERA)
         for layer in Layer:
             self._have_counted(layer, self._layer(seen, layer))
+        below = {write.number, era.number, self._nbd_number(seen)}
+        if seen.primary is not None:
+            below.add(seen.primary.number)
         answer = {
+            "taken_by_lvm": taken_by_lvm(self._volume.primary, below),
             "write_device": write.name,
             "top_device": self._layer(seen, Layer.TOP).name,
             "segments": segments_of(write.lines, era=era.number, nbd=self._nbd_number(seen)),

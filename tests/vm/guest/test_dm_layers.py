@@ -225,6 +225,18 @@ def test_a_physical_volume_of_lvm_upon_a_volume(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("with_lvm")
+def test_a_start_tells_that_lvm_would_go_past_the_gate() -> None:
+    with quick_volume("vol0") as volume:
+        assert "lvm-error" not in volume.dmctl("events", volume.name, "--now")
+        lvm("pvcreate", "-q", volume.device, accept=documented(volume))
+        volume.wait_in_sync()
+        volume.stop()
+        volume.start()
+        assert "lvm-error" in volume.dmctl("events", volume.name, "--now")
+        assert volume.status()["last_error"]["code"] == "lvm-error"
+
+
+@pytest.mark.usefixtures("with_lvm")
 def test_logical_volumes_of_lvm_as_media(tmp_path: Path) -> None:
     with disks(("pv", 128 * MIB)) as (disk,):
         only = [f"a|^{disk.path}$|", "r|.*|"]
