@@ -48,6 +48,7 @@ from bitmapd.config.volume import (
     effective_era_interval_s,
     effective_record_limit_bytes,
     keys,
+    taken_up,
 )
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "parse_table",
     "remove_volume",
     "render",
+    "taken_up",
     "unit_instance",
     "volume_names",
 ]

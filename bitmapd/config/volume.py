@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,6 +241,17 @@ def keys() -> dict[str, Key]:
         for field, hint in hints.items()
         if hasattr(hint, "__metadata__")
     }
+
+
+def taken_up(running: VolumeConfig, read: VolumeConfig) -> tuple[VolumeConfig, list[str]]:
+    """What a running volume goes on with, and the keys of changes that it does not take up."""
+    live = {field: getattr(read, field) for field, key in keys().items() if key.live}
+    ignored = [
+        key.name
+        for field, key in keys().items()
+        if not key.live and getattr(read, field) != getattr(running, field)
+    ]
+    return dataclasses.replace(running, **live), ignored
 
 
 def device_of(config: VolumeConfig) -> str:

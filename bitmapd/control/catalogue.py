@@ -231,6 +231,15 @@ _EVENTS = (
         "`dmctl config check`",
     ),
     EventKind(
+        "settings-ignored",
+        Level.WARNING,
+        ("keys", "message"),
+        "the configuration has changes that a running volume, or any volume that exists, cannot"
+        " take up; they have no effect",
+        "set them back; most are taken up by `dmctl stop` and `start`, sizes of extents and blocks"
+        " only by a new `dmctl create`",
+    ),
+    EventKind(
         "resized",
         Level.NOTICE,
         ("size_bytes",),

@@ -29,6 +29,7 @@ from bitmapd.config import (
     VolumeConfig,
     effective_era_interval_s,
     effective_record_limit_bytes,
+    taken_up,
 )
 from bitmapd.control.catalogue import lookup
 from bitmapd.copier.engine import Copier, CopyState
@@ -49,6 +50,7 @@ from bitmapd.media.waiting import Aside, completion
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
+from bitmapd.units import format_size
 from bitmapd.volume.hints import HintKeeper
 from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.presence import Presence
@@ -157,6 +159,7 @@ class Volume:
 
         await self._aside(self._session.begin)
         self.geometry = geometry
+        self._warn_of_other_sizes()
         self._store = RecordStore(geometry, self._session.loaded, self._record, loop, self._emit)
         # Misses of one batch share a record write; it leaves with the batch, not a turn later.
         self._engine.before_submit.append(self._store.commit)
@@ -230,6 +233,25 @@ class Volume:
         )
         self.copier.start(paused=self._pausing.stored)
         self._tick_timer = loop.call_later(TICK_S, self._tick)
+
+    def _warn_of_other_sizes(self) -> None:
+        """The record has the sizes that the volume was created with; those of the file are none."""
+        config, geometry = self.config, self.geometry
+        sizes = {
+            "extent_size": (config.extent_size_bytes, geometry.extent_bytes),
+            "block_size": (config.block_size_bytes, geometry.block_bytes),
+        }
+        other = {key: made for key, (written, made) in sizes.items() if written != made}
+        if other:
+            made = ", ".join(f"{key} = {format_size(size)}" for key, size in other.items())
+            self._ignored(list(other), f"the volume was created with {made}")
+
+    def _ignored(self, keys: list[str], reason: str) -> None:
+        self._emit(
+            "settings-ignored",
+            keys=keys,
+            message=f"{', '.join(keys)} of the configuration: no effect, {reason}",
+        )
 
     def _warn_if_buffered(self) -> None:
         for device in (self._primary, self._record):
@@ -589,7 +611,10 @@ class Volume:
         self.gate.set_policy(policy)
 
     def reconfigure(self, config: VolumeConfig) -> None:
-        """Take up the settings that may change while running."""
+        """Take up the settings that may change while running, and report the others."""
+        config, ignored = taken_up(self.config, config)
+        if ignored:
+            self._ignored(ignored, "cannot change while the volume runs")
         if config.predictor != self.config.predictor:
             self._exchange_policy(config.predictor)
         self.config = config

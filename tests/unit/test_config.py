@@ -37,7 +37,8 @@ from bitmapd.config import (
     unit_instance,
     volume_names,
 )
-from bitmapd.errors import ExistsError, NotFoundError, UsageError
+from bitmapd.config.problems import Problem, config_error, denied
+from bitmapd.errors import ExistsError, NotFoundError, PermissionError_, UsageError
 from bitmapd.net.uri import parse_uri
 
 UUID_A = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
@@ -518,3 +519,11 @@ def test_what_is_rendered_is_read_back(changes: dict[str, Any]) -> None:
     assert config is not None
     table = cfg.render(config, [key.name for key in keys().values()])
     assert cfg.build_volume("v", table, {}, "f", listen) == (config, [])
+
+
+def test_what_this_user_may_not_read_is_a_matter_of_permission_if_it_is_all() -> None:
+    hidden, wrong = denied("f", "cannot be read"), Problem("g", "k", "is wrong", None)
+    assert isinstance(config_error([hidden]), PermissionError_)
+    assert config_error([hidden]).hint == "run it as root"
+    assert isinstance(config_error([hidden, wrong]), ConfigError)
+    assert isinstance(config_error([]), ConfigError)

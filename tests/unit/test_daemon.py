@@ -277,6 +277,27 @@ def test_sighup_reads_the_configuration_again(local: LocalVolume, start: Starter
     assert process.call("status")["record_limit_bytes"] == 300 * MIB
 
 
+def test_what_cannot_be_taken_up_is_reported(local: LocalVolume, start: Starter) -> None:
+    """An edited primary must not become the one that a resize measures."""
+    file = local.paths.volume_file("vol0")
+    text = file.read_text()
+    process = start(local)
+    process.until("started")
+    file.write_text(text.replace(str(local.primary), f"{local.primary}2") + 'copy_rate = "1MiB"\n')
+    process.send(signal.SIGHUP)
+    assert "primary of the configuration: no effect" in process.until("settings-ignored")
+    process.until("settings-changed")
+    assert process.call("status")["primary"] == str(local.primary)
+    process.call("stop")
+    assert process.ended() == 0
+    file.write_text(text + 'extent_size = "4MiB"\n')
+    process = start(local)
+    told = process.until("settings-ignored")
+    assert "extent_size of the configuration: no effect" in told
+    assert "created with extent_size = 1MiB" in told
+    process.until("started")
+
+
 def test_a_second_stop_hurries_the_first(local: LocalVolume, start: Starter) -> None:
     file = local.paths.volume_file("vol0")
     file.write_text(file.read_text() + 'copy_rate = "64KiB"\n')

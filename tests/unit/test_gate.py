@@ -327,3 +327,16 @@ def test_recovery_marks_every_block_of_every_recorded_extent() -> None:
     assert mirror.gate.oldest_dirty_s() == 0.0, "the copies of before are not settled"
     mirror.gate.take_recorded()
     assert mirror.gate.dirty_blocks() == 7
+
+
+def test_everything_may_be_recorded_already_when_it_is_taken() -> None:
+    mirror = Mirror()
+    mirror.policy.kept = set(range(mirror.geometry.extents))
+    mirror.gate.take_everything(lambda error: None)
+    mirror.run()
+    answers: Answers = []
+    mirror.gate.take_everything(answers.append)
+    assert answers == [], "never from inside the call"
+    mirror.run()
+    assert answers == [None]
+    assert mirror.recorded() == set(range(mirror.geometry.extents))

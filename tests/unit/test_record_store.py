@@ -359,6 +359,19 @@ def test_a_failed_page_is_mended_by_the_next_flush_of_clears(rig: Rig) -> None:
     assert rig.store.covers(5, 6)
 
 
+def test_a_clear_that_is_on_its_way_is_waited_for(rig: Rig) -> None:
+    rig.put((1, 3))
+    rig.store.drop([1])
+    rig.store.flush_clears()
+    rig.loop.run_soon()
+    rig.store.destage_clears(rig.answers.append)
+    rig.loop.run_soon()
+    before = len(rig.answers)
+    drain(rig.loop, rig.disk)
+    assert rig.answers[before:] == [None]
+    assert rig.stored() == {2}
+
+
 def test_no_two_writes_of_a_page_have_the_same_sequence(rig: Rig) -> None:
     """One that failed may be there in part: with the same sequence as its repetition, whose power
     cut leaves the other part, both would pass for one whole page."""
