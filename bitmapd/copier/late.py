@@ -51,9 +51,7 @@ class LateWrites:
         self._proceed = proceed
         self.bound_s = bound_s
         self._lost = BlockSet()  # since the secondary went away; held by the gate while not empty
-        self._inherited = (
-            BlockSet()
-        )  # what a predecessor may have sent, until the secondary is there
+        self._inherited = BlockSet()  # of a predecessor, until the secondary is there
         self._copy_after_s = float("-inf")
 
     def lost(self, first: int, stop: int) -> None:

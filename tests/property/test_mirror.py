@@ -48,6 +48,9 @@ class Clock(SimLoop):
 
 
 class MirrorMachine(RuleBasedStateMachine):
+    pool_bytes = 1 << 20  # for copies
+    late_writes_s = 0.0
+
     @initialize(seed=seeds, compare=st.booleans())
     def first_boot(self, seed: int, compare: bool) -> None:
         self.compare = compare
@@ -93,12 +96,13 @@ class MirrorMachine(RuleBasedStateMachine):
             self.primary,
             self.secondary,
             self.loop,
-            BufferPool(self.loop, 1 << 20),
+            BufferPool(self.loop, self.pool_bytes),
             Throttle(None),
             Backoff(jitter=lambda: 0.5),
             lambda *a, **k: None,
             check_secondary=lambda: None,
             era_interval_s=1.0,
+            late_writes_s=self.late_writes_s,
             piece_bytes=2 * BLOCK,
         )
 

@@ -23,8 +23,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
-from bitmapd.copier.engine import Copier, CopyState
-from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.copier.engine import CopyState
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool
@@ -53,6 +52,12 @@ class FarDisk(SimDisk):
 
 
 class WideMachine(MirrorMachine):
+    pool_bytes = 4 * BLOCK
+
+    @property
+    def late_writes_s(self) -> float:
+        return LATE_S if self.late else 0.0
+
     @initialize(
         seed=seeds,
         compare=st.booleans(),
@@ -93,23 +98,6 @@ class WideMachine(MirrorMachine):
         self.losses = self.gate.lost_writes.listener()  # a host's connection
         if self.late and self.secondary.connected:
             self.secondary.greet(self.loop, self.rng)
-
-    def make_copier(self) -> Copier:
-        return Copier(
-            GEOMETRY,
-            self.gate,
-            self.primary,
-            self.secondary,
-            self.loop,
-            BufferPool(self.loop, 4 * BLOCK),
-            Throttle(None),
-            Backoff(jitter=lambda: 0.5),
-            lambda *a, **k: None,
-            check_secondary=lambda: None,
-            era_interval_s=1.0,
-            late_writes_s=LATE_S if self.late else 0.0,
-            piece_bytes=2 * BLOCK,
-        )
 
     # -- the host -------------------------------------------------------------------------
     def submit(self, kind: str, offset: int, data: bytes, done: Done, fua: bool) -> None:
