@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.nbdpeers import Peer, nbdkit, qemu_nbd
+from tests.support.served import served_volume
 from tests.support.volumes import KIB, MIB, Volume, make_file, noise
 
 SIZE = 32 * MIB
@@ -41,13 +42,7 @@ def test_a_server_that_forgot_gets_everything_again(short_path: Path, kind: str,
         file.write(before)
     with (
         FORGETFUL[kind](short_path, backing) as server,
-        Volume(
-            short_path,
-            SIZE,
-            options=SKIP,
-            secondary_target=str(server.uri()),
-            media={"secondary": backing},
-        ) as volume,
+        served_volume(short_path, SIZE, server, backing, SKIP) as volume,
     ):
         volume.make_media()
         with volume.primary.open("r+b") as file:
@@ -109,13 +104,7 @@ def test_one_that_remembers_is_copied_nothing(short_path: Path) -> None:
     backing = make_file(short_path / "far", SIZE)
     with (
         nbdkit(short_path, "file", f"file={backing}") as server,
-        Volume(
-            short_path,
-            SIZE,
-            options=SKIP,
-            secondary_target=str(server.uri()),
-            media={"secondary": backing},
-        ) as volume,
+        served_volume(short_path, SIZE, server, backing, SKIP) as volume,
     ):
         volume.create()
         volume.start()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.nbdpeers import nbdkit, need
+from tests.support.served import served_volume
 from tests.support.volumes import KIB, MIB, Volume, make_file, noise
 
 SIZE = 32 * MIB
@@ -37,13 +38,7 @@ def test_case_36_a_disk_that_lied_is_found_out_and_healed(short_path: Path) -> N
     backing = make_file(short_path / "far", SIZE)
     with (
         nbdkit(short_path, "--filter=cache", "file", f"file={backing}", "cache=unsafe") as server,
-        Volume(
-            short_path,
-            SIZE,
-            options=SKIP,
-            secondary_target=str(server.uri()),
-            media={"secondary": backing},
-        ) as volume,
+        served_volume(short_path, SIZE, server, backing, SKIP) as volume,
     ):
         volume.create()
         volume.start()
@@ -206,13 +201,7 @@ def test_a_difference_behind_a_bad_sector_is_found(short_path: Path) -> None:
     ]
     with (
         nbdkit(short_path, "eval", *spotted) as server,
-        Volume(
-            short_path,
-            SIZE,
-            options=SKIP,
-            secondary_target=str(server.uri()),
-            media={"secondary": backing},
-        ) as volume,
+        served_volume(short_path, SIZE, server, backing, SKIP) as volume,
     ):
         volume.create()
         volume.start()

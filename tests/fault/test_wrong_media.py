@@ -11,6 +11,7 @@ import pytest
 from tests.support import rawnbd
 from tests.support.loops import loop_device, run, sparse_file
 from tests.support.nbdpeers import nbdkit, need
+from tests.support.served import served_volume
 from tests.support.volumes import KIB, MIB, Volume, make_file, noise
 
 SIZE = 16 * MIB
@@ -60,13 +61,7 @@ def test_case_08_another_secondary_is_refused_while_running(short_path: Path) ->
     served.symlink_to(backing)
     with (
         nbdkit(short_path, "file", f"file={served}") as server,
-        Volume(
-            short_path,
-            SIZE,
-            options=SKIP,
-            secondary_target=str(server.uri()),
-            media={"secondary": backing},
-        ) as volume,
+        served_volume(short_path, SIZE, server, backing, SKIP) as volume,
     ):
         volume.create()
         volume.start()
