@@ -25,7 +25,7 @@ from bitmapd.media.identity import identify
 from bitmapd.media.waiting import completion
 from bitmapd.nbd.server.export import NbdServer
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.store import RecordStore
+from bitmapd.record.holder import Record
 
 LEAVE_TIMEOUT_S = 60.0  # for the requests that are under way when a volume grows
 LAST_BARRIERS = 5  # attempts to learn what hosts wrote last
@@ -80,7 +80,7 @@ class DmMode:
         self,
         engine: AioEngine,
         gate: Gate,
-        store: RecordStore,
+        store: Record,
         may_spin: Callable[[], bool],
         opened: Undo,
     ) -> None:

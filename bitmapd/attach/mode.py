@@ -36,7 +36,7 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.nbd.server.export import NbdServer
 from bitmapd.net.uri import parse_uri
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.store import RecordStore
+from bitmapd.record.holder import Record
 
 HOST_POOL_BYTES = 32 << 20
 DRAIN_TIMEOUT_S = 5.0
@@ -73,7 +73,7 @@ class Mode(Protocol):
         self,
         engine: AioEngine,
         gate: Gate,
-        store: RecordStore,
+        store: Record,
         may_spin: Callable[[], bool],
         opened: Undo,
     ) -> None: ...

@@ -20,7 +20,7 @@ from bitmapd.nbd.server.export import NbdServer
 from bitmapd.net.tls import server_context
 from bitmapd.net.uri import parse_uri
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.store import RecordStore
+from bitmapd.record.holder import Record
 
 
 class NbdMode:
@@ -43,7 +43,7 @@ class NbdMode:
         self,
         engine: AioEngine,
         gate: Gate,
-        store: RecordStore,
+        store: Record,
         may_spin: Callable[[], bool],
         opened: Undo,
     ) -> None:

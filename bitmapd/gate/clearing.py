@@ -26,7 +26,7 @@ from bitmapd.gate.elsewhere import Elsewhere
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import Scheduler
 from bitmapd.predict.policy import EVICTIONS_PER_ADDITION, Policy
-from bitmapd.record.store import RecordStore
+from bitmapd.record.holder import Record
 
 # Where others write, one part in so many of the record's limit is kept free for misses.
 COOLING_PART = 16
@@ -37,7 +37,7 @@ class Clearing:
 
     def __init__(
         self,
-        store: RecordStore,
+        store: Record,
         policy: Policy,
         unsettled: Unsettled,
         scheduler: Scheduler,

@@ -40,7 +40,7 @@ from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
 from bitmapd.media.lost import LostWrites
 from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
-from bitmapd.record.store import RecordStore
+from bitmapd.record.holder import Record
 
 Submit = Callable[[Done], None]
 # Verb, offset and length in bytes, and why the primary refused a host's request.
@@ -55,7 +55,7 @@ class Gate:
         self,
         geometry: Geometry,
         primary: Device,
-        store: RecordStore,
+        store: Record,
         policy: Policy,
         scheduler: Scheduler,
         *,

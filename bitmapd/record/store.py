@@ -38,6 +38,7 @@ from bitarray import bitarray
 from bitmapd.media.base import Device, Done, Scheduler
 from bitmapd.media.buffers import aligned
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.holder import Ranges
 from bitmapd.record.layout import (
     EXTENTS_PER_PAGE,
     PAGE_BYTES,
@@ -49,7 +50,6 @@ from bitmapd.record.layout import (
 )
 
 Emit = Callable[..., None]
-Ranges = Sequence[tuple[int, int]]
 
 SLOW_S = 5.0
 
@@ -108,7 +108,7 @@ class _Batch:
 
 
 class RecordStore:
-    """See the module docstring."""
+    """See the module docstring.  A `Record` (record/holder)."""
 
     def __init__(
         self,

@@ -21,8 +21,8 @@ from bitmapd.copier.engine import Copier
 from bitmapd.errors import BitmapdError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.waiting import Aside, completion
+from bitmapd.record.holder import Record
 from bitmapd.record.layout import InitialSync
-from bitmapd.record.store import RecordStore
 from bitmapd.volume.session import RecordSession
 from bitmapd.volume.status import recorded_bytes
 
@@ -35,7 +35,7 @@ class Recovery:
     def __init__(
         self,
         session: RecordSession,
-        store: RecordStore,
+        store: Record,
         gate: Gate,
         copier: Copier,
         loop: asyncio.AbstractEventLoop,

@@ -9,6 +9,7 @@ from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.transfers import Trouble
 from bitmapd.gate.gate import Gate
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.holder import Record
 from bitmapd.record.store import RecordStore
 
 # How long an error of the primary is the volume's state.  Longer than hosts take between attempts,
@@ -41,7 +42,7 @@ def primary_is_failing(gate: Gate, copier: Copier) -> bool:
     return copier.now_s - max(gate.primary_failed_s, copier.primary_failed_s) < PRIMARY_ERROR_S
 
 
-def recorded_bytes(store: RecordStore, geometry: Geometry) -> int:
+def recorded_bytes(store: Record, geometry: Geometry) -> int:
     return min(store.recorded_extents * geometry.extent_bytes, geometry.size_bytes)
 
 
