@@ -17,7 +17,7 @@ from dmctl.simulate import replay
 from dmctl.simulate.files import load_trace
 from tests.support.cli import Cli, new_cli
 
-TRACES = Path(__file__).parents[1] / "data" / "traces"
+TRACES = Path(__file__).parents[2] / "data" / "traces"
 MIB = 1 << 20
 
 # What the contract promises; more may be there.

@@ -12,7 +12,7 @@ import pytest
 from bitmapd.record import tool
 from tests.support.cli import MIB, Cli, new_cli
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitmapd.control.states import STATES, check_codes, check_status, hint
 
-RECOVERY = Path(__file__).resolve().parents[2] / "docs/recovery.md"
+RECOVERY = Path(__file__).resolve().parents[3] / "docs/recovery.md"
 
 
 def test_the_document_has_every_state_with_its_exit_status() -> None:

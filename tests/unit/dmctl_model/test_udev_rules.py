@@ -24,7 +24,7 @@ from dmctl.model.assembly import (
 )
 from dmctl.model.udev import Medium, device_name, lines_of, objection, render
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 UUIDS = ("0a9e5c39-53b6-4ef4-8fb6-e7a0b5ec7d10", "1a9e5c39-53b6-4ef4-8fb6-e7a0b5ec7d10")
 ALL = ("primary", "record", "secondary")
 

@@ -16,7 +16,7 @@ from bitmapd.errors import UsageError, WrongStateError
 from dmctl.model.era import EraDamagedError, Metadata, View, read_superblock, runs
 from tests.data.era.build import ARRAY, INTERNAL, LEAF, Image, image, marks, room_of_node, seal
 
-FOLDER = Path(__file__).parents[1] / "data" / "era"
+FOLDER = Path(__file__).parents[2] / "data" / "era"
 GOLDEN = sorted({path.name.removesuffix(".json") for path in FOLDER.glob("*.json")} - {"kernel"})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bitmapd.control.catalogue import EVENTS, UNKNOWN, Level, lookup, markdown
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CATALOGUE = "bitmapd/control/catalogue.py"
 EMITTERS = {"emit", "_emit", "_emit_event"}
 # Calls of the same name that are no events: bytes of the NBD server.

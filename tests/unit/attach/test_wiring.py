@@ -16,7 +16,7 @@ from bitmapd.attach import helper
 from bitmapd.attach.helper import Wiring
 from bitmapd.attach.helper_frames import HelperError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOON_S = 60.0
 
 

@@ -12,7 +12,7 @@ from bitmapd.errors import UsageError
 from dmctl.simulate.files import load_trace
 from dmctl.simulate.formats import FORMATS, detect, parse
 
-TRACES = Path(__file__).parents[1] / "data" / "traces"
+TRACES = Path(__file__).parents[2] / "data" / "traces"
 FILES = {
     "requests.csv": "csv",
     "disk.blkparse": "blkparse",
