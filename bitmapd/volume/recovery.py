@@ -57,7 +57,7 @@ class Recovery:
         self._passes = 0
         self.kept = True  # the end of the last pass that is over (invariant 1)
         self.result: dict[str, Any] | None = None  # `last_recovery` of the status
-        copier.on_pass_done = self._pass_done
+        copier.passes.on_done = self._pass_done
 
     def begin(self) -> None:
         """Mark everything recorded as to be copied."""
@@ -94,7 +94,7 @@ class Recovery:
                 "reason": self._reason,
                 "extents": self._extents,
                 "bytes_total": self._bytes_total,
-                "bytes_copied": self._copier.pass_copied_bytes,
+                "bytes_copied": self._copier.passes.copied_bytes,
                 "seconds": round(self._loop.time() - self._started_s, 3),
             }
             self._reason = ""

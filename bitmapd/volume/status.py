@@ -32,7 +32,7 @@ def state_of(store: RecordStore, gate: Gate, copier: Copier, *, in_sync: bool) -
         return "no-space"
     if Trouble.REFUSED in troubles:
         return "secondary-failing"
-    if copier.pass_blocks is not None:
+    if copier.passes.under_way:
         return "resyncing"
     return "in-sync" if in_sync else "copying"
 
@@ -95,13 +95,13 @@ def describe(
 
 
 def _resync(copier: Copier) -> dict[str, Any] | None:
-    if copier.pass_blocks is None:
+    if not copier.passes.under_way:
         return None
-    remaining = copier.pass_remaining_bytes
+    remaining = copier.passes.remaining_bytes
     speed = copier.meter.bytes_per_s
     eta_s = copier.meter.eta_s(remaining)
     return {
-        "total_bytes": copier.pass_total_bytes,
+        "total_bytes": copier.passes.total_bytes,
         "remaining_bytes": remaining,
         "rate_bytes_per_second": None if speed is None else round(speed),
         "eta_seconds": None if eta_s is None else round(eta_s, 1),

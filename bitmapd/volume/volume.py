@@ -482,7 +482,7 @@ class Volume:
         """
         self._pausing.refuse("nothing is copied")
         extents = 0
-        if checksum and self.copier.pass_blocks is None:
+        if checksum and not self.copier.passes.under_way:
             extents = self._store.recorded_extents
             if extents:
                 self._recovery.give_way()
@@ -619,7 +619,7 @@ class Volume:
             self._exchange_policy(config.predictor)
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
-        self.copier.era_interval_s = effective_era_interval_s(config)
+        self.copier.rounds.era_interval_s = effective_era_interval_s(config)
         self.copier.late.bound_s = config.late_writes_s
         self._recording.record_to(config.trace)
         self.gate.limit_extents = self._limit_extents(self.copier.meter.bytes_per_s)

@@ -311,7 +311,7 @@ class MirrorMachine(RuleBasedStateMachine):
         self.settle_everything()
         assert not self.pending_writes, "a write was never answered"
         assert self.gate.in_sync
-        assert self.copier.pass_blocks is None
+        assert not self.copier.passes.under_way
         assert self.primary.visible == self.secondary.durable
         self.secondary.connected = True  # it may have gone unnoticed while there was no work
         results: list[tuple[OSError | None, VerifyResult]] = []

@@ -176,7 +176,7 @@ class WideMachine(MirrorMachine):
 
     def resync(self, compare: bool) -> None:
         """As `Volume.resync` does."""
-        if self.copier.state is CopyState.PAUSED or self.copier.pass_blocks is not None:
+        if self.copier.state is CopyState.PAUSED or self.copier.passes.under_way:
             return
         if compare and self.store.recorded_extents:
             self.gate.take_recorded()

@@ -7,8 +7,9 @@ import errno
 
 import pytest
 
-from bitmapd.copier.engine import SETTLE_INTERVAL_S, Copier, CopyState
+from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.late import QUIET_S
+from bitmapd.copier.settling import SETTLE_INTERVAL_S
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.media.base import Done
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Mirror, begun, equal, until_reads
@@ -305,7 +306,7 @@ def test_comparing_sends_only_what_differs() -> None:
     content[7 * BLOCK - 1] = 0
     mirror = compared(bytes(content))
     done: list[int] = []
-    mirror.copier.on_pass_done = lambda: done.append(mirror.copier.pass_copied_bytes)
+    mirror.copier.passes.on_done = lambda: done.append(mirror.copier.passes.copied_bytes)
     mirror.run()
     assert mirror.secondary.asked("read") == [(0, 4), (4, 4)]
     assert mirror.secondary.asked("write") == [(5, 2)]
@@ -353,24 +354,24 @@ def test_a_link_that_is_lost_while_comparing_is_made_anew() -> None:
 
 def test_a_pass_is_followed_to_its_end(mirror: Mirror) -> None:
     copier = mirror.copier
-    assert copier.pass_remaining_bytes == 0
+    assert copier.passes.remaining_bytes == 0
     mirror.policy.kept = set(range(8))
     mirror.put(0, 6)
     mirror.run(1.0)
     mirror.gate.take_recorded()
     copier.begin_pass(compare=False)
-    assert copier.pass_total_bytes == copier.pass_remaining_bytes == 2 * EXTENT
+    assert copier.passes.total_bytes == copier.passes.remaining_bytes == 2 * EXTENT
     mirror.turn()
     mirror.finish(mirror.primary)
     mirror.finish(mirror.secondary)
     mirror.write(20)  # not part of the pass
-    assert copier.pass_remaining_bytes == 2 * EXTENT - 2 * BLOCK
+    assert copier.passes.remaining_bytes == 2 * EXTENT - 2 * BLOCK
     settles: list[int] = []
-    copier.on_pass_done = lambda: settles.append(mirror.gate.settles)
+    copier.passes.on_done = lambda: settles.append(mirror.gate.settles)
     mirror.run()
     assert settles == [2], "after the settle, not before"
-    assert copier.pass_blocks is None
-    assert copier.pass_copied_bytes == 2 * EXTENT
+    assert not copier.passes.under_way
+    assert copier.passes.copied_bytes == 2 * EXTENT
 
 
 def test_a_settle_does_not_end_a_pass_that_began_meanwhile(mirror: Mirror) -> None:
@@ -378,7 +379,7 @@ def test_a_settle_does_not_end_a_pass_that_began_meanwhile(mirror: Mirror) -> No
     mirror.put(0, 4)
     mirror.gate.take_recorded()
     mirror.copier.begin_pass(compare=False)
-    while mirror.copier.pass_blocks or mirror.copier.pass_blocks is None:
+    while not mirror.copier.passes.nothing_left:
         drain(mirror.loop, mirror.primary)
         if mirror.pending(mirror.secondary) == ["flush"]:
             break
@@ -390,10 +391,10 @@ def test_a_settle_does_not_end_a_pass_that_began_meanwhile(mirror: Mirror) -> No
     mirror.copier.begin_pass(compare=True)
     mirror.finish(mirror.secondary)
     drain(mirror.loop, mirror.primary)
-    assert mirror.copier.pass_blocks is not None
+    assert mirror.copier.passes.under_way
     assert mirror.copier.compare
     mirror.run(5.0)
-    assert mirror.copier.pass_blocks is None
+    assert not mirror.copier.passes.under_way
 
 
 def test_a_settle_on_the_way_does_not_end_a_pass() -> None:
@@ -404,8 +405,8 @@ def test_a_settle_on_the_way_does_not_end_a_pass() -> None:
     mirror.copier.begin_pass(compare=False)
     while not mirror.gate.settles:
         mirror.run(1.0)
-    assert mirror.copier.pass_remaining_bytes > 0
-    assert mirror.copier.pass_blocks is not None
+    assert mirror.copier.passes.remaining_bytes > 0
+    assert mirror.copier.passes.under_way
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -415,10 +416,10 @@ def test_what_a_process_that_died_had_sent_is_waited_for(mirror: Mirror, late: b
     mirror.gate.take_recorded()
     mirror.copier.begin_pass(compare=False, predecessor=True)
     mirror.run(QUIET_S - 0.5)
-    assert (mirror.copier.pass_blocks is None) is not late
+    assert (mirror.copier.passes.under_way) is late
     assert bool(mirror.copier.copied_bytes) is not late
     mirror.run(1.0)
-    assert mirror.copier.pass_blocks is None
+    assert not mirror.copier.passes.under_way
     assert mirror.copier.copied_bytes == EXTENT
 
 
@@ -427,7 +428,7 @@ def test_a_pass_without_listeners_ends_as_well(mirror: Mirror) -> None:
     mirror.gate.take_era(lambda: None)
     mirror.copier.begin_pass(compare=False)
     mirror.run(1.0)
-    assert mirror.copier.pass_blocks is None
+    assert not mirror.copier.passes.under_way
 
 
 def test_the_remainder_is_never_more_than_the_volume() -> None:
@@ -437,7 +438,7 @@ def test_the_remainder_is_never_more_than_the_volume() -> None:
     drain(mirror.loop, mirror.record)
     mirror.gate.take_recorded()
     mirror.copier.begin_pass(compare=False)
-    assert mirror.copier.pass_remaining_bytes == EXTENT - 512
+    assert mirror.copier.passes.remaining_bytes == EXTENT - 512
 
 
 # -- the volume's size ------------------------------------------------------------------------

@@ -220,15 +220,15 @@ def test_a_pass_is_not_done_with_what_a_new_connection_makes_doubtful(mirror: Mi
         mirror.finish(mirror.primary)
     mirror.finish(mirror.secondary)
     mirror.finish(mirror.secondary)
-    left = mirror.copier.pass_remaining_bytes
+    left = mirror.copier.passes.remaining_bytes
     assert left == 4 * BLOCK
     mirror.copier.reconnect()
     mirror.finish(mirror.secondary)
     mirror.loop.advance(0.5)
     mirror.finish(mirror.secondary)  # it is open
-    assert mirror.copier.pass_remaining_bytes == 12 * BLOCK
+    assert mirror.copier.passes.remaining_bytes == 12 * BLOCK
     mirror.run(1.0)
-    assert mirror.copier.pass_blocks is None
+    assert not mirror.copier.passes.under_way
     assert equal(mirror)
 
 

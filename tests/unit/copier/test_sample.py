@@ -54,7 +54,7 @@ def test_3_one_block_that_is_lost_brings_everything_back() -> None:
     mirror.run(5.0)
     assert mirror.copier.in_sync
     assert equal(mirror)
-    assert mirror.copier.pass_blocks is None
+    assert not mirror.copier.passes.under_way
 
 
 def test_only_what_differs_is_sent() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from bitmapd.copier.engine import URGENT_ERA_S
+from bitmapd.copier.rounds import URGENT_ERA_S
 from bitmapd.gate.elsewhere import Collected, Run
 from bitmapd.gate.routes import DIRECT, GATE, URGENT_HITS
 from tests.support.mirror import (
@@ -193,7 +193,7 @@ def test_many_hits_that_could_have_been_direct_make_the_era_urgent() -> None:
 
 def test_a_busy_gate_is_relieved_before_the_era_is_over() -> None:
     mirror = begun(direct=True)
-    mirror.copier.era_interval_s = 1000.0
+    mirror.copier.rounds.era_interval_s = 1000.0
     mirror.run(1.0)  # the era that began with the other interval
     for _ in range(URGENT_HITS):
         mirror.put(0)

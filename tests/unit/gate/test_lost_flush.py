@@ -59,7 +59,7 @@ def test_a_pass_is_not_done_with_what_has_to_be_copied_again() -> None:
     mirror = Mirror()
     mirror.put(0)
     done: list[int] = []
-    mirror.copier.on_pass_done = lambda: done.append(1)
+    mirror.copier.passes.on_done = lambda: done.append(1)
     mirror.gate.take_recorded()
     mirror.copier.begin_pass(compare=False)
     mirror.copier.start()
@@ -72,7 +72,7 @@ def test_a_pass_is_not_done_with_what_has_to_be_copied_again() -> None:
         mirror.turn()
     mirror.run()
     assert not done
-    assert mirror.copier.pass_remaining_bytes
+    assert mirror.copier.passes.remaining_bytes
     mirror.run(10.0)
     mirror.run(10.0)
     assert done == [1]

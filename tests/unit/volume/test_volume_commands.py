@@ -207,7 +207,7 @@ def test_settings_change_while_it_runs(local: LocalVolume) -> None:
                     },
                 )
             )
-            assert volume.copier.era_interval_s == 3.0
+            assert volume.copier.rounds.era_interval_s == 3.0
             assert volume.copier.throttle.rate_bytes_per_s == MIB
             assert volume.status()["record_limit_bytes"] == 200 * MIB
             assert volume.gate._policy.name == "lru"

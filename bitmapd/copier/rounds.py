@@ -1,0 +1,168 @@
+"""Rounds: when an era ends, when copies begin, when a settle is due (pure).
+
+What hosts write gathers in the gate's current era.  One round after another brings it over:
+1. Every `era_interval_s`, if something was written, no new copies begin, those in flight finish,
+   `gate.take_era`; the barrier is waited for.
+2. Runs of `gate.taken` are copied, several at a time (`Transfers`).
+3. When nothing is left to copy, or the interval of settles is over, both sides are flushed and the
+   gate settles (`Settling`).  Copying goes on meanwhile.
+
+Invariants:
+1. `take_era` is called only while no copy is in flight (the gate's condition).
+2. One barrier at a time, and nothing begins before it has passed.
+3. Where others write (`gate/elsewhere`) eras end whether or not anything is copied, since the
+   kernel's table follows the record at barriers; and early when somebody there has a reason not to
+   wait, but not before `URGENT_ERA_S`, for a barrier has its price.
+4. An era that may end, or a rate that allows the next copy, is looked at though nothing else
+   happens then.
+
+A crash at any point leaves some blocks of the secondary newer; the record names all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bitmapd.copier.ages import Ages
+from bitmapd.copier.late import LateWrites
+from bitmapd.copier.settling import Settling
+from bitmapd.copier.transfers import Transfers
+from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Scheduler, Timer
+
+SEARCH_PAUSE_S = 0.01
+URGENT_ERA_S = 0.25
+
+
+class Rounds:
+    """See the module docstring.  `look` is called when `step` may have something to do."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        scheduler: Scheduler,
+        ages: Ages,
+        late: LateWrites,
+        transfers: Transfers,
+        settling: Settling,
+        look: Callable[[], None],
+        *,
+        era_interval_s: float,
+    ) -> None:
+        self._gate = gate
+        self._scheduler = scheduler
+        self._ages = ages
+        self._late = late
+        self._transfers = transfers
+        self._settling = settling
+        self._look = look
+        self.era_interval_s = era_interval_s
+        self._barrier = False
+        self._next_era_s = 0.0
+        self._era_since_s = 0.0  # of the era that the barrier ends
+        self._urgent: Timer | None = None
+        self._wake: Timer | None = None
+        self._not_before_s = float("-inf")
+        gate.when_urgent(self._became_urgent)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight and the barrier, if one was begun, has passed."""
+        return self._transfers.idle and not self._settling.under_way and not self._barrier
+
+    @property
+    def stuck(self) -> bool:
+        """Whether all that is left to copy waits to be tried again after an error of its own."""
+        gate = self._gate
+        left = gate.taken.count()
+        return (
+            self.idle
+            and not gate.wants_era
+            and not gate.has_copied
+            and 0 < left == self._transfers.withheld_blocks
+        )
+
+    def step(self, *, running: bool) -> None:
+        """Do whatever can be done now; `running`: copies may begin."""
+        if self._barrier or not (running or self._gate.is_written_elsewhere):
+            return
+        now = self._scheduler.time()
+        if self._era_is_over(now):
+            if not self._transfers.idle:
+                return
+            self._end_era(now)
+            return
+        if not running:
+            return
+        exhausted = self._copy(now)
+        settling = self._settling
+        if settling.may_begin(now) and (
+            (exhausted and self._transfers.idle) or settling.is_due(now)
+        ):
+            settling.begin(now)
+
+    def stop(self) -> None:
+        """No timer calls `look` any more."""
+        for timer in (self._urgent, self._wake):
+            if timer is not None:
+                timer.cancel()
+        self._urgent = self._wake = None
+
+    # -- eras -----------------------------------------------------------------------------
+    def hurry(self) -> None:
+        """The present era need not last any longer."""
+        self._next_era_s = 0.0
+
+    def _era_is_over(self, now: float) -> bool:
+        if now >= self._next_era_s:
+            return self._gate.wants_era
+        return self._gate.era_is_urgent and now >= self._urgent_s
+
+    def _end_era(self, now: float) -> None:
+        self._barrier = True
+        self._next_era_s = now + self.era_interval_s
+        since_s = self._gate.era_since_s
+        self._era_since_s = now if since_s is None else since_s
+        self._gate.take_era(self._after_barrier)
+
+    def _after_barrier(self) -> None:
+        self._barrier = False
+        self._ages.joined(self._gate.taken, self._era_since_s)
+        self._transfers.new_round()
+        self._look()
+
+    @property
+    def _urgent_s(self) -> float:
+        """When the present era may end at the earliest."""
+        return self._next_era_s - self.era_interval_s + URGENT_ERA_S
+
+    def _became_urgent(self) -> None:
+        if self._urgent is None:
+            wait_s = max(0.0, self._urgent_s - self._scheduler.time())
+            self._urgent = self._scheduler.call_later(wait_s, self._urgent_now)
+
+    def _urgent_now(self) -> None:
+        self._urgent = None
+        self._look()
+
+    # -- copies ---------------------------------------------------------------------------
+    def _copy(self, now: float) -> bool:
+        """Start copies; true if nothing was left that may be copied now."""
+        if now < self._not_before_s or not self._late.may_copy(now):
+            return False  # a timer will call again; save the search
+        wait_s = self._transfers.begin(now, self._settling.most_in_flight_bytes)
+        if wait_s:
+            self._wake_in(wait_s)
+        return wait_s is None
+
+    def _wake_in(self, delay_s: float) -> None:
+        # Not for long: the rate may be changed at any time.
+        self._not_before_s = self._scheduler.time() + min(delay_s, SEARCH_PAUSE_S)
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = self._scheduler.call_later(delay_s, self._woken)
+
+    def _woken(self) -> None:
+        # asyncio's timers may be early by the resolution of the clock.
+        self._not_before_s = float("-inf")
+        self._look()
