@@ -50,7 +50,7 @@ from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError,
 from bitmapd.hardening import keep_standard_descriptors, protect_memory
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.predict.predictors import make_policy
-from bitmapd.record.tool import RecordMedium
+from bitmapd.record.medium import RecordMedium
 from bitmapd.volume.requestlog import check_log
 from bitmapd.volume.stall import Stall, StalledError
 from bitmapd.volume.volume import Volume

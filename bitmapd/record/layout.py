@@ -68,6 +68,7 @@ __all__ = [
     "Superblock",
     "SuperblockChoice",
     "Verdict",
+    "all_ones",
     "assemble",
     "choose",
     "choose_superblock",

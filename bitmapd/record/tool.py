@@ -11,24 +11,17 @@ Everything is synchronous and goes past the page cache where the medium allows i
    The one of a record that is in use changes through `updates.py` alone.
 4. `heal` makes damaged pages whole again, as ones.  It comes before anything relies on the record.
 5. `repair` writes to another medium, never to the one it reads.
-6. Who changes a record holds its lock (`RecordMedium.lock`): an open-file-description lock, which
-   ends with the process.  Its asynchronous I/O is over by then, so a successor sees its last
-   writes.  flock would be in the way of udev, which takes one while it looks at a disk.
+6. Who changes a record holds its lock (record/medium).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
-import stat
-import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final
 from uuid import UUID
 
 from bitarray import bitarray
@@ -43,7 +36,6 @@ from bitmapd.errors import (
     NotFoundError,
     RecordDamagedError,
     UsageError,
-    refused,
 )
 from bitmapd.media.identity import in_use, same_medium, signature
 from bitmapd.record.hints import HINTS_BYTES
@@ -53,12 +45,9 @@ from bitmapd.record.layout import (
     SUPERBLOCK_BYTES,
     SUPERBLOCK_OFFSETS,
     Loaded,
-    Raw,
     RecordFlag,
     Superblock,
-    SuperblockChoice,
     assemble,
-    choose_superblock,
     encode_page_into,
     encode_superblock,
     healed,
@@ -68,7 +57,17 @@ from bitmapd.record.layout import (
     require_writable,
     with_superblock,
 )
-from bitmapd.record.pages import SECTOR_BYTES
+from bitmapd.record.medium import (
+    CHUNK_BYTES,
+    Read,
+    Reader,
+    RecordMedium,
+    Source,
+    explained,
+    find_superblock,
+    opened,
+    probe,
+)
 from bitmapd.record.report import CheckReport, Finding, Severity, dump, examine, unusable
 
 __all__ = [
@@ -91,203 +90,20 @@ __all__ = [
     "write_superblock_copy",
 ]
 
-Source: TypeAlias = "str | Path | RecordMedium"
-Read = Callable[[int, list[memoryview], int], int]
-
 HINTS_OFFSET: Final = SUPERBLOCK_OFFSETS[1] + SUPERBLOCK_BYTES  # up to the pages
-CHUNK_BYTES: Final = 1 << 20
 _PAGES_PER_CHUNK: Final = CHUNK_BYTES // (2 * PAGE_BYTES)
-_FLOCK: Final = struct.Struct("@hhqqi")  # struct flock with 64-bit offsets
 _NO_CACHE: Final = frozenset({errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP})
-
-
-# -- the medium ------------------------------------------------------------------------
-
-
-class RecordMedium:
-    """An open record device or file; direct I/O, or buffered where the file system has none."""
-
-    def __init__(self, name: str, fd: int) -> None:
-        self.name = name
-        self.fd = fd
-
-    @classmethod
-    def open(cls, path: str | Path) -> RecordMedium:
-        """For reading and writing.  A block device is claimed: BusyError if it is mounted, part of
-        another device, or claimed by another process."""
-        return cls(str(path), _open(str(path), os.O_RDWR | os.O_EXCL))
-
-    @classmethod
-    def open_read_only(cls, path: str | Path) -> RecordMedium:
-        return cls(str(path), _open(str(path), os.O_RDONLY))
-
-    def __enter__(self) -> RecordMedium:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Gives up the lock, too.  May be called again."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    @property
-    def size_bytes(self) -> int:
-        return os.lseek(self.fd, 0, os.SEEK_END)
-
-    def lock(self) -> None:
-        """Claim the record until `close`; BusyError names the volume whose server has it."""
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        try:
-            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, request)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise _explained(error, f"cannot lock {self.name}") from error
-            try:
-                superblock = probe(self)
-            except BitmapdError:
-                superblock = None
-            owner = f"the record of volume {superblock.name!r}, " if superblock else ""
-            raise BusyError(
-                f"{self.name}, {owner}is in use: another process serves or changes it",
-                hint="stop the volume first",
-            ) from error
-
-    def write(self, offset_bytes: int, view: memoryview, flags: int = 0) -> None:
-        """All of `view`; RWF_DSYNC in `flags` makes it durable."""
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwritev(self.fd, [view[done:]], offset_bytes + done, flags)
-            except OSError as error:
-                what = f"cannot write {len(view)} bytes at byte {offset_bytes} of {self.name}"
-                raise _explained(error, what) from error
-
-    def sync(self) -> None:
-        try:
-            os.fsync(self.fd)
-        except OSError as error:
-            raise _explained(error, f"cannot flush {self.name}") from error
-
-
-def _open(name: str, flags: int) -> int:
-    try:
-        mode = os.stat(name).st_mode
-        if not (stat.S_ISBLK(mode) or stat.S_ISREG(mode)):
-            raise UsageError(f"{name} is neither a block device nor a regular file")
-        if not stat.S_ISBLK(mode):
-            flags &= ~os.O_EXCL
-        try:
-            return os.open(name, flags | os.O_CLOEXEC | os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return os.open(name, flags | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        raise _explained(error, f"cannot open {name!r}") from error
-
-
-def _explained(error: OSError | ValueError, what: str) -> BitmapdError:
-    if not isinstance(error, OSError):
-        return UsageError(f"{what}: {error}")
-    is_busy = error.errno == errno.EBUSY
-    return refused(error, what, "it is mounted, or another program claims it" if is_busy else None)
-
-
-@contextmanager
-def _medium(source: Source) -> Iterator[RecordMedium]:
-    if isinstance(source, RecordMedium):
-        yield source
-    else:
-        with RecordMedium.open_read_only(source) as medium:
-            yield medium
 
 
 # -- reading ------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """Reads whole units of 4 KiB and keeps what could not be read in `notes`."""
-
-    def __init__(self, medium: RecordMedium, read: Read) -> None:
-        self._fd = medium.fd
-        self._read = read
-        self._buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
-        self.notes: list[str] = []
-
-    def units(self, offset_bytes: int, count: int) -> Iterator[Raw]:
-        """`count` units from `offset_bytes` on; None for one that cannot be read."""
-        length = count * PAGE_BYTES
-        for done in range(0, length, CHUNK_BYTES):
-            yield from self._chunk(offset_bytes + done, min(CHUNK_BYTES, length - done))
-
-    def _chunk(self, offset_bytes: int, length: int) -> list[Raw]:
-        try:
-            got = self._fill(offset_bytes, self._buffer[:length])
-        except OSError:
-            return [self._unit(offset_bytes + at) for at in range(0, length, PAGE_BYTES)]
-        return [
-            bytes(self._buffer[at : min(at + PAGE_BYTES, got)]) if at < got else None
-            for at in range(0, length, PAGE_BYTES)
-        ]
-
-    def _unit(self, offset_bytes: int) -> Raw:
-        """One unit; sectors that cannot be read are zeros, which are valid nowhere."""
-        view = self._buffer[:PAGE_BYTES]
-        try:
-            got = self._fill(offset_bytes, view)
-            return bytes(view[:got]) if got else None
-        except OSError as error:
-            self.notes.append(
-                f"the 4 KiB at byte {offset_bytes} cannot be read in full: {error.strerror}"
-            )
-        unit = bytearray(PAGE_BYTES)
-        found = False
-        for at in range(0, PAGE_BYTES, SECTOR_BYTES):
-            try:
-                got = self._fill(offset_bytes + at, self._buffer[:SECTOR_BYTES])
-            except OSError:
-                continue  # noted above; the unit's checksums tell which sectors are missing
-            unit[at : at + got] = self._buffer[:got]
-            found = True
-        return bytes(unit) if found else None
-
-    def _fill(self, offset_bytes: int, view: memoryview) -> int:
-        """Bytes read; fewer than asked for only at the end of the medium."""
-        got = 0
-        while got < len(view):
-            more = self._read(self._fd, [view[got:]], offset_bytes + got)
-            if more <= 0:
-                break
-            got += more
-            if got % SECTOR_BYTES:  # an odd end of a file; direct I/O could not go on from here
-                break
-        return got
-
-
-def _superblock(reader: _Reader, medium: RecordMedium) -> SuperblockChoice | None:
-    first, second = (next(reader.units(offset, 1)) for offset in SUPERBLOCK_OFFSETS)
-    try:
-        return choose_superblock(first, second)
-    except (RecordDamagedError, FormatTooNewError) as error:
-        raise type(error)(f"{medium.name}: {error.message}", error.hint) from error
-
-
-def probe(source: Source, read: Read = os.preadv) -> Superblock | None:
-    """The superblock, or None if there is no record; two small reads."""
-    with _medium(source) as medium:
-        choice = _superblock(_Reader(medium, read), medium)
-    return choice.superblock if choice else None
-
-
 def load(source: Source, read: Read = os.preadv) -> Loaded:
     """The whole record.  NotFoundError if there is none, RecordDamagedError if no superblock can be
     trusted; damaged pages count as ones and are named in `messages`."""
-    with _medium(source) as medium:
-        reader = _Reader(medium, read)
-        choice = _superblock(reader, medium)
+    with opened(source) as medium:
+        reader = Reader(medium, read)
+        choice = find_superblock(reader, medium)
         if choice is None:
             raise NotFoundError(
                 f"{medium.name}: there is no record here",
@@ -535,4 +351,4 @@ def _create(path: Path, size_bytes: int) -> None:
     except FileExistsError as error:
         raise ExistsError(f"{path} exists", hint="name a new file") from error
     except OSError as error:
-        raise _explained(error, f"cannot make {path}") from error
+        raise explained(error, f"cannot make {path}") from error

@@ -281,7 +281,7 @@ def test_closing_twice_is_harmless(tmp_path: Path) -> None:
 
 HOLDER = """
 import sys
-from bitmapd.record.tool import RecordMedium
+from bitmapd.record.medium import RecordMedium
 medium = RecordMedium.open(sys.argv[1])
 medium.lock()
 print("locked", flush=True)
