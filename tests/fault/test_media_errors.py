@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bitmapd.record.store import SLOW_S
+from bitmapd.record.page_writer import SLOW_S
 from tests.support import rawnbd
 from tests.support.faulty import FaultyDisk, faulty_disk
 from tests.support.loops import loop_device

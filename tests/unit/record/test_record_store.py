@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from bitmapd.record import page_writer
 from bitmapd.record.geometry import KIB, Geometry
 from bitmapd.record.layout import EXTENTS_PER_PAGE, PAGE_BYTES, encode_page, page_offset
+from bitmapd.record.page_writer import SLOW_S
 from bitmapd.record.pages import decode_slot
-from bitmapd.record.store import SLOW_S, RecordStore
+from bitmapd.record.store import RecordStore
 from bitmapd.volume.resize import new_page_states
 from tests.support.records import VOLUME, blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain
@@ -597,3 +599,62 @@ def test_growth_inside_the_last_extent_needs_no_write(rig: Rig) -> None:
     assert (rig.answers, rig.places) == ([None], [])
     rig.store.grow(GEOMETRY, ())
     assert rig.store.recorded_extents == 0
+
+
+# -- memory -----------------------------------------------------------------------------------
+
+
+def test_writes_of_pages_need_no_buffers_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host waits for them.  Neither the first write of a page nor a repeated one, which is read
+    back, nor the first of a page that came with a larger volume asks for memory then."""
+    rig = growing()
+    rig.store.prepare_growth(GEOMETRY, rig.answers.append)
+    drain(rig.loop, rig.disk)
+
+    def refuse(length_bytes: int) -> memoryview:
+        raise OSError(errno.ENOMEM, "cannot allocate memory")
+
+    monkeypatch.setattr(page_writer, "aligned", refuse)
+    rig.add((5, 6))
+    rig.fail()
+    rig.add((6, 7))
+    drain(rig.loop, rig.disk)
+    rig.store.grow(GEOMETRY, new_page_states(SMALL, GEOMETRY))
+    rig.store.drop([EDGE])
+    rig.store.flush_clears()
+    drain(rig.loop, rig.disk)
+    assert rig.store.settled
+    assert not rig.store.failing
+    assert stored_if(rig, GEOMETRY) == {5, 6, *range(40, EXTENTS)} - {EDGE}
+
+
+def test_growth_without_memory_is_refused_and_leaves_everything_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = growing()
+
+    def refuse(length_bytes: int) -> memoryview:
+        raise OSError(errno.ENOMEM, "cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(page_writer, "aligned", refuse)
+        with pytest.raises(OSError, match="cannot allocate memory"):
+            rig.store.prepare_growth(GEOMETRY, rig.answers.append)
+    rig.put((3, 4))
+    assert stored_if(rig, GEOMETRY) == {3, *range(EDGE, EXTENTS)}, "the last page is as before"
+    rig.store.prepare_growth(GEOMETRY, rig.answers.append)
+    drain(rig.loop, rig.disk)
+    assert rig.answers == [None, None]
+
+
+def test_a_read_that_brings_nothing_is_no_proof(rig: Rig) -> None:
+    """A page is read back into the buffer that it was written from."""
+    rig.add((5, 6))
+    rig.fail()
+    rig.add((6, 7))
+    rig.finish()
+    (read,) = rig.disk.pending
+    rig.disk.pending.clear()
+    read.done(None)
+    assert rig.store.failing
+    assert isinstance(rig.answers[1], OSError)

@@ -166,7 +166,7 @@ def test_growth_that_failed_at_any_write_can_be_repeated(
                 check_stored(local, tmp_path)
             assert await volume.resize() == {"size_bytes": NEW.size_bytes, "changed": True}
             assert check_stored(local, tmp_path) == NEW.size_bytes
-            assert len(volume._store._pages) == page_count(NEW.extents)
+            assert len(volume._store._pages._pages) == page_count(NEW.extents)
             assert volume._store.recorded_extents == volume._store.recorded.count()
             await served.in_sync()
 
