@@ -80,30 +80,30 @@ class Flag(enum.IntFlag):
 KNOWN_FLAGS: Final = int(Flag.MORE | Flag.LAST)
 
 
-class Code(enum.IntEnum):
+class ErrorCode(enum.IntEnum):
     """Why a connection ends with ERROR."""
 
     HEADER = 1  # wrong magic or version, unknown flag
     TOO_LONG = 2
     BROKEN = 3  # checksum; sequence not the next one; MORE followed by something else
     KIND = 4  # unknown, or not allowed in this state
-    PAYLOAD = 5  # runs out of order or outside, counts that contradict, bytes left over
-    REQUEST = 6  # answer to nothing; GRANT of what was not asked for; number that does not grow
-    TOO_MANY = 7  # more requests at a time than were granted
-    OTHER_VOLUME = 8  # another volume, geometry, medium, or the same node number
+    RUNS = 5  # runs out of order or outside, counts that contradict, bytes left over
+    ANSWER = 6  # answer to nothing; GRANT of what was not asked for; number that does not grow
+    BUSY = 7  # more requests at a time than were granted
+    OTHER = 8  # another volume, geometry, medium, or the same node number
     VERSION = 9  # no common version, unknown feature
     BOTH_OWN = 10  # both nodes say that they own an extent
     DIGEST = 11  # the results of the exchange differ
     OLD_TERM = 12  # from a node that is not fresh
     SIZE = 13  # a smaller volume that does not grow
-    DIVERGED = 16  # the generations of the data
+    SPLIT_BRAIN = 16  # the generations of the data diverge
     INTERNAL = 99
 
 
 class PeerError(Exception):
     """What the other node sent is wrong; the connection ends with ERROR `code` and `text`."""
 
-    def __init__(self, code: Code, text: str) -> None:
+    def __init__(self, code: ErrorCode, text: str) -> None:
         super().__init__(text)
         self.code = code
         self.text = text
@@ -182,14 +182,16 @@ class Reader:
             self._held, start
         )
         if magic != MAGIC:
-            raise PeerError(Code.HEADER, f"a frame begins with {magic.hex()}, not {MAGIC.hex()}")
+            raise PeerError(
+                ErrorCode.HEADER, f"a frame begins with {magic.hex()}, not {MAGIC.hex()}"
+            )
         if version != VERSION:
-            raise PeerError(Code.HEADER, f"a frame is of version {version}, not {VERSION}")
+            raise PeerError(ErrorCode.HEADER, f"a frame is of version {version}, not {VERSION}")
         if flags & ~KNOWN_FLAGS:
-            raise PeerError(Code.HEADER, f"a frame has unknown flags: {flags:#x}")
+            raise PeerError(ErrorCode.HEADER, f"a frame has unknown flags: {flags:#x}")
         if length > self.limit_bytes:
             raise PeerError(
-                Code.TOO_LONG,
+                ErrorCode.TOO_LONG,
                 f"a frame of kind {kind} has {length} bytes; at most {self.limit_bytes} are"
                 " allowed here",
             )
@@ -201,10 +203,11 @@ class Reader:
             found = crc32c(held[start + 16 : stop], crc32c(held[start : start + 12]))
             payload = bytes(held[payload_at:stop])
         if found != crc:
-            raise PeerError(Code.BROKEN, f"a frame of kind {kind} has a wrong checksum")
+            raise PeerError(ErrorCode.BROKEN, f"a frame of kind {kind} has a wrong checksum")
         if sequence != self._sequence + 1:
             raise PeerError(
-                Code.BROKEN, f"frame {sequence} came after frame {self._sequence} of the connection"
+                ErrorCode.BROKEN,
+                f"frame {sequence} came after frame {self._sequence} of the connection",
             )
         self._sequence = sequence
         self._at = stop

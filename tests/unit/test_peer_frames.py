@@ -16,7 +16,7 @@ from bitmapd.peer.frames import (
     MAX_GREETING_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_TEXT_BYTES,
-    Code,
+    ErrorCode,
     Flag,
     Frame,
     Kind,
@@ -98,15 +98,17 @@ def header(**changes: int | bytes) -> bytes:
 @pytest.mark.parametrize(
     ("bad", "code", "text"),
     [
-        (header(magic=b"BPLk"), Code.HEADER, "begins with"),
-        (header(version=2), Code.HEADER, "version 2"),
-        (header(flags=4), Code.HEADER, "0x4"),
-        (header(flags=0x8001), Code.HEADER, "0x8001"),
-        (header(length=MAX_GREETING_BYTES + 1), Code.TOO_LONG, "4097"),
-        (header(length=0xFFFFFFFF), Code.TOO_LONG, "4294967295"),
+        (header(magic=b"BPLk"), ErrorCode.HEADER, "begins with"),
+        (header(version=2), ErrorCode.HEADER, "version 2"),
+        (header(flags=4), ErrorCode.HEADER, "0x4"),
+        (header(flags=0x8001), ErrorCode.HEADER, "0x8001"),
+        (header(length=MAX_GREETING_BYTES + 1), ErrorCode.TOO_LONG, "4097"),
+        (header(length=0xFFFFFFFF), ErrorCode.TOO_LONG, "4294967295"),
     ],
 )
-def test_a_bad_header_is_refused_before_anything_follows(bad: bytes, code: Code, text: str) -> None:
+def test_a_bad_header_is_refused_before_anything_follows(
+    bad: bytes, code: ErrorCode, text: str
+) -> None:
     reader = Reader()
     reader.feed(bad[:-1])
     assert reader.take() is None
@@ -156,7 +158,7 @@ def test_only_the_next_frame_is_taken(sequence: int) -> None:
     reader.feed(encode(Part(Kind.GOT, 0, 0, b""), sequence))
     with pytest.raises(PeerError, match="after frame 1") as caught:
         reader.take()
-    assert caught.value.code is Code.BROKEN
+    assert caught.value.code is ErrorCode.BROKEN
 
 
 def test_a_text_is_printable_and_short() -> None:
@@ -167,4 +169,4 @@ def test_a_text_is_printable_and_short() -> None:
 
 
 def test_a_refusal_says_why() -> None:
-    assert refusal(Code.PAYLOAD, "no") == Part(Kind.ERROR, 0, 0, b"\x05\x00\x02\x00no")
+    assert refusal(ErrorCode.RUNS, "no") == Part(Kind.ERROR, 0, 0, b"\x05\x00\x02\x00no")

@@ -1,0 +1,108 @@
+"""Make the golden frames of a pair: `python -m tests.data.make_partner_golden`.
+
+One file a message, as it stands on the wire.  The files are the protocol: a program that writes or
+reads other bytes has changed it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitmapd.partner.codec import encode
+from bitmapd.partner.messages import (
+    Add,
+    Ask,
+    Bye,
+    Error,
+    Free,
+    Goodbye,
+    Got,
+    Grant,
+    Hello,
+    HelloFlag,
+    Message,
+    Ping,
+    Pong,
+    Ready,
+    Record,
+    Remove,
+    Resize,
+    Resized,
+    Role,
+    Status,
+    Take,
+    Taken,
+)
+from bitmapd.peer import frames
+
+FOLDER = Path(__file__).parent / "partner"
+EXTENTS = 100_000
+BLOCKS = EXTENTS * 16
+
+MESSAGES: dict[str, Message] = {
+    "hello": Hello(
+        volume=bytes(range(16)),
+        node=2,
+        lowest=1,
+        highest=1,
+        role=Role.PAIR,
+        flags=HelloFlag.FRESH | HelloFlag.SERVES,
+        required=3,
+        offered=7,
+        term=5,
+        incarnation=0x1122334455667788,
+        session=9,
+        boot=bytes(range(16, 32)),
+        generations=tuple(bytes([number]) * 16 for number in (4, 3, 2, 0)),
+        size_bytes=EXTENTS << 20,
+        extent_bytes=1 << 20,
+        block_bytes=65536,
+        last_paired=0x99AABBCCDDEEFF00,
+        machine=bytes(range(32, 48)),
+        timeout_ms=2000,
+        most_requests=64,
+        name="vol0",
+        primary="wwn:naa.5000c500a1b2c3d4",
+        secondary="nbd://backup/vol0",
+        program="0.1.0",
+    ),
+    "record": Record(
+        own=((0, 10), (31_480, 31_500), (99_999, 100_000)),
+        owed=((12, 13),),
+        stored=tuple((first, first + 1) for first in range(0, 1200, 2)),  # a page of bits
+        copying=(),
+    ),
+    "record-empty": Record((), (), (), ()),
+    "ready": Ready(0x0123456789ABCDEF),
+    "add": Add(7, ((3, 5),), ((5_000, 5_008), (6_000, 6_001)), ((1, 2),)),
+    "grant": Grant(7, ((3, 5),), ((6_000, 6_001),), ((4, 5),), ((50, 52), (70, 80)), True),
+    "grant-unasked": Grant(0, ((3, 5),), (), (), (), False),
+    "got": Got(12),
+    "remove": Remove(((3, 5),)),
+    "free": Free(((4, 5),)),
+    "ask": Ask(8, ((48, 64), (1_599_999, 1_600_000))),
+    "status": Status(8, 1, ((3, 4),), True),
+    "ping": Ping(123_456_789, 250, 1 << 30, 1500, 1, 1 << 40),
+    "pong": Pong(123_456_789),
+    "take": Take(True),
+    "taken": Taken(0, ""),
+    "resize": Resize(1 << 44, 2),
+    "resized": Resized(13, "the record is too small for 16 TiB"),
+    "bye": Bye(Goodbye.STOPPED),
+    "error": Error(5, "a run ends at 7, outside the volume, which ends at 4"),
+}
+
+
+def wire(message: Message) -> bytes:
+    """The first frames of a connection."""
+    return b"".join(frames.encode(part, number) for number, part in enumerate(encode(message), 1))
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, message in MESSAGES.items():
+        (FOLDER / f"{name}.bin").write_bytes(wire(message))
+
+
+if __name__ == "__main__":
+    main()
