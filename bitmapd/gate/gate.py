@@ -1,41 +1,31 @@
 """The gate: sees every request of a host before it is answered, and tells the copier what to copy.
 
+Here are the requests of hosts; what the copier asks, and what leaves the record, is in `eras`.
+
 Order of a write, which is what makes the record a superset after a crash at any instant:
-1. All extents it touches are durably in the record, or `RecordStore.add` makes them so.  On an
-   error the write fails and the primary is not touched.  When the record write is done the
-   extents are checked again, because they may have been dropped meanwhile.
+1. All extents it touches are durably in the record, or `Record.add` makes them so.  On an error
+   the write fails and the primary is not touched.  When the record write is done the extents are
+   checked again, because they may have been dropped meanwhile.
 2. Its blocks are marked in the current era, it is counted as in flight there, and the data go to
    the primary, all in one event; nothing can come between.
 3. The primary answers; the era's count falls; the host is answered.
 
 Invariants:
-1. A block whose content on the primary may differ from what the secondary durably holds is in one
-   of the stages that `unsettled` tells of.
-2. A write in flight has its blocks in the current era, or in `taken` with a barrier that has not
-   passed.
-3. An extent leaves the record only through `clearing`, which takes none that invariant 1 or 2
-   names.  So rule 3 of the design holds: no write reaches it as a hit, its blocks are copied,
-   both sides have been flushed since.
-4. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
-5. Errors of the primary go to the host and leave the blocks dirty.  That cached writes were lost
+1. A write in flight has its blocks in the current era, or in `taken` with a barrier that has not
+   passed.  No extent of these leaves the record, so rule 3 of the design holds: no write reaches
+   it as a hit, its blocks are copied, both sides have been flushed since.
+2. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
+3. Errors of the primary go to the host and leave the blocks dirty.  That cached writes were lost
    goes to all hosts and to the copier, whoever met it (`not_durable`).
-6. An extent that is open elsewhere (`gate/elsewhere`) may be dirty without being in any of these
-   stages: its blocks are taken at the next barrier.  It is not clean.
-
-A crash loses what is dirty; the record names every extent of it, and `take_recorded` marks all
-their blocks at the next start.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 
-from bitmapd.gate.blockset import BlockSet
-from bitmapd.gate.clearing import Clearing
 from bitmapd.gate.elsewhere import Elsewhere
-from bitmapd.gate.unsettled import Unsettled
+from bitmapd.gate.eras import Eras
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
 from bitmapd.media.lost import LostWrites
 from bitmapd.predict.policy import Policy
@@ -48,7 +38,7 @@ PrimaryFailed = Callable[[str, int, int, OSError], None]
 Watch = Callable[[float, str, int, int], None]  # time, W Z or T, offset and length in bytes
 
 
-class Gate:
+class Gate(Eras):
     """See the module docstring.  It is the `Device` that the NBD server exports."""
 
     def __init__(
@@ -62,27 +52,12 @@ class Gate:
         limit_extents: int,
         elsewhere: Sequence[Elsewhere] = (),
     ) -> None:
-        self._geometry = geometry
-        self._elsewhere = tuple(elsewhere)
+        super().__init__(
+            geometry, store, policy, scheduler, limit_extents=limit_extents, elsewhere=elsewhere
+        )
         self._primary = primary
-        self._store = store
-        self._policy = policy
-        self._scheduler = scheduler
         self._extent_shift = geometry.extent_bytes.bit_length() - 1
         self._block_shift = geometry.block_bytes.bit_length() - 1
-        self.era = 1
-        self._unsettled = Unsettled(geometry)
-        self._current_era = self._unsettled.current_era  # at hand for writes that hit
-        self._clearing = Clearing(
-            store,
-            policy,
-            self._unsettled,
-            scheduler,
-            limit_extents=limit_extents,
-            elsewhere=self._elsewhere,
-        )
-        # Loop time up to which every completed write elsewhere is known.
-        self._known_until = scheduler.time()
         self.lost_writes = LostWrites()  # of the primary; hosts and copier share its flushes
         self.on_flush_error: Callable[[OSError], None] | None = None
         self.on_primary_error: PrimaryFailed | None = None  # told before the host is
@@ -94,7 +69,6 @@ class Gate:
         self.misses = 0
         self.reads = 0
         self.written_bytes = 0
-        self.settles = 0
 
     # -- Device: what the host sees --------------------------------------------------------
     @property
@@ -317,255 +291,7 @@ class Gate:
 
         submit(landed)
 
-    # -- eras -----------------------------------------------------------------------------
-    def take_era(self, ready: Callable[[], None]) -> None:
-        """Move the era's blocks into `taken`, begin a new era, call back after the barrier.
-
-        To be called only while no copy is in flight: a block that is copied now and written now
-        would else be taken out of `taken` by a copy that read it too early.  One call at a time.
-        """
-        ended, self._current_era = self._current_era, self._unsettled.take_era()
-        self.era += 1
-
-        def landed() -> None:
-            if ended.in_flight:
-                ended.when_landed = lambda: self._scheduler.call_soon(ready)
-            else:
-                self._scheduler.call_soon(ready)
-
-        begun = self._scheduler.time()
-        missing = list(self._elsewhere)  # those whose blocks have not come
-        waiting = len(missing)
-
-        def brought(other: Elsewhere, runs: Sequence[tuple[int, int]] | None) -> None:
-            nonlocal waiting
-            waiting -= 1
-            if runs is not None:
-                self._take_from_elsewhere(runs)
-                missing.remove(other)
-            if not waiting:
-                if not missing:
-                    # A late one: what was quiet meanwhile is known up to a later time.
-                    self._known_until = max(self._known_until, begun)
-                landed()
-
-        for other in self._elsewhere:
-            other.barrier(self._store.covered_runs(), partial(brought, other))
-        if not self._elsewhere:
-            landed()
-
-    def _take_from_elsewhere(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Blocks that were written there, or by the gate and seen there."""
-        if not runs:
-            return
-        self._unsettled.take(runs, self._known_until)
-        now, per, end = self._scheduler.time(), self._geometry.blocks_per_extent, 0
-        for first, stop in runs:
-            extent, extent_stop = max(first // per, end), (stop - 1) // per + 1
-            if extent < extent_stop:
-                if self._store.covers(extent, extent_stop):
-                    self._policy.wrote(extent, extent_stop, now, True)
-                end = extent_stop
-
-    def when_urgent(self, call: Callable[[], None]) -> None:
-        """Have `call` called when `era_is_urgent` may have become true by writes of hosts."""
-        for other in self._elsewhere:
-            other.when_urgent(call)
-
-    @property
-    def is_written_elsewhere(self) -> bool:
-        """Whether somebody else may write this primary at all."""
-        return bool(self._elsewhere)
-
-    @property
-    def wants_era(self) -> bool:
-        """Whether there is something that ending the era would bring to the copier."""
-        if self._current_era.blocks:
-            return True
-        return any(other.wants_barrier for other in self._elsewhere)
-
-    @property
-    def era_is_urgent(self) -> bool:
-        """Whether somebody who writes elsewhere should not have to wait for the end of the era."""
-        return any(other.is_urgent for other in self._elsewhere)
-
-    def take_recorded(self) -> None:
-        """Mark every block of every recorded extent as to be copied: recovery, or a resync."""
-        runs = (self._geometry.extent_blocks(*extents) for extents in self._store.recorded_runs())
-        self._unsettled.take(runs, self._scheduler.time())
-
-    def take_everything(self, done: Done) -> None:
-        """Have the whole volume copied: the secondary may have lost any of it.
-
-        Marked before it is recorded, so that nothing of it is clean and leaves the record again.
-        """
-        now, everything = self._scheduler.time(), (0, self._geometry.extents)
-        self._unsettled.take([(0, self._geometry.blocks)], now)
-        self._policy.added(*everything, now)
-        if not self._store.add([everything], (), done):
-            self._scheduler.call_soon(done, None)
-
-    def mark(self, first: int, stop: int, done: Done) -> None:
-        """Have blocks [first, stop) copied although nobody wrote them: repair, or a resync."""
-        per = self._geometry.blocks_per_extent
-
-        def recorded(error: OSError | None) -> None:
-            if error is None:
-                self._current_era.mark(first, stop, self._scheduler.time())
-            done(error)
-
-        self._record(first // per, (stop - 1) // per + 1, recorded)
-
-    def _record(self, first: int, stop: int, done: Done) -> None:
-        """Put extents [first, stop) into the record; in it when `done` is called without error."""
-        store = self._store
-
-        def recorded(error: OSError | None) -> None:
-            dropped_meanwhile = error is None and not store.covers(first, stop)
-            if not dropped_meanwhile or not store.add([(first, stop)], (), recorded):
-                done(error)
-
-        waiting = store.add([(first, stop)], (), recorded)
-        self._policy.added(first, stop, self._scheduler.time())
-        if not waiting:
-            done(None)
-
-    # -- what is dirty, and what becomes of it ----------------------------------------------
-    @property
-    def current(self) -> BlockSet:
-        """Blocks that were written in this era."""
-        return self._current_era.blocks
-
-    @property
-    def taken(self) -> BlockSet:
-        """Blocks of earlier eras that wait to be copied."""
-        return self._unsettled.taken
-
-    def is_hot(self, first: int, stop: int) -> bool:
-        """Whether some of these blocks were written again since the last barrier."""
-        return self._current_era.blocks.any(first, stop)
-
-    def is_dirty(self, first: int, stop: int) -> bool:
-        """Whether some of blocks [first, stop) wait to be copied."""
-        return self._unsettled.is_dirty(first, stop)
-
-    def may_differ(self, first: int, stop: int) -> bool:
-        """Whether blocks [first, stop) are dirty, or copied and not flushed on both sides, or may
-        have been written directly since the last barrier."""
-        if self._unsettled.any(first, stop):
-            return True
-        per = self._geometry.blocks_per_extent
-        extents = range(first // per, (stop - 1) // per + 1)
-        return any(
-            any(map(other.is_open, extents)) and other.being_written for other in self._elsewhere
-        )
-
-    def copied(self, first: int, stop: int) -> None:
-        """Blocks [first, stop) of `taken` are on the secondary, perhaps in its volatile cache."""
-        self._unsettled.copied(first, stop)
-
-    @property
-    def has_copied(self) -> bool:
-        """Whether something was copied and waits for a settle."""
-        return self._unsettled.has_copied
-
-    def begin_settle(self) -> set[int]:
-        """Extents with blocks copied since the last call; both sides are to be flushed now."""
-        return self._unsettled.begin_settle()
-
-    def settle(self, extents: Iterable[int]) -> None:
-        """Both sides have been flushed since `begin_settle` returned these extents."""
-        self.settles += 1
-        self._unsettled.settled()
-        self._clearing.settled(extents, self._scheduler.time())
-
-    def unsettle(self, extents: Iterable[int]) -> None:
-        """A flush failed, so anything copied to these extents may be lost: copy them again."""
-        self._unsettled.unsettle(extents)
-
-    def forget_copied(self) -> set[int]:
-        """What was copied and not flushed may be gone: have it copied again.  Its extents."""
-        return self._unsettled.forget_copied()
-
-    def hold(self, blocks: BlockSet) -> None:
-        """Treat these blocks as not clean until `release`, which has them copied once more."""
-        self._unsettled.hold(blocks)
-
-    def release(self, blocks: BlockSet) -> None:
-        self._unsettled.release(blocks, self._scheduler.time())
-
-    def suspect(self, blocks: BlockSet) -> None:
-        """Treat these blocks as not clean until `trust`, which has them copied once more; they do
-        not keep the volume from being in sync."""
-        self._unsettled.suspect(blocks)
-
-    def trust(self, blocks: BlockSet) -> None:
-        self._unsettled.trust(blocks, self._scheduler.time())
-
-    @property
-    def suspect_blocks(self) -> int:
-        """Blocks that may yet change on the secondary without our doing."""
-        return self._unsettled.suspect_blocks
-
-    # -- what leaves the record -------------------------------------------------------------
-    @property
-    def limit_extents(self) -> int:
-        """How many extents the record should name at most."""
-        return self._clearing.limit_extents
-
-    @limit_extents.setter
-    def limit_extents(self, limit: int) -> None:
-        self._clearing.limit_extents = limit
-
-    @property
-    def over_limit(self) -> bool:
-        """Whether the record names more than it should, so that copying is urgent."""
-        return self._clearing.excess_extents > 0
-
-    def is_clean(self, extent: int) -> bool:
-        """Whether a recorded extent is known to be equal and durable on both sides."""
-        return self._clearing.is_clean(extent)
-
-    def tick(self) -> None:
-        """Once a second: cooling, the limit, lazy clears."""
-        now = self._scheduler.time()
-        if not any(other.written for other in self._elsewhere):
-            self._known_until = now
-        self._clearing.tick(now)
-
-    def drop_all_clean(self) -> None:
-        """Empty the record of everything that is clean: before a clean stop."""
-        self._clearing.drop_all_clean(self._scheduler.time())
-
-    # -- changes while in use ---------------------------------------------------------------
-    @property
-    def policy(self) -> Policy:
-        return self._policy
-
-    def set_policy(self, policy: Policy) -> None:
-        """Exchange the policy; the new one has been told what is recorded."""
-        self._policy = self._clearing.policy = policy
-
-    def prepare_growth(self, done: Done) -> None:
-        """Have the last extent recorded if it is short, so that what a larger volume has in it is
-        recorded too.  It stays so until `grow`, or the end of the session."""
-        first = self._geometry.size_bytes // self._geometry.extent_bytes
-        if first == self._geometry.extents:
-            self._scheduler.call_soon(done, None)
-            return
-        self._unsettled.keep(first)
-        self._record(first, first + 1, done)
-
-    def grow(self, geometry: Geometry) -> None:
-        """The volume is larger from now on; the new part is in the record and is to be copied."""
-        self._geometry = geometry
-        self._unsettled.grow(geometry, self._scheduler.time())
-
-    # -- figures --------------------------------------------------------------------------
-    def dirty_blocks(self) -> int:
-        """Blocks that are not on the secondary yet; a block in both sets counts once per set."""
-        return self._unsettled.count_dirty()
-
+    # -- figures ---------------------------------------------------------------------------
     @property
     def host_load(self) -> tuple[int, int]:
         """Requests of hosts and bytes written by them, since the start."""
@@ -574,25 +300,3 @@ class Gate:
             theirs = other.host_load
             requests, written_bytes = max(requests, theirs[0]), max(written_bytes, theirs[1])
         return requests, written_bytes
-
-    @property
-    def in_sync(self) -> bool:
-        """Whether nothing waits to be copied or flushed."""
-        if self._unsettled:
-            return False
-        return not any(other.written for other in self._elsewhere)
-
-    @property
-    def era_since_s(self) -> float | None:
-        """Loop time of the oldest write of this era, or earlier; None if nothing was written."""
-        since_s = self._current_era.since_s
-        if any(other.written for other in self._elsewhere):
-            return self._known_until if since_s is None else min(since_s, self._known_until)
-        return since_s
-
-    def oldest_dirty_s(self) -> float | None:
-        """Loop time of the oldest write that may not be durable on the secondary."""
-        oldest_s = self._unsettled.oldest_s
-        if any(other.written for other in self._elsewhere):
-            return self._known_until if oldest_s is None else min(oldest_s, self._known_until)
-        return oldest_s
