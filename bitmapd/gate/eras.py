@@ -25,6 +25,7 @@ from functools import partial
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.clearing import Clearing
 from bitmapd.gate.elsewhere import Elsewhere
+from bitmapd.gate.flights import Flights
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import Done, Scheduler
 from bitmapd.predict.policy import Policy
@@ -53,6 +54,8 @@ class Eras:
         self.era = 1
         self._unsettled = Unsettled(geometry)
         self._current_era = self._unsettled.current_era  # at hand for writes that hit
+        self._flights = Flights(scheduler)
+        self._flight = self._flights.current  # at hand, too
         self._clearing = Clearing(
             store,
             policy,
@@ -72,35 +75,35 @@ class Eras:
         To be called only while no copy is in flight: a block that is copied now and written now
         would else be taken out of `taken` by a copy that read it too early.  One call at a time.
         """
-        ended, self._current_era = self._current_era, self._unsettled.take_era()
+        self._current_era = self._unsettled.take_era()
         self.era += 1
-
-        def landed() -> None:
-            if ended.in_flight:
-                ended.when_landed = lambda: self._scheduler.call_soon(ready)
-            else:
-                self._scheduler.call_soon(ready)
-
         begun = self._scheduler.time()
         missing = list(self._elsewhere)  # those whose blocks have not come
-        waiting = len(missing)
+        waiting = 1 + len(missing)
 
-        def brought(other: Elsewhere, runs: Sequence[tuple[int, int]] | None) -> None:
+        def ended() -> None:
             nonlocal waiting
             waiting -= 1
+            if waiting:
+                return
+            if not missing:
+                # A late one: what was quiet meanwhile is known up to a later time.
+                self._known_until = max(self._known_until, begun)
+            ready()
+
+        def brought(other: Elsewhere, runs: Sequence[tuple[int, int]] | None) -> None:
             if runs is not None:
                 self._take_from_elsewhere(runs)
                 missing.remove(other)
-            if not waiting:
-                if not missing:
-                    # A late one: what was quiet meanwhile is known up to a later time.
-                    self._known_until = max(self._known_until, begun)
-                landed()
+            self._scheduler.call_soon(ended)
 
         for other in self._elsewhere:
             other.barrier(self._store.covered_runs(), partial(brought, other))
-        if not self._elsewhere:
-            landed()
+        self.when_landed(ended)
+
+    def when_landed(self, call: Callable[[], None]) -> None:
+        """Call back once every write that was submitted up to now has ended."""
+        self._flight = self._flights.end(call)
 
     def _take_from_elsewhere(self, runs: Sequence[tuple[int, int]]) -> None:
         """Blocks that were written there, or by the gate and seen there."""

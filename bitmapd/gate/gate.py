@@ -6,9 +6,9 @@ Order of a write, which is what makes the record a superset after a crash at any
 1. All extents it touches are durably in the record, or `Record.add` makes them so.  On an error
    the write fails and the primary is not touched.  When the record write is done the extents are
    checked again, because they may have been dropped meanwhile.
-2. Its blocks are marked in the current era, it is counted as in flight there, and the data go to
-   the primary, all in one event; nothing can come between.
-3. The primary answers; the era's count falls; the host is answered.
+2. Its blocks are marked in the current era, it is counted in the current flight (`flights`), and
+   the data go to the primary, all in one event; nothing can come between.
+3. The primary answers; the flight's count falls; the host is answered.
 
 Invariants:
 1. A write in flight has its blocks in the current era, or in `taken` with a barrier that has not
@@ -132,12 +132,13 @@ class Gate(Eras):
             era.since_s = now
         shift = self._block_shift
         era.blocks.add(offset_bytes >> shift, (end >> shift) + 1)
-        era.in_flight += 1
+        flight = self._flight
+        flight.in_flight += 1
 
         def landed(error: OSError | None) -> None:
-            era.in_flight -= 1
-            if era.when_landed is not None and not era.in_flight:
-                era.when_landed()
+            flight.in_flight -= 1
+            if flight.when_empty is not None and not flight.in_flight:
+                flight.when_empty()
             if error is not None:
                 self._failed("write", offset_bytes, length, error, fua)
             done(error)
@@ -276,15 +277,16 @@ class Gate(Eras):
         done: Done,
         fua: bool,
     ) -> None:
-        """Mark the blocks, count the write in its era and submit it: one event."""
-        era = self._current_era
-        era.mark(*self._geometry.block_span(offset_bytes, length_bytes), self._scheduler.time())
-        era.in_flight += 1
+        """Mark the blocks, count the write in its flight and submit it: one event."""
+        blocks = self._geometry.block_span(offset_bytes, length_bytes)
+        self._current_era.mark(*blocks, self._scheduler.time())
+        flight = self._flight
+        flight.in_flight += 1
 
         def landed(error: OSError | None) -> None:
-            era.in_flight -= 1
-            if era.when_landed is not None and not era.in_flight:
-                era.when_landed()
+            flight.in_flight -= 1
+            if flight.when_empty is not None and not flight.in_flight:
+                flight.when_empty()
             if error is not None:
                 self._failed(verb, offset_bytes, length_bytes, error, fua)
             done(error)

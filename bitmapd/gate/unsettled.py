@@ -24,7 +24,7 @@ dirty has recorded their extents first, and the next start takes every block of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.record.geometry import Geometry
@@ -33,18 +33,16 @@ Run = tuple[int, int]  # blocks [first, stop)
 
 
 class Era:
-    """The blocks of one era, since when there are some, and its writes that are in flight.
+    """The blocks of one era, and since when there are some.
 
-    A write that hits counts itself in and out, and marks its blocks, without a call to here.
+    A write that hits marks its blocks without a call to here.
     """
 
-    __slots__ = ("blocks", "in_flight", "since_s", "when_landed")
+    __slots__ = ("blocks", "since_s")
 
     def __init__(self) -> None:
         self.blocks = BlockSet()
         self.since_s: float | None = None
-        self.in_flight = 0
-        self.when_landed: Callable[[], None] | None = None  # the last of them, once it has ended
 
     def mark(self, first: int, stop: int, now_s: float) -> None:
         """Blocks [first, stop) are to be copied."""
@@ -71,8 +69,7 @@ class Unsettled:
 
     # -- from stage to stage ----------------------------------------------------------------
     def take_era(self) -> Era:
-        """Move the era's blocks into `taken`.  Returns the era that begins; the one that ends has
-        given its blocks away and only counts what is still in flight."""
+        """Move the era's blocks into `taken`.  Returns the era that begins."""
         ended, self.current_era = self.current_era, Era()
         if self.taken:
             self.taken.update(ended.blocks)
