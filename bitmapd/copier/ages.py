@@ -74,6 +74,14 @@ class Ages:
         since_s, self._copied_since_s = self._copied_since_s, None
         self._again(taken, since_s)
 
+    def given(self, gone: BlockSet, taken: BlockSet, *, nothing_copied: bool) -> None:
+        """Somebody else copies these from now on; `nothing_copied`: nothing waits for a settle."""
+        for first, stop in gone.runs():
+            self._older.discard(first, stop)
+        if nothing_copied:
+            self._copied_since_s = None
+        self._look(taken)
+
     def _again(self, taken: BlockSet, since_s: float | None) -> None:
         """Some of `taken` are older than their snapshot, and which is not known: one for all."""
         self._newer_since_s = earliest(self._older_since_s, self._newer_since_s, since_s)

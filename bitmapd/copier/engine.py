@@ -20,11 +20,12 @@ A crash leaves the secondary with some blocks newer than others; the record name
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 
 from bitmapd.copier.ages import Ages, earliest
 from bitmapd.copier.late import LateWrites
+from bitmapd.copier.leaving import Free, Leaving
 from bitmapd.copier.passes import Passes
 from bitmapd.copier.reconnect import Reconnect
 from bitmapd.copier.refusals import Refusal
@@ -33,7 +34,8 @@ from bitmapd.copier.rounds import Rounds
 from bitmapd.copier.sample import Samples
 from bitmapd.copier.settling import Settling
 from bitmapd.copier.throttle import Backoff, SpeedMeter, Throttle
-from bitmapd.copier.transfers import Transfers, Trouble
+from bitmapd.copier.transfers import Transfers
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Device, Done, Scheduler, Target, Timer
 from bitmapd.media.buffers import BufferPool
@@ -94,7 +96,10 @@ class Copier:
         self.primary_failed_s = float("-inf")  # when it could not be flushed
         self.passes = Passes(geometry)
         self.on_change: Callable[[], None] | None = None
-        self.late = LateWrites(gate, scheduler, self.proceed, bound_s=late_writes_s)
+        self._leaving = Leaving(scheduler)
+        self.late = LateWrites(
+            geometry, gate, scheduler, self._leaving, self.proceed, bound_s=late_writes_s
+        )
         self.samples = Samples(geometry, gate, primary, secondary, scheduler, pool, self._sampled)
         self._settling = Settling(
             gate,
@@ -107,7 +112,7 @@ class Copier:
             block_bytes=geometry.block_bytes,
         )
         self._reconnect = Reconnect(secondary, scheduler, backoff, check_secondary, self)
-        self._transfers = Transfers(
+        self.transfers = Transfers(
             geometry,
             gate,
             read_primary or primary.read,
@@ -116,6 +121,7 @@ class Copier:
             pool,
             throttle,
             self.meter,
+            self._leaving,
             owner=self,
             piece_bytes=piece_bytes,
         )
@@ -124,7 +130,7 @@ class Copier:
             scheduler,
             self._ages,
             self.late,
-            self._transfers,
+            self.transfers,
             self._settling,
             self.proceed,
             era_interval_s=era_interval_s,
@@ -193,29 +199,37 @@ class Copier:
                 self.late.arrived()
         self.passes.begin(self._gate.taken)
         self._ages.joined(self._gate.taken, self.now_s)
-        self._transfers.compare = compare
+        self.transfers.compare = compare
         self._scheduler.call_soon(self.proceed)
+
+    def given(self, extents: Iterable[int], free: Free) -> set[int]:
+        """These extents have just been given away (after `Gate.give`): nothing of them is copied.
+
+        Returns those where something of ours may still land: a copy in flight, or one that was lost
+        and may be carried out late.  `free(extents)` is called for each of them, in groups, once
+        that is over.  Until then nobody may copy there, and we must not if we get them back.
+        """
+        gone = set(extents)
+        blocks = BlockSet(self._geometry.extent_blocks(extent, extent + 1) for extent in gone)
+        self.transfers.given(gone, blocks)
+        self.late.given(gone)
+        self._settling.given(gone)
+        self.passes.given(blocks)
+        self.samples.given(blocks)
+        nothing_copied = not self._gate.has_copied
+        self._ages.given(blocks, self._gate.taken, nothing_copied=nothing_copied)
+        if not self._settling.under_way and self.passes.ended(nothing_copied=nothing_copied):
+            self._scheduler.call_soon(self.pass_done)
+        self._scheduler.call_soon(self.proceed)
+        return self._leaving.tell(gone, free)
 
     def grow(self, geometry: Geometry) -> None:
         """The volume is larger from now on."""
         self._geometry = geometry
         self.passes.grow(geometry)
-        self._transfers.grow(geometry)
+        self.late.grow(geometry)
+        self.transfers.grow(geometry)
         self.samples.grow(geometry)
-
-    @property
-    def compare(self) -> bool:
-        """Whether the secondary is read first, and sent only what differs."""
-        return self._transfers.compare
-
-    @property
-    def sent_bytes(self) -> int:
-        return self._transfers.sent_bytes
-
-    @property
-    def zero_bytes(self) -> int:
-        """Those of `sent_bytes` that were zeros."""
-        return self._transfers.zero_bytes
 
     @property
     def now_s(self) -> float:
@@ -226,11 +240,6 @@ class Copier:
     def oldest_content_s(self) -> float | None:
         """When the oldest content was written that the secondary lacks, or earlier (`Ages`)."""
         return earliest(self._ages.oldest_s, self._gate.era_since_s)
-
-    @property
-    def troubles(self) -> set[Trouble]:
-        """What keeps some places from being copied."""
-        return self._transfers.troubles
 
     @property
     def idle(self) -> bool:
@@ -317,7 +326,7 @@ class Copier:
             self.on_change()
 
     def pass_done(self) -> None:
-        self._transfers.compare = False
+        self.transfers.compare = False
         if self.passes.on_done is not None:
             self.passes.on_done()
 
@@ -330,11 +339,11 @@ class Copier:
 
     def _take_back(self) -> None:
         """A device failed: what was copied and not flushed, or is under way, does not count."""
-        self._transfers.revoke()
+        self.transfers.revoke()
         self._settling.take_back()
 
     def _risk_less(self) -> None:
-        self._settling.risk_less(self._transfers.in_flight_bytes)
+        self._settling.risk_less(self.transfers.in_flight_bytes)
 
     # -- the link (`ReconnectOwner`) -----------------------------------------------------------
     def _secondary_failed(self, error: OSError) -> None:

@@ -65,16 +65,22 @@ class Passes:
             self.copied_bytes += self._geometry.block_bytes * self._left.count_in(first, stop)
             self._left.discard(first, stop)
 
+    def settle_failed(self, extents: Iterable[int]) -> None:
+        """What was to be flushed is to be copied again."""
+        self._settling = None
+        self.again(extents)
+
     def again(self, extents: Iterable[int]) -> None:
         """These are copied again, so a pass that has counted them is not done with them."""
         if self._left is not None:
             for extent in extents:
                 self._left.add(*self._geometry.extent_blocks(extent, extent + 1))
 
-    def given(self, first: int, stop: int) -> None:
-        """Blocks [first, stop) are no longer ours to copy."""
+    def given(self, gone: BlockSet) -> None:
+        """These are no longer ours to copy."""
         if self._left is not None:
-            self._left.discard(first, stop)
+            for first, stop in gone.runs():
+                self._left.discard(first, stop)
 
     def settle_began(self) -> None:
         """Both sides are to be flushed now."""
@@ -85,7 +91,8 @@ class Passes:
 
         `nothing_copied`: nothing waits for the next one.
         """
-        if not self.nothing_left or not (nothing_copied or self._settling is self._left):
+        ending, self._settling = self._settling, None
+        if not self.nothing_left or not (nothing_copied or ending is self._left):
             return False
-        self._left = self._settling = None
+        self._left = None
         return True

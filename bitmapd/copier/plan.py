@@ -26,7 +26,9 @@ blocks have a share of the link that is their own.
    not hold back its neighbours; a single block that fails waits, from `FIRST_RETRY_S` doubling to
    `LAST_RETRY_S`.  When very many fail, the medium is gone rather than a sector, and everything
    waits.
-7. A walk that found nothing is not made again before something has changed.
+7. What was given away is handed out no more, and was never passed over nor in error if it comes
+   back.
+8. A walk that found nothing is not made again before something has changed.
 
 Memory: block sets of what is in flight, hot, due or failing, and one entry for each of at most
 `MAX_FAILING` failing blocks.
@@ -138,6 +140,25 @@ class Plan:
             return
         self._retry_s[first] = wait_s
         heapq.heappush(self._retries, (now_s + wait_s, first))
+
+    def given(self, gone: BlockSet) -> None:
+        """These have left the set for good; what is in flight there stays so until `released`."""
+        self._expected = None
+        for first, stop in gone.runs():
+            for blocks in (self._hot, self._due, self._single):
+                blocks.discard(first, stop)
+        for block in [block for block in self._retry_s if gone.any(block, block + 1)]:
+            del self._retry_s[block]
+        for _, block in self._retries:
+            if gone.any(block, block + 1):
+                self._busy.discard(block, block + 1)
+        self._retries = [at for at in self._retries if not gone.any(at[1], at[1] + 1)]
+        heapq.heapify(self._retries)
+
+    def released(self, first: int, stop: int) -> None:
+        """A run is in flight no longer, and was given away meanwhile."""
+        self._busy.discard(first, stop)
+        self._expected = None
 
     def _wake_failing(self, now_s: float) -> None:
         while self._retries and self._retries[0][0] <= now_s:

@@ -13,6 +13,7 @@ secondary comes back, and at the start, some blocks that were copied lately are 
 4. A difference is the secondary's only where the primary is known not to have changed.  Else what
    is done about it would destroy the last good copy after a primary was overwritten.  So at the
    start nothing is compared unless the primary was found as the last stop left it.
+5. What was given away is compared no more, not even by a comparison that is under way.
 
 What was copied lately is in memory here; the volume keeps some of it from session to session
 (`lately`).  A crash loses what came since; a secondary that forgot only that is not found out.
@@ -24,6 +25,7 @@ import errno
 from collections.abc import Callable, Iterable
 
 from bitmapd.copier.verify import Verify, VerifyResult
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Device, Scheduler, Target
 from bitmapd.media.buffers import BufferPool
@@ -57,7 +59,11 @@ class Samples:
         self._ended = ended
         self._recent: dict[int, None] = {}  # blocks, the newest last
         self._most = max(1, min(SAMPLES, SAMPLE_BYTES // geometry.block_bytes))
-        self.checking = False
+        self._verify: Verify | None = None
+
+    @property
+    def checking(self) -> bool:
+        return self._verify is not None
 
     def copied(self, first: int) -> None:
         """A run of blocks that begins with this one is on the secondary."""
@@ -81,6 +87,13 @@ class Samples:
         step = max(1, len(older) // max(1, self._most // 2))
         return older[::step][: self._most // 2] + blocks[-newest:]
 
+    def given(self, gone: BlockSet) -> None:
+        """Somebody else writes these from now on."""
+        for block in [block for block in self._recent if gone.any(block, block + 1)]:
+            del self._recent[block]
+        if self._verify is not None:
+            self._verify.leave_out(gone)
+
     def grow(self, geometry: Geometry) -> None:
         self._geometry = geometry
 
@@ -89,8 +102,7 @@ class Samples:
         blocks = [block for block in self.lately if not self._gate.may_differ(block, block + 1)]
         if not blocks:
             return
-        self.checking = True
-        verify = Verify(
+        self._verify = Verify(
             self._geometry,
             self._gate,
             self._primary,
@@ -101,12 +113,12 @@ class Samples:
             done=self._compared,
             only=blocks,
         )
-        verify.start()
+        self._verify.start()
         self._scheduler.call_later(
-            CHECK_S, verify.cancel, OSError(errno.ECANCELED, "took too long")
+            CHECK_S, self._verify.cancel, OSError(errno.ECANCELED, "took too long")
         )
 
     def _compared(self, _error: OSError | None, result: VerifyResult) -> None:
         # An error says nothing against the blocks that were compared before it.
-        self.checking = False
+        self._verify = None
         self._ended(result.unexpected[0][0] if result.unexpected else None)

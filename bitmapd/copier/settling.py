@@ -128,7 +128,7 @@ class Settling:
         else:
             self._gate.unsettle(extents)
             self._ages.settle_failed(self._gate.taken)
-            self._passes.again(extents)
+            self._passes.settle_failed(extents)
         self._owner.proceed()
 
     # -- errors ---------------------------------------------------------------------------

@@ -19,7 +19,9 @@ Invariants:
 4. A buffer is given back after the last answer, success or error: when no device holds it.
 5. What the secondary need not do is done without when it refuses: zeros are written instead, and
    what it cannot read is sent without having been compared.
-6. While hosts are at work transfers are small and held to a rate (`HostLoad`), unless the record
+6. What is given away while it is in flight does not count and is not handed out again; no more of
+   it is sent.  Its place is not free before the last answer (`Leaving`).
+7. While hosts are at work transfers are small and held to a rate (`HostLoad`), unless the record
    has outgrown its limit.
 
 There are no timers here: `begin` says how long to wait, and the owner calls it again.
@@ -30,13 +32,14 @@ A crash leaves some blocks of the runs in flight written and others not; all of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from functools import partial
 from typing import Protocol
 
+from bitmapd.copier.leaving import Leaving
 from bitmapd.copier.load import YIELD_PIECE_BYTES, HostLoad
-from bitmapd.copier.plan import Plan, Window
+from bitmapd.copier.plan import Plan, Run, Window
 from bitmapd.copier.refusals import Refusal, judge, may_do_without
 from bitmapd.copier.throttle import SpeedMeter, Throttle
 from bitmapd.gate.blockset import BlockSet
@@ -83,7 +86,7 @@ _TROUBLE = {Refusal.PLACE: Trouble.REFUSED, Refusal.FULL: Trouble.NO_ROOM}
 class _Transfer:
     """One run of blocks on its way."""
 
-    __slots__ = ("buffer", "error", "first", "other", "parts", "revocations", "stop")
+    __slots__ = ("buffer", "error", "first", "given", "other", "parts", "revocations", "stop")
 
     def __init__(self, first: int, stop: int, buffer: memoryview, revocations: int) -> None:
         self.first = first
@@ -93,6 +96,7 @@ class _Transfer:
         self.other: memoryview | None = None  # the secondary's content, when comparing
         self.parts = 0  # writes to the secondary that have not answered
         self.error: OSError | None = None
+        self.given: frozenset[int] = frozenset()  # extents of it that are no longer ours
 
 
 class Transfers:
@@ -108,6 +112,7 @@ class Transfers:
         pool: BufferPool,
         throttle: Throttle,
         meter: SpeedMeter,
+        leaving: Leaving,
         *,
         owner: TransfersOwner,
         piece_bytes: int,
@@ -120,11 +125,13 @@ class Transfers:
         self._pool = pool
         self._throttle = throttle
         self._meter = meter
+        self._leaving = leaving
         self._owner = owner
         self._load = HostLoad()
         self._piece_blocks = max(1, piece_bytes // geometry.block_bytes)
         self._plan = Plan(self._piece_blocks)
         self._window = Window()
+        self._under_way: set[_Transfer] = set()
         self._zero_block = bytearray(geometry.block_bytes)
         self._failing = {trouble: BlockSet() for trouble in Trouble}
         self._revocations = 0
@@ -159,6 +166,35 @@ class Transfers:
     def revoke(self) -> None:
         """What is in flight does not count, even if it succeeds: it is copied again."""
         self._revocations += 1
+
+    def given(self, extents: set[int], gone: BlockSet) -> None:
+        """These extents, with the blocks `gone`, are no longer ours."""
+        self._plan.given(gone)
+        for blocks in self._failing.values():
+            for first, stop in gone.runs():
+                blocks.discard(first, stop)
+        for transfer in self._under_way:
+            touched = self._extents(transfer) & extents - transfer.given
+            transfer.given |= touched
+            self._leaving.may_land(touched)
+
+    def _extents(self, transfer: _Transfer) -> frozenset[int]:
+        per = self._geometry.blocks_per_extent
+        return frozenset(range(transfer.first // per, (transfer.stop - 1) // per + 1))
+
+    def _ours(self, transfer: _Transfer) -> Iterable[Run]:
+        """The blocks of a run that are still ours, after the others were released."""
+        if not transfer.given:
+            return ((transfer.first, transfer.stop),)
+        ours: list[Run] = []
+        for extent in sorted(self._extents(transfer)):
+            first, stop = self._geometry.extent_blocks(extent, extent + 1)
+            first, stop = max(first, transfer.first), min(stop, transfer.stop)
+            if extent in transfer.given:
+                self._plan.released(first, stop)
+            else:
+                ours.append((first, stop))
+        return ours
 
     def grow(self, geometry: Geometry) -> None:
         """The volume is larger from now on."""
@@ -198,6 +234,7 @@ class Transfers:
                 self._meter.begin(now_s)
             self._window.started(length)
             transfer = _Transfer(first, stop, buffer, self._revocations)
+            self._under_way.add(transfer)
             self._read_primary(offset, buffer, partial(self._was_read, transfer))
         return 0.0
 
@@ -223,9 +260,9 @@ class Transfers:
     # -- one transfer ---------------------------------------------------------------------
     def _was_read(self, transfer: _Transfer, error: OSError | None) -> None:
         if error is not None:
-            first, stop = transfer.first, transfer.stop
-            self._owner.not_read(first, stop, error)
-            self._failed(first, stop, Trouble.UNREADABLE)
+            for first, stop in self._ours(transfer):
+                self._owner.not_read(first, stop, error)
+                self._failed(first, stop, Trouble.UNREADABLE)
             self._end(transfer)
         elif self.compare:
             self._read_secondary(transfer)
@@ -249,7 +286,8 @@ class Transfers:
                 self._send(transfer)
             else:
                 self._owner.not_compared(error)
-                self._plan.returned(transfer.first, transfer.stop)
+                for first, stop in self._ours(transfer):
+                    self._plan.returned(first, stop)
                 self._end(transfer)
 
         self._secondary.read(offset, other, was_read)
@@ -257,10 +295,12 @@ class Transfers:
     def _send(self, transfer: _Transfer) -> None:
         """Write the run in as few pieces as zeros and equal blocks allow."""
         offset, length = self._geometry.block_bytes_range(transfer.first, transfer.stop)
-        block = self._geometry.block_bytes
+        block, extent_bytes = self._geometry.block_bytes, self._geometry.extent_bytes
         pieces: list[tuple[int, int, bool]] = []  # start, end within the buffer; zeros?
         for start in range(0, length, block):
             end = min(start + block, length)
+            if transfer.given and (offset + start) // extent_bytes in transfer.given:
+                continue
             data = transfer.buffer[start:end]
             # A bytearray compares with any buffer by memcmp: 1.4 us for 64 KiB of zeros, 60 ns for
             # data; a memoryview compares element by element, 125 us.
@@ -309,23 +349,29 @@ class Transfers:
         if transfer.error is not None:
             refusal = judge(transfer.error, self._answers(transfer.error))
             self._owner.not_written(first, stop, transfer.error, refusal)
-            if refusal in _TROUBLE:
-                self._failed(first, stop, _TROUBLE[refusal])
-            elif self._secondary.connected:
-                # Once there is another link others go first: it may have been this place after all.
-                self._plan.failed(first, stop, self._scheduler.time())
-            else:
-                self._plan.returned(first, stop)
+            for run in self._ours(transfer):
+                if refusal in _TROUBLE:
+                    self._failed(*run, _TROUBLE[refusal])
+                elif self._secondary.connected:
+                    # Once there is another link others go first: it may have been this place.
+                    self._plan.failed(*run, self._scheduler.time())
+                else:
+                    self._plan.returned(*run)
         elif transfer.revocations != self._revocations:
-            self._plan.returned(first, stop)
+            for run in self._ours(transfer):
+                self._plan.returned(*run)
         else:
-            length = self._geometry.block_bytes_range(first, stop)[1]
-            self._meter.add(self._scheduler.time(), length)
-            self._plan.done(first, stop)
-            for blocks in self._failing.values():
-                blocks.discard(first, stop)
-            self._owner.copied(first, stop, length)
+            for run in self._ours(transfer):
+                self._was_copied(*run)
         self._end(transfer)
+
+    def _was_copied(self, first: int, stop: int) -> None:
+        length = self._geometry.block_bytes_range(first, stop)[1]
+        self._meter.add(self._scheduler.time(), length)
+        self._plan.done(first, stop)
+        for blocks in self._failing.values():
+            blocks.discard(first, stop)
+        self._owner.copied(first, stop, length)
 
     def _failed(self, first: int, stop: int, trouble: Trouble) -> None:
         """Others go first; a run of several is in trouble only once it was tried by blocks."""
@@ -340,4 +386,6 @@ class Transfers:
             self._pool.give(transfer.other)
         self._window.ended(len(transfer.buffer))
         self._pool.give(transfer.buffer)
+        self._under_way.discard(transfer)
+        self._leaving.cannot_land(transfer.given)
         self._owner.proceed()

@@ -89,6 +89,7 @@ class Verify:
         if only is not None:
             self._cursor = geometry.blocks
             self._suspects.extend((block, MAX_TRIES) for block in only)
+        self._left_out = BlockSet()
         self._singly: deque[int] = deque()  # blocks of pieces that could not be read as a whole
         self._unreadable: dict[Device, BlockSet] = {primary: BlockSet(), secondary: BlockSet()}
         self._error: OSError | None = None
@@ -104,6 +105,10 @@ class Verify:
         """End early; `done` is called with this error once nothing is in flight."""
         self._error = self._error or error
         self._scheduler.call_soon(self._pump)
+
+    def leave_out(self, blocks: BlockSet) -> None:
+        """Somebody else writes these from now on: what they hold is not judged."""
+        self._left_out.update(blocks)
 
     @property
     def progress(self) -> float:
@@ -165,7 +170,7 @@ class Verify:
         """Read one suspect again that cannot differ now, if there is one."""
         for _ in range(len(self._suspects)):
             block, tries = self._suspects.popleft()
-            if self._gate.is_dirty(block, block + 1):
+            if self._gate.is_dirty(block, block + 1) or self._left_out.any(block, block + 1):
                 continue
             if not self._gate.may_differ(block, block + 1) and self._recheck(block, tries):
                 return True
@@ -183,7 +188,7 @@ class Verify:
 
         def compared(mine: memoryview, theirs: memoryview) -> None:
             self.result.rechecked_blocks += 1
-            if bytearray(mine) == theirs:
+            if bytearray(mine) == theirs or self._left_out.any(block, block + 1):
                 return
             if self._gate.settles != settles or self._gate.may_differ(block, block + 1):
                 self._try_later(block, tries)

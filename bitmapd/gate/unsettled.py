@@ -142,6 +142,8 @@ class Unsettled:
         self._copy_once_more(blocks, now_s)
 
     def _copy_once_more(self, blocks: BlockSet, now_s: float) -> None:
+        if not blocks:  # all of them were given away meanwhile
+            return
         # Into the current era, not `taken`: a copy that is in flight now must not count for this.
         era = self.current_era
         era.blocks.update(blocks)

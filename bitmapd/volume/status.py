@@ -21,7 +21,7 @@ def state_of(store: RecordStore, gate: Gate, copier: Copier, *, in_sync: bool) -
     """The most pressing of what is true of the volume; the names are those of `control.states`."""
     if store.failing or store.slow:
         return "degraded"
-    troubles = copier.troubles
+    troubles = copier.transfers.troubles
     if Trouble.UNREADABLE in troubles or primary_is_failing(gate, copier):
         return "primary-failing"
     if copier.state is CopyState.LINK_DOWN:
@@ -85,8 +85,8 @@ def describe(
         "era": gate.era,
         "resync": _resync(copier),
         "written_bytes_total": gate.written_bytes,
-        "sent_bytes_total": copier.sent_bytes,
-        "zero_bytes_total": copier.zero_bytes,
+        "sent_bytes_total": copier.transfers.sent_bytes,
+        "zero_bytes_total": copier.transfers.zero_bytes,
         "record_errors_total": store.errors,
         "record_wait_seconds": round(store.write_age_s, 3),
         "read_errors_total": copier.read_errors,

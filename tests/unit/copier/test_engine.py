@@ -33,7 +33,10 @@ def test_a_write_is_copied_flushed_and_leaves_the_record(mirror: Mirror) -> None
     assert mirror.primary.calls[-2:] == [("read", 5 * BLOCK, 2 * BLOCK), ("flush", 0, 0)]
     assert mirror.gate.in_sync
     assert mirror.recorded() == set()
-    assert (mirror.copier.copied_bytes, mirror.copier.sent_bytes) == (2 * BLOCK, 2 * BLOCK)
+    assert (mirror.copier.copied_bytes, mirror.copier.transfers.sent_bytes) == (
+        2 * BLOCK,
+        2 * BLOCK,
+    )
 
 
 def test_copying_waits_for_the_barrier(mirror: Mirror) -> None:
@@ -100,8 +103,8 @@ def test_zero_blocks_become_zeroing(mirror: Mirror) -> None:
         ("zero", BLOCK, 2 * BLOCK),
         ("write", 3 * BLOCK, BLOCK),
     ]
-    assert mirror.copier.zero_bytes == 2 * BLOCK
-    assert mirror.copier.sent_bytes == 4 * BLOCK
+    assert mirror.copier.transfers.zero_bytes == 2 * BLOCK
+    assert mirror.copier.transfers.sent_bytes == 4 * BLOCK
     assert mirror.secondary.durable[:EXTENT] == mirror.primary.visible[:EXTENT]
 
 
@@ -310,11 +313,11 @@ def test_comparing_sends_only_what_differs() -> None:
     mirror.run()
     assert mirror.secondary.asked("read") == [(0, 4), (4, 4)]
     assert mirror.secondary.asked("write") == [(5, 2)]
-    assert mirror.copier.sent_bytes == 2 * BLOCK
+    assert mirror.copier.transfers.sent_bytes == 2 * BLOCK
     assert mirror.copier.copied_bytes == 2 * EXTENT
     assert equal(mirror)
     assert done == [2 * EXTENT]
-    assert not mirror.copier.compare, "the next era is sent without asking"
+    assert not mirror.copier.transfers.compare, "the next era is sent without asking"
     assert mirror.pool.out_bytes == 0
 
 
@@ -392,7 +395,7 @@ def test_a_settle_does_not_end_a_pass_that_began_meanwhile(mirror: Mirror) -> No
     mirror.finish(mirror.secondary)
     drain(mirror.loop, mirror.primary)
     assert mirror.copier.passes.under_way
-    assert mirror.copier.compare
+    assert mirror.copier.transfers.compare
     mirror.run(5.0)
     assert not mirror.copier.passes.under_way
 

@@ -347,7 +347,7 @@ def test_a_place_that_can_never_be_written_holds_back_itself_only(mirror: Mirror
     assert list(mirror.gate.taken.runs()) == [(5, 6)]
     assert mirror.recorded() == {5 // PER_EXTENT}
     assert mirror.copier.stuck
-    assert mirror.copier.troubles == {Trouble.REFUSED}
+    assert mirror.copier.transfers.troubles == {Trouble.REFUSED}
     assert len(mirror.told("secondary-error")) < 12, "it is tried less and less often"
     assert mirror.told("link-down") == []
     refuse_writes(mirror, lambda op: False)
@@ -395,7 +395,7 @@ def test_a_disk_that_refuses_everything_is_opened_again(mirror: Mirror) -> None:
         mirror.run(1.0)
     assert len(mirror.told("secondary-error")) == MAX_REFUSED - 1
     assert len(mirror.told("link-down")) == len(mirror.told("link-up")) == 1
-    assert mirror.copier.troubles == set()
+    assert mirror.copier.transfers.troubles == set()
     assert equal(mirror)
 
 
@@ -406,13 +406,13 @@ def test_a_full_secondary_takes_what_has_its_room_and_goes_on_with_the_rest(mirr
     mirror.put(0, 12)
     for _ in range(600):
         mirror.run(1.0)
-    assert mirror.copier.troubles == {Trouble.NO_ROOM}
+    assert mirror.copier.transfers.troubles == {Trouble.NO_ROOM}
     assert mirror.copier.state is CopyState.RUNNING
     assert mirror.told("link-down") == []
     assert mirror.recorded() == {1, 2}
     full = False
     for _ in range(70):
         mirror.run(1.0)
-    assert mirror.copier.troubles == set()
+    assert mirror.copier.transfers.troubles == set()
     assert mirror.gate.in_sync
     assert equal(mirror)

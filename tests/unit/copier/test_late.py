@@ -162,6 +162,23 @@ def test_a_disk_that_fails_and_is_not_opened_again_is_covered_as_well() -> None:
     assert mirror.stored() == set()
 
 
+def test_everything_that_one_connection_lost_is_one_doubt() -> None:
+    mirror = begun()
+    mirror.secondary.writes_late = True
+    mirror.put(0, 2 * EXTENT // BLOCK, fill=1)
+    until_reads(mirror)
+    mirror.finish(mirror.primary)
+    mirror.finish(mirror.primary)
+    mirror.secondary.connected = False
+    mirror.fail(mirror.secondary, errno.ENOTCONN)
+    mirror.fail(mirror.secondary, errno.ENOTCONN)
+    assert mirror.gate.suspect_blocks == 2 * EXTENT // BLOCK
+    seconds(mirror, QUIET_S + LATE_S)
+    assert mirror.gate.suspect_blocks == 0
+    assert mirror.stored() == set()
+    assert equal(mirror)
+
+
 def test_a_second_loss_has_a_time_of_its_own() -> None:
     mirror, _ = lost_on_its_way()
     seconds(mirror, LATE_S / 2)

@@ -60,10 +60,10 @@ def test_3_one_block_that_is_lost_brings_everything_back() -> None:
 def test_only_what_differs_is_sent() -> None:
     mirror = in_sync(5, 9)
     lose(mirror, 5)
-    sent = mirror.copier.sent_bytes
+    sent = mirror.copier.transfers.sent_bytes
     come_back(mirror)
     mirror.run(5.0)
-    assert mirror.copier.sent_bytes == sent + BLOCK
+    assert mirror.copier.transfers.sent_bytes == sent + BLOCK
 
 
 def test_at_the_start_what_was_remembered_is_compared() -> None:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from bitmapd.copier.leaving import Leaving
 from bitmapd.copier.refusals import Refusal
 from bitmapd.copier.throttle import SpeedMeter, Throttle
 from bitmapd.copier.transfers import Transfers, Trouble
@@ -38,6 +39,7 @@ class Rig:
             self.mirror.pool,
             Throttle(rate_bytes_per_s, PIECE * BLOCK),
             SpeedMeter(),
+            Leaving(self.mirror.loop),
             owner=self,
             piece_bytes=PIECE * BLOCK,
         )

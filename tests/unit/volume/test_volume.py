@@ -105,7 +105,7 @@ def test_an_initial_sync_that_was_interrupted_goes_on(
             assert served.named("recovery-started")[0]["reason"] == "initial"
             await served.volume.resume()
             await served.in_sync()
-            assert served.volume.copier.sent_bytes == 64 * KIB
+            assert served.volume.copier.transfers.sent_bytes == 64 * KIB
 
     run(begin())
     assert local.superblock.initial_sync is InitialSync.CHECKSUM

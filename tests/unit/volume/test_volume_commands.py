@@ -95,12 +95,12 @@ def test_resync_with_checksum_sends_what_differs_in_the_record(local: LocalVolum
             local.scribble(local.secondary, 300 * KIB)
             recorded = volume.status()["record_extents"]
             assert recorded >= 1, "kept for a while, because it was written"
-            sent = volume.copier.sent_bytes
+            sent = volume.copier.transfers.sent_bytes
             answer = await volume.resync(True)
             assert answer == {"extents": recorded, "state": "resyncing"}
             assert (await volume.resync(True))["extents"] == 0, "one at a time"
             await served.in_sync()
-            assert volume.copier.sent_bytes - sent == 64 * KIB
+            assert volume.copier.transfers.sent_bytes - sent == 64 * KIB
             assert volume.status()["last_recovery"]["reason"] == "clean", "that was the start's"
 
     run(test())
