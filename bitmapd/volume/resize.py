@@ -22,16 +22,21 @@ is copied again.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING
 
+from bitmapd.config import VolumeConfig
 from bitmapd.errors import NoSpaceError, WrongStateError
 from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Target
+from bitmapd.media.identity import identify
 from bitmapd.media.waiting import Aside, completion
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import PageState, Verdict, page_count, record_size_bytes
 from bitmapd.record.store import RecordStore
+from bitmapd.volume.secondary import present_size
 
 if TYPE_CHECKING:
     from bitmapd.volume.session import RecordSession
@@ -81,6 +86,22 @@ def larger_geometry(
             hint="enlarge the record device first",
         )
     return new
+
+
+async def present_geometry(
+    config: VolumeConfig, old: Geometry, secondary: Target, loop: asyncio.AbstractEventLoop
+) -> Geometry | None:
+    """What a volume is to grow to by the present sizes of its media; None if it has that."""
+
+    async def local(path: str) -> Medium:
+        found = await loop.run_in_executor(None, identify, path)
+        return Medium(path, found.size_bytes or 0, found.logical_block_bytes or 512)
+
+    primary = await local(config.primary)
+    other = Medium(config.secondary, 0)
+    if primary.size_bytes > old.size_bytes:
+        other = Medium(config.secondary, *await present_size(secondary, config, loop))
+    return larger_geometry(old, primary, other, await local(config.record))
 
 
 def new_page_states(old: Geometry, new: Geometry) -> list[PageState]:

@@ -19,6 +19,7 @@ from bitmapd.record.geometry import Geometry
 VERIFY_POOL_BYTES = 16 << 20
 _PROGRESS_S = 0.5
 
+Emit = Callable[..., None]
 Progress = Callable[[dict[str, Any]], Awaitable[None]]
 
 
@@ -32,6 +33,37 @@ def unreadable(result: VerifyResult, config: VolumeConfig) -> list[tuple[str, st
         )
         for offset, length in runs
     ]
+
+
+def tell(result: VerifyResult, config: VolumeConfig, emit: Emit) -> dict[str, Any]:
+    """An event for each place that is not as it should be; the answer to `dmctl verify`."""
+    for side, name, offset, length in unreadable(result, config):
+        emit(
+            "verify-error",
+            device=name,
+            offset_bytes=offset,
+            length_bytes=length,
+            message=f"cannot read the {side} at byte {offset}: it was not compared there",
+        )
+    for offset, length in result.unexpected:
+        emit(
+            "unexpected-difference",
+            offset_bytes=offset,
+            length_bytes=length,
+            message=f"primary and secondary differ at byte {offset}, outside the record",
+        )
+    return {
+        "compared_bytes": result.compared_bytes,
+        "unexpected_bytes": result.unexpected_bytes,
+        "repaired_bytes": result.repaired_bytes,
+        "undecided_blocks": result.undecided_blocks,
+        "unexpected": [list(run) for run in result.unexpected],
+        "unreadable_bytes": result.unreadable_bytes,
+        "unreadable": [
+            {"side": side, "offset_bytes": offset, "length_bytes": length}
+            for side, _, offset, length in unreadable(result, config)
+        ],
+    }
 
 
 class Verifying:

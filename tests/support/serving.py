@@ -76,8 +76,8 @@ async def nothing(_: dict[str, Any]) -> None:
 class BrokenRecord:
     """The record's file is open for reading only, so that every write to it fails."""
 
-    def __init__(self, served: Served) -> None:
-        self._fd = served.volume._record.fd
+    def __init__(self, served: Served, fd: int | None = None) -> None:
+        self._fd = served.volume._parts.record.fd if fd is None else fd
         self._kept = os.dup(self._fd)
         read_only = os.open(served.local.record, os.O_RDONLY | os.O_DIRECT)
         os.dup2(read_only, self._fd)

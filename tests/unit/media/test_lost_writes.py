@@ -81,10 +81,10 @@ class Failing:
     """In place of the disk engine's flush: the primary fails when asked to."""
 
     def __init__(self, served: Served) -> None:
-        self._really: Submit = served.volume._engine.flush
-        self._primary = served.volume._primary
+        self._really: Submit = served.volume._parts.engine.flush
+        self._primary = served.volume._parts.primary
         self.failures: list[OSError] = []
-        served.volume._engine.flush = self  # type: ignore[method-assign, assignment]
+        served.volume._parts.engine.flush = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, fd: int, done: Done) -> None:
         if fd == self._primary.fd and self.failures:

@@ -70,9 +70,9 @@ def test_what_cannot_be_kept_is_told_and_stops_nothing(local: LocalVolume) -> No
         async with serving(local) as served:
             await served.write(0, b"a" * 4096)
             await served.in_sync()
-            medium = served.volume._session._medium
+            medium = served.volume._parts.session._medium
             writable, medium.fd = medium.fd, os.open(local.record, os.O_RDONLY)
-            await served.volume._hints.save()
+            await served.volume._parts.hints.save()
             assert "cannot write" in served.named("hints-not-saved")[0]["message"]
             os.close(medium.fd)
             medium.fd = writable

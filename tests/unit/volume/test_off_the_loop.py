@@ -50,7 +50,7 @@ class Watch:
 
 def fail_once(served: Served) -> None:
     """The next write to the secondary fails."""
-    engine, secondary = served.volume._engine, served.volume._secondary
+    engine, secondary = served.volume._parts.engine, served.volume._parts.secondary
     really = engine.write
 
     def write(fd: int, at: int, buffer: memoryview, done: Done, fua: bool = False) -> None:

@@ -110,9 +110,7 @@ class ReadOnly(BrokenRecord):
     """Also the superblocks cannot be written."""
 
     def __init__(self, served: Served) -> None:
-        record, served.volume._record = served.volume._record, served.volume._session._medium  # type: ignore[assignment]
-        super().__init__(served)
-        served.volume._record = record
+        super().__init__(served, served.volume._parts.session._medium.fd)
 
 
 def test_changes_come_one_after_the_other_4(local: LocalVolume) -> None:

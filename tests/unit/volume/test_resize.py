@@ -162,12 +162,12 @@ def test_growth_that_failed_at_any_write_can_be_repeated(
                 await served.in_sync()
                 volume.gate.drop_all_clean()
                 volume.gate.tick()
-                await completion(volume._store.when_idle)
+                await completion(volume._parts.store.when_idle)
                 check_stored(local, tmp_path)
             assert await volume.resize() == {"size_bytes": NEW.size_bytes, "changed": True}
             assert check_stored(local, tmp_path) == NEW.size_bytes
-            assert len(volume._store._pages._pages) == page_count(NEW.extents)
-            assert volume._store.recorded_extents == volume._store.recorded.count()
+            assert len(volume._parts.store._pages._pages) == page_count(NEW.extents)
+            assert volume._parts.store.recorded_extents == volume._parts.store.recorded.count()
             await served.in_sync()
 
     run(test())

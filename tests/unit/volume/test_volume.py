@@ -360,7 +360,7 @@ def test_the_stored_record_shrinks_while_the_volume_runs(
             await served.write(0, b"a" * 4096)
             assert local.recorded() == {0}
             await served.in_sync()
-            while not served.volume._store.settled:
+            while not served.volume._parts.store.settled:
                 await asyncio.sleep(0.01)
             assert local.recorded() == set()
             assert served.volume.status()["record_clears_total"] == 1

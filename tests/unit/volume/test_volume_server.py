@@ -108,7 +108,9 @@ def test_a_stop_in_a_hurry_waits_for_no_server(
                 copier = served.volume.copier
                 if eras:
                     monkeypatch.setattr(
-                        served.volume._mode, "last_writes", lambda end: end(lambda: copier.idle)
+                        served.volume._parts.mode,
+                        "last_writes",
+                        lambda end: end(lambda: copier.idle),
                     )
                 stop = asyncio.ensure_future(served.volume.stop(not late))
                 if late:

@@ -1,0 +1,307 @@
+"""The parts of a volume: made, wired and given back, each in the order that they need.
+
+A volume is a record, a gate, a copier and a way for hosts, with some that look after them.  They
+are made in two steps.  `assemble` opens the media and makes everything; nothing is written to
+primary or secondary, and nobody is served.  `Parts.begin` marks what has to be copied and lets the
+hosts in.  Whoever has to ask first whether hosts may be served does so between the two, and
+whoever has another `Record` than the stored one hands it to the gate in `_make`.
+
+1. Order of `assemble`: the record's lock and every check that needs no medium opened; primary,
+   record, secondary (which may be away); then the new session (`RecordSession.begin`), for from
+   there on another process cannot tell the old one from a crash; then what works on them.
+2. Order of `begin`: what is recorded is marked, before a host can write; hosts; the copier.
+3. After an error in either nothing stays open, locked or served (`Parts.abandon`).  If the session
+   had begun the record says so, and the next start copies what it names.
+
+A crash anywhere here leaves what a crash of a running volume leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from bitmapd.attach.dm_mode import DmMode
+from bitmapd.attach.mode import Mode
+from bitmapd.attach.nbd_mode import NbdMode
+from bitmapd.config import (
+    Paths,
+    VolumeConfig,
+    effective_era_interval_s,
+    effective_record_limit_bytes,
+)
+from bitmapd.copier.engine import Copier
+from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.gate.gate import Gate
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.base import Target
+from bitmapd.media.buffers import BufferPool
+from bitmapd.media.kdevice import KernelDevice
+from bitmapd.media.waiting import Aside
+from bitmapd.predict.predictors import make_policy
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+from bitmapd.units import format_size
+from bitmapd.volume.hints import HintKeeper
+from bitmapd.volume.pausing import Pausing
+from bitmapd.volume.presence import Presence
+from bitmapd.volume.recovery import Recovery
+from bitmapd.volume.requestlog import Recording
+from bitmapd.volume.secondary import make_secondary, open_secondary, wrong_secondary
+from bitmapd.volume.session import RecordSession
+from bitmapd.volume.sides import NoteKeeper
+
+COPY_POOL_BYTES = 16 << 20
+MIN_LIMIT_EXTENTS = 64
+FIRST_GUESS_BYTES_PER_S = 110e6  # of the speed of copying: a gigabit link
+
+Undo = list[Callable[[], None]]
+
+
+class Owner(Protocol):
+    """Whom the parts tell what happens; `Volume`.  On the loop's thread."""
+
+    def emit(self, event: str, **fields: Any) -> None: ...
+
+    def changed(self) -> None:
+        """Something that somebody may wait for has changed; from `Parts.begin` on."""
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Return when the condition holds, which is looked at with each `changed`."""
+
+    def primary_failed(
+        self, verb: str, offset_bytes: int, length_bytes: int, error: OSError
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What there is before any medium is opened."""
+
+    config: VolumeConfig
+    loop: asyncio.AbstractEventLoop
+    aside: Aside
+    session: RecordSession
+    mode: Mode
+    opened: Undo  # what ends it, last first, after an error
+
+    async def abandon(self) -> None:
+        """Close whatever is open, for the start has failed."""
+        for close in reversed(self.opened):
+            close()
+        try:
+            await self.mode.undo()
+            if not self.mode.adopted:
+                await self.aside(self.session.seal)
+        finally:
+            self.session.close()
+            self.aside.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts(_Base):
+    """All of a volume; see the module docstring."""
+
+    engine: AioEngine
+    primary: KernelDevice
+    record: KernelDevice
+    secondary: Target
+    store: RecordStore
+    gate: Gate
+    copier: Copier
+    hints: HintKeeper
+    note: NoteKeeper
+    presence: Presence
+    recording: Recording
+    recovery: Recovery
+    pausing: Pausing
+
+    async def begin(self) -> None:
+        """Serve hosts, and copy."""
+        self.recording.record_to(self.config.trace)
+        self.recovery.begin()
+        await self.mode.begin(
+            self.engine, self.gate, self.store, lambda: self.copier.idle, self.opened
+        )
+        self.copier.start(paused=self.pausing.stored)
+
+    async def finish(self) -> None:
+        """What is done last while everything is still open; the copier has been stopped."""
+        self.recording.close()
+        await self.hints.save()
+        await self.note.end()
+        self.presence.end()
+        await self._until_idle()
+
+    async def close(self) -> None:
+        self.secondary.close()
+        for device in (self.primary, self.record):
+            await self.engine.call(device.close)
+        await self._until_idle()
+        await self.aside(self.session.close)
+        self.aside.close()
+        self.engine.close()
+
+    async def _until_idle(self) -> None:
+        idle = asyncio.Event()
+        self.engine.when_idle(idle.set)
+        await idle.wait()
+
+
+async def assemble(
+    config: VolumeConfig, paths: Paths, loop: asyncio.AbstractEventLoop, owner: Owner
+) -> Parts:
+    """Everything of a volume, ready to `begin`; on an error nothing of it is left."""
+    aside = Aside(f"record-{config.name}")
+
+    def emit_from_aside(event: str, **fields: Any) -> None:
+        loop.call_soon_threadsafe(partial(owner.emit, event, **fields))
+
+    try:
+        session = await aside(RecordSession, config, paths, emit_from_aside)
+    except BaseException:
+        aside.close()
+        raise
+    base = _Base(config, loop, aside, session, _make_mode(config, loop, owner), [])
+    try:
+        return await _make(base, paths, owner)
+    except BaseException:
+        await base.abandon()
+        raise
+
+
+def _make_mode(config: VolumeConfig, loop: asyncio.AbstractEventLoop, owner: Owner) -> Mode:
+    if config.attach == "dm":
+        return DmMode(config, loop, owner.emit, on_barrier=owner.changed)
+    return NbdMode(config, loop, owner.emit)
+
+
+async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
+    config, loop, aside, session, mode = base.config, base.loop, base.aside, base.session, base.mode
+    opened, emit = base.opened, owner.emit
+    geometry = session.superblock.geometry
+
+    engine = AioEngine(loop)
+    opened.append(engine.close)
+    path = await mode.prepare(geometry, opened)
+    primary = await engine.call(partial(KernelDevice, path, engine, exclusive=mode.exclusive))
+    opened.append(primary.close)
+    record = await engine.call(partial(KernelDevice, config.record, engine))
+    opened.append(record.close)
+    _warn_if_buffered((primary, record), emit)
+    secondary = make_secondary(config, loop, engine, session.secondary_mismatch)
+    opened.append(secondary.close)
+    await open_secondary(secondary, loop, session.secondary_mismatch, emit)
+
+    await aside(session.begin)
+    _warn_of_other_sizes(config, geometry, emit)
+    store = RecordStore(geometry, session.loaded, record, loop, emit)
+    # Misses of one batch share a record write; it leaves with the batch, not a turn later.
+    engine.before_submit.append(store.commit)
+    gate = Gate(
+        geometry,
+        primary,
+        store,
+        make_policy(config.predictor, geometry),
+        loop,
+        limit_extents=limit_extents(config, geometry, None),
+        elsewhere=mode.elsewhere,
+    )
+    gate.on_primary_error = owner.primary_failed
+    hints = HintKeeper(session, gate, loop, aside, emit)
+    await hints.begin()
+    copier = Copier(
+        geometry,
+        gate,
+        primary,
+        secondary,
+        loop,
+        BufferPool(loop, COPY_POOL_BYTES),
+        Throttle(config.copy_rate_bytes_per_s),
+        Backoff(),
+        emit,
+        check_secondary=partial(wrong_secondary, secondary, session.secondary_mismatch),
+        era_interval_s=effective_era_interval_s(config),
+        late_writes_s=config.late_writes_s,
+        read_primary=primary.read_aside,
+    )
+    copier.on_change = owner.changed
+    note = NoteKeeper(
+        config, paths, lambda: session.superblock, lambda: copier.samples.lately, loop, emit
+    )
+    if session.primary_is_as_left:
+        copier.samples.remember(note.lately_before)
+    recording = Recording(gate, loop, emit)
+    opened.append(recording.close)
+    media = (primary, record, secondary)
+    return Parts(
+        config,
+        loop,
+        aside,
+        session,
+        mode,
+        opened,
+        engine=engine,
+        primary=primary,
+        record=record,
+        secondary=secondary,
+        store=store,
+        gate=gate,
+        copier=copier,
+        hints=hints,
+        note=note,
+        presence=Presence(
+            [medium for medium in media if isinstance(medium, KernelDevice)], engine, loop, emit
+        ),
+        recording=recording,
+        recovery=Recovery(session, store, gate, copier, loop, aside, emit, on_kept=owner.changed),
+        pausing=Pausing(config.name, session, copier, owner.until, aside, emit),
+    )
+
+
+def limit_extents(config: VolumeConfig, geometry: Geometry, speed_bytes_per_s: float | None) -> int:
+    """How many extents the record should name at most, at this speed of copying."""
+    if config.resync_target_s is None:
+        limit = effective_record_limit_bytes(config, geometry.size_bytes)
+    else:
+        limit = int(config.resync_target_s * (speed_bytes_per_s or FIRST_GUESS_BYTES_PER_S))
+    return max(MIN_LIMIT_EXTENTS, limit // geometry.extent_bytes)
+
+
+# -- what the configuration says and is not so ------------------------------------------------
+
+
+def tell_ignored(emit: Callable[..., None], keys: list[str], reason: str) -> None:
+    emit(
+        "settings-ignored",
+        keys=keys,
+        message=f"{', '.join(keys)} of the configuration: no effect, {reason}",
+    )
+
+
+def _warn_of_other_sizes(
+    config: VolumeConfig, geometry: Geometry, emit: Callable[..., None]
+) -> None:
+    """The record has the sizes that the volume was created with; those of the file are none."""
+    sizes = {
+        "extent_size": (config.extent_size_bytes, geometry.extent_bytes),
+        "block_size": (config.block_size_bytes, geometry.block_bytes),
+    }
+    other = {key: made for key, (written, made) in sizes.items() if written != made}
+    if other:
+        made = ", ".join(f"{key} = {format_size(size)}" for key, size in other.items())
+        tell_ignored(emit, list(other), f"the volume was created with {made}")
+
+
+def _warn_if_buffered(devices: tuple[KernelDevice, ...], emit: Callable[..., None]) -> None:
+    for device in devices:
+        if not device.direct:
+            emit(
+                "not-direct",
+                device=device.name,
+                message="the file system has no direct I/O: a power cut may lose what the"
+                " page cache holds until it is flushed",
+            )
