@@ -150,12 +150,12 @@ class BlockSet:
             return None
         return (later << REGION_SHIFT) + self._regions[later].find(True)
 
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """All maximal runs in order; the set must not change meanwhile."""
-        run = self.next_run(0)
-        while run is not None:
-            yield run
-            run = self.next_run(run[1])
+    def runs(self, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """The maximal runs within [first, stop) in order; the set must not change meanwhile."""
+        run = self.next_run(first, None if stop is None else stop - first)
+        while run is not None and (stop is None or run[0] < stop):
+            yield run if stop is None else (run[0], min(run[1], stop))
+            run = self.next_run(run[1], None if stop is None else stop - first)
 
     def __bool__(self) -> bool:
         # `add` never leaves an empty region and `discard` removes one that became empty.

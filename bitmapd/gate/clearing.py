@@ -7,7 +7,8 @@ An extent leaves for one of three reasons:
 
 Invariants:
 1. Extents leave only through `_let_go`, and each was found clean in the same event.  So no answer
-   of a policy takes from the record what may differ.
+   of a policy takes from the record what may differ.  What is given to another node leaves by
+   another way, with its dirt, and the policy hears of it here (`left`).
 2. An extent that is open elsewhere (`gate/elsewhere`) is not clean.  It is *cooled*: left to the
    gate at a barrier and, when it is closed and clean, dropped by the next tick, unless the policy
    wants it after all.  What was cooled because the record is too large goes all the same.
@@ -160,7 +161,11 @@ class Clearing:
     def _let_go(self, gone: list[int], now: float) -> None:
         if gone:
             self._store.drop(gone)
-            self.policy.dropped(gone, now)
-            self._evicting.difference_update(gone)
-            for other in self._elsewhere:
-                other.gone(gone)
+            self.left(gone, now)
+
+    def left(self, gone: list[int], now: float) -> None:
+        """These have left the record, or are given to another node and leave it in this event."""
+        self.policy.dropped(gone, now)
+        self._evicting.difference_update(gone)
+        for other in self._elsewhere:
+            other.gone(gone)

@@ -24,7 +24,7 @@ from functools import partial
 
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.clearing import Clearing
-from bitmapd.gate.elsewhere import Elsewhere
+from bitmapd.gate.elsewhere import Elsewhere, Run
 from bitmapd.gate.flights import Flights
 from bitmapd.gate.unsettled import Unsettled
 from bitmapd.media.base import Done, Scheduler
@@ -45,14 +45,17 @@ class Eras:
         *,
         limit_extents: int,
         elsewhere: Sequence[Elsewhere] = (),
+        shared: bool = False,
     ) -> None:
+        """`shared`: extents are given to another node and come back."""
         self._geometry = geometry
         self._elsewhere = tuple(elsewhere)
         self._store = store
         self._policy = policy
         self._scheduler = scheduler
         self.era = 1
-        self._unsettled = Unsettled(geometry)
+        self._shared = shared
+        self._unsettled = Unsettled(geometry, self._is_ours if shared else None)
         self._current_era = self._unsettled.current_era  # at hand for writes that hit
         self._flights = Flights(scheduler)
         self._flight = self._flights.current  # at hand, too
@@ -131,7 +134,7 @@ class Eras:
     @property
     def wants_era(self) -> bool:
         """Whether there is something that ending the era would bring to the copier."""
-        if self._current_era.blocks:
+        if self._unsettled.wants_era:
             return True
         return any(other.wants_barrier for other in self._elsewhere)
 
@@ -141,15 +144,20 @@ class Eras:
         return any(other.is_urgent for other in self._elsewhere)
 
     def take_recorded(self) -> None:
-        """Mark every block of every recorded extent as to be copied: recovery, or a resync."""
-        runs = (self._geometry.extent_blocks(*extents) for extents in self._store.recorded_runs())
+        """Mark every block of every recorded extent as to be copied: recovery, or a resync.  What
+        is on its way into the record has not been written yet."""
+        runs = (self._geometry.extent_blocks(*extents) for extents in self._store.covered_runs())
         self._unsettled.take(runs, self._scheduler.time())
 
     def take_everything(self, done: Done) -> None:
         """Have the whole volume copied: the secondary may have lost any of it.
 
-        Marked before it is recorded, so that nothing of it is clean and leaves the record again.
+        Marked before it is recorded, so that nothing of it is clean and leaves the record again;
+        of a shared volume only when all of it is recorded and so ours.
         """
+        if self._shared:
+            self.mark(0, self._geometry.blocks, done)
+            return
         now, everything = self._scheduler.time(), (0, self._geometry.extents)
         self._unsettled.take([(0, self._geometry.blocks)], now)
         self._policy.added(*everything, now)
@@ -287,6 +295,51 @@ class Eras:
     def drop_all_clean(self) -> None:
         """Empty the record of everything that is clean: before a clean stop."""
         self._clearing.drop_all_clean(self._scheduler.time())
+
+    # -- what changes hands -----------------------------------------------------------------
+    def _is_ours(self, extent: int) -> bool:
+        return self._store.covers(extent, extent + 1)
+
+    def give(self, extents: Iterable[int]) -> list[Run]:
+        """These extents are another node's from now on.  Returns their dirt as runs of blocks,
+        sorted, that do not touch.
+
+        No write to them is in flight (`when_landed`); the caller takes them out of the record in
+        this event.  Copies may be in flight: the other node has to keep an embargo until they
+        have ended and cannot land late.
+        """
+        gone = list(extents)
+        self._clearing.left(gone, self._scheduler.time())
+        return list(self._unsettled.give(gone).runs())
+
+    def take_over(self, dirt: Iterable[Run], embargoed: Iterable[int]) -> None:
+        """Extents have become ours, and these runs of blocks of them are dirty.
+
+        `embargoed`: extents on which a copy of the other node may still land, or one that we began
+        when they were ours before.  They are not clean and nothing of them is copied until `free`.
+        """
+        self._unsettled.take_over(dirt, embargoed, self._scheduler.time())
+
+    def free(self, extents: Iterable[int]) -> None:
+        """End the embargo on these extents; others are passed over."""
+        self._unsettled.free(extents)
+
+    def free_all(self) -> None:
+        """End every embargo: the other node cannot write any more."""
+        self._unsettled.free_all()
+
+    def guessed(self, runs: Iterable[Run]) -> None:
+        """Runs of extents have come into the record for which no write waits."""
+        now, brought = self._scheduler.time(), 0
+        for first, stop in runs:
+            self._policy.added(first, stop, now)
+            brought += stop - first
+        self._clearing.make_room_for(brought)
+
+    def refused(self, runs: Iterable[Run]) -> None:
+        """Runs of extents that the policy predicted do not come into the record."""
+        extents = [extent for first, stop in runs for extent in range(first, stop)]
+        self._policy.dropped(extents, self._scheduler.time())
 
     # -- changes while in use ---------------------------------------------------------------
     @property

@@ -51,9 +51,18 @@ class Gate(Eras):
         *,
         limit_extents: int,
         elsewhere: Sequence[Elsewhere] = (),
+        piecewise: bool = False,
     ) -> None:
+        """`piecewise`: extents change hands with another node, and so no write may wait for one
+        while it holds another: one that has to wait is cut at the borders of extents."""
         super().__init__(
-            geometry, store, policy, scheduler, limit_extents=limit_extents, elsewhere=elsewhere
+            geometry,
+            store,
+            policy,
+            scheduler,
+            limit_extents=limit_extents,
+            elsewhere=elsewhere,
+            shared=piecewise,
         )
         self._primary = primary
         self._extent_shift = geometry.extent_bytes.bit_length() - 1

@@ -140,6 +140,7 @@ class Mirror:
         hollow: bool = False,
         direct: bool = False,
         elsewhere: Sequence[Elsewhere] = (),
+        piecewise: bool = False,
     ) -> None:
         """`hollow` disks keep nothing that can be read: for volumes too large for memory.
 
@@ -170,6 +171,7 @@ class Mirror:
             self.loop,
             limit_extents=limit_extents,
             elsewhere=(self.path,) if direct else elsewhere,
+            piecewise=piecewise,
         )
         self.kernel.new_gate(self.gate)
         self.pool = BufferPool(self.loop, pool_bytes)
