@@ -144,9 +144,10 @@ class Eras:
         return any(other.is_urgent for other in self._elsewhere)
 
     def take_recorded(self) -> None:
-        """Mark every block of every recorded extent as to be copied: recovery, or a resync.  What
-        is on its way into the record has not been written yet."""
-        runs = (self._geometry.extent_blocks(*extents) for extents in self._store.covered_runs())
+        """Mark every block of every recorded extent as to be copied: recovery, or a resync.  Of a
+        shared volume without what is on its way into the record, since it is not ours yet."""
+        recorded = self._store.covered_runs() if self._shared else self._store.recorded_runs()
+        runs = (self._geometry.extent_blocks(*extents) for extents in recorded)
         self._unsettled.take(runs, self._scheduler.time())
 
     def take_everything(self, done: Done) -> None:

@@ -196,6 +196,16 @@ def test_guesses_that_are_refused_are_told(mirror: Mirror) -> None:
     assert mirror.policy.told == [("dropped", 2, 3, 6)]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_resync_takes_what_is_on_its_way_into_the_record_if_it_is_ours(shared: bool) -> None:
+    mirror = Mirror(piecewise=shared)
+    mirror.write(0)
+    mirror.turn()
+    assert mirror.pending(mirror.record) == ["write"]
+    mirror.gate.take_recorded()
+    assert mirror.gate.is_dirty(0, PER_EXTENT) is not shared
+
+
 def test_nothing_of_a_shared_volume_is_dirty_before_it_is_ours(mirror: Mirror) -> None:
     answers: Answers = []
     mirror.gate.take_everything(answers.append)
