@@ -11,12 +11,17 @@ more of any of them.
 3. What the record is to lose is *cooled* first: nobody writes it elsewhere after the barrier that
    comes next, and after the one behind that it is *closed*.
 4. Who writes elsewhere writes only what is durably recorded (`recorded` of the barrier).
+
+Where another node writes, a read may have to wait until what is in flight there has landed: that is
+`Asks`.  What it says holds for this read alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
+
+from bitmapd.media.base import Done
 
 Run = tuple[int, int]
 # The blocks that were written, or None if that will be known at the next barrier.
@@ -67,3 +72,14 @@ class Elsewhere(Protocol):
     @property
     def host_load(self) -> tuple[int, int]:
         """Requests of hosts, and bytes written, since the start; those that the gate saw, too."""
+
+
+class Asks(Protocol):
+    """Who has to be asked before extents [first, stop) are read."""
+
+    def may_read(self, first: int, stop: int) -> bool:
+        """Whether a read may be submitted in this event without asking.  Every read calls it."""
+
+    def ask(self, first: int, stop: int, go: Done) -> None:
+        """Calls `go` once, never from inside: without error the read may be submitted in that
+        event; with one it may not be."""

@@ -14,8 +14,11 @@ Invariants:
 1. A write in flight has its blocks in the current era, or in `taken` with a barrier that has not
    passed.  No extent of these leaves the record, so rule 3 of the design holds: no write reaches
    it as a hit, its blocks are copied, both sides have been flushed since.
-2. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
-3. Errors of the primary go to the host and leave the blocks dirty.  That cached writes were lost
+2. A write that waits for one extent holds no other: where extents change hands, one that is not
+   covered whole is cut at their borders (`piecewise`).  Each piece goes its own way, and the host
+   is answered after the last.
+3. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
+4. Errors of the primary go to the host and leave the blocks dirty.  That cached writes were lost
    goes to all hosts and to the copier, whoever met it (`not_durable`).
 """
 
@@ -23,8 +26,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 
-from bitmapd.gate.elsewhere import Elsewhere
+from bitmapd.gate.elsewhere import Asks, Elsewhere
 from bitmapd.gate.eras import Eras
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
 from bitmapd.media.lost import LostWrites
@@ -32,7 +37,8 @@ from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.holder import Record
 
-Submit = Callable[[Done], None]
+# Starts a change of the primary, or a piece of it: offset and length in bytes, the completion.
+Submit = Callable[[int, int, Done], None]
 # Verb, offset and length in bytes, and why the primary refused a host's request.
 PrimaryFailed = Callable[[str, int, int, OSError], None]
 Watch = Callable[[float, str, int, int], None]  # time, W Z or T, offset and length in bytes
@@ -51,9 +57,12 @@ class Gate(Eras):
         *,
         limit_extents: int,
         elsewhere: Sequence[Elsewhere] = (),
+        asks: Asks | None = None,
         piecewise: bool = False,
     ) -> None:
-        """`piecewise`: extents change hands with another node, and so no write may wait for one
+        """`asks` is who has to be asked before the primary is read, if anybody is.
+
+        `piecewise`: extents change hands with another node, and so no write may wait for one
         while it holds another: one that has to wait is cut at the borders of extents."""
         super().__init__(
             geometry,
@@ -65,6 +74,7 @@ class Gate(Eras):
             shared=piecewise,
         )
         self._primary = primary
+        self._asks = asks
         self._extent_shift = geometry.extent_bytes.bit_length() - 1
         self._block_shift = geometry.block_bytes.bit_length() - 1
         self.lost_writes = LostWrites()  # of the primary; hosts and copier share its flushes
@@ -100,7 +110,22 @@ class Gate(Eras):
                 self._tell("read", offset_bytes, len(buffer), error)
             done(error)
 
-        self._primary.read(offset_bytes, buffer, ended)
+        submit = self._primary.read
+        if self._asks is None:
+            submit(offset_bytes, buffer, ended)
+        else:
+            go = partial(submit, offset_bytes, buffer, ended)
+            self._ask(self._asks, offset_bytes, len(buffer), go, done)
+
+    def _ask(
+        self, asks: Asks, offset_bytes: int, length_bytes: int, go: Callable[[], None], no: Done
+    ) -> None:
+        """Call `go` when the primary may be read there, or `no` with why it may not."""
+        extents = self._geometry.extent_span(offset_bytes, length_bytes)
+        if asks.may_read(*extents):
+            go()
+        else:
+            asks.ask(*extents, lambda error: go() if error is None else no(error))
 
     def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
         length = len(buffer)
@@ -113,22 +138,15 @@ class Gate(Eras):
         if self.watch is not None:
             self.watch(now, "W", offset_bytes, length)
         if not self._store.covers(first, stop):
-            self._miss(
-                first,
-                stop,
-                now,
-                lambda error: (
-                    done(error)
-                    if error is not None
-                    else self._land(
-                        "write",
-                        offset_bytes,
-                        length,
-                        lambda landed: self._primary.write(offset_bytes, buffer, landed, fua),
-                        done,
-                        fua,
-                    )
+            self._missed(
+                "write",
+                offset_bytes,
+                length,
+                lambda at, count, landed: self._primary.write(
+                    at, buffer[at - offset_bytes : at - offset_bytes + count], landed, fua
                 ),
+                done,
+                fua,
             )
             return
         # A hit, written out: this is the path that has to be short.
@@ -170,8 +188,8 @@ class Gate(Eras):
             "zero",
             offset_bytes,
             length_bytes,
-            lambda landed: self._primary.zero(
-                offset_bytes, length_bytes, landed, fua=fua, unmap=unmap, fast=fast
+            lambda at, count, landed: self._primary.zero(
+                at, count, landed, fua=fua, unmap=unmap, fast=fast
             ),
             done,
             fua,
@@ -184,7 +202,7 @@ class Gate(Eras):
             "trim",
             offset_bytes,
             length_bytes,
-            lambda landed: self._primary.trim(offset_bytes, length_bytes, landed, fua=fua),
+            lambda at, count, landed: self._primary.trim(at, count, landed, fua=fua),
             done,
             fua,
         )
@@ -221,7 +239,12 @@ class Gate(Eras):
             self.not_durable(error)
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
-        self._primary.allocation(offset_bytes, length_bytes, done)
+        submit = self._primary.allocation
+        if self._asks is None:
+            submit(offset_bytes, length_bytes, done)
+        else:
+            go = partial(submit, offset_bytes, length_bytes, done)
+            self._ask(self._asks, offset_bytes, length_bytes, go, lambda error: done(error, []))
 
     def close(self) -> None:
         """Nothing to release: the primary belongs to the volume."""
@@ -236,10 +259,49 @@ class Gate(Eras):
         done: Done,
         fua: bool,
     ) -> None:
-        """A change of the primary of any kind; `submit` starts it and is given the completion."""
+        """A zeroing or trim; `submit` starts it or a piece of it."""
         first, stop = self._geometry.extent_span(offset_bytes, length_bytes)
-        now = self._scheduler.time()
         self.writes += 1
+        if self._store.covers(first, stop):
+            self.hits += 1
+            self._policy.wrote(first, stop, self._scheduler.time(), True)
+            self._land(verb, offset_bytes, length_bytes, submit, done, fua)
+        else:
+            self._missed(verb, offset_bytes, length_bytes, submit, done, fua)
+
+    def _missed(
+        self,
+        verb: str,
+        offset_bytes: int,
+        length_bytes: int,
+        submit: Submit,
+        done: Done,
+        fua: bool,
+    ) -> None:
+        """A change that is not covered whole, counted already."""
+        self.misses += 1
+        first, stop = self._geometry.extent_span(offset_bytes, length_bytes)
+        pieces = [(offset_bytes, length_bytes)]
+        if self._shared and stop - first > 1:
+            per, end = self._geometry.extent_bytes, offset_bytes + length_bytes
+            borders = [offset_bytes, *range((first + 1) * per, end, per), end]
+            pieces = [(at, border - at) for at, border in pairwise(borders)]
+            done = _after_all(len(pieces), done)
+        for at, count in pieces:
+            self._bring(verb, at, count, submit, done, fua)
+
+    def _bring(
+        self,
+        verb: str,
+        offset_bytes: int,
+        length_bytes: int,
+        submit: Submit,
+        done: Done,
+        fua: bool,
+    ) -> None:
+        """Submit a change, or a piece of one, as soon as its extents are covered."""
+        extents = self._geometry.extent_span(offset_bytes, length_bytes)
+        now = self._scheduler.time()
 
         def covered(error: OSError | None) -> None:
             if error is not None:
@@ -247,16 +309,14 @@ class Gate(Eras):
             else:
                 self._land(verb, offset_bytes, length_bytes, submit, done, fua)
 
-        if self._store.covers(first, stop):
-            self.hits += 1
-            self._policy.wrote(first, stop, now, True)
+        if self._store.covers(*extents):
+            self._policy.wrote(*extents, now, True)
             covered(None)
         else:
-            self._miss(first, stop, now, covered)
+            self._predict_and_record(*extents, now, covered)
 
-    def _miss(self, first: int, stop: int, now: float, covered: Done) -> None:
+    def _predict_and_record(self, first: int, stop: int, now: float, covered: Done) -> None:
         """Record extents [first, stop) and what the policy predicts, then go on."""
-        self.misses += 1
         policy, store = self._policy, self._store
         policy.wrote(first, stop, now, False)
         before = store.recorded_extents
@@ -300,7 +360,7 @@ class Gate(Eras):
                 self._failed(verb, offset_bytes, length_bytes, error, fua)
             done(error)
 
-        submit(landed)
+        submit(offset_bytes, length_bytes, landed)
 
     # -- figures ---------------------------------------------------------------------------
     @property
@@ -311,3 +371,17 @@ class Gate(Eras):
             theirs = other.host_load
             requests, written_bytes = max(requests, theirs[0]), max(written_bytes, theirs[1])
         return requests, written_bytes
+
+
+def _after_all(pieces: int, done: Done) -> Done:
+    """Answer once so many pieces have ended, with the first error."""
+    failed: OSError | None = None
+
+    def ended(error: OSError | None) -> None:
+        nonlocal pieces, failed
+        pieces -= 1
+        failed = failed or error
+        if not pieces:
+            done(failed)
+
+    return ended

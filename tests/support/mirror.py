@@ -13,7 +13,7 @@ from typing import Any
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.gate.direct import DirectPath
-from bitmapd.gate.elsewhere import Elsewhere
+from bitmapd.gate.elsewhere import Asks, Elsewhere
 from bitmapd.gate.gate import Gate
 from bitmapd.gate.routes import Routes
 from bitmapd.media.base import Done
@@ -140,6 +140,7 @@ class Mirror:
         hollow: bool = False,
         direct: bool = False,
         elsewhere: Sequence[Elsewhere] = (),
+        asks: Asks | None = None,
         piecewise: bool = False,
     ) -> None:
         """`hollow` disks keep nothing that can be read: for volumes too large for memory.
@@ -171,6 +172,7 @@ class Mirror:
             self.loop,
             limit_extents=limit_extents,
             elsewhere=(self.path,) if direct else elsewhere,
+            asks=asks,
             piecewise=piecewise,
         )
         self.kernel.new_gate(self.gate)
