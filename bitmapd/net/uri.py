@@ -1,4 +1,4 @@
-"""NBD URIs (pure; doc/uri.md of the NetworkBlockDevice project).
+"""URIs (pure): of NBD, by doc/uri.md of the NetworkBlockDevice project, and of the partner.
 
     nbd://HOST[:PORT]/EXPORT            nbds://…             TCP, without and with TLS
     nbd+unix:///EXPORT?socket=PATH      nbds+unix:///…       unix socket, likewise
@@ -7,6 +7,10 @@ With TLS two parameters are known: `tls-certificates` (a folder, absolute) and `
 name that the server's certificate has to carry, if it is not HOST).  The export name is what
 follows the slash, percent-decoded; a `+` means itself everywhere.  Whatever is not understood is an
 error: a parameter that was silently ignored could be the one that asked for safety.
+
+The other node of a volume is reached by a shorter kind:
+
+    tls://HOST[:PORT]    TCP with TLS              unix:///PATH    a node on the same host
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 from bitmapd.errors import UsageError
 
 DEFAULT_PORT = 10809  # of NBD
+DEFAULT_PARTNER_PORT = 10820
 MAX_STRING_BYTES = 4096  # of an export name, by the NBD protocol
 # sun_path of Linux has 108 bytes, one of which ends the string.
 MAX_SOCKET_PATH_BYTES = 107
@@ -108,6 +113,15 @@ def parse_uri(text: str) -> NbdUri:
     )
 
 
+def host_name(text: str) -> str:
+    """The text, if it is a host name or an address; UsageError if it is not."""
+
+    def fail(reason: str, hint: str | None) -> NoReturn:
+        raise UsageError(f"bad host name {text!r}: {reason}", hint)
+
+    return _host(text, fail)
+
+
 def format_uri(uri: NbdUri) -> str:
     """The URI that `parse_uri` reads as the same value."""
     scheme = "nbds" if uri.tls else "nbd"
@@ -129,6 +143,50 @@ def format_uri(uri: NbdUri) -> str:
             parameters.append(f"{name}={quote(value, safe='/')}")
     query = "?" + "&".join(parameters) if parameters else ""
     return f"{scheme}://{authority}/{quote(uri.export, safe='/')}{query}"
+
+
+@dataclass(frozen=True, slots=True)
+class PartnerUri:
+    """Either `socket_path` is set, or `host` is (an IPv6 address without brackets)."""
+
+    host: str | None = None
+    port: int = DEFAULT_PARTNER_PORT
+    socket_path: str | None = None
+
+    def __str__(self) -> str:
+        if self.socket_path is not None:
+            return f"unix://{quote(self.socket_path, safe='/')}"
+        host = self.host or ""
+        return f"tls://[{host}]:{self.port}" if ":" in host else f"tls://{host}:{self.port}"
+
+
+def parse_partner_uri(text: str) -> PartnerUri:
+    """Raises UsageError that names the URI and what is wrong with it."""
+
+    def fail(reason: str, hint: str | None = None) -> NoReturn:
+        hint = hint or "write tls://HOST[:PORT] or unix:///PATH"
+        raise UsageError(f"bad partner URI {text!r}: {reason}", hint)
+
+    if _NOT_PRINTABLE.search(text):
+        fail("it contains a blank or a control character")
+    if _BAD_ESCAPE.search(text):
+        fail("a % is not followed by two hexadecimal digits", "write %25 for a percent sign")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        fail(str(error).lower())
+    if parts.scheme not in ("tls", "unix") or not text[len(parts.scheme) :].startswith("://"):
+        fail("it does not begin with tls:// or unix://")
+    if "?" in text or "#" in text or "@" in parts.netloc:
+        fail("it has parameters, a fragment or a user name")
+    if parts.scheme == "unix":
+        if parts.netloc:
+            fail(f"a unix socket has no host, but {parts.netloc!r} was given")
+        return PartnerUri(socket_path=_socket_path(_decode(parts.path, "the path", fail), fail))
+    if parts.path not in ("", "/"):
+        fail(f"{parts.path!r} means nothing here")
+    return PartnerUri(_host(parts.hostname, fail), _port(port, fail, DEFAULT_PARTNER_PORT))
 
 
 _Fail = Callable[[str, str | None], NoReturn]
@@ -166,7 +224,7 @@ def _socket_path(path: str | None, fail: _Fail) -> str:
     if path is None:
         fail("the parameter socket=PATH is missing", _HINT)
     if not path.startswith("/"):
-        fail(f"socket={path} is not an absolute path", None)
+        fail(f"{path!r} is not an absolute path of a socket", None)
     if len(path.encode()) > MAX_SOCKET_PATH_BYTES:
         fail(f"the path of a socket has at most {MAX_SOCKET_PATH_BYTES} bytes", None)
     return path
@@ -187,7 +245,7 @@ def _host(host: str | None, fail: _Fail) -> str:
     return host
 
 
-def _port(port: int | None, fail: _Fail) -> int:
+def _port(port: int | None, fail: _Fail, default: int = DEFAULT_PORT) -> int:
     if port == 0:
         fail("port 0 cannot be connected to", None)
-    return DEFAULT_PORT if port is None else port
+    return default if port is None else port

@@ -10,6 +10,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from bitmapd import __version__
@@ -180,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     _records(commands)
     _configuration(commands)
     _simulate(commands)
+    _partner_keys(commands)
     _later(commands)
     return parser
 
@@ -559,6 +561,22 @@ def _configuration(commands: Commands) -> None:
     _names(show, all_option=False)
     show.add_argument("--explain", action="store_true", help="explain every key and its default")
     _command(actions, "check", "configuration:check", "list all errors, each with its file and key")
+
+
+def _partner_keys(commands: Commands) -> None:
+    keys = _command(
+        commands,
+        "partner-keys",
+        "partnerkeys:partner_keys",
+        "make the certificates of a pair",
+        "In DIR, which must not exist or be empty, there is a folder for each node with"
+        " ca-cert.pem, node-cert.pem and node-key.pem. Copy each to its node, readable by root"
+        " only, and name it as partner_certificates. The names are those by which the nodes reach"
+        " one another, or the partner_name of the other. The certificates are good for ten years;"
+        " the key of their authority is not kept. Needs the program openssl.",
+    )
+    _completed(keys.add_argument("folder", metavar="DIR", type=Path, help="to be made"), FOLDER)
+    keys.add_argument("--names", metavar="A,B", required=True, help="host names of the two nodes")
 
 
 def _later(commands: Commands) -> None:

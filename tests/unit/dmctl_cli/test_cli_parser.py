@@ -19,7 +19,7 @@ COMMANDS = (
     *("create", "start", "stop", "status", "wait", "resync", "verify", "pause", "resume", "set"),
     *("resize", "promote", "demote", "failback", "remove", "record", "events", "probe"),
     *("simulate", "takeover", "partner", "config", "assemble", "monitor"),
-    *("udev-rules", "plan"),
+    *("udev-rules", "plan", "partner-keys"),
 )
 
 
