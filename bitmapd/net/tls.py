@@ -1,13 +1,15 @@
-"""TLS contexts from a folder of certificates, for the export and for the client.
+"""TLS contexts from a folder of certificates: for the export, for the client, for the partner.
 
-| file                                | server | client                            |
-| ----------------------------------- | ------ | --------------------------------- |
-| `ca-cert.pem`                       | needed | needed                            |
-| `server-cert.pem`, `server-key.pem` | needed | not read                          |
-| `client-cert.pem`, `client-key.pem` | not read | both or neither                 |
+| file                                | server   | client          | node     |
+| ----------------------------------- | -------- | --------------- | -------- |
+| `ca-cert.pem`                       | needed   | needed          | needed   |
+| `server-cert.pem`, `server-key.pem` | needed   | not read        | not read |
+| `client-cert.pem`, `client-key.pem` | not read | both or neither | not read |
+| `node-cert.pem`, `node-key.pem`     | not read | not read        | needed   |
 
 1. Both sides are authenticated by X.509: a client without a certificate that the CA has signed is
-   refused by the server, and the other way round.
+   refused by the server, and the other way round.  Nodes check one another's name besides, whoever
+   dialled.
 2. TLS 1.3 is the least that is spoken.  Session tickets are off: every connection is verified anew.
 3. Pre-shared keys are not offered, since Python 3.11 has no interface for them.
 4. Keys are not encrypted: a daemon has nobody to ask for a pass phrase.
@@ -15,8 +17,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import ipaddress
 import ssl
 from pathlib import Path
+from typing import Any
 
 from bitmapd.errors import NotFoundError, PermissionError_, UsageError, refused
 
@@ -45,6 +50,47 @@ def client_context(folder: Path, hostname: str | None) -> ssl.SSLContext:
     if (folder / "client-cert.pem").exists() or (folder / "client-key.pem").exists():
         _load_pair(context, folder, "client")
     return context
+
+
+def node_context(folder: Path, *, accepts: bool) -> ssl.SSLContext:
+    """For the other node of a volume.  Whether the certificate carries the right name is to be
+    asked of `certificate_fault`, on both sides."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if accepts else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    if accepts:
+        context.num_tickets = 0
+    _prepare(context, folder)
+    _load_pair(context, folder, "node")
+    return context
+
+
+def fingerprint(certificate: bytes) -> str:
+    """SHA-256 of a certificate in DER form, as lower-case hexadecimal digits."""
+    return hashlib.sha256(certificate).hexdigest()
+
+
+def certificate_fault(
+    connection: ssl.SSLObject | ssl.SSLSocket, name: str, pinned: str | None = None
+) -> str | None:
+    """What is wrong with the other's certificate, whose chain has been verified: it has to carry
+    this DNS name or address, to the letter, and to be the one that is pinned, if one is."""
+    certificate = connection.getpeercert() or {}
+    entries: Any = certificate.get("subjectAltName", ())
+    found = [str(value) for kind, value in entries if kind in ("DNS", "IP Address")]
+    if _plain_name(name) not in map(_plain_name, found):
+        return f"its certificate is for {', '.join(found) or 'no name'}, not for {name}"
+    if pinned is not None:
+        found_print = fingerprint(connection.getpeercert(binary_form=True) or b"")
+        if found_print != pinned.replace(":", "").lower():
+            return f"its certificate has the fingerprint {found_print}, which is not the pinned one"
+    return None
+
+
+def _plain_name(name: str) -> str:
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name.lower()
 
 
 def _prepare(context: ssl.SSLContext, folder: Path) -> None:
