@@ -128,6 +128,16 @@ _EVENTS = (
         "nothing",
     ),
     EventKind(
+        "secondary-changed",
+        Level.ERROR,
+        ("secondary", "places", "message"),
+        "a volume that was stopped cleanly has a secondary that differs from the primary, at"
+        " `places` (offset and length in bytes) at least: it was written meanwhile, or has"
+        " forgotten; the volume is paused, and everything is recorded",
+        "*The secondary was changed*",
+        is_error=True,
+    ),
+    EventKind(
         "secondary-forgot",
         Level.ERROR,
         ("secondary", "offset_bytes", "message"),
@@ -285,7 +295,8 @@ _EVENTS = (
         "state-unreadable",
         Level.WARNING,
         ("file", "message"),
-        "the host's note of the newest record is damaged: an old record would not be recognised",
+        "the host's note of the newest record is damaged, or could not be written: an old record"
+        " would not be recognised",
         "nothing, if the record device was not exchanged; else `dmctl verify NAME`",
     ),
     EventKind(

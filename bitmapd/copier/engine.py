@@ -20,7 +20,7 @@ A crash leaves the secondary with some blocks newer than others; the record name
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 
 from bitmapd.copier.ages import Ages, earliest
@@ -42,6 +42,7 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.record.geometry import Geometry
 
 Emit = Callable[..., None]
+Places = Sequence[tuple[int, int]]  # (offset, length) in bytes
 
 # After so many refusals in a row, with nothing written between, it may not be the places: a disk
 # that has come back under its name answers only who opens it again.
@@ -96,6 +97,8 @@ class Copier:
         self.primary_failed_s = float("-inf")  # when it could not be flushed
         self.passes = Passes(geometry)
         self.on_change: Callable[[], None] | None = None
+        self.on_changed_secondary: Callable[[Places], None] | None = None
+        self._guarded = False  # until the first comparison is over
         self._leaving = Leaving(scheduler)
         self.late = LateWrites(
             geometry, gate, scheduler, self._leaving, self.proceed, bound_s=late_writes_s
@@ -137,15 +140,21 @@ class Copier:
         )
 
     # -- control --------------------------------------------------------------------------
-    def start(self, *, paused: bool = False) -> None:
-        """Begin to copy; if the secondary is not there, begin to look for it."""
+    def start(self, *, paused: bool = False, guarded: bool = False) -> None:
+        """Begin to copy; if the secondary is not there, begin to look for it.
+
+        `guarded`: both sides were left equal.  So nothing is copied before some blocks have been
+        compared; if they differ somebody has written the secondary, and what to do about it is for
+        `on_changed_secondary` to say, with copying paused.
+        """
+        self._guarded = guarded
         self._settling.put_off(self._scheduler.time())
         if paused:
             self._set_state(CopyState.PAUSED)
         else:
             self._go_on()
         if self._secondary.connected:
-            self.samples.check()
+            self._compare_samples()
         self._on_timer()
 
     def pause(self) -> None:
@@ -281,7 +290,7 @@ class Copier:
             return
         if self.state is CopyState.PAUSED and self.idle and self.on_change is not None:
             self.on_change()  # whoever asked for the pause waits for this
-        self.rounds.step(running=self.state is CopyState.RUNNING)
+        self.rounds.step(running=self.state is CopyState.RUNNING and not self._guarded)
 
     # -- what became of a transfer (`TransfersOwner`) -------------------------------------
     def copied(self, first: int, stop: int, length_bytes: int) -> None:
@@ -363,7 +372,7 @@ class Copier:
     def replaced(self) -> None:
         self._take_back()
         self.late.arrived()
-        self.samples.check()
+        self._compare_samples()
 
     def opened(self) -> None:
         self._reports.link_up()
@@ -373,9 +382,19 @@ class Copier:
     def not_opened(self, error: OSError) -> None:
         self._reports.not_opened(error)
 
-    def _sampled(self, different_offset_bytes: int | None) -> None:
-        if different_offset_bytes is not None:
-            self._reports.forgot(different_offset_bytes)
+    def _compare_samples(self) -> None:
+        self.samples.check()
+        self._guarded = self._guarded and self.samples.checking
+
+    def _sampled(self, places: Places) -> None:
+        guarded = self._guarded
+        # A comparison that the link has ended is made again with the next one.
+        self._guarded = guarded and not places and not self._secondary.connected
+        if places and guarded and self.on_changed_secondary is not None:
+            self.pause()
+            self.on_changed_secondary(places)
+        elif places:
+            self._reports.forgot(places[0][0])
             self._gate.take_everything(self._recorded)
             self.begin_pass(compare=True)
         if self.on_change is not None:

@@ -22,7 +22,7 @@ What was copied lately is in memory here; the volume keeps some of it from sessi
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.gate.blockset import BlockSet
@@ -38,7 +38,7 @@ CHECK_S = 5.0
 
 
 class Samples:
-    """See the module docstring.  `ended(offset_bytes)` tells where a difference is, or None."""
+    """See the module docstring.  `ended` tells where they differ, (offset, length) in bytes."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Samples:
         secondary: Target,
         scheduler: Scheduler,
         pool: BufferPool,
-        ended: Callable[[int | None], None],
+        ended: Callable[[Sequence[tuple[int, int]]], None],
     ) -> None:
         self._geometry = geometry
         self._gate = gate
@@ -121,4 +121,4 @@ class Samples:
     def _compared(self, _error: OSError | None, result: VerifyResult) -> None:
         # An error says nothing against the blocks that were compared before it.
         self._verify = None
-        self._ended(result.unexpected[0][0] if result.unexpected else None)
+        self._ended(result.unexpected)

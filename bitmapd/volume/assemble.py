@@ -45,6 +45,7 @@ from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from bitmapd.units import format_size
+from bitmapd.volume.guard import Guard
 from bitmapd.volume.hints import HintKeeper
 from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.presence import Presence
@@ -118,6 +119,7 @@ class Parts(_Base):
     recording: Recording
     recovery: Recovery
     pausing: Pausing
+    guard: Guard
 
     async def begin(self) -> None:
         """Serve hosts, and copy."""
@@ -126,7 +128,12 @@ class Parts(_Base):
         await self.mode.begin(
             self.engine, self.gate, self.store, lambda: self.copier.idle, self.opened
         )
-        self.copier.start(paused=self.pausing.stored)
+        if self.session.secondary_was_written:
+            self.guard.found(())
+        self.copier.start(
+            paused=self.pausing.paused,
+            guarded=self.session.both_left_equal and not self.session.secondary_was_written,
+        )
 
     async def finish(self) -> None:
         """What is done last while everything is still open; the copier has been stopped."""
@@ -236,6 +243,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         copier.samples.remember(note.lately_before)
     recording = Recording(gate, loop, emit)
     opened.append(recording.close)
+    pausing = Pausing(config.name, session, copier, owner.until, aside, emit)
     media = (primary, record, secondary)
     return Parts(
         config,
@@ -258,7 +266,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         ),
         recording=recording,
         recovery=Recovery(session, store, gate, copier, loop, aside, emit, on_kept=owner.changed),
-        pausing=Pausing(config.name, session, copier, owner.until, aside, emit),
+        pausing=pausing,
+        guard=Guard(config.name, config.secondary, gate, copier, pausing, loop, emit),
     )
 
 

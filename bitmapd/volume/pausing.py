@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable
 from bitmapd.copier.engine import Copier
 from bitmapd.errors import BitmapdError, WrongStateError
 from bitmapd.media.waiting import Aside
-from bitmapd.record.layout import Incompatible
+from bitmapd.record.layout import Incompatible, InitialSync
 from bitmapd.volume.session import RecordSession
 
 Emit = Callable[..., None]
@@ -92,6 +92,22 @@ class Pausing:
                 self.paused = False
                 self._copier.resume()
 
+    def hold(self) -> None:
+        """Copy nothing from now on; `keep` has it last."""
+        self.paused = True
+        self._copier.pause()
+
+    async def keep(self) -> None:
+        """Have a pause that nobody asked for last until `resume`, and then compare everything that
+        is recorded.  What keeps it from lasting is told."""
+        async with self._one:
+            if not self.paused:  # somebody was faster
+                return
+            try:
+                await self._write(paused=True, initial_sync=InitialSync.CHECKSUM)
+            except BitmapdError as error:
+                self._emit("record-error", message=error.message)
+
     async def close(self) -> None:
         """Return when no change is under way; there will be none any more."""
         async with self._one:
@@ -101,11 +117,11 @@ class Pausing:
         if self._closed:
             raise WrongStateError(f"volume '{self._name}' is being stopped")
 
-    async def _write(self, *, paused: bool) -> None:
+    async def _write(self, *, paused: bool, **more: object) -> None:
         present = self._session.superblock.incompatible
         wanted = present | Incompatible.PAUSED if paused else present & ~Incompatible.PAUSED
         try:
-            await self._aside(self._session.update, incompatible=int(wanted))
+            await self._aside(self._session.update, incompatible=int(wanted), **more)
         except BitmapdError as error:
             now, later = ("stands still", "goes on") if paused else ("goes on", "stands still")
             raise type(error)(

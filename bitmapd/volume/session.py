@@ -11,7 +11,14 @@ the superblock is ahead of the state file, which is right.  The state file is ne
 At an orderly end, when hosts can write no more, the state file also gets a fingerprint of the
 primary (`seal`).  The next session compares it: a primary that was written meanwhile, past the
 record, is refused.  `distrust` is the way on: everything is recorded, and will be compared.  After
-a crash there is no fingerprint, and nothing to compare.
+a crash there is no fingerprint, and nothing to compare: nobody can know what was written then.
+
+At a clean end a secondary of this machine gets one, too.  One that was written meanwhile is no
+reason to refuse the hosts; it is not written before somebody has said so (`guard`).
+
+Each superblock has a number, and the file has that of the last one that this host wrote.  So a
+copy of the record is also told from the newest by an update within one session, as the one that
+marks it clean.
 """
 
 from __future__ import annotations
@@ -19,11 +26,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from bitmapd.config import Paths, VolumeConfig, atomic_write
 from bitmapd.errors import ForeignRecordError
 from bitmapd.media.fingerprint import fingerprint
+from bitmapd.net.uri import is_uri
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.hints import Hints, decode_hints, encode_hints
@@ -46,6 +55,8 @@ class RecordSession:
         self._state_file = paths.state_file(config.uuid)
         self._begun = False
         self.primary_is_as_left = False  # since a stop; nobody knows after a crash
+        self.both_left_equal = False  # by a clean stop, as far as this host knows
+        self.secondary_was_written = False  # since then
         self._medium = tool.RecordMedium.open(config.record)
         try:
             self._medium.lock()
@@ -71,14 +82,24 @@ class RecordSession:
         check_primary(config, self._paths, superblock, self.loaded.bits.count())
         state = self._known_state()
         known = int(state.get("session", 0))
+        hint = (
+            f"put the newest record back; if primary {config.primary} has the newest data:"
+            f" 'dmctl remove {config.name}', then 'dmctl create {config.name} … --force"
+            " --initial-sync checksum' copies what differs over the secondary"
+        )
         if superblock.session < known:
             raise ForeignRecordError(
                 f"record {config.record} is of session {superblock.session}, but this host has"
                 f" seen session {known}: it was restored from an older copy and does not name"
                 " what was written since",
-                hint=f"put the newest record back; if primary {config.primary} has the newest data:"
-                f" 'dmctl remove {config.name}', then 'dmctl create {config.name} … --force"
-                " --initial-sync checksum' copies what differs over the secondary",
+                hint=hint,
+            )
+        if superblock.session == known and superblock.sequence < int(state.get("superblock", 0)):
+            raise ForeignRecordError(
+                f"record {config.record} has superblock {superblock.sequence} of session {known},"
+                f" but this host has written superblock {state['superblock']} of it: it was"
+                " restored from an older copy and does not name what was written since",
+                hint=hint,
             )
         self._check_at_rest(superblock, state)
 
@@ -108,10 +129,17 @@ class RecordSession:
                 f" mistake, see {CHAPTER}",
             )
         self.primary_is_as_left = True
+        self.both_left_equal = superblock.clean
+        sealed = state.get("secondary_fingerprint")
+        if superblock.clean and sealed is not None:
+            with suppress(OSError):  # away: some of its blocks are compared when it comes
+                found = self._fingerprint(superblock, config.secondary)
+                self.secondary_was_written = found != sealed
 
-    def _fingerprint(self, superblock: Superblock) -> str:
+    def _fingerprint(self, superblock: Superblock, path: str | None = None) -> str:
+        """Of the primary, unless another path is given."""
         size_bytes = superblock.geometry.size_bytes
-        return fingerprint(self._config.primary, size_bytes, self._config.uuid.bytes)
+        return fingerprint(path or self._config.primary, size_bytes, self._config.uuid.bytes)
 
     def _unsealed(self, why: str) -> None:
         self._emit("not-sealed", device=self._config.primary, message=f"the primary {why}")
@@ -137,6 +165,12 @@ class RecordSession:
     def update(self, **changes: Any) -> None:
         """Write a superblock with these changes; durable on return."""
         self._updates.update(int(time.time()), **changes)
+        if self._begun:
+            try:
+                self._write_state()
+            except OSError as error:
+                # It names an older superblock then: an old copy may pass for the newest.
+                self._state_unusable(f"cannot be written: {error.strerror or error}")
 
     def prepare_growth(self, geometry: Geometry) -> None:
         """Write the pages that a larger volume needs in addition, as ones; not in force yet."""
@@ -169,7 +203,12 @@ class RecordSession:
         if not self._begun:
             return
         try:
-            self._write_state(fingerprint=self._fingerprint(self.superblock))
+            seals = {"fingerprint": self._fingerprint(self.superblock)}
+            if self.superblock.clean and not is_uri(self._config.secondary):
+                seals["secondary_fingerprint"] = self._fingerprint(
+                    self.superblock, self._config.secondary
+                )
+            self._write_state(**seals)
         except OSError as error:
             self._unsealed(f"cannot be remembered: writes past the volume go unnoticed: {error}")
 
@@ -182,13 +221,20 @@ class RecordSession:
         except (OSError, ValueError, KeyError, TypeError) as error:
             # Without the file an old record cannot be told from the newest; say so and go on, as
             # on a host that serves the volume for the first time.
-            self._emit(
-                "state-unreadable", file=str(self._state_file), message=f"cannot be used: {error}"
-            )
+            self._state_unusable(f"cannot be used: {error}")
             return {}
 
+    def _state_unusable(self, message: str) -> None:
+        self._emit("state-unreadable", file=str(self._state_file), message=message)
+
     def _write_state(self, **more: str) -> None:
-        state = {"name": self._config.name, "session": self.superblock.session, **more}
+        superblock = self.superblock
+        state = {
+            "name": self._config.name,
+            "session": superblock.session,
+            "superblock": superblock.sequence,
+            **more,
+        }
         atomic_write(self._state_file, json.dumps(state).encode() + b"\n")
 
 

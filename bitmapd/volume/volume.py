@@ -168,6 +168,7 @@ class Volume:
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         await stopped.wait()
+        await self._parts.guard.end()
         await self._parts.recovery.end()
         failure: BitmapdError | None = None
         try:
@@ -365,6 +366,7 @@ class Volume:
         self.copier.stop(stopped.set)
         leave_at_once(parts.secondary)
         await stopped.wait()
+        await parts.guard.end()
         await parts.recovery.end()
         await commit_growth(parts.session, geometry, parts.aside)
         await self._finish()

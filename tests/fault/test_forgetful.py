@@ -36,6 +36,7 @@ FORGETFUL = {"nbdkit cow": cow, "nbdkit cache=unsafe": unsafe, "qemu-nbd snapsho
 @pytest.mark.parametrize("how", ["while the volume runs", "while it is stopped"])
 @pytest.mark.parametrize("kind", FORGETFUL)
 def test_a_server_that_forgot_gets_everything_again(short_path: Path, kind: str, how: str) -> None:
+    """At once if it forgot under our eyes; after a clean stop somebody has to say so."""
     backing = make_file(short_path / "far", SIZE)
     before = noise(1, 2 * MIB)
     with backing.open("r+b") as file:
@@ -60,14 +61,47 @@ def test_a_server_that_forgot_gets_everything_again(short_path: Path, kind: str,
         else:
             server.kill()
             server.start()
+        code = "secondary-changed" if how == "while it is stopped" else "secondary-forgot"
         with volume.events() as events:
-            forgot = events.wait("secondary-forgot")
-            assert forgot["offset_bytes"] // MIB in {5, 6, 7, 20}
+            told = events.wait(code)
+            if code == "secondary-changed":
+                assert {offset // MIB for offset, _ in told["places"]} <= {5, 6, 7, 20}
+                assert volume.status()["state"] == "paused"
+                volume.dmctl("resume", volume.name)
+            else:
+                assert told["offset_bytes"] // MIB in {5, 6, 7, 20}
             events.wait("in-sync")
-        assert volume.ask("status")["last_error"]["code"] == "secondary-forgot"
+        assert volume.ask("status")["last_error"]["code"] == code
         volume.dmctl("verify", volume.name)
         volume.stop()
         assert volume.recorded() == set()
+
+
+def test_a_secondary_that_was_used_on_its_own_is_not_overwritten(short_path: Path) -> None:
+    """It was written where the primary had been: that may be all there is of it."""
+    with Volume(short_path, 128 * MIB, options=SKIP) as volume:
+        volume.create()
+        volume.start()
+        volume.write(5 * MIB, noise(1, 3 * MIB))
+        volume.wait_in_sync()
+        volume.stop()
+        with volume.secondary.open("r+b") as file:
+            file.seek(5 * MIB)
+            file.write(noise(2, 3 * MIB))
+        used = volume.secondary.read_bytes()
+        volume.start()
+        with volume.events() as events:
+            events.wait("secondary-changed")
+        volume.write(20 * MIB, noise(3, MIB))
+        volume.stop()
+        volume.start()
+        assert volume.status()["state"] == "paused"
+        volume.kill()
+        assert volume.secondary.read_bytes() == used
+        volume.start()
+        volume.dmctl("resume", volume.name)
+        volume.wait_in_sync()
+        volume.dmctl("verify", volume.name)
 
 
 def test_a_crash_on_the_way_leaves_everything_in_the_record(short_path: Path) -> None:

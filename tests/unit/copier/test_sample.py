@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bitmapd.copier import sample
+from bitmapd.copier.engine import CopyState
 from bitmapd.copier.sample import CHECK_S, REMEMBERED, SAMPLES, Samples
 from tests.support.mirror import BLOCK, PER_EXTENT, Mirror, equal
 
@@ -231,3 +232,73 @@ def test_a_volume_that_has_grown_remembers_more() -> None:
     mirror.copier.grow(Mirror(8).geometry)
     samples.remember([4 * PER_EXTENT])
     assert samples.lately == [4 * PER_EXTENT]
+
+
+# -- a secondary that was left equal ----------------------------------------------------------
+
+
+def left_equal(**options: Any) -> tuple[Mirror, list[Any]]:
+    """A volume starts whose sides were left equal; block 7 of the secondary was written since."""
+    mirror = Mirror(**options)
+    changed: list[Any] = []
+    mirror.copier.on_changed_secondary = changed.append
+    mirror.copier.samples.remember([3, 7])
+    mirror.secondary.visible[7 * BLOCK] = mirror.secondary.durable[7 * BLOCK] = 1
+    return mirror, changed
+
+
+def test_guarded_nothing_is_copied_over_a_secondary_that_was_written() -> None:
+    mirror, changed = left_equal()
+    mirror.copier.start(guarded=True)
+    mirror.put(20)
+    mirror.run(2.0)
+    assert [list(places) for places in changed] == [[(7 * BLOCK, BLOCK)]]
+    assert mirror.copier.state is CopyState.PAUSED
+    assert mirror.secondary.asked("write") == []
+    assert forgot(mirror) == []
+
+
+def test_guarded_nothing_is_copied_before_the_comparison_is_over() -> None:
+    mirror = Mirror()
+    mirror.copier.samples.remember([3])
+    mirror.copier.start(guarded=True)
+    mirror.put(20)
+    mirror.loop.advance(2.0)
+    assert mirror.pending(mirror.secondary) == ["read"]
+    mirror.run(2.0)
+    assert mirror.secondary.asked("write") == [(20, 1)]
+    assert mirror.copier.in_sync
+
+
+def test_guarded_one_that_is_away_is_compared_when_it_comes() -> None:
+    mirror, changed = left_equal()
+    mirror.secondary.connected = False
+    mirror.copier.start(guarded=True)
+    mirror.put(20)
+    mirror.run(5.0)
+    assert len(changed) == 1
+    assert mirror.secondary.asked("write") == []
+
+
+def test_guarded_a_comparison_that_the_link_ended_is_made_again() -> None:
+    mirror, changed = left_equal()
+    mirror.copier.start(guarded=True)
+    mirror.turn()
+    mirror.secondary.connected = False
+    mirror.put(20)
+    for _ in range(5):
+        mirror.run(1.0)
+    assert len(changed) == 1
+    assert mirror.secondary.asked("write") == []
+
+
+def test_guarded_it_is_no_guard_for_the_rest_of_the_session() -> None:
+    mirror, changed = left_equal()
+    mirror.secondary.visible[7 * BLOCK] = mirror.secondary.durable[7 * BLOCK] = 0
+    mirror.copier.start(guarded=True)
+    mirror.run(2.0)
+    lose(mirror, 7)
+    mirror.secondary.visible[7 * BLOCK] = 1
+    come_back(mirror)
+    assert len(forgot(mirror)) == 1
+    assert changed == []

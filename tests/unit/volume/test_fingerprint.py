@@ -141,7 +141,13 @@ def host(tmp_path: Path, short_path: Path) -> Host:
 def test_a_primary_that_was_written_meanwhile_is_refused(host: Host) -> None:
     host.serve()
     host.serve()
-    assert set(host.state) == {"name", "session", "fingerprint"}
+    assert set(host.state) == {
+        "name",
+        "session",
+        "superblock",
+        "fingerprint",
+        "secondary_fingerprint",
+    }
     before = host.local.record.read_bytes(), host.state
     host.scribble()
     with pytest.raises(

@@ -67,7 +67,12 @@ def test_a_session_has_a_number_on_the_record_and_on_the_host(host: Host) -> Non
         session.begin()
         assert session.superblock.session == number
         assert host.local.superblock == session.superblock
-        assert json.loads(state.read_text()) == {"name": "vol0", "session": number}
+        sequence = session.superblock.sequence
+        assert json.loads(state.read_text()) == {
+            "name": "vol0",
+            "session": number,
+            "superblock": sequence,
+        }
         session.close()
     assert host.events == []
 
@@ -95,6 +100,33 @@ def test_every_update_is_numbered_and_durable(host: Host) -> None:
     session.update(flags=first.flags | RecordFlag.SYNC_SKIPPED)
     assert session.superblock.sequence == first.sequence + 1
     assert host.local.superblock == session.superblock
+
+
+def test_a_copy_of_the_record_from_within_its_last_session_is_refused(host: Host) -> None:
+    session = host.open()
+    session.begin()
+    copy = host.local.record.read_bytes()
+    session.finish()
+    session.close()
+    newest = host.local.record.read_bytes()
+    host.local.record.write_bytes(copy)
+    with pytest.raises(ForeignRecordError, match="restored from an older copy") as caught:
+        host.open()
+    assert caught.value.hint is not None
+    assert "put the newest record back" in caught.value.hint
+    host.local.record.write_bytes(newest)
+    host.open()
+
+
+def test_a_state_file_that_cannot_be_written_keeps_no_update_from_being_made(host: Host) -> None:
+    session = host.open()
+    session.begin()
+    state = host.local.paths.state_file(host.local.config.uuid)
+    state.unlink()
+    state.mkdir()
+    session.finish()
+    assert host.local.superblock.clean
+    assert [name for name, _ in host.events] == ["state-unreadable"]
 
 
 def test_a_second_session_finds_the_record_in_use(host: Host) -> None:
