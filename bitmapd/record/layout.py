@@ -1,6 +1,7 @@
 """A stored record as a whole (pure): superblock and pages put together.
 
-The one module the others import for the format; `superblock` and `pages` hold its two parts.
+The one module the others import for the format; `superblock` (with `pair_state`) and `pages` hold
+its two parts.
 
 1. A record that cannot be trusted in some place holds *more* extents than it was given, never
    fewer: a page that is damaged counts as all ones, and bits beyond the last extent do not exist.
@@ -36,6 +37,7 @@ from bitmapd.record.pages import (
     page_offset,
     record_size_bytes,
 )
+from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
 from bitmapd.record.superblock import (
     NO_FLAGS,
     SUPERBLOCK_BYTES,
@@ -63,8 +65,12 @@ __all__ = [
     "InitialSync",
     "Loaded",
     "PageState",
+    "PairFlag",
+    "PairState",
+    "PartnerAck",
     "Raw",
     "RecordFlag",
+    "RecordOn",
     "Superblock",
     "SuperblockChoice",
     "Verdict",

@@ -50,6 +50,7 @@ def dump(loaded: Loaded) -> dict[str, Any]:
                 "compatible_read_only": superblock.compatible_read_only,
                 "compatible": superblock.compatible,
             },
+            "pair": None if superblock.pair is None else superblock.pair.to_json(),
         },
         "extents": {
             "total": geometry.extents,

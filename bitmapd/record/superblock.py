@@ -13,7 +13,7 @@ It stands in two copies, written one after the other; docs/format.md has the off
 4. `session` grows with every start of the volume: a record that was restored from a copy is known
    by its lower number.
 5. A pause is an incompatible feature and not a flag: a program that does not know of it would copy
-   over the secondary that the pause protects, so it has to refuse the record.
+   over the secondary that the pause protects, so it has to refuse the record.  A pair is one, too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from crc32c import crc32c
 from bitmapd.errors import FormatTooNewError, RecordDamagedError, UsageError
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pages import MAX_SEQUENCE, PAGES_OFFSET, Raw, page_count
+from bitmapd.record.pair_state import NO_STATE, STATE_BYTES, PairState, decode_pair, encode_pair
 
 SUPERBLOCK_BYTES: Final = 4096
 SUPERBLOCK_OFFSETS: Final = (0, 65536)
@@ -42,10 +43,11 @@ class Incompatible(enum.IntFlag):
     """Features that a program has to know to use the record at all."""
 
     PAUSED = 1  # nothing is copied to the secondary until `dmctl resume`
+    PAIR = 2  # a partner writes the same media; the superblock has a `PairState`
 
 
 # A bit that is not in these masks is unknown.
-KNOWN_INCOMPATIBLE: Final = int(Incompatible.PAUSED)
+KNOWN_INCOMPATIBLE: Final = int(Incompatible.PAUSED | Incompatible.PAIR)
 KNOWN_COMPATIBLE_READ_ONLY: Final = 0
 KNOWN_COMPATIBLE: Final = 0
 MAX_GENERATIONS: Final = 4
@@ -53,6 +55,7 @@ MAX_NAME_BYTES: Final = 64
 MAX_IDENTITY_BYTES: Final = 255
 
 _SUPERBLOCK: Final = struct.Struct("<16sIIQQQ16sQQ16s16s16s16sQIIIIQQQQQBBB5x64s256s256s")
+_PAIR_OFFSET: Final = _SUPERBLOCK.size
 _PREFIX: Final = struct.Struct("<16sIIQQQ")
 _CRC: Final = struct.Struct("<I")
 _SEED: Final = int(crc32c(b"bitmapd superblock"))
@@ -100,6 +103,7 @@ class Superblock:
     incompatible: int = 0
     compatible_read_only: int = 0
     compatible: int = 0
+    pair: PairState | None = None  # see `with_pair`
 
     def __post_init__(self) -> None:
         _fits_text("volume name", self.name, MAX_NAME_BYTES)
@@ -129,6 +133,11 @@ class Superblock:
         ):
             if not 0 <= number <= limit:
                 raise UsageError(f"{label} {number} is outside 0..{limit}")
+        pair = self.pair
+        if (pair is not None) is not bool(self.incompatible & Incompatible.PAIR):
+            raise UsageError("the state of a pair goes with the feature that says that it is one")
+        if pair is not None and pair.node == 1 and pair.volume != self.volume_uuid:
+            raise UsageError(f"node 1 has the volume's UUID for the pair's, not {pair.volume}")
 
     @property
     def clean(self) -> bool:
@@ -141,6 +150,12 @@ class Superblock:
     @property
     def page_count(self) -> int:
         return page_count(self.geometry.extents)
+
+    def with_pair(self, pair: PairState | None) -> Superblock:
+        """The same for this node of a pair, or for a volume of one node."""
+        rest = self.incompatible & ~Incompatible.PAIR
+        feature = 0 if pair is None else Incompatible.PAIR
+        return dataclasses.replace(self, pair=pair, incompatible=int(rest | feature))
 
     def updated(self, now_s: int, above: int = 0, **changes: Any) -> Superblock:
         """The superblock that follows this one, and whatever was tried with a sequence up to
@@ -202,6 +217,7 @@ def encode_superblock(superblock: Superblock) -> bytes:
         primary,
         secondary,
     )
+    raw[_PAIR_OFFSET : _PAIR_OFFSET + STATE_BYTES] = encode_pair(superblock.pair)
     _CRC.pack_into(raw, SUPERBLOCK_BYTES - 4, crc32c(raw[:-4], _SEED))
     return bytes(raw)
 
@@ -276,6 +292,10 @@ def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
         raise RecordDamagedError(f"the superblock contradicts itself: format version {version}")
     if name_length > MAX_NAME_BYTES:
         raise RecordDamagedError(f"the superblock contradicts itself: name of {name_length} bytes")
+    pair = bytes(raw[_PAIR_OFFSET : _PAIR_OFFSET + STATE_BYTES])
+    is_pair = bool(incompatible & Incompatible.PAIR)
+    if not is_pair and pair != NO_STATE:
+        raise RecordDamagedError("the superblock contradicts itself: a pair's state without a pair")
     try:
         superblock = Superblock(
             volume_uuid=UUID(bytes=volume),
@@ -296,6 +316,7 @@ def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
             incompatible=incompatible,
             compatible_read_only=compatible_read_only,
             compatible=compatible,
+            pair=decode_pair(pair) if is_pair else None,
         )
     except (UsageError, ValueError) as error:
         raise RecordDamagedError(f"the superblock contradicts itself: {error}") from error

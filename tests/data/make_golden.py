@@ -24,7 +24,11 @@ from bitmapd.record.layout import (
     EXTENTS_PER_PAGE,
     PAGE_BYTES,
     SUPERBLOCK_OFFSETS,
+    PairFlag,
+    PairState,
+    PartnerAck,
     RecordFlag,
+    RecordOn,
     Superblock,
     assemble,
     choose_superblock,
@@ -153,6 +157,33 @@ def foreign_page() -> bytearray:
     return image
 
 
+def pair_origin() -> bytearray:
+    """Node 1 of a pair that has never been paired."""
+    pair = PairState(node=1, volume=VOLUME, flags=PairFlag.NEVER_PAIRED)
+    return record(superblock().with_pair(pair), DIRTY)
+
+
+def pair_joining() -> bytearray:
+    """Node 2, which does not know the pair's UUID yet; its own is another."""
+    pair = PairState(node=2, volume=None, flags=PairFlag.NEVER_PAIRED)
+    return record(superblock(volume_uuid=FOREIGN).with_pair(pair), [])
+
+
+def pair_joined() -> bytearray:
+    """Node 2 when it has joined node 1 above, with every field in use."""
+    pair = PairState(
+        node=2,
+        volume=VOLUME,
+        flags=PairFlag.VOLATILE | PairFlag.ALONE,
+        record_on=RecordOn.PARTNER,
+        partner_ack=PartnerAck.STORED,
+        term=3,
+        machine=UUID("0f1e2d3c-4b5a-4697-8879-6a5b4c3d2e1f").bytes,
+        partner_session=41,
+    )
+    return record(superblock(volume_uuid=FOREIGN).with_pair(pair), DIRTY)
+
+
 def images() -> dict[str, bytes]:
     makers = (
         clean,
@@ -165,6 +196,9 @@ def images() -> dict[str, bytes]:
         newer_format,
         foreign,
         foreign_page,
+        pair_origin,
+        pair_joining,
+        pair_joined,
     )
     return {maker.__name__.replace("_", "-"): bytes(maker()) for maker in makers}
 

@@ -67,6 +67,15 @@ def test_dump(cli: Cli) -> None:
     assert cli.call("record", "dump", golden(cli, "newer-format")).status == 21
 
 
+def test_a_dump_shows_what_the_record_says_of_a_pair(cli: Cli) -> None:
+    joined = golden(cli, "pair-joined")
+    pair = cli.ok("record", "dump", joined, "--json").json["superblock"]["pair"]
+    assert (pair["node"], pair["term"], pair["record_on"]) == (2, 3, "partner")
+    assert f"\n{'pair':<24} {json.dumps(pair)}\n" in cli.ok("record", "dump", joined).out
+    single = cli.ok("record", "dump", golden(cli, "dirty"), "--json").json
+    assert single["superblock"]["pair"] is None
+
+
 def test_repair_writes_elsewhere(cli: Cli) -> None:
     image = golden(cli, "rotten-page")
     before = Path(image).read_bytes()

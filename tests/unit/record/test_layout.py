@@ -287,6 +287,7 @@ def test_a_dump_leaves_nothing_out() -> None:
         "compatible_read_only": 0,
         "compatible": 2,
     }
+    assert dumped["superblock"]["pair"] is None
     assert dumped["superblock"]["sync_skipped"]
     assert not dumped["superblock"]["clean"]
     assert dumped["extents"] == {

@@ -89,6 +89,9 @@ def test_the_statuses_of_the_golden_images_differ_as_they_should(
         "newer-format": 21,
         "no-superblock": 20,
         "one-superblock": 20,
+        "pair-joined": 22,
+        "pair-joining": 22,
+        "pair-origin": 0,
         "rotten-page": 20,
         "torn-page": 0,
     }

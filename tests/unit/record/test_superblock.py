@@ -85,7 +85,7 @@ superblocks = st.builds(
     session=u63,
     flags=st.integers(0, 3).map(RecordFlag),
     initial_sync=st.sampled_from(InitialSync),
-    incompatible=st.integers(0, module.KNOWN_INCOMPATIBLE),
+    incompatible=st.sampled_from([0, int(module.Incompatible.PAUSED)]),
     compatible_read_only=u64,
     compatible=u64,
 )
