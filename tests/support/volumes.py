@@ -163,6 +163,7 @@ class Volume:
     secondary_target: str | None = None
     media_folder: Path | None = None
     media: dict[str, Path | str] = field(default_factory=dict)
+    program: Path = DMCTL
 
     def __post_init__(self) -> None:
         folder = self.media_folder or self.folder
@@ -192,7 +193,7 @@ class Volume:
         return int((self.folder / "run" / f"{self.name}.pid").read_text())
 
     def dmctl(self, *arguments: str, timeout_s: float = 120, check: bool = True) -> str:
-        command = [str(DMCTL), "--config-dir", str(self.folder / "etc")]
+        command = [str(self.program), "--config-dir", str(self.folder / "etc")]
         command += ["--run-dir", str(self.folder / "run"), *arguments]
         return run(command, timeout_s, check)
 
@@ -206,7 +207,7 @@ class Volume:
         return error
 
     def dmctl_process(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [str(DMCTL), "--config-dir", str(self.folder / "etc")]
+        command = [str(self.program), "--config-dir", str(self.folder / "etc")]
         return subprocess.run(
             [*command, "--run-dir", str(self.folder / "run"), *arguments],
             capture_output=True,
