@@ -135,7 +135,7 @@ class Clearing:
     def drop_all_clean(self, now: float) -> None:
         """Empty the record of everything that is clean: before a clean stop."""
         recorded = [e for first, stop in self._store.recorded_runs() for e in range(first, stop)]
-        self._drop_clean(recorded, now)
+        self.drop_clean(recorded, now)
 
     # -- how --------------------------------------------------------------------------------
     def _retire(self, extents: Iterable[int], now: float) -> None:
@@ -144,7 +144,7 @@ class Clearing:
             extents = [extent for extent in extents if self._is_settled(extent)]
         for other in self._elsewhere:
             other.cool(extent for extent in extents if other.is_open(extent))
-        self._drop_clean(extents, now)
+        self.drop_clean(extents, now)
 
     def _drop_cooled(self, now: float) -> None:
         """Cooled extents that are closed and clean leave, unless they are wanted again."""
@@ -153,9 +153,9 @@ class Clearing:
             wanted = [e for e in closed if e not in self._evicting and self.policy.wants(e, now)]
             for other in self._elsewhere:
                 other.warm(wanted)
-            self._drop_clean(set(closed).difference(wanted), now)
+            self.drop_clean(set(closed).difference(wanted), now)
 
-    def _drop_clean(self, extents: Iterable[int], now: float) -> None:
+    def drop_clean(self, extents: Iterable[int], now: float) -> None:
         self._let_go([extent for extent in extents if self.is_clean(extent)], now)
 
     def _let_go(self, gone: list[int], now: float) -> None:

@@ -297,6 +297,10 @@ class Eras:
         """Empty the record of everything that is clean: before a clean stop."""
         self._clearing.drop_all_clean(self._scheduler.time())
 
+    def drop_clean(self, extents: Iterable[int]) -> None:
+        """Have those of these extents that are clean leave the record at once, wanted or not."""
+        self._clearing.drop_clean(extents, self._scheduler.time())
+
     # -- what changes hands -----------------------------------------------------------------
     def _is_ours(self, extent: int) -> bool:
         return self._store.covers(extent, extent + 1)

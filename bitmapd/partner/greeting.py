@@ -1,0 +1,119 @@
+"""What the first message of the other node means for the two of us (pure).
+
+HELLO says who is there, which volume it serves, and how far its knowledge of the volume's history
+goes.  The history is a list of generations: each time a node goes on without the other it begins a
+new one, so that it can be told later who has gone on without whom.
+
+A node that is *fresh* (its process has met nobody yet) owns nothing: it follows the other, and two
+of them start from what both have stored.  Of two that have lived:
+
+| my generations, theirs | I am |
+| --- | --- |
+| the same current one | even: nobody has gone on alone since we met |
+| theirs has my current one further back | behind: it had proof that I was dead, and went on |
+| mine has theirs further back | ahead |
+| neither, one of us is alone | ahead if that is me: four generations are remembered, no more |
+| neither, both are alone | `SplitBrain`: one of the proofs was false |
+
+A live node that is behind is *outdated*, also if the process that went on has died since (and says
+HELLO as a fresh one).  If a node that is alone meets a fresh one which had gone on alone as well,
+then one after the other did so: both compare everything, so nothing is lost.
+
+Source: docs/partner-protocol.md, "HELLO" and "States".
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from bitmapd.partner.messages import Hello, HelloFlag
+from bitmapd.peer.frames import ErrorCode, PeerError
+
+NIL = bytes(16)
+VERSION = 1
+DIRT_AS_BLOCKS, EMBARGO, GIVES_UP = 1, 2, 4
+REQUIRED, OFFERED = DIRT_AS_BLOCKS | EMBARGO, DIRT_AS_BLOCKS | EMBARGO | GIVES_UP
+
+
+class Standing(Enum):
+    """What we are to the node that has said HELLO."""
+
+    EVEN = "even"
+    BEHIND = "behind"  # it has gone on without us
+    AHEAD = "ahead"  # we have gone on without it
+
+
+class SplitBrain(PeerError):
+    """Both nodes have gone on without the other."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            ErrorCode.SPLIT_BRAIN, "both nodes have gone on alone: neither generation is older"
+        )
+
+
+def check(mine: Hello, theirs: Hello) -> None:
+    """Whether the other is the partner of this volume at all; PeerError if not."""
+    if theirs.lowest > mine.highest or theirs.highest < mine.lowest:
+        raise PeerError(
+            ErrorCode.VERSION,
+            f"no common version of the protocol: {theirs.lowest} to {theirs.highest} there,"
+            f" {mine.lowest} to {mine.highest} here",
+        )
+    nil = NIL in (mine.volume, theirs.volume)
+    if not nil and mine.volume != theirs.volume:
+        raise PeerError(ErrorCode.OTHER, "the partner serves another volume")
+    if mine.volume == theirs.volume == NIL:
+        raise PeerError(ErrorCode.OTHER, "both nodes wait to join: node 1 has to be created first")
+    if mine.node == theirs.node:
+        raise PeerError(ErrorCode.OTHER, f"both nodes are node {mine.node}")
+    if (mine.machine, mine.incarnation) == (theirs.machine, theirs.incarnation):
+        raise PeerError(ErrorCode.OTHER, "the partner's address leads to this node itself")
+    for what, here, there in (
+        ("volume name", mine.name, theirs.name),
+        ("extent size", mine.extent_bytes, theirs.extent_bytes),
+        ("block size", mine.block_bytes, theirs.block_bytes),
+        ("volume size", mine.size_bytes, theirs.size_bytes),
+        ("primary", mine.primary, theirs.primary),
+        ("secondary", mine.secondary, theirs.secondary),
+    ):
+        if here != there:
+            raise PeerError(ErrorCode.OTHER, f"{what}: {here!r} here, {there!r} at the partner")
+    missing = theirs.required & ~mine.offered | mine.required & ~theirs.offered
+    if missing:
+        raise PeerError(ErrorCode.VERSION, f"a required feature is missing: bits {missing:#x}")
+
+
+def standing(mine: Hello, theirs: Hello) -> Standing:
+    """Who has gone on without whom; SplitBrain if both."""
+    fresh, other_fresh = _is(mine, HelloFlag.FRESH), _is(theirs, HelloFlag.FRESH)
+    if fresh:
+        return Standing.EVEN if other_fresh else Standing.BEHIND
+    here, there = mine.generations, theirs.generations
+    alone, other_alone = _is(mine, HelloFlag.ALONE), _is(theirs, HelloFlag.ALONE)
+    if here[0] == there[0]:
+        return Standing.AHEAD if other_fresh else Standing.EVEN
+    if here[0] in there[1:]:
+        return Standing.BEHIND
+    if there[0] in here[1:]:
+        return Standing.AHEAD
+    if alone == other_alone:
+        raise SplitBrain
+    return Standing.AHEAD if alone else Standing.BEHIND
+
+
+def _is(hello: Hello, flag: HelloFlag) -> bool:
+    return bool(hello.flags & flag)
+
+
+def adopted(mine: Hello, theirs: Hello) -> tuple[tuple[bytes, ...], int]:
+    """The generations and the term that both go on with."""
+    found = standing(mine, theirs)
+    if found is Standing.EVEN:  # of two fresh ones, the one that went on last as far as is known
+        found = Standing.AHEAD if _rank(mine) > _rank(theirs) else Standing.BEHIND
+    leading = mine if found is Standing.AHEAD else theirs
+    return leading.generations, max(mine.term, theirs.term)
+
+
+def _rank(hello: Hello) -> tuple[bool, int, int]:
+    return hello.volume != NIL, hello.term, -hello.node

@@ -1,0 +1,216 @@
+"""The record of one of two appliances: what is stored here, and what the other has granted.
+
+To the gate it is a record like any other (`record/holder`).  An extent is covered if this node has
+the right to write it and its own stored record names it, so a hit asks two bits and sends nothing.
+A miss asks the partner and writes its own page in the same event; the slower of the two counts.
+
+The stored record holds more than what is ours: also what is the other's and what is owed to it.
+So after a failure of both each node's record names what either may have written since.
+
+Invariants:
+1. `covers` is never true for what this node may not write.
+2. An extent that leaves this node's record leaves `own` in the same event (`Rights.drop`), and the
+   stored one unless it is the other's from then on.
+3. `add` calls back once every extent has been granted and is stored, or one could not be stored.
+   What was granted stays ours in any case.
+4. A write that was granted and waits only for its own page holds the extent here until it has been
+   submitted (`reserved` of `Rights`).  One that still waits for another extent holds nothing, so no
+   circle of waiting arises.
+
+What a crash leaves is in `record/store` and `partner/node`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Protocol
+
+from bitmapd.media.base import Done
+from bitmapd.partner.messages import Message, Runs
+from bitmapd.partner.rights import Home, Rights
+from bitmapd.partner.share import runs_of
+from bitmapd.record.holder import Ranges, Record
+from bitmapd.record.store import RecordStore
+
+
+class Mirror(Protocol):
+    """The part of the gate that gives and takes; see there."""
+
+    def when_landed(self, call: Callable[[], None]) -> None: ...
+
+    def give(self, extents: Sequence[int]) -> list[tuple[int, int]]: ...
+
+    def take_over(self, dirt: Iterable[tuple[int, int]], embargoed: Iterable[int]) -> None: ...
+
+    def free(self, extents: Iterable[int]) -> None: ...
+
+    def free_all(self) -> None: ...
+
+    def guessed(self, runs: Runs) -> None: ...
+
+    def refused(self, runs: Runs) -> None: ...
+
+    def is_clean(self, extent: int) -> bool: ...
+
+    def drop_clean(self, extents: Iterable[int]) -> None: ...
+
+
+class Copies(Protocol):
+    """The part of the copier that is asked when extents change hands."""
+
+    def given(self, extents: Sequence[int], free: Callable[[list[int]], None]) -> set[int]: ...
+
+
+class _Batch:
+    """One `add` that waits for rights and for the stored record."""
+
+    __slots__ = ("done", "error", "reserved", "rights", "stored")
+
+    def __init__(self, done: Done) -> None:
+        self.done = done
+        self.error: OSError | None = None
+        self.rights = 0  # that have not come
+        self.stored = True
+        self.reserved: list[int] = []
+
+
+class PairRecord(Record):
+    """See the module docstring.  `store` names what is ours, the other's and owed."""
+
+    def __init__(self, store: RecordStore, rights: Rights) -> None:
+        self._store = store
+        self._rights = rights
+
+    # -- questions ------------------------------------------------------------------------
+    def covers(self, first: int, stop: int) -> bool:
+        return self._rights.may_write(first, stop) and self._store.covers(first, stop)
+
+    @property
+    def recorded_extents(self) -> int:
+        return self._rights.own_extents + self._rights.pending_extents
+
+    def missing(self, first: int, stop: int) -> int:
+        own = self._rights.own
+        pending = sum(1 for e in range(first, stop) if not own[e] and self._rights.is_pending(e))
+        return stop - first - own.count(True, first, stop) - pending
+
+    def recorded_runs(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        own = self._rights.own
+        limit = len(own) if end is None else end
+        stop = start
+        while (first := own.find(True, stop, limit)) >= 0:
+            stop = own.find(False, first, limit)
+            if stop < 0:
+                stop = limit
+            yield first, stop
+
+    def covered_runs(self) -> Iterator[tuple[int, int]]:
+        for first, stop in runs_of(self._rights.held):
+            for extent in range(first, stop):
+                if self._store.covers(extent, extent + 1):
+                    yield extent, extent + 1
+
+    @property
+    def settled(self) -> bool:
+        return self._store.settled
+
+    # -- changes --------------------------------------------------------------------------
+    def add(self, needed: Ranges, extra: Ranges, done: Done) -> bool:
+        rights, batch = self._rights, _Batch(done)
+        for first, stop in needed:
+            for extent in rights.obtain(first, stop):
+                batch.rights += 1
+                rights.want(extent, partial(self._granted, batch, extent))
+        guessed = rights.guess(extra) if batch.rights or not extra else self._ours(extra)
+        if self._store.add(needed, guessed, lambda error: self._stored(batch, error)):
+            batch.stored = False
+        return bool(batch.rights) or not batch.stored
+
+    def _ours(self, extra: Ranges) -> list[tuple[int, int]]:
+        """Predictions ride along with a message that is sent anyway; without one, only ours."""
+        return [run for first, stop in extra for run in self.recorded_runs(first, stop)]
+
+    def _granted(self, batch: _Batch, extent: int) -> bool:
+        batch.rights -= 1
+        if batch.rights or batch.error is not None:
+            return True
+        if not batch.stored:
+            batch.reserved.append(extent)
+            return False
+        batch.done(None)
+        return True
+
+    def _stored(self, batch: _Batch, error: OSError | None) -> None:
+        batch.stored = True
+        if error is not None:
+            batch.error = error
+            batch.done(error)
+        elif not batch.rights:
+            batch.done(None)
+        for extent in batch.reserved:
+            self._rights.release(extent)
+
+    def drop(self, extents: Iterable[int]) -> None:
+        gone = self._rights.drop(extents)
+        self._store.drop(extent for extent in gone if not self._rights.other[extent])
+
+    def destage_clears(self, done: Done) -> None:
+        self._store.destage_clears(done)
+
+    def flush_clears(self) -> None:
+        self._store.flush_clears()
+
+    def commit(self) -> None:
+        self._store.commit()
+
+
+class Hands(Home):
+    """What `Rights` asks of the appliance: gate, copier and stored record."""
+
+    def __init__(self, store: RecordStore, send: Callable[[Message], int]) -> None:
+        self._store = store
+        self._send = send
+
+    def attach(self, gate: Mirror, copies: Copies, rights: Rights) -> None:
+        """They need one another, so this comes last."""
+        self._gate, self._copies, self._rights = gate, copies, rights
+
+    def send(self, message: Message) -> int:
+        return self._send(message)
+
+    def when_landed(self, call: Callable[[], None]) -> None:
+        self._gate.when_landed(call)
+
+    def keep(self, runs: Runs) -> None:
+        if runs:
+            self._store.add(runs, (), _no_matter)
+
+    def forget(self, runs: Runs) -> None:
+        self._store.drop(extent for first, stop in runs for extent in range(first, stop))
+
+    def give(self, extents: Sequence[int]) -> tuple[Runs, set[int]]:
+        dirt = self._gate.give(extents)
+        return tuple(dirt), self._copies.given(extents, self._rights.freed)
+
+    def take_over(self, dirt: Runs, embargoed: Iterable[int]) -> None:
+        self._gate.take_over(dirt, embargoed)
+
+    def free(self, extents: Iterable[int]) -> None:
+        self._gate.free(extents)
+
+    def free_all(self) -> None:
+        self._gate.free_all()
+
+    def guessed(self, runs: Runs) -> None:
+        self._gate.guessed(runs)
+
+    def refused(self, runs: Runs) -> None:
+        self._gate.refused(runs)
+
+    def drop_clean(self, extents: Iterable[int]) -> None:
+        self._gate.drop_clean(extents)
+
+
+def _no_matter(error: OSError | None) -> None:
+    """The store has reported it; the other's extents count here in memory as well."""

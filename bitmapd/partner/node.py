@@ -1,0 +1,594 @@
+"""One of two nodes: what it is to the other, and how the two come together (pure).
+
+A node serves hosts while it knows what the other may write.  It knows after it has exchanged
+records with it, and goes on knowing while the link is lost, as long as its process lives: no right
+changes by a cut.  It serves without the other only after proof that the other can write no more; a
+time-out is none.
+
+| state | means |
+| --- | --- |
+| waiting | this process has met nobody: it owns nothing and serves nobody |
+| paired | the records are exchanged and the link is there |
+| cut | it was paired; hosts go on where this node has the right to |
+| alone | the other can write no more, or there has never been another |
+| outdated | the other was given the proof that we are dead: nothing is written any more |
+| split-brain | both went on alone: nothing is written any more, on either |
+
+Coming together: HELLO both ways (`greeting`); RECORD both ways, while rights stand still; what the
+other may own is added to what is known of it, and the superblock says that there is a partner; then
+READY.  Rights change (`share`) only on the other's READY: it knows by then.
+
+Invariants:
+1. Knowledge grows before READY is sent; rights change after READY has come (rule 11).
+2. The superblock is durable before anything relies on it: the pairing before READY, a step to
+   alone before anything is served by it (`BUG_...` in docs/models).
+3. A node that is not fresh and meets a fresh one has the proof that the other's old process is
+   dead: it takes over what that owned, all of it dirty, before it sends RECORD.
+4. A message that is not allowed in the state of the connection ends the connection.
+5. While the exchange is under way only FREE comes besides, and counts (`BUG_FREE_MEANS_NOW`).
+
+A crash leaves the superblock of before or after a step.  The process that comes next is fresh,
+except for a node 1 that was never paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
+from typing import Any, Protocol
+
+from bitarray import bitarray
+
+from bitmapd.errors import BusyError, WrongStateError
+from bitmapd.media.base import Scheduler, Timer
+from bitmapd.partner import messages
+from bitmapd.partner.greeting import Standing, adopted, check, standing
+from bitmapd.partner.messages import Hello, HelloFlag, Message
+from bitmapd.partner.rights import Rights, Stance
+from bitmapd.partner.share import SplitRights, View, bits_of, runs_of, share
+from bitmapd.peer.frames import ErrorCode, PeerError
+
+HELLO_TIMEOUT_S = 2.0
+EXCHANGE_TIMEOUT_S = 30.0
+
+
+class State(Enum):
+    WAITING = "waiting"
+    PAIRED = "paired"
+    CUT = "cut"
+    ALONE = "alone"
+    OUTDATED = "outdated"
+    SPLIT_BRAIN = "split-brain"
+
+
+class Phase(Enum):
+    """Of the connection."""
+
+    CLOSED = "closed"
+    HELLO = "hello"
+    RECORDS = "records"
+    READY = "ready"
+    UP = "up"
+
+
+class Proof(Enum):
+    """Why the other node can write no more."""
+
+    NEVER = "never"  # there has never been another
+    BYE = "bye"
+    HELLO = "hello"
+    FENCE = "fence"
+    WORD = "word"
+
+
+@dataclass(frozen=True, slots=True)
+class Lasting:
+    """What the superblock has to say durably about the pair."""
+
+    never_paired: bool
+    term: int
+    generations: tuple[bytes, ...]
+    volume: bytes  # UUID; nil while this node waits to join
+
+
+class Wire(Protocol):
+    """One connection."""
+
+    def send(self, message: Message) -> int: ...
+
+    def close(self, error: PeerError | None) -> None:
+        """After ERROR was sent, if there is one.  `Node.lost` is not called for it."""
+
+
+class Surroundings(Protocol):
+    """What a node asks of the appliance it is in."""
+
+    def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+        """Write the superblock; call back, later, when it is durable."""
+
+    def new_generation(self) -> bytes: ...
+
+    def hello(self) -> Hello:
+        """Sizes, names and identities; what the node itself knows is filled in by it."""
+
+    def stored(self) -> bitarray:
+        """What the stored record named when this process began."""
+
+    def other_died(self) -> None:
+        """What it had sent to the secondary may yet land there."""
+
+    def changed(self) -> None:
+        """`state` or `phase` has changed."""
+
+    def tell(self, event: str, **fields: object) -> None: ...
+
+
+class Node:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        number: int,
+        lasting: Lasting,
+        rights: Rights,
+        scheduler: Scheduler,
+        around: Surroundings,
+    ) -> None:
+        self.number = number
+        self.lasting = lasting
+        self.rights = rights
+        self._scheduler = scheduler
+        self._around = around
+        self.state = State.WAITING
+        self.phase = Phase.CLOSED
+        self.proof: Proof | None = None
+        self.peer: Hello | None = None  # of this connection or the last one
+        self.exchanges = 0
+        self.absorbed_extents = 0
+        self.compares_everything = False  # nobody knows what differs
+        self._known = False  # what the other may own: it has exchanged, or is alone
+        self._wire: Wire | None = None
+        self._timer: Timer | None = None
+        self._mine: Hello | None = None
+        self._view: View | None = None  # as it was sent
+        self._their_view: View | None = None
+        self._their_copying: set[int] = set()
+        self._last_paired = 0
+        self._their_ready: int | None = None
+        self._ready_sent = False
+        self._first_pairing: Callable[[], None] | None = None
+        self._going_alone = False
+        self._left: Callable[[bool], None] | None = None
+
+    # -- how it begins ------------------------------------------------------------------------
+    def start(self) -> None:
+        """A node 1 that was never paired needs nobody; any other has to meet its partner."""
+        if self.number == 1 and self.lasting.never_paired:
+            self._known = True
+            self.proof = Proof.NEVER
+            self.rights.adopt(runs_of(self._around.stored()))
+            self.rights.alone()
+            self._become(State.ALONE)
+
+    @property
+    def serves(self) -> bool:
+        """Whether requests of hosts may be taken."""
+        return self.state in (State.PAIRED, State.CUT, State.ALONE)
+
+    def _become(self, state: State) -> None:
+        self.state = state
+        self._around.changed()
+
+    # -- the connection -----------------------------------------------------------------------
+    def connected(self, wire: Wire) -> None:
+        """The other node is there, and is who it says it is."""
+        if self._wire is not None:
+            old, self._wire = self._wire, None
+            old.close(None)
+            self._lose()
+        if self._going_alone:  # the word that we are alone is on its way to the disk
+            wire.close(None)
+            return
+        self._wire = wire
+        if self.state in (State.OUTDATED, State.SPLIT_BRAIN):
+            split = self.state is State.SPLIT_BRAIN
+            code = ErrorCode.SPLIT_BRAIN if split else ErrorCode.OLD_TERM
+            self._refuse(PeerError(code, f"this node is {self.state.value}"))
+            return
+        self._mine = self._fill(self._around.hello())
+        self._phase(Phase.HELLO, HELLO_TIMEOUT_S)
+        wire.send(self._mine)
+
+    def _fill(self, hello: Hello) -> Hello:
+        flags = HelloFlag(0)
+        if not self._known:
+            flags |= HelloFlag.FRESH
+        if self.state is State.ALONE:
+            flags |= HelloFlag.ALONE
+        if self.serves:
+            flags |= HelloFlag.SERVES
+        return replace(
+            hello,
+            volume=self.lasting.volume,
+            node=self.number,
+            flags=hello.flags | flags,
+            term=self.lasting.term,
+            generations=self.lasting.generations,
+            last_paired=self._last_paired,
+        )
+
+    def _phase(self, phase: Phase, timeout_s: float | None = None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.phase = phase
+        if timeout_s is not None:
+            self._timer = self._scheduler.call_later(timeout_s, self._too_late)
+        self._around.changed()
+
+    def _too_late(self) -> None:
+        self._refuse(PeerError(ErrorCode.INTERNAL, f"no answer in the phase '{self.phase.value}'"))
+
+    def lost(self) -> None:
+        """The connection is gone."""
+        self._wire = None
+        self._lose()
+
+    def _lose(self) -> None:
+        had, self._ready_sent = self._ready_sent, False
+        self._view = self._their_view = self._their_ready = self._first_pairing = None
+        self._phase(Phase.CLOSED)
+        if self._left is not None:
+            left, self._left = self._left, None
+            self._scheduler.call_soon(left, False)
+        if self.state is State.PAIRED or (self.state is State.ALONE and had):
+            self.rights.cut()
+            self._become(State.CUT)
+        elif self.state is State.CUT:
+            self.rights.cut()
+        elif self.state is State.ALONE:
+            self.rights.alone()
+        elif self.state is State.WAITING:
+            self.rights.stance = Stance.NOTHING
+
+    def _refuse(self, error: PeerError) -> None:
+        """End the connection: what came is wrong, or too late."""
+        if self._wire is None:
+            return
+        wire, self._wire = self._wire, None
+        wire.close(error)
+        self._around.tell("partner-protocol-error", code=int(error.code), message=error.text)
+        self._lose()
+
+    # -- messages -----------------------------------------------------------------------------
+    def received(self, message: Message, sequence: int) -> None:
+        """One message; a wrong one ends the connection and changes nothing."""
+        if self._wire is None:
+            return
+        try:
+            self._take(message, sequence)
+        except SplitRights as error:
+            self._split(PeerError(ErrorCode.BOTH_OWN, str(error)))
+        except PeerError as error:
+            if error.code is ErrorCode.SPLIT_BRAIN:
+                self._split(error)
+            else:
+                self._refuse(error)
+
+    def _take(self, message: Message, sequence: int) -> None:
+        handler = _HANDLERS.get((self.phase, type(message)))
+        if handler is None:
+            raise PeerError(
+                ErrorCode.KIND,
+                f"{type(message).__name__} is not allowed in the phase '{self.phase.value}'",
+            )
+        handler(self, message, sequence)
+
+    def _greeted(self, theirs: Hello, _: int) -> None:
+        mine = self._mine
+        if mine is None:
+            raise PeerError(ErrorCode.KIND, "HELLO before ours")
+        check(mine, theirs)
+        self.peer = theirs
+        fresh, other_fresh = mine.flags & HelloFlag.FRESH, theirs.flags & HelloFlag.FRESH
+        found = standing(mine, theirs)
+        if found is Standing.BEHIND and not fresh:
+            self._outdate()
+            return
+        if found is Standing.AHEAD and not other_fresh:
+            raise PeerError(ErrorCode.OLD_TERM, f"term {theirs.term} is over: it is {mine.term}")
+        if other_fresh and self._known and self.state is not State.ALONE:
+            self._absorb()
+        self.rights.most_requests = theirs.most_requests
+        self._exchange(mine)
+
+    def _absorb(self) -> None:
+        """Its process is a new one, so the old one is dead: what that had is ours (invariant 3)."""
+        before = self.rights.own.count()
+        self._around.other_died()
+        self.rights.absorb()
+        self.absorbed_extents += self.rights.own.count() - before
+
+    def _exchange(self, mine: Hello) -> None:
+        self.rights.freeze()
+        fresh = bool(mine.flags & HelloFlag.FRESH)
+        view = self.rights.view(
+            self._around.stored(), fresh=fresh, volatile=bool(mine.flags & HelloFlag.VOLATILE)
+        )
+        self._view = view
+        self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
+        self._send(
+            messages.Record(
+                runs_of(view.own),
+                runs_of(view.owed),
+                runs_of(view.stored) if fresh else (),
+                self.rights.unfree,
+            )
+        )
+
+    def _send(self, message: Message) -> None:
+        if self._wire is not None:
+            self._wire.send(message)
+
+    def _heard(self, record: messages.Record, _: int) -> None:
+        """Their view: what they may own is known from now on; READY once that is durable."""
+        mine, theirs, view = self._mine, self.peer, self._view
+        if mine is None or theirs is None or view is None:
+            raise PeerError(ErrorCode.KIND, "RECORD before HELLO")
+        size = len(view.own)
+        fresh = bool(theirs.flags & HelloFlag.FRESH)
+        self._their_view = View(
+            fresh,
+            bits_of(record.own, size),
+            bits_of(record.owed, size),
+            bits_of(record.stored, size),
+            bool(theirs.flags & HelloFlag.VOLATILE),
+        )
+        if (view.own & self._their_view.own).any():
+            raise SplitRights(runs_of(view.own & self._their_view.own))
+        self._their_copying = {e for first, stop in record.copying for e in range(first, stop)}
+        rights = self.rights
+        rights.learn(record.own)
+        rights.learn(record.owed)
+        if view.fresh:
+            rights.learn(runs_of(view.stored))
+            if fresh:
+                rights.learn(record.stored)
+        elif fresh:
+            rights.owe(record.stored)
+        self._phase(Phase.READY, EXCHANGE_TIMEOUT_S)
+        generations, term = adopted(mine, theirs)
+        volume = mine.volume if any(mine.volume) else theirs.volume
+        wire = self._wire
+        lasting = Lasting(False, term, generations, volume)
+
+        def stored(error: OSError | None) -> None:
+            if wire is not self._wire:
+                return
+            if error is not None:
+                self._refuse(PeerError(ErrorCode.INTERNAL, f"cannot write the record: {error}"))
+                return
+            self.lasting = lasting
+            self._say_ready()
+
+        if lasting == self.lasting:
+            self._say_ready()
+        elif self.number == 2 and self.lasting.never_paired:
+            # Node 1 has to know durably that there is a partner before node 2 counts as one: a
+            # node 1 that was never paired serves without asking anybody.
+            self._first_pairing = partial(self._around.store, lasting, stored)
+        else:
+            self._around.store(lasting, stored)
+
+    def _say_ready(self) -> None:
+        if self._view is None or self._their_view is None:
+            return
+        shares = share(self._view, self._their_view, self.number)
+        self._ready_sent = True
+        self._send(messages.Ready(shares.digest(self.number)))
+        if self._their_ready is not None:
+            self._agree(self._their_ready)
+
+    def _ready(self, message: messages.Ready, _: int) -> None:
+        self._their_ready = message.digest
+        first_pairing, self._first_pairing = self._first_pairing, None
+        if first_pairing is not None:
+            first_pairing()
+        elif self._ready_sent:
+            self._agree(message.digest)
+
+    def _agree(self, digest: int) -> None:
+        if self._view is None or self._their_view is None or self.peer is None:
+            return
+        shares = share(self._view, self._their_view, self.number)
+        if digest != shares.digest(self.number):
+            raise PeerError(
+                ErrorCode.DIGEST,
+                f"the nodes have come to different results: {shares.own.count()} extents here and"
+                f" {shares.other.count()} there",
+            )
+        took_over = shares.dirty.count()
+        if self._view.fresh and not self._their_view.fresh:
+            took_over = 0
+        self.compares_everything |= shares.everything and shares.own.any()
+        copying = _runs_of_set(self._their_copying)
+        self._view = self._their_view = None
+        self._known = True
+        self.proof = None
+        self._last_paired = self.peer.incarnation
+        self.exchanges += 1
+        self.absorbed_extents += took_over
+        self.rights.thaw(shares, copying)
+        self._phase(Phase.UP)
+        self._become(State.PAIRED)
+        self._around.tell(
+            "records-exchanged",
+            own_extents=shares.own.count(),
+            partner_extents=shares.other.count(),
+            dirty_extents=shares.dirty.count(),
+        )
+
+    def _freed_meanwhile(self, message: messages.Free, _: int) -> None:
+        for first, stop in message.runs:
+            self._their_copying.difference_update(range(first, stop))
+
+    # -- alone --------------------------------------------------------------------------------
+    def fenced(self, proof: Proof) -> None:
+        """The other can write no more: serve alone, once that is durable."""
+        if self.state not in (State.WAITING, State.CUT) or self._going_alone:
+            return
+        if self.lasting.never_paired:
+            raise WrongStateError(
+                "this node has never met its partner: it knows nothing of the volume",
+                hint="start node 1 first, and let the two meet",
+            )
+        if self.phase is not Phase.CLOSED:
+            raise BusyError("the nodes are exchanging their records: try again in a moment")
+        self._going_alone = True
+        generations = (self._around.new_generation(), *self.lasting.generations)[:4]
+        lasting = Lasting(False, self.lasting.term + 1, generations, self.lasting.volume)
+
+        def stored(error: OSError | None) -> None:
+            self._going_alone = False
+            if error is not None:
+                self._around.tell("takeover-failed", message=f"cannot write the record: {error}")
+                return
+            self.lasting = lasting
+            if self.state in (State.WAITING, State.CUT):
+                self._be_alone(proof)
+
+        self._around.store(lasting, stored)
+
+    def _be_alone(self, proof: Proof) -> None:
+        self.proof = proof
+        self._around.other_died()
+        if not self._known:
+            # What the other has done is known to nobody: all of it may differ.
+            self.rights.learn(((0, len(self.rights.own)),))
+            self.compares_everything = True
+            self._known = True
+        before = self.rights.own.count()
+        self.rights.alone()
+        absorbed = self.rights.own.count() - before
+        self.absorbed_extents += absorbed
+        self._become(State.ALONE)
+        self._around.tell(
+            "takeover",
+            proof=proof.value,
+            extents=absorbed,
+            compares_everything=self.compares_everything,
+        )
+
+    def leave(self, done: Callable[[bool], None]) -> None:
+        """End: no host is served any more.  Give everything to the other, and say so last; `done`
+        with whether it has all of it.  Without a link what is ours stays in the record."""
+        if self.state is not State.PAIRED or self.phase is not Phase.UP:
+            done(False)
+            return
+        self._left = done
+        self.rights.hand_over(range(len(self.rights.own)))
+        self.rights.when_given(self._say_bye)
+
+    def _say_bye(self) -> None:
+        if self._left is None:
+            return
+        done, self._left = self._left, None
+        self.rights.flush()
+        self._send(messages.Bye(messages.Goodbye.STOPPED))
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close(None)
+        self._phase(Phase.CLOSED)
+        self.rights.stance = Stance.NOTHING
+        self._known = False
+        self._become(State.WAITING)
+        done(True)
+
+    def _bye(self, message: messages.Bye, _: int) -> None:
+        """The other has given everything, and nothing of its is in flight anywhere."""
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close(None)
+        self._lose()
+        if message.reason == messages.Goodbye.STOPPED:
+            self.fenced(Proof.BYE)
+
+    # -- neither ------------------------------------------------------------------------------
+    def _outdate(self) -> None:
+        self._refuse(PeerError(ErrorCode.OLD_TERM, "this node was declared dead and starts anew"))
+        self.rights.stance = Stance.NOTHING
+        self._become(State.OUTDATED)
+        self._around.tell("outdated", message="the partner has taken over while this node lived")
+
+    def _split(self, error: PeerError) -> None:
+        self._refuse(error)
+        self.rights.stance = Stance.NOTHING
+        self._become(State.SPLIT_BRAIN)
+        self._around.tell("split-brain", message=error.text)
+
+    # -- while paired -------------------------------------------------------------------------
+    def _add(self, message: messages.Add, _: int) -> None:
+        self.rights.added(message)
+
+    def _grant(self, message: messages.Grant, sequence: int) -> None:
+        self.rights.granted(message, sequence)
+
+    def _got(self, message: messages.Got, _: int) -> None:
+        self.rights.got(message)
+
+    def _remove(self, message: messages.Remove, _: int) -> None:
+        self.rights.removed(message)
+
+    def _free(self, message: messages.Free, _: int) -> None:
+        self.rights.free(message)
+
+    def _ask(self, message: messages.Ask, _: int) -> None:
+        self.rights.asked(message)
+
+    def _status(self, message: messages.Status, _: int) -> None:
+        self.rights.status(message)
+
+    def _error(self, message: messages.Error, _: int) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close(None)
+        self._around.tell(
+            "partner-refused", code=message.code, message=f"the partner says: {message.text}"
+        )
+        self._lose()
+        if message.code in (ErrorCode.SPLIT_BRAIN, ErrorCode.BOTH_OWN):
+            self.rights.stance = Stance.NOTHING
+            self._become(State.SPLIT_BRAIN)
+
+    def _closed(self, message: messages.Bye, _: int) -> None:
+        wire, self._wire = self._wire, None
+        if wire is not None:
+            wire.close(None)
+        self._lose()
+
+
+def _runs_of_set(extents: set[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((extent, extent + 1) for extent in sorted(extents))
+
+
+# A message that is not here in the phase of the connection ends it.
+_HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = {
+    (Phase.HELLO, Hello): Node._greeted,
+    (Phase.RECORDS, messages.Record): Node._heard,
+    (Phase.READY, messages.Free): Node._freed_meanwhile,
+    (Phase.READY, messages.Ready): Node._ready,
+    (Phase.UP, messages.Add): Node._add,
+    (Phase.UP, messages.Grant): Node._grant,
+    (Phase.UP, messages.Got): Node._got,
+    (Phase.UP, messages.Remove): Node._remove,
+    (Phase.UP, messages.Free): Node._free,
+    (Phase.UP, messages.Ask): Node._ask,
+    (Phase.UP, messages.Status): Node._status,
+    (Phase.UP, messages.Bye): Node._bye,
+    (Phase.HELLO, messages.Bye): Node._closed,
+    (Phase.RECORDS, messages.Bye): Node._closed,
+    (Phase.READY, messages.Bye): Node._closed,
+    **{(phase, messages.Error): Node._error for phase in Phase},
+}

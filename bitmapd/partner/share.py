@@ -1,0 +1,136 @@
+"""Who owns what after two nodes have met, and what of it is dirty (pure).
+
+Two nodes that lost sight of one another have each a view of who may write where, and messages
+may have been lost between the two.  When they meet again both send their views; from the same two
+views both compute the same division, so nothing has to be negotiated.
+
+What a node sends of itself is its `View`.  An extent belongs afterwards to:
+
+| | owner | dirty |
+| --- | --- | --- |
+| in `own` of both | nobody: `SplitRights` | |
+| in `own` of one | that node | as it was |
+| in `owed` of one only | the giver: the grant was lost | whole |
+| in `owed` of both | node 1: it went there and back, and neither heard so | whole |
+| one is fresh: in `own` of the other | the other | as it was |
+| one is fresh: in its `stored` | the other | whole |
+| both are fresh: in `stored` of one | that node | whole |
+| both are fresh: in `stored` of both | node 1 | whole |
+| both are fresh, and what one of them relied on was in memory only | node 1: all | whole |
+| nowhere | nobody | |
+
+Invariants:
+1. With the arguments exchanged and the other node's number the result is the mirror image; so
+   `digest` is the same on both sides unless they have not seen the same views.
+2. No extent has two owners, and none that is named by any of the views has none.
+3. What a node comes to own without having owned it is dirty, whole.
+
+The last row is what makes a fresh pair compare everything.  Source: docs/models/coherence.pml,
+label `rights`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitarray import bitarray, util
+from xxhash import xxh3_64_intdigest
+
+Run = tuple[int, int]  # extents [first, stop)
+
+
+class SplitRights(Exception):
+    """Both nodes say that they own the same extents: `runs`."""
+
+    def __init__(self, runs: tuple[Run, ...]) -> None:
+        super().__init__(f"both nodes own extents {runs[:4]}")
+        self.runs = runs
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one node says; bitmaps over the extents of the volume.
+
+    `stored` counts of a fresh node only: what its record named when it started.  `volatile`: what
+    it relied on may not be in any stored record.
+    """
+
+    fresh: bool
+    own: bitarray
+    owed: bitarray
+    stored: bitarray
+    volatile: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The division as one node sees it; `dirty` is a part of `own`."""
+
+    own: bitarray
+    other: bitarray
+    dirty: bitarray
+    everything: bool = False  # nobody knows what differs: compare all
+
+    def digest(self, node: int) -> int:
+        """The same number on both nodes, if they agree."""
+        first, second = (self.own, self.other) if node == 1 else (self.other, self.own)
+        size = len(first).to_bytes(8, "little")
+        return xxh3_64_intdigest(size + first.tobytes() + second.tobytes())
+
+
+def zeros(size: int) -> bitarray:
+    """A bitmap over `size` extents, in the byte order of the stored record."""
+    return util.zeros(size, "little")
+
+
+def runs_of(bits: bitarray) -> tuple[Run, ...]:
+    """Maximal runs of ones, in order."""
+    found, stop, size = [], 0, len(bits)
+    while (first := bits.find(True, stop)) >= 0:
+        stop = bits.find(False, first)
+        if stop < 0:
+            stop = size
+        found.append((first, stop))
+    return tuple(found)
+
+
+def bits_of(runs: tuple[Run, ...], size: int) -> bitarray:
+    """A bitmap of `size` bits with these runs of ones."""
+    bits = zeros(size)
+    for first, stop in runs:
+        bits[first:stop] = True
+    return bits
+
+
+def share(mine: View, theirs: View, node: int) -> Shares:
+    """The division for the node with this number (1 or 2) that has sent `mine`."""
+    size = len(mine.own)
+    if mine.fresh and theirs.fresh:
+        return _both_fresh(mine, theirs, node, size)
+    if mine.fresh:
+        return Shares(zeros(size), theirs.own | mine.stored, zeros(size))
+    if theirs.fresh:
+        return Shares(mine.own | theirs.stored, zeros(size), theirs.stored & ~mine.own)
+    if (mine.own & theirs.own).any():
+        raise SplitRights(runs_of(mine.own & theirs.own))
+    owned = mine.own | theirs.own
+    lost = mine.owed & ~owned  # grants that did not arrive
+    lost_by_them = theirs.owed & ~owned
+    if node == 1:
+        lost_by_them &= ~lost
+    else:
+        lost &= ~lost_by_them
+    return Shares(mine.own | lost, theirs.own | lost_by_them, lost)
+
+
+def _both_fresh(mine: View, theirs: View, node: int, size: int) -> Shares:
+    if mine.volatile or theirs.volatile:
+        all_of_it, nothing = ~zeros(size), zeros(size)
+        own, other = (all_of_it, nothing) if node == 1 else (nothing, all_of_it)
+        return Shares(own, other, own.copy(), everything=True)
+    own, other = mine.stored.copy(), theirs.stored.copy()
+    if node == 1:
+        other &= ~own
+    else:
+        own &= ~other
+    return Shares(own, other, own.copy())

@@ -1,0 +1,34 @@
+"""Two appliances in a simulated world (`tests/support/simpair`), at random.
+
+docs/partner-protocol.md names the rules that hold after every step.
+
+`PAIR_STEPS` is the number of steps of each kind of trouble.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.support.simpair import walk
+
+STEPS = int(os.environ.get("PAIR_STEPS", "24000"))
+LENGTHS = (60, 400, 1500)  # of one walk
+
+TROUBLES = {
+    "nothing": (),
+    "cuts": ("cut",),
+    "hand-overs": ("cut", "hand-over"),
+    "crashes": ("crash",),
+    "takeovers": ("cut", "takeover"),
+    "stops": ("cut", "stop"),
+    "everything": ("cut", "crash", "takeover", "hand-over", "stop"),
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("troubles", TROUBLES)
+def test_the_rules_hold_whatever_happens(troubles: str, length: int) -> None:
+    for seed in range(max(1, STEPS // len(LENGTHS) // length)):
+        walk(seed, frozenset(TROUBLES[troubles]), length)

@@ -1,0 +1,732 @@
+"""Two appliances in one simulated world: one primary and one secondary that both reach, a record
+disk each, a clock each, and a link that delays, loses its tail and ends.
+
+Everything above the disks and the link is real: gate, copier, stored record, rights, node, the
+encoding of every message.  Nothing happens by itself: `World.step` does one thing at random, and
+`World.check` looks at what must hold after every single effect.
+
+A block's content names the write it is from, and the world numbers the writes as they land on the
+primary.  So a read can be judged: it must not show less than what was answered, or was read, before
+it began.
+
+What is checked:
+1. No extent is both nodes' own, and what one owns the other knows of (rule 1).
+2. Two nodes never have writes to the same block on their way at once.
+3. Where primary and secondary differ, or a write is on its way, each live node that knows anything
+   has the extent in its records, and one of the stored records names it.
+4. Reads are those of one disk with two doors.
+5. A frame that was refused has changed nothing.
+And after `heal`: both are paired, nobody waits, nothing is dirty, both sides are equal.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable
+from random import Random
+
+from bitarray import bitarray
+
+from bitmapd.copier.engine import Copier
+from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.gate.gate import Gate
+from bitmapd.media.buffers import BufferPool, aligned
+from bitmapd.partner import codec
+from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED
+from bitmapd.partner.holder import Hands, PairRecord
+from bitmapd.partner.messages import Hello, HelloFlag, Message, Role
+from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
+from bitmapd.partner.rights import MOST_REQUESTS, Rights
+from bitmapd.partner.share import zeros
+from bitmapd.peer import frames
+from bitmapd.peer.frames import PeerError
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+from tests.support.policies import MischievousPolicy
+from tests.support.records import VOLUME, blank_image, load_image
+from tests.support.sim import SECTOR, SimDisk, SimLoop, SimOp
+
+BLOCK = 4096
+PER_EXTENT = 2
+EXTENT = PER_EXTENT * BLOCK
+EXTENTS = 5
+SIZE = EXTENTS * EXTENT - BLOCK
+GEOMETRY = Geometry(SIZE, EXTENT, BLOCK)
+
+
+class Shared:
+    """What a medium holds that several nodes reach."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.durable = bytearray(size_bytes)
+        self.visible = bytearray(size_bytes)
+        self.volatile: list[tuple[int, int, bytes]] = []
+        self.serial = 0
+
+
+class Path(SimDisk):
+    """One node's way to a shared medium."""
+
+    def __init__(self, name: str, shared: Shared, landed: Callable[[int, bytes], None]) -> None:
+        self.shared = shared
+        self._landed = landed
+        super().__init__(name, len(shared.visible), b"")
+
+    durable = property(lambda self: self.shared.durable, lambda self, value: None)  # type: ignore[assignment]
+    visible = property(lambda self: self.shared.visible, lambda self, value: None)  # type: ignore[assignment]
+
+    @property  # type: ignore[override]
+    def volatile(self) -> list[tuple[int, int, bytes]]:
+        return self.shared.volatile
+
+    @volatile.setter
+    def volatile(self, value: list[tuple[int, int, bytes]]) -> None:
+        if hasattr(self, "pending"):
+            self.shared.volatile = value
+
+    @property  # type: ignore[override]
+    def _serial(self) -> int:
+        return self.shared.serial
+
+    @_serial.setter
+    def _serial(self, value: int) -> None:
+        if hasattr(self, "pending"):
+            self.shared.serial = value
+
+    def _carry_out(self, offset: int, data: bytes, fua: bool) -> None:
+        self._landed(offset, data)
+        super()._carry_out(offset, data, fua)
+
+
+class Connection:
+    """Both directions of one link; what is on its way are frames."""
+
+    def __init__(self) -> None:
+        self.queues: tuple[deque[bytes], deque[bytes]] = (deque(), deque())  # to node 1, to node 2
+        self.whole = True
+
+
+class End:
+    """A `Wire`: one node's end of a connection."""
+
+    def __init__(self, world: World, side: Side, connection: Connection) -> None:
+        self._side = side
+        self.connection = connection
+        self._out = connection.queues[2 - side.number]
+        self._sequence = 0
+        self.reader = frames.Reader()
+        self.decoder = codec.Decoder()
+        self.closed = False
+
+    def send(self, message: Message) -> int:
+        for part in codec.encode(message):
+            self._sequence += 1
+            if self.connection.whole and not self.closed:
+                self._out.append(frames.encode(part, self._sequence))
+        self._side.sent[type(message).__name__] = self._side.sent.get(type(message).__name__, 0) + 1
+        return self._sequence
+
+    def close(self, error: PeerError | None) -> None:
+        if error is not None:
+            for part in [frames.refusal(error.code, error.text)]:
+                self._sequence += 1
+                if self.connection.whole:
+                    self._out.append(frames.encode(part, self._sequence))
+        self.closed = True
+
+
+class Side:
+    """One node: its disks, and while it lives its process."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.number = number
+        self.alive = False
+        self.incarnations = 0
+        self.session = 0
+        self.record_image = blank_image(GEOMETRY)
+        self.lasting = Lasting(True, 1, (b"\1" * 16, NIL, NIL, NIL), VOLUME.bytes)
+        self.sent: dict[str, int] = {}
+        self.ghosts: list[tuple[Path, SimOp]] = []
+        self.primary: Path
+        self.secondary: Path
+
+    # -- life ---------------------------------------------------------------------------------
+    def boot(self) -> None:
+        world = self.world
+        self.alive = True
+        self.incarnations += 1
+        self.session += 1
+        self.loop = SimLoop()
+        self.record = SimDisk("record", len(self.record_image), self.record_image)
+        self.primary = Path("primary", world.primary, world.primary_landed)
+        self.secondary = Path("secondary", world.secondary, lambda offset, data: None)
+        loaded = load_image(self.record_image)
+        self.at_start = loaded.bits.copy()
+        self.store = RecordStore(GEOMETRY, loaded, self.record, self.loop, lambda *a, **k: None)
+        hands = Hands(self.store, self._send)
+        self.rights = Rights(GEOMETRY, self.number, self.loop, hands)
+        self.pair_record = PairRecord(self.store, self.rights)
+        self.gate = Gate(
+            GEOMETRY,
+            self.primary,
+            self.pair_record,
+            MischievousPolicy(EXTENTS, world.rng),
+            self.loop,
+            limit_extents=3,
+            asks=self.rights,
+            piecewise=True,
+        )
+        self.copier = Copier(
+            GEOMETRY,
+            self.gate,
+            self.primary,
+            self.secondary,
+            self.loop,
+            BufferPool(self.loop, 1 << 20),
+            Throttle(None),
+            Backoff(jitter=lambda: 0.5),
+            lambda *a, **k: None,
+            check_secondary=lambda: None,
+            era_interval_s=1.0,
+            piece_bytes=2 * BLOCK,
+        )
+        hands.attach(self.gate, self.copier, self.rights)
+        self.end: End | None = None
+        self.superblocks: list[tuple[Lasting, Callable[[OSError | None], None]]] = []
+        self.events: list[tuple[str, dict[str, object]]] = []
+        self.node = Node(self.number, self.lasting, self.rights, self.loop, _Around(self))
+        self.leaving = self.gone = False
+        self.shut_out = False  # its ways to the media are fenced
+        self.requests = 0  # of hosts, that are not answered
+        self.node.start()
+        self.copier.start()
+        self.loop.run_soon()
+
+    def die(self) -> None:
+        """`kill -9`: what was on its way to the media may land yet."""
+        world = self.world
+        self.alive = False
+        for path in (self.primary, self.secondary):
+            self.ghosts += [(path, op) for op in path.pending if op.kind == "write"]
+            path.pending = []
+        self.record_image = self.record.crash(world.rng)
+        for lasting, _ in self.superblocks[:1]:
+            if world.rng.random() < 0.5:
+                self.lasting = lasting
+        world.answers_lost(self)
+        if self.end is not None:
+            self.end.closed = True
+            self.end = None
+
+    def lay_ghosts(self) -> None:
+        """What a dead process had sent lands now, in part, or never."""
+        for path, op in self.ghosts:
+            for at in range(0, len(op.data), SECTOR):
+                if self.world.rng.random() < 0.5:
+                    path._carry_out(op.offset_bytes + at, op.data[at : at + SECTOR], False)
+        self.ghosts = []
+
+    # -- Surroundings ---------------------------------------------------------------------------
+    def _send(self, message: Message) -> int:
+        return 0 if self.end is None else self.end.send(message)
+
+    def hello(self) -> Hello:
+        return Hello(
+            volume=NIL, node=self.number, lowest=1, highest=1, role=Role.PAIR, flags=HelloFlag(0),
+            required=REQUIRED, offered=OFFERED, term=0,
+            incarnation=self.number * 1000 + self.incarnations, session=self.session,
+            boot=b"\7" * 16, generations=(NIL,) * 4, size_bytes=SIZE, extent_bytes=EXTENT,
+            block_bytes=BLOCK, last_paired=0, machine=bytes([self.number]) * 16, timeout_ms=2000,
+            most_requests=MOST_REQUESTS, name="vol0", primary="p", secondary="s", program="sim",
+        )  # fmt: skip
+
+    def known(self) -> bitarray:
+        return self.rights.own | self.rights.other | self.rights.owed
+
+    @property
+    def takes_hosts(self) -> bool:
+        return self.alive and self.node.serves and not self.leaving and self.requests >= 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether it lives, and what it writes is carried out."""
+        return self.alive and not self.shut_out
+
+    @property
+    def knows(self) -> bool:
+        return self.counts and self.node.serves
+
+
+class _Around:
+    """`Surroundings` of a side."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+
+    def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+        self._side.superblocks.append((lasting, done))
+
+    def new_generation(self) -> bytes:
+        return self._side.world.rng.randbytes(16)
+
+    def hello(self) -> Hello:
+        return self._side.hello()
+
+    def stored(self) -> bitarray:
+        return self._side.at_start
+
+    def other_died(self) -> None:
+        """The paths of this world land nothing late after `lay_ghosts`."""
+
+    def changed(self) -> None:
+        """Nobody waits for it."""
+
+    def tell(self, event: str, **fields: object) -> None:
+        self._side.events.append((event, fields))
+
+
+class World:
+    """See the module docstring.  `troubles` are the names of what may go wrong."""
+
+    def __init__(self, seed: int, troubles: frozenset[str]) -> None:
+        self.rng = Random(seed)
+        self.troubles = troubles
+        self.primary, self.secondary = Shared(SIZE), Shared(SIZE)
+        self.connection: Connection | None = None
+        self._serial = 0
+        self._landings = 0
+        self._number: list[dict[bytes, int]] = [{bytes(8): 0} for _ in range(SIZE // SECTOR)]
+        self._floor = [0] * (SIZE // SECTOR)  # what every later read has to show at least
+        self._stalls: dict[tuple[int, str], bool] = {}  # what does not move for a while
+        self.log: list[str] = []
+        self.sides = (Side(self, 1), Side(self, 2))
+        for side in self.sides:
+            side.boot()
+
+    # -- hosts --------------------------------------------------------------------------------
+    def primary_landed(self, offset: int, data: bytes) -> None:
+        self._landings += 1
+        for at in range(0, len(data), SECTOR):
+            self._number[(offset + at) // SECTOR][data[at : at + 8]] = self._landings
+
+    def _shows(self, sector: int, content: bytes) -> int:
+        return self._number[sector][content[:8]]
+
+    def answers_lost(self, side: Side) -> None:
+        side.requests = 0
+
+    def host(self, side: Side) -> None:
+        first = self.rng.randrange(SIZE // SECTOR)
+        length = min(self.rng.choice((1, 4, 8, 16, 24)) * SECTOR, SIZE - first * SECTOR)
+        kind = self.rng.choice(("write",) * 6 + ("read",) * 4 + ("zero", "trim", "flush"))
+        sectors = range(first, first + length // SECTOR)
+        incarnation = side.incarnations
+        side.requests += 1
+        self._serial += 1
+        content = (
+            self._serial.to_bytes(8, "big") * (SECTOR // 8) if kind == "write" else bytes(SECTOR)
+        )
+        self.log.append(f"{side.number}: {kind} {first}+{length // SECTOR} = {self._serial}")
+
+        def over(error: OSError | None) -> bool:
+            if side.incarnations != incarnation or not side.alive:
+                return False
+            side.requests -= 1
+            return error is None
+
+        if kind == "read":
+            floor = [self._floor[sector] for sector in sectors]
+            buffer = aligned(length)
+
+            def was_read(error: OSError | None) -> None:
+                if not over(error):
+                    return
+                for at, sector in enumerate(sectors):
+                    shown = self._shows(sector, bytes(buffer[at * SECTOR : at * SECTOR + 8]))
+                    if shown < floor[at]:
+                        raise AssertionError(f"sector {sector} shows {shown} after {floor[at]}")
+                    self._floor[sector] = max(self._floor[sector], shown)
+
+            side.gate.read(first * SECTOR, buffer, was_read)
+            return
+
+        def was_written(error: OSError | None) -> None:
+            if over(error) and kind != "flush":
+                for sector in sectors:
+                    number = self._number[sector][content[:8]]
+                    self._floor[sector] = max(self._floor[sector], number)
+
+        if kind == "write":
+            data = aligned(length)
+            data[:] = content * (length // SECTOR)
+            side.gate.write(first * SECTOR, data, was_written, self.rng.random() < 0.2)
+        elif kind == "zero":
+            side.gate.zero(first * SECTOR, length, was_written)
+        elif kind == "trim":
+            side.gate.trim(first * SECTOR, length, was_written)
+        else:
+            side.gate.flush(was_written)
+
+    # -- one thing at a time ------------------------------------------------------------------
+    def step(self) -> None:
+        if not self._stalls or self.rng.random() < 0.01:
+            self._stalls = {
+                (number, what): self.rng.random() < 0.25
+                for number in (1, 2)
+                for what in ("record", "primary", "secondary", "frames")
+            }
+        side = self.sides[self.rng.randrange(2)]
+        dice = self.rng.random() * 100
+        if dice < 22:
+            if side.takes_hosts and side.requests < 5:
+                self.host(side)
+        elif dice < 62:
+            self.finish(side, anything=False)
+        elif dice < 85:
+            if not self._stalls[side.number, "frames"]:
+                self.deliver(side)
+        elif dice < 91:
+            if side.alive:
+                side.loop.advance(self.rng.choice((0.001, 0.05, 0.3, 1.1)))
+        elif dice < 95:
+            self.superblock(side)
+        elif dice < 96.5:
+            self.connect()
+        elif dice < 98:
+            self.notice(side)
+        else:
+            self.trouble(side)
+        if side.alive:
+            side.loop.run_soon()
+            self.leave(side)
+
+    def leave(self, side: Side) -> None:
+        """A clean stop, once the hosts that were served have been answered."""
+        if side.gone:
+            side.die()
+        if not side.leaving or side.requests or side.node.phase is not Phase.UP:
+            return
+        self.log.append(f"{side.number}: leaves")
+        side.leaving, side.requests = False, -1
+
+        def left(all_given: bool) -> None:
+            self.log.append(f"{side.number}: has left, {all_given}")
+            side.requests = 0
+            if all_given:
+                if any(op.kind == "write" for op in side.primary.pending + side.secondary.pending):
+                    raise AssertionError(f"node {side.number} said BYE with writes on their way")
+                side.gone = True
+
+        side.node.leave(left)
+
+    def finish(self, side: Side, *, anything: bool) -> bool:
+        """One disk operation of this side."""
+        if not side.alive:
+            return False
+        busy = [
+            disk
+            for disk in (side.record, side.primary, side.secondary)
+            if disk.pending and (anything or not self._stalls[side.number, disk.name])
+        ]
+        if not busy:
+            return False
+        disk = self.rng.choice(busy)
+        index = self.rng.randrange(len(disk.pending))
+        if side.shut_out and disk is not side.record:
+            disk.pending.pop(index).done(OSError(errno.EBADE, "reservation conflict"))
+        else:
+            disk.finish(index)
+        side.loop.run_soon()
+        return True
+
+    def superblock(self, side: Side) -> bool:
+        if not side.alive or not side.superblocks:
+            return False
+        lasting, done = side.superblocks.pop(0)
+        side.lasting = lasting
+        done(None)
+        side.loop.run_soon()
+        return True
+
+    def deliver(self, side: Side) -> bool:
+        """One frame to this side."""
+        end = side.end
+        if not side.alive or end is None or end.closed:
+            return False
+        queue = end.connection.queues[side.number - 1]
+        if not queue:
+            return False
+        raw = queue.popleft()
+        cut = self.rng.randrange(len(raw))
+        for piece in (raw[:cut], raw[cut:]):
+            end.reader.feed(piece)
+            while (frame := end.reader.take()) is not None:
+                message = end.decoder.feed(frame)
+                if message is not None:
+                    self.log.append(f"{side.number} < {message}")
+                    side.node.received(message, frame.sequence)
+                if side.node.phase is not Phase.HELLO:
+                    end.reader.limit_bytes = frames.MAX_PAYLOAD_BYTES
+                    end.decoder.extents, end.decoder.blocks = EXTENTS, GEOMETRY.blocks
+        side.loop.run_soon()
+        return True
+
+    # -- the link -----------------------------------------------------------------------------
+    def connect(self) -> None:
+        one, two = self.sides
+        if not (one.alive and two.alive):
+            return
+        old = self.connection
+        if (
+            old is not None
+            and old.whole
+            and not any(
+                side.end is None or side.end.closed or side.end.connection is not old
+                for side in self.sides
+            )
+        ):
+            return  # there is one
+        if old is not None:
+            self.cut()
+        self.connection = Connection()
+        self.log.append("connect")
+        for side in self.sides:
+            side.end = End(self, side, self.connection)
+            side.node.connected(side.end)
+            side.loop.run_soon()
+
+    def cut(self) -> None:
+        """What is on its way is lost, the older part may arrive."""
+        if self.connection is None or not self.connection.whole:
+            return
+        self.log.append("cut")
+        self.connection.whole = False
+        for queue in self.connection.queues:
+            for _ in range(self.rng.randint(0, len(queue))):
+                queue.pop()
+
+    def notice(self, side: Side) -> None:
+        """A connection that is gone is noticed once nothing of it can come any more."""
+        end = side.end
+        if not side.alive or end is None:
+            return
+        other = self.sides[2 - side.number]
+        gone = not end.connection.whole or other.end is None or other.end.closed
+        if end.closed or (gone and not end.connection.queues[side.number - 1]):
+            self.log.append(f"{side.number}: notices")
+            was_closed, side.end = end.closed, None
+            end.closed = True
+            if not was_closed:
+                side.node.lost()
+            side.loop.run_soon()
+
+    # -- what goes wrong ----------------------------------------------------------------------
+    def trouble(self, side: Side) -> None:
+        what = self.rng.choice(sorted(self.troubles) or ["nothing"])
+        if what == "cut":
+            self.cut()
+        elif what == "crash":
+            if side.alive and self.rng.random() < 0.5:
+                self.crash(side)
+            elif not side.alive:
+                self.restart(side)
+        elif what == "takeover":
+            self.takeover(side)
+        elif what == "stop":
+            if not side.alive:
+                self.restart(side)
+            elif side.takes_hosts and self.rng.random() < 0.3:
+                side.leaving = True
+        elif what == "hand-over" and side.alive and side.node.serves:
+            own = [e for e in range(EXTENTS) if side.rights.own[e]]
+            if own:
+                side.rights.hand_over([self.rng.choice(own)])
+
+    def crash(self, side: Side) -> None:
+        self.log.append(f"{side.number}: dies")
+        side.die()
+
+    def restart(self, side: Side) -> None:
+        self.log.append(f"{side.number}: starts")
+        side.lay_ghosts()
+        side.boot()
+
+    def takeover(self, side: Side) -> None:
+        """The other is fenced, really."""
+        other = self.sides[2 - side.number]
+        if not side.counts or side.node.state not in (State.CUT, State.WAITING):
+            return
+        if side.node.phase is not Phase.CLOSED or side.node.lasting.never_paired:
+            return
+        if other.alive and self.rng.random() < 0.5:
+            self.cut()
+            other.shut_out = True  # it lives, and what it writes is refused
+            for path in (other.primary, other.secondary):
+                other.ghosts += [(path, op) for op in path.pending if op.kind == "write"]
+        elif other.alive:
+            self.crash(other)
+        other.lay_ghosts()
+        self.log.append(f"{side.number}: takes over")
+        side.node.fenced(Proof.FENCE)
+        side.loop.run_soon()
+
+    # -- what must hold -----------------------------------------------------------------------
+    def check(self) -> None:
+        one, two = self.sides
+        live = [side for side in self.sides if side.knows]
+        if one.counts and two.counts and (one.rights.own & two.rights.own).any():
+            raise AssertionError("both own the same extent")
+        for side, other in ((one, two), (two, one)):
+            if side.counts and other.knows:
+                unknown = side.rights.own & ~(other.rights.other | other.rights.owed)
+                if unknown.any():
+                    raise AssertionError(f"node {other.number} does not know of {unknown}")
+        flying = [self._flying(side) for side in self.sides]
+        if flying[0] & flying[1]:
+            raise AssertionError("writes of both nodes to the same block are on their way")
+        may_differ = zeros(EXTENTS)
+        for block in flying[0] | flying[1] | self._different():
+            may_differ[block // PER_EXTENT] = True
+        for side in live:
+            if (may_differ & ~side.known()).any():
+                raise AssertionError(
+                    f"node {side.number} does not name {may_differ}: {side.known()}"
+                )
+        stored = zeros(EXTENTS)
+        for side in self.sides:
+            stored |= side.store._durable if side.alive else load_image(side.record_image).bits
+        if (may_differ & ~stored).any():
+            raise AssertionError(f"no stored record names all of {may_differ}: {stored}")
+        for side in self.sides:
+            if side.alive:
+                self._check_side(side)
+
+    def _flying(self, side: Side) -> set[int]:
+        ops = [op for path, op in side.ghosts if path.name == "primary"]
+        if side.counts:
+            ops += [op for op in side.primary.pending if op.kind == "write"]
+        return {
+            block
+            for op in ops
+            for block in range(
+                op.offset_bytes // BLOCK, (op.offset_bytes + op.length_bytes - 1) // BLOCK + 1
+            )
+        }
+
+    def _different(self) -> set[int]:
+        found = set()
+        for block in range(GEOMETRY.blocks):
+            at, length = GEOMETRY.block_bytes_range(block, block + 1)
+            here = self.primary.visible[at : at + length]
+            if (
+                here != self.secondary.durable[at : at + length]
+                or here != self.secondary.visible[at : at + length]
+            ):
+                found.add(block)
+        return found
+
+    def _check_side(self, side: Side) -> None:
+        rights = side.rights
+        if (rights.own & (rights.other | rights.owed)).any():
+            raise AssertionError("an extent is own and another's at once")
+        if rights.own_extents != rights.own.count():
+            raise AssertionError("the count of own extents is wrong")
+        for event, fields in side.events:
+            if event == "partner-protocol-error" and fields["code"] in (
+                1,
+                2,
+                3,
+                4,
+                5,
+                6,
+                7,
+                10,
+                11,
+            ):
+                raise AssertionError(f"protocol error: {fields}")
+        if side.node.state is State.SPLIT_BRAIN:
+            raise AssertionError("split brain although every proof was true")
+        gate = side.gate
+        for extent in range(EXTENTS):
+            first, stop = GEOMETRY.extent_blocks(extent, extent + 1)
+            if gate.is_dirty(first, stop) and not rights.own[extent]:
+                raise AssertionError(f"extent {extent} is dirty and not ours")
+
+    # -- the end ------------------------------------------------------------------------------
+    def heal(self) -> None:
+        """Nothing goes wrong any more: everything has to come to rest."""
+        for _ in range(400):
+            for side in self.sides:
+                if side.alive and (side.node.state is State.OUTDATED or side.shut_out):
+                    self.crash(side)
+                if not side.alive:
+                    self.restart(side)
+            for side in self.sides:
+                self.notice(side)
+            self.connect()
+            moved = True
+            while moved:
+                moved = False
+                for side in self.sides:
+                    while self.deliver(side) or self.superblock(side):
+                        moved = True
+                    while self.finish(side, anything=True):
+                        moved = True
+                self.check()
+            for side in self.sides:
+                side.loop.advance(1.1)
+                side.gate.policy.generous = False
+                side.gate.tick()
+                side.rights.tick()
+            self.check()
+            if self.at_rest:
+                return
+        raise AssertionError(f"it does not come to rest: {self.state()}")
+
+    @property
+    def at_rest(self) -> bool:
+        return (
+            all(side.node.state is State.PAIRED for side in self.sides)
+            and not any(side.requests or side.rights.own.any() for side in self.sides)
+            and not any(side.rights.other.any() or side.rights.owed.any() for side in self.sides)
+            and not self._different()
+        )
+
+    def state(self) -> str:
+        return "; ".join(
+            f"{side.number} {side.node.state.value} {side.node.phase.value}"
+            f" own {side.rights.own.to01()} other {side.rights.other.to01()}"
+            f" owed {side.rights.owed.to01()}"
+            f" requests {side.requests} waiting {side.rights.waiting}"
+            f" dirty {side.gate.dirty_blocks()} held {side.rights.held.to01()}"
+            f" covered {list(side.pair_record.covered_runs())}"
+            f" clean {[e for e in range(EXTENTS) if side.gate.is_clean(e)]}"
+            f" unfree {side.rights._unfree} embargo {side.gate._unsettled._embargoed}"
+            for side in self.sides
+            if side.alive
+        )
+
+
+class Broken(AssertionError):
+    """A walk that ended where it must not."""
+
+
+def walk(seed: int, troubles: frozenset[str], length: int) -> World:
+    """So many steps, then everything heals; `Broken` says how to see it again."""
+    world = World(seed, troubles)
+    step = 0
+    try:
+        while step < length:
+            world.step()
+            world.check()
+            step += 1
+        world.heal()
+    except Exception as error:
+        told = "\n".join(world.log[-40:])
+        raise Broken(
+            f"seed {seed}, {sorted(troubles)}, step {step} of {length}: {error!r}\n{told}\n"
+            f"{world.state()}"
+        ) from error
+    return world
