@@ -285,6 +285,16 @@ def test_passes_1_a_settle_that_began_before_ends_it_only_if_nothing_waits(
     assert passes.ended(nothing_copied=False) is not nothing_copied
 
 
+def test_passes_1_a_settle_that_began_before_a_pass_does_not_end_it() -> None:
+    passes = Passes(Mirror().geometry)
+    passes.begin(BlockSet([(0, 4)]))
+    passes.copied(0, 4)
+    passes.settle_began()
+    passes.begin(BlockSet([(4, 8)]))
+    passes.copied(4, 8)
+    assert not passes.ended(nothing_copied=False)
+
+
 def test_passes_1_a_settle_that_failed_ends_nothing_later() -> None:
     passes = Passes(Mirror().geometry)
     passes.begin(BlockSet([(0, 4)]))
