@@ -12,7 +12,7 @@ from uuid import UUID
 
 from bitmapd.config.problems import nearest
 from bitmapd.errors import UsageError
-from bitmapd.net.uri import parse_uri
+from bitmapd.net.uri import parse_partner_uri, parse_uri
 from bitmapd.units import (
     format_duration,
     format_rate,
@@ -28,6 +28,8 @@ _NAME = re.compile(r"[A-Za-z0-9+_][A-Za-z0-9+_.-]*", re.ASCII)
 _MAX_INSTANCE_CHARS = 255 - len("dmctl-assemble@.service")
 _UNIT_PLUS = "\\x2b"
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
+_HOST_NAME = re.compile(r"[A-Za-z0-9*]([A-Za-z0-9.-]{0,252})", re.ASCII)
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}", re.ASCII)
 
 
@@ -159,6 +161,35 @@ def _listen(value: Any) -> str:
     return listen
 
 
+def _node(value: Any) -> int:
+    if type(value) is int and value in (1, 2):
+        return value
+    if value in ("1", "2"):
+        return int(value)
+    raise UsageError(f"{_quoted(value)} is not a node of a pair: there are 1 and 2")
+
+
+def _partner(value: Any) -> str:
+    return str(parse_partner_uri(_text(value)))
+
+
+def _host_name(value: Any) -> str:
+    name = _text(value)
+    if _HOST_NAME.fullmatch(name) is None:
+        raise UsageError(f"{name!r} is not a host's name")
+    return name
+
+
+def _fingerprint(value: Any) -> str:
+    text = _text(value).replace(":", "").lower()
+    if _FINGERPRINT.fullmatch(text) is None:
+        raise UsageError(
+            f"{_quoted(value)} is not a SHA-256 fingerprint",
+            hint="openssl x509 -in node-cert.pem -noout -fingerprint -sha256",
+        )
+    return text
+
+
 def parse_metrics_listen(text: str) -> Path | tuple[str, int]:
     """A socket path for `unix:PATH`, or a loopback host and port for `HOST:PORT`."""
     if text.startswith("unix:"):
@@ -219,3 +250,7 @@ INTERVAL = Kind("duration", _interval, format_duration)
 WORD = Kind("name", _word, str)
 BOOLEAN = Kind("true | false", _boolean, bool)
 METRICS = Kind("unix:PATH | LOOPBACK:PORT", _metrics, str)
+NODE = Kind("1 | 2", _node, int)
+PARTNER = Kind("tls://HOST[:PORT] | unix:///PATH", _partner, str)
+HOST_NAME = Kind("name", _host_name, str)
+FINGERPRINT = Kind("SHA-256", _fingerprint, str)

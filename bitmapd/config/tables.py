@@ -94,12 +94,47 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
             yield "secondary", _no_certificates()
         if config.secondary == config.listen:
             yield "secondary", UsageError("is the volume's own export")
+    yield from _judge_partner(config)
     seen: dict[str, str] = {}
     for key_name in ("primary", "secondary", "record"):
         value = getattr(config, key_name)
         if value in seen:
             yield key_name, UsageError(f"is the same as {seen[value]}")
         seen.setdefault(value, key_name)
+
+
+def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
+    named = {
+        "node": config.node,
+        "partner": config.partner,
+        "partner_listen": config.partner_listen,
+    }
+    missing = [name for name, value in named.items() if value is None]
+    if len(missing) == len(named):
+        return
+    if missing:
+        yield (
+            missing[0],
+            UsageError("is missing", hint="a pair needs node, partner and partner_listen"),
+        )
+        return
+    if config.attach == "dm":
+        yield (
+            "attach",
+            UsageError(
+                "a pair serves its hosts over NBD: with device-mapper they would write without"
+                " asking the partner",
+                hint="set attach = nbd",
+            ),
+        )
+    if config.partner == config.partner_listen:
+        yield "partner", UsageError("is where this node itself listens")
+    uris = [uri for uri in (config.partner, config.partner_listen) if uri and uri[:3] == "tls"]
+    if uris and not (config.partner_certificates or config.tls_certificates):
+        yield (
+            "partner_certificates",
+            UsageError(f"{uris[0]} needs certificates", hint="dmctl partner-keys makes them"),
+        )
 
 
 def _judge_listen(config: VolumeConfig, uri: NbdUri) -> Iterable[tuple[str, UsageError]]:

@@ -209,6 +209,80 @@ class VolumeConfig:
             "none",
         ),
     ]
+    node: Annotated[
+        int | None,
+        Key(
+            "node",
+            kinds.or_word("none", kinds.NODE),
+            "Which of two appliances this is, 1 or 2; with partner and partner_listen.",
+            "none",
+        ),
+    ]
+    partner: Annotated[
+        str | None,
+        Key(
+            "partner",
+            kinds.or_word("none", kinds.PARTNER),
+            "Where the other appliance is reached.",
+            "none",
+        ),
+    ]
+    partner_listen: Annotated[
+        str | None,
+        Key(
+            "partner_listen",
+            kinds.or_word("none", kinds.PARTNER),
+            "Where the other appliance reaches this one.",
+            "none",
+        ),
+    ]
+    partner_name: Annotated[
+        str | None,
+        Key(
+            "partner_name",
+            kinds.or_word("none", kinds.HOST_NAME),
+            "The name in the other's certificate; by default the host of partner.",
+            "none",
+        ),
+    ]
+    partner_fingerprint: Annotated[
+        str | None,
+        Key(
+            "partner_fingerprint",
+            kinds.or_word("none", kinds.FINGERPRINT),
+            "SHA-256 of the other's certificate, if no other one may do.",
+            "none",
+        ),
+    ]
+    partner_certificates: Annotated[
+        Path | None,
+        Key(
+            "partner_certificates",
+            kinds.or_word("none", kinds.FOLDER),
+            "Folder with ca-cert.pem, node-cert.pem and node-key.pem, as 'dmctl partner-keys' makes"
+            " it; by default that of tls_certificates.",
+            "none",
+        ),
+    ]
+    partner_timeout_s: Annotated[
+        float,
+        Key(
+            "partner_timeout",
+            kinds.DURATION,
+            "After so long without a word of the other the link counts as lost; the larger one of"
+            " both nodes' counts.",
+            "2s",
+        ),
+    ]
+    partner_wait_s: Annotated[
+        float,
+        Key(
+            "partner_wait",
+            kinds.PATIENCE,
+            "How long 'dmctl start' waits for the other appliance; the daemon goes on waiting.",
+            "10s",
+        ),
+    ]
     trace: Annotated[
         str | None,
         Key(

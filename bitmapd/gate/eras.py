@@ -46,8 +46,10 @@ class Eras:
         limit_extents: int,
         elsewhere: Sequence[Elsewhere] = (),
         shared: bool = False,
+        owns: Callable[[int], bool] | None = None,
     ) -> None:
-        """`shared`: extents are given to another node and come back."""
+        """`shared`: extents are given to another node and come back.  `owns` then tells which are
+        ours now, covered or not; without it those that are covered are."""
         self._geometry = geometry
         self._elsewhere = tuple(elsewhere)
         self._store = store
@@ -55,6 +57,7 @@ class Eras:
         self._scheduler = scheduler
         self.era = 1
         self._shared = shared
+        self._owns = owns
         self._unsettled = Unsettled(geometry, self._is_ours if shared else None)
         self._current_era = self._unsettled.current_era  # at hand for writes that hit
         self._flights = Flights(scheduler)
@@ -303,6 +306,9 @@ class Eras:
 
     # -- what changes hands -----------------------------------------------------------------
     def _is_ours(self, extent: int) -> bool:
+        # One that is being given is covered no more, and is ours until it has left with its dirt.
+        if self._owns is not None:
+            return self._owns(extent)
         return self._store.covers(extent, extent + 1)
 
     def give(self, extents: Iterable[int]) -> list[Run]:
@@ -340,6 +346,11 @@ class Eras:
             self._policy.added(first, stop, now)
             brought += stop - first
         self._clearing.make_room_for(brought)
+
+    @property
+    def embargoed_extents(self) -> int:
+        """How many extents must not be copied yet."""
+        return self._unsettled.embargoed_extents
 
     def refused(self, runs: Iterable[Run]) -> None:
         """Runs of extents that the policy predicted do not come into the record."""

@@ -59,11 +59,13 @@ class Gate(Eras):
         elsewhere: Sequence[Elsewhere] = (),
         asks: Asks | None = None,
         piecewise: bool = False,
+        owns: Callable[[int], bool] | None = None,
     ) -> None:
         """`asks` is who has to be asked before the primary is read, if anybody is.
 
         `piecewise`: extents change hands with another node, and so no write may wait for one
-        while it holds another: one that has to wait is cut at the borders of extents."""
+        while it holds another: one that has to wait is cut at the borders of extents.  `owns`
+        tells whether an extent is ours (`Eras`)."""
         super().__init__(
             geometry,
             store,
@@ -72,6 +74,7 @@ class Gate(Eras):
             limit_extents=limit_extents,
             elsewhere=elsewhere,
             shared=piecewise,
+            owns=owns,
         )
         self._primary = primary
         self._asks = asks

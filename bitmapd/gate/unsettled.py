@@ -232,6 +232,10 @@ class Unsettled:
         """Nothing from elsewhere can land there any more."""
         self._embargoed.difference_update(extents)
 
+    @property
+    def embargoed_extents(self) -> int:
+        return len(self._embargoed)
+
     def free_all(self) -> None:
         self._embargoed.clear()
 

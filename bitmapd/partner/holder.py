@@ -37,6 +37,9 @@ from bitmapd.record.store import RecordStore
 class Mirror(Protocol):
     """The part of the gate that gives and takes; see there."""
 
+    @property
+    def embargoed_extents(self) -> int: ...
+
     def when_landed(self, call: Callable[[], None]) -> None: ...
 
     def give(self, extents: Sequence[int]) -> list[tuple[int, int]]: ...
@@ -171,6 +174,10 @@ class Hands(Home):
     def __init__(self, store: RecordStore, send: Callable[[Message], int]) -> None:
         self._store = store
         self._send = send
+
+    @property
+    def embargoed_extents(self) -> int:
+        return self._gate.embargoed_extents
 
     def attach(self, gate: Mirror, copies: Copies, rights: Rights) -> None:
         """They need one another, so this comes last."""

@@ -122,7 +122,7 @@ class Surroundings(Protocol):
     def changed(self) -> None:
         """`state` or `phase` has changed."""
 
-    def tell(self, event: str, **fields: object) -> None: ...
+    def emit(self, event: str, **fields: object) -> None: ...
 
 
 class Node:
@@ -195,7 +195,7 @@ class Node:
         if self.state in (State.OUTDATED, State.SPLIT_BRAIN):
             split = self.state is State.SPLIT_BRAIN
             code = ErrorCode.SPLIT_BRAIN if split else ErrorCode.OLD_TERM
-            self._refuse(PeerError(code, f"this node is {self.state.value}"))
+            self.refuse(PeerError(code, f"this node is {self.state.value}"))
             return
         self._mine = self._fill(self._around.hello())
         self._phase(Phase.HELLO, HELLO_TIMEOUT_S)
@@ -229,7 +229,7 @@ class Node:
         self._around.changed()
 
     def _too_late(self) -> None:
-        self._refuse(PeerError(ErrorCode.INTERNAL, f"no answer in the phase '{self.phase.value}'"))
+        self.refuse(PeerError(ErrorCode.INTERNAL, f"no answer in the phase '{self.phase.value}'"))
 
     def lost(self) -> None:
         """The connection is gone."""
@@ -253,13 +253,13 @@ class Node:
         elif self.state is State.WAITING:
             self.rights.stance = Stance.NOTHING
 
-    def _refuse(self, error: PeerError) -> None:
+    def refuse(self, error: PeerError) -> None:
         """End the connection: what came is wrong, or too late."""
         if self._wire is None:
             return
         wire, self._wire = self._wire, None
         wire.close(error)
-        self._around.tell("partner-protocol-error", code=int(error.code), message=error.text)
+        self._around.emit("partner-protocol-error", code=int(error.code), message=error.text)
         self._lose()
 
     # -- messages -----------------------------------------------------------------------------
@@ -275,7 +275,7 @@ class Node:
             if error.code is ErrorCode.SPLIT_BRAIN:
                 self._split(error)
             else:
-                self._refuse(error)
+                self.refuse(error)
 
     def _take(self, message: Message, sequence: int) -> None:
         handler = _HANDLERS.get((self.phase, type(message)))
@@ -368,7 +368,7 @@ class Node:
             if wire is not self._wire:
                 return
             if error is not None:
-                self._refuse(PeerError(ErrorCode.INTERNAL, f"cannot write the record: {error}"))
+                self.refuse(PeerError(ErrorCode.INTERNAL, f"cannot write the record: {error}"))
                 return
             self.lasting = lasting
             self._say_ready()
@@ -423,7 +423,7 @@ class Node:
         self.rights.thaw(shares, copying)
         self._phase(Phase.UP)
         self._become(State.PAIRED)
-        self._around.tell(
+        self._around.emit(
             "records-exchanged",
             own_extents=shares.own.count(),
             partner_extents=shares.other.count(),
@@ -453,7 +453,7 @@ class Node:
         def stored(error: OSError | None) -> None:
             self._going_alone = False
             if error is not None:
-                self._around.tell("takeover-failed", message=f"cannot write the record: {error}")
+                self._around.emit("takeover-failed", message=f"cannot write the record: {error}")
                 return
             self.lasting = lasting
             if self.state in (State.WAITING, State.CUT):
@@ -474,7 +474,7 @@ class Node:
         absorbed = self.rights.own.count() - before
         self.absorbed_extents += absorbed
         self._become(State.ALONE)
-        self._around.tell(
+        self._around.emit(
             "takeover",
             proof=proof.value,
             extents=absorbed,
@@ -517,16 +517,16 @@ class Node:
 
     # -- neither ------------------------------------------------------------------------------
     def _outdate(self) -> None:
-        self._refuse(PeerError(ErrorCode.OLD_TERM, "this node was declared dead and starts anew"))
+        self.refuse(PeerError(ErrorCode.OLD_TERM, "this node was declared dead and starts anew"))
         self.rights.stance = Stance.NOTHING
         self._become(State.OUTDATED)
-        self._around.tell("outdated", message="the partner has taken over while this node lived")
+        self._around.emit("outdated", message="the partner has taken over while this node lived")
 
     def _split(self, error: PeerError) -> None:
-        self._refuse(error)
+        self.refuse(error)
         self.rights.stance = Stance.NOTHING
         self._become(State.SPLIT_BRAIN)
-        self._around.tell("split-brain", message=error.text)
+        self._around.emit("split-brain", message=error.text)
 
     # -- while paired -------------------------------------------------------------------------
     def _add(self, message: messages.Add, _: int) -> None:
@@ -554,7 +554,7 @@ class Node:
         wire, self._wire = self._wire, None
         if wire is not None:
             wire.close(None)
-        self._around.tell(
+        self._around.emit(
             "partner-refused", code=message.code, message=f"the partner says: {message.text}"
         )
         self._lose()

@@ -179,6 +179,9 @@ class Rights:
             return bool(self.held[first])
         return self.held.find(False, first, stop) < 0
 
+    def owns(self, extent: int) -> bool:
+        return bool(self.own[extent])
+
     def may_read(self, first: int, stop: int) -> bool:
         """Whether nobody has to be asked before extents [first, stop) are read."""
         if self.stance is Stance.NOTHING or self.stance is Stance.FROZEN:

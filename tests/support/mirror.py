@@ -142,6 +142,7 @@ class Mirror:
         elsewhere: Sequence[Elsewhere] = (),
         asks: Asks | None = None,
         piecewise: bool = False,
+        owns: Callable[[int], bool] | None = None,
     ) -> None:
         """`hollow` disks keep nothing that can be read: for volumes too large for memory.
 
@@ -174,6 +175,7 @@ class Mirror:
             elsewhere=(self.path,) if direct else elsewhere,
             asks=asks,
             piecewise=piecewise,
+            owns=owns,
         )
         self.kernel.new_gate(self.gate)
         self.pool = BufferPool(self.loop, pool_bytes)

@@ -177,6 +177,7 @@ class Side:
             limit_extents=3,
             asks=self.rights,
             piecewise=True,
+            owns=self.rights.owns,
         )
         self.copier = Copier(
             GEOMETRY,
@@ -283,7 +284,7 @@ class _Around:
     def changed(self) -> None:
         """Nobody waits for it."""
 
-    def tell(self, event: str, **fields: object) -> None:
+    def emit(self, event: str, **fields: object) -> None:
         self._side.events.append((event, fields))
 
 

@@ -99,6 +99,14 @@ def test_builtin_defaults(write: Write) -> None:
         tls_certificates=None,
         allow_plaintext_loopback=False,
         metrics_listen=None,
+        node=None,
+        partner=None,
+        partner_listen=None,
+        partner_name=None,
+        partner_fingerprint=None,
+        partner_certificates=None,
+        partner_timeout_s=2.0,
+        partner_wait_s=10.0,
         trace=None,
         start_at_boot=True,
     )
@@ -527,3 +535,44 @@ def test_what_this_user_may_not_read_is_a_matter_of_permission_if_it_is_all() ->
     assert config_error([hidden]).hint == "run it as root"
     assert isinstance(config_error([hidden, wrong]), ConfigError)
     assert isinstance(config_error([]), ConfigError)
+
+
+PAIR = {"node": 1, "partner": "tls://b", "partner_listen": "tls://a", "attach": "nbd"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"node": 3}, "node"),
+        ({"node": True}, "node"),
+        ({"partner": "nbd://b"}, "partner"),
+        ({"partner": "tls://a:10820"}, "partner"),
+        ({"partner_listen": "none"}, "partner_listen"),
+        ({"node": "none"}, "node"),
+        ({"attach": "dm"}, "attach"),
+        ({"partner_certificates": "none"}, "partner_certificates"),
+        ({"partner_name": "a b"}, "partner_name"),
+        ({"partner_fingerprint": "12:34"}, "partner_fingerprint"),
+        ({"partner_timeout": "0s"}, "partner_timeout"),
+    ],
+)
+def test_a_pair_is_refused_with_its_key(write: Write, changes: dict[str, Any], key: str) -> None:
+    table = {**PAIR, "partner_certificates": "/etc/pair", **changes}
+    with pytest.raises(ConfigError) as caught:
+        load_volume(write(vol0=toml_of(**table)), "vol0")
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
+def test_a_pair_is_complete_with_three_keys(write: Write) -> None:
+    table = {**PAIR, "partner": "unix:///run/b", "partner_listen": "unix:///run/a", "node": "2"}
+    config = load_volume(write(vol0=toml_of(**table)), "vol0")
+    assert (config.node, config.partner, config.partner_listen) == (
+        2,
+        "unix:///run/b",
+        "unix:///run/a",
+    )
+    pinned = ":".join(["AB"] * 32)
+    table = {**PAIR, "tls_certificates": "/c", "partner_fingerprint": pinned, "partner_name": "b.x"}
+    config = load_volume(write(vol0=toml_of(**table)), "vol0")
+    assert (config.partner, config.partner_fingerprint) == ("tls://b:10820", "ab" * 32)
+    assert config.partner_name == "b.x"

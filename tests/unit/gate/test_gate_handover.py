@@ -213,3 +213,16 @@ def test_nothing_of_a_shared_volume_is_dirty_before_it_is_ours(mirror: Mirror) -
     mirror.run()
     assert answers == [None]
     assert list(mirror.gate.current.runs()) == [(0, 8 * PER_EXTENT)]
+
+
+def test_what_is_in_doubt_until_its_extent_is_given_goes_along() -> None:
+    """It is covered no more while it is being given, and ours until it has left."""
+    mirror = Mirror(piecewise=True, owns=lambda extent: True)
+    mirror.put(4)
+    settled_dirt = BlockSet()
+    settled_dirt.add(5, 6)
+    mirror.gate.suspect(settled_dirt)
+    taken(mirror)
+    mirror.store.drop([1])
+    mirror.gate.trust(settled_dirt)
+    assert mirror.gate.give([1]) == [(4, 6)]

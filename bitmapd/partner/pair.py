@@ -1,0 +1,431 @@
+"""The pair that a volume belongs to: its link, its node, and what both need of this machine (edge).
+
+`PairRecord` goes to the gate in the place of the stored record, `Pair.rights` answers its questions
+before reads.  Everything else is here: a connection is made, its frames become messages for `Node`,
+what `Node` has to know durably is written, and what the other node tells of itself is kept.
+
+1. The volume is served while `serves`; the owner hears of every change (`changed`).
+2. A message is complete before `Node` sees it, and one that is wrong ends the connection.
+3. The newer of two connections counts: the other node would not dial while it has one.
+4. Five wrong connections in a minute slow dialling down (`peer/backoff`).
+
+A crash leaves what `node` says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+from uuid import uuid4
+
+from bitarray import bitarray
+
+from bitmapd import __version__
+from bitmapd.errors import UnreachableError, WrongStateError
+from bitmapd.partner.codec import Decoder, encode
+from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, VERSION
+from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
+from bitmapd.partner.messages import Hello, HelloFlag, Message, Ping, Pong, Role
+from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
+from bitmapd.partner.rights import MOST_REQUESTS, Rights
+from bitmapd.peer.connection import Connection
+from bitmapd.peer.frames import Frame, PeerError
+from bitmapd.peer.transport import PeerTransport, Settings
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+
+SLOW_S: Final = 5.0  # a host's request waits so long for the partner: reported once
+
+_SECONDARY: Final = {"up": 0, "down": 1, "paused": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What HELLO says of the volume and its media."""
+
+    volume: str
+    primary: str
+    secondary: str
+    session: int
+
+
+@dataclass(slots=True)
+class Peer:
+    """What the other node said last of itself."""
+
+    dirty_bytes: int = 0
+    age_s: float = 0.0
+    secondary: int = 0
+    copied_bytes: int = 0
+    heard_s: float | None = None  # when (loop time)
+
+
+class Home(Protocol):
+    """The volume around a pair.  Calls come from the loop."""
+
+    def changed(self) -> None:
+        """Something that somebody may wait for has changed."""
+
+    def emit(self, event: str, **fields: Any) -> None: ...
+
+    def figures(self) -> tuple[int, float, str, int]:
+        """Dirty bytes, the age of the oldest in seconds, the secondary ("up", "down", "paused"),
+        and bytes copied since the start: for the other node."""
+
+    def other_died(self) -> None:
+        """What the other process had sent to the secondary may yet land there."""
+
+    def outdated(self) -> None:
+        """The partner has taken over from this process: it must not go on."""
+
+
+@dataclass(slots=True)
+class _Wire:
+    """One connection, as `Node` sees it."""
+
+    connection: Connection
+    decoder: Decoder = field(default_factory=Decoder)
+    frames: int = 0
+
+    def send(self, message: Message) -> int:
+        self.frames += 1
+        return self.connection.send(encode(message))
+
+    def close(self, error: PeerError | None) -> None:
+        self.connection.close(error)
+
+
+class Pair:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        number: int,
+        lasting: Lasting,
+        geometry: Geometry,
+        store: RecordStore,
+        names: Names,
+        settings: Settings,
+        loop: asyncio.AbstractEventLoop,
+        home: Home,
+        write: Callable[[Lasting], Awaitable[None]],
+        at_start: bitarray,
+    ) -> None:
+        """`write` makes what `Node` has to know durable; `at_start` is what the stored record named
+        when this process began."""
+        self._geometry = geometry
+        self._names = names
+        self._loop = loop
+        self._home = home
+        self._write = write
+        self._at_start = at_start
+        self._hands = Hands(store, self._send)
+        self.rights = Rights(geometry, number, loop, self._hands)
+        self.record = PairRecord(store, self.rights)
+        self.node = Node(number, lasting, self.rights, loop, self)
+        self.peer = Peer()
+        self.since_s = loop.time()  # of the state
+        self.rtt_s: float | None = None
+        self.incarnation = secrets.randbits(63) | 1
+        self._timeout_s = settings.timeout_s
+        self._transport = PeerTransport(loop, settings, self)
+        self._wire: _Wire | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_failure = ""
+        self._frames_before = 0
+        self._told_slow = False
+        self._waiting_since_s: float | None = None
+        self._state = self.node.state
+        self._machine = _machine_id()
+        self._boot = _boot_id()
+
+    def attach(self, gate: Mirror, copier: Copies) -> None:
+        """They are made with `record` and `rights`, so this comes after them."""
+        self._hands.attach(gate, copier, self.rights)
+
+    def start(self) -> None:
+        """Look for the partner.  Raises a BitmapdError if it cannot be listened for."""
+        self._transport.start()
+        self.node.start()
+
+    def close(self) -> None:
+        self._transport.close()
+        if self._wire is not None:
+            wire, self._wire = self._wire, None
+            wire.connection.close()
+
+    # -- what the volume asks -----------------------------------------------------------------
+    @property
+    def serves(self) -> bool:
+        return self.node.serves
+
+    @property
+    def state(self) -> State:
+        return self.node.state
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether nothing of the other node's is known to differ."""
+        if self.node.state is State.PAIRED:
+            return self.peer.heard_s is not None and not self.peer.dirty_bytes
+        return not (self.rights.other.any() or self.rights.owed.any())
+
+    def take_over(self, proof: Proof) -> None:
+        """Serve alone.  WrongStateError, BusyError."""
+        state = self.node.state
+        if state is State.PAIRED:
+            raise WrongStateError(
+                "the partner is there and serves: nothing has to be taken over from it",
+                hint="stop the partner cleanly, or cut it off first",
+            )
+        if state in (State.OUTDATED, State.SPLIT_BRAIN):
+            raise WrongStateError(f"this node is {state.value}")
+        self.node.fenced(proof)
+
+    async def leave(self) -> bool:
+        """No host is served any more: give everything to the partner.  False if it is not there."""
+        given: asyncio.Future[bool] = self._loop.create_future()
+        self.node.leave(given.set_result)
+        return await given
+
+    def refuse_unless_serving(self) -> None:
+        """UnreachableError while this node may not serve."""
+        if not self.serves:
+            raise UnreachableError(
+                f"this node waits for its partner: {self._last_failure or 'it has not come yet'}",
+                hint="start the partner; if it is dead for certain: dmctl takeover NAME --fenced",
+            )
+
+    def tick(self) -> None:
+        """Once a second."""
+        self.rights.tick()
+        waiting = self.rights.waiting
+        if not waiting:
+            self._waiting_since_s = None
+        elif self._waiting_since_s is None:
+            self._waiting_since_s = self._loop.time()
+        slow = self.oldest_wait_s >= SLOW_S
+        if slow and not self._told_slow:
+            self._home.emit(
+                "requests-waiting",
+                requests=waiting,
+                message=f"{waiting} requests of hosts wait for the partner"
+                f" (state '{self.node.state.value}')",
+            )
+        self._told_slow = slow
+
+    @property
+    def oldest_wait_s(self) -> float:
+        """How long some request of a host has waited without a break, to the tick."""
+        since_s = self._waiting_since_s
+        return 0.0 if since_s is None else self._loop.time() - since_s
+
+    def status(self) -> dict[str, Any]:
+        """`partner` of `dmctl status --json`."""
+        node, rights, peer = self.node, self.rights, self.node.peer
+        link = {Phase.CLOSED: "down", Phase.UP: "up"}.get(node.phase, "exchanging")
+        return {
+            "node": node.number,
+            "state": node.state.value,
+            "link": link,
+            "copier": self.is_lead,
+            "term": node.lasting.term,
+            "generation": node.lasting.generations[0].hex(),
+            "since": round(self._loop.time() - self.since_s, 3),
+            "peer": None
+            if peer is None
+            else {
+                "name": peer.name,
+                "version": peer.program,
+                "incarnation": f"{peer.incarnation:016x}",
+                "dirty_bytes": self.peer.dirty_bytes,
+                "lag_seconds": round(self.peer.age_s, 3),
+                "secondary": ("up", "down", "paused")[min(self.peer.secondary, 2)],
+                "serves": bool(peer.flags & HelloFlag.SERVES) or node.state is State.PAIRED,
+            },
+            "own_extents": rights.own_extents,
+            "partner_extents": rights.other.count(),
+            "owed_extents": rights.owed.count(),
+            "embargoed_extents": self._hands.embargoed_extents,
+            "waiting_requests": rights.waiting,
+            "oldest_wait_seconds": round(self.oldest_wait_s, 3),
+            "rtt_seconds": None if self.rtt_s is None else round(self.rtt_s, 6),
+            "messages_total": rights.messages,
+            "frames_total": self._frames_before + (self._wire.frames if self._wire else 0),
+            "asks_total": rights.asks,
+            "handovers_total": rights.handovers,
+            "refused_guesses_total": rights.refused_guesses,
+            "exchanges_total": node.exchanges,
+            "absorbed_extents_total": node.absorbed_extents,
+            "compared_extents_total": self._geometry.extents if node.compares_everything else 0,
+            "proof": None if node.proof in (None, Proof.NEVER) else node.proof.value,
+            "last_error": self._last_failure or None,
+        }
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this node takes what belongs to nobody."""
+        return self.node.state is State.ALONE or self.node.number == 1
+
+    # -- Owner of the transport ---------------------------------------------------------------
+    def connected(self, connection: Connection) -> None:
+        old, self._wire = self._wire, _Wire(connection)
+        if old is not None:
+            self._frames_before += old.frames
+        self._last_failure = ""
+        self.node.connected(self._wire)
+
+    def frames(self, connection: Connection, frames: list[Frame]) -> None:
+        wire = self._wire
+        if wire is None or wire.connection is not connection:
+            return
+        for frame in frames:
+            try:
+                message = wire.decoder.feed(frame)
+            except PeerError as error:
+                self.node.refuse(error)
+                return
+            if isinstance(message, Ping):
+                self._heard(message)
+                wire.send(Pong(message.time_us))
+            elif isinstance(message, Pong):
+                self.rtt_s = max(0.0, self._loop.time() - message.time_us / 1e6)
+            elif message is not None:
+                self.node.received(message, frame.sequence)
+            if isinstance(message, Hello) and self.node.phase is Phase.RECORDS:
+                wire.decoder.extents = self._geometry.extents
+                wire.decoder.blocks = self._geometry.blocks
+                connection.link.greeted(message.timeout_ms / 1000)
+                self.send_ping()
+            if self._wire is not wire:
+                return
+
+    def ping_due(self, connection: Connection) -> None:
+        if self._wire is not None and self._wire.connection is connection:
+            self.send_ping()
+
+    def drained(self, connection: Connection) -> None:
+        self.rights.flush()
+
+    def lost(self, connection: Connection, reason: str) -> None:
+        if self._wire is None or self._wire.connection is not connection:
+            return
+        self._frames_before += self._wire.frames
+        self._wire = None
+        self._failed(reason)
+        self.node.lost()
+
+    def failed(self, reason: str) -> None:
+        self._failed(reason)
+
+    def _failed(self, reason: str) -> None:
+        if reason != self._last_failure:
+            self._last_failure = reason
+            self._home.emit("partner-down", message=reason)
+
+    def _send(self, message: Message) -> int:
+        return 0 if self._wire is None else self._wire.send(message)
+
+    def send_ping(self) -> None:
+        """Tell the other node how this one is."""
+        if self._wire is None or not self._wire.connection.link.is_greeted:
+            return
+        dirty_bytes, age_s, secondary, copied_bytes = self._home.figures()
+        now_us = int(self._loop.time() * 1e6)
+        state = _SECONDARY[secondary]
+        self._wire.send(Ping(now_us, 0, dirty_bytes, int(age_s * 1000), state, copied_bytes))
+
+    def _heard(self, ping: Ping) -> None:
+        was = self.peer.dirty_bytes
+        self.peer = Peer(
+            ping.dirty_bytes, ping.age_ms / 1000, ping.secondary, ping.copied_bytes,
+            self._loop.time(),
+        )  # fmt: skip
+        if bool(was) != bool(ping.dirty_bytes):
+            self._home.changed()
+
+    # -- Surroundings of the node -------------------------------------------------------------
+    def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+        task = self._loop.create_task(self._store(lasting, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+        try:
+            await self._write(lasting)
+        except OSError as error:
+            done(error)
+        else:
+            done(None)
+
+    def new_generation(self) -> bytes:
+        return uuid4().bytes
+
+    def hello(self) -> Hello:
+        geometry, names = self._geometry, self._names
+        return Hello(
+            volume=NIL,
+            node=self.node.number,
+            lowest=VERSION,
+            highest=VERSION,
+            role=Role.PAIR,
+            flags=HelloFlag(0),
+            required=REQUIRED,
+            offered=OFFERED,
+            term=0,
+            incarnation=self.incarnation,
+            session=names.session,
+            boot=self._boot,
+            generations=(NIL,) * 4,
+            size_bytes=geometry.size_bytes,
+            extent_bytes=geometry.extent_bytes,
+            block_bytes=geometry.block_bytes,
+            last_paired=0,
+            machine=self._machine,
+            timeout_ms=round(self._timeout_s * 1000),
+            most_requests=MOST_REQUESTS,
+            name=names.volume,
+            primary=names.primary,
+            secondary=names.secondary,
+            program=f"bitmapd {__version__}",
+        )
+
+    def stored(self) -> bitarray:
+        return self._at_start
+
+    def other_died(self) -> None:
+        self._home.other_died()
+
+    def changed(self) -> None:
+        state = self.node.state
+        if state is not self._state:
+            before, self._state, self.since_s = self._state, state, self._loop.time()
+            if state is State.PAIRED:
+                self._home.emit("partner-up", was=before.value)
+            elif state is State.OUTDATED:
+                self._home.outdated()
+        self._home.changed()
+
+    def emit(self, event: str, **fields: object) -> None:
+        self._home.emit(event, **fields)
+
+
+def _machine_id() -> bytes:
+    """The machine's id, hashed or not, is 16 bytes; without one, one of this process."""
+    try:
+        return bytes.fromhex(Path("/etc/machine-id").read_text().strip())[:16].ljust(16, b"\0")
+    except (OSError, ValueError):
+        return os.urandom(16)
+
+
+def _boot_id() -> bytes:
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return bytes.fromhex(text.strip().replace("-", ""))
+    except (OSError, ValueError):
+        return NIL
