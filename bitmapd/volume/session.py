@@ -19,24 +19,36 @@ reason to refuse the hosts; it is not written before somebody has said so (`guar
 Each superblock has a number, and the file has that of the last one that this host wrote.  So a
 copy of the record is also told from the newest by an update within one session, as the one that
 marks it clean.
+
+One node's record of a pair has no fingerprints: the partner goes on to write both media.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from uuid import UUID
 
 from bitmapd.config import Paths, VolumeConfig, atomic_write
-from bitmapd.errors import ForeignRecordError
+from bitmapd.errors import ForeignRecordError, UsageError
 from bitmapd.media.fingerprint import fingerprint
 from bitmapd.net.uri import is_uri
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.hints import Hints, decode_hints, encode_hints
-from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, all_ones, page_count
+from bitmapd.record.layout import (
+    InitialSync,
+    PairFlag,
+    PairState,
+    RecordFlag,
+    Superblock,
+    all_ones,
+    page_count,
+)
 from bitmapd.record.updates import SuperblockUpdates
 from bitmapd.volume.sides import CHAPTER, check_primary, secondary_holds, secondary_mismatch
 
@@ -48,8 +60,12 @@ class RecordSession:
     the record of 16 TiB, and as long as it likes where a device answers late.  So a volume has one
     thread do all of it (`Aside`), which also keeps updates in order; `emit` is called on it."""
 
-    def __init__(self, config: VolumeConfig, paths: Paths, emit: Emit) -> None:
+    def __init__(
+        self, config: VolumeConfig, paths: Paths, emit: Emit, *, node: int | None = None
+    ) -> None:
+        """`node`: the one of a pair that the configuration says this is; None: of none."""
         self._config = config
+        self._node = node
         self._emit = emit
         self._paths = paths
         self._state_file = paths.state_file(config.uuid)
@@ -71,6 +87,11 @@ class RecordSession:
     def superblock(self) -> Superblock:
         return self._updates.superblock
 
+    @property
+    def pair(self) -> PairState | None:
+        """What the record durably says about the pair; None for a volume of one node."""
+        return self.superblock.pair
+
     def _check(self, superblock: Superblock) -> None:
         config = self._config
         if superblock.volume_uuid != config.uuid:
@@ -79,6 +100,7 @@ class RecordSession:
                 f" (uuid {superblock.volume_uuid})",
                 hint=f"check 'record' in the configuration of '{config.name}'",
             )
+        self._check_pair(superblock)
         check_primary(config, self._paths, superblock, self.loaded.bits.count())
         state = self._known_state()
         known = int(state.get("session", 0))
@@ -101,7 +123,22 @@ class RecordSession:
                 " restored from an older copy and does not name what was written since",
                 hint=hint,
             )
-        self._check_at_rest(superblock, state)
+        if superblock.pair is None:  # else the partner may have written the media meanwhile
+            self._check_at_rest(superblock, state)
+
+    def _check_pair(self, superblock: Superblock) -> None:
+        """Whether record and configuration agree on what this node is."""
+        pair, node = superblock.pair, self._node
+        if node == (pair.node if pair else None):
+            return
+        config = self._config
+        of = f"is node {pair.node}'s of a pair" if pair else "is of a volume without a partner"
+        says = f"says that this is node {node}" if node else "names no partner"
+        raise ForeignRecordError(
+            f"record {config.record} {of}, but the configuration of '{config.name}' {says}",
+            hint=f"make 'node' and 'partner' in {self._paths.volume_file(config.name)} what they"
+            " were when the record was made; a record of the other node is not this one's",
+        )
 
     def _check_at_rest(self, superblock: Superblock, state: dict[str, Any]) -> None:
         """Whether the primary is as the last session left it."""
@@ -172,6 +209,35 @@ class RecordSession:
                 # It names an older superblock then: an old copy may pass for the newest.
                 self._state_unusable(f"cannot be written: {error.strerror or error}")
 
+    def store_pair(
+        self,
+        volume: UUID,
+        *,
+        never_paired: bool,
+        term: int,
+        generations: tuple[UUID, ...],
+        volatile: bool = False,
+        alone: bool = False,
+        gone_on: bool = False,
+        **changes: Any,
+    ) -> None:
+        """What pairing has come to, in one update, durable on return.  `volume` is the pair's;
+        `changes` are of the other fields of `PairState`, such as the partner's `machine`."""
+        pair = self.pair
+        if pair is None:
+            raise UsageError(f"the record of '{self._config.name}' is of no pair")
+        flags = PairFlag(0)
+        for flag, is_set in (
+            (PairFlag.VOLATILE, volatile),
+            (PairFlag.ALONE, alone),
+            (PairFlag.GONE_ON, gone_on),
+            (PairFlag.NEVER_PAIRED, never_paired),
+        ):
+            if is_set:
+                flags |= flag
+        pair = dataclasses.replace(pair, volume=volume, flags=flags, term=term, **changes)
+        self.update(pair=pair, generations=generations)
+
     def prepare_growth(self, geometry: Geometry) -> None:
         """Write the pages that a larger volume needs in addition, as ones; not in force yet."""
         tool.write_pages(
@@ -199,8 +265,8 @@ class RecordSession:
 
     def seal(self) -> None:
         """Remember what the primary looks like; no host can write any more.  Nothing is done for a
-        session that has not begun."""
-        if not self._begun:
+        session that has not begun, nor for a pair, whose other node may go on to write."""
+        if not self._begun or self.pair is not None:
             return
         try:
             seals = {"fingerprint": self._fingerprint(self.superblock)}

@@ -1,0 +1,150 @@
+"""session of a pair's node: what it stores about the pair, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from bitmapd.errors import ForeignRecordError, UsageError
+from bitmapd.record import tool
+from bitmapd.record.layout import PairFlag, PairState, PartnerAck, RecordOn
+from bitmapd.volume.session import RecordSession
+from tests.support.local import LocalVolume
+
+PAIR = UUID("0000000a-0000-4000-8000-00000000000b")
+NEWER, OLDER = UUID(int=9), UUID(int=8)
+JOINING = PairState(
+    node=2,
+    volume=None,
+    flags=PairFlag.NEVER_PAIRED,
+    record_on=RecordOn.LOCAL,
+    partner_ack=PartnerAck.STORED,
+)
+
+Open = Callable[[int | None], RecordSession]
+
+
+@pytest.fixture
+def local(tmp_path: Path, short_path: Path) -> LocalVolume:
+    return LocalVolume(tmp_path, short_path)
+
+
+@pytest.fixture
+def open_as(local: LocalVolume) -> Iterator[Open]:
+    sessions = []
+
+    def open_(node: int | None) -> RecordSession:
+        session = RecordSession(local.config, local.paths, lambda *_, **__: None, node=node)
+        sessions.append(session)
+        return session
+
+    yield open_
+    for session in sessions:
+        session.close()
+
+
+def formatted(local: LocalVolume, pair: PairState) -> None:
+    superblock = local.superblock.with_pair(pair)
+    tool.format_record(local.record, superblock, ones=False, force=True)
+
+
+def test_what_pairing_has_come_to_is_stored_in_one_update(
+    local: LocalVolume, open_as: Open
+) -> None:
+    formatted(local, JOINING)
+    session = open_as(2)
+    assert session.pair == JOINING
+    session.begin()
+    before = session.superblock
+    session.store_pair(
+        PAIR,
+        never_paired=False,
+        term=3,
+        generations=(NEWER, OLDER),
+        volatile=True,
+        machine=bytes(range(16)),
+        partner_session=7,
+    )
+    stored = local.superblock
+    assert stored == session.superblock
+    assert stored.sequence == before.sequence + 1
+    assert stored.session == before.session
+    assert stored.volume_uuid == local.config.uuid, "a record keeps its own UUID"
+    assert stored.generations == (NEWER, OLDER)
+    assert stored.pair == PairState(
+        node=2,
+        volume=PAIR,
+        flags=PairFlag.VOLATILE,
+        record_on=RecordOn.LOCAL,
+        partner_ack=PartnerAck.STORED,
+        term=3,
+        machine=bytes(range(16)),
+        partner_session=7,
+    )
+    session.store_pair(
+        PAIR, never_paired=True, term=4, generations=(NEWER,), alone=True, gone_on=True
+    )
+    pair = local.superblock.pair
+    assert pair is not None
+    assert pair.flags == PairFlag.NEVER_PAIRED | PairFlag.ALONE | PairFlag.GONE_ON
+    assert (pair.term, pair.partner_session) == (4, 7), "what is not named stays"
+
+
+def test_a_pair_outlives_pauses_sessions_and_a_clean_end(local: LocalVolume, open_as: Open) -> None:
+    formatted(local, JOINING)
+    session = open_as(2)
+    session.begin()
+    session.store_pair(PAIR, never_paired=False, term=1, generations=(NEWER,))
+    kept = session.pair
+    session.finish()
+    session.close()
+    assert open_as(2).pair == kept
+
+
+def test_the_partner_may_write_the_media_while_this_node_is_stopped(
+    local: LocalVolume, open_as: Open
+) -> None:
+    formatted(local, PairState(node=1, volume=local.config.uuid))
+    session = open_as(1)
+    session.begin()
+    session.finish()
+    session.seal()
+    session.close()
+    state = json.loads(local.paths.state_file(local.config.uuid).read_text())
+    assert "fingerprint" not in state
+    # As after a time as a volume of one node, which left a fingerprint.
+    state["fingerprint"] = "of other content"
+    local.paths.state_file(local.config.uuid).write_text(json.dumps(state))
+    assert not open_as(1).primary_is_as_left
+
+
+@pytest.mark.parametrize(
+    ("pair", "node", "message"),
+    [
+        (JOINING, None, "is node 2's of a pair, but the configuration of 'vol0' names no partner"),
+        (JOINING, 1, "is node 2's of a pair, but the configuration of 'vol0' says that this is"),
+        (None, 1, "is of a volume without a partner, but the configuration of 'vol0' says that"),
+    ],
+)
+def test_a_record_of_another_node_is_refused(
+    local: LocalVolume, open_as: Open, pair: PairState | None, node: int | None, message: str
+) -> None:
+    if pair is not None:
+        formatted(local, pair)
+    before = local.record.read_bytes()
+    with pytest.raises(ForeignRecordError, match=message) as caught:
+        open_as(node)
+    assert caught.value.hint is not None
+    assert "'node' and 'partner'" in caught.value.hint
+    assert local.record.read_bytes() == before
+
+
+def test_a_volume_of_one_node_has_no_pair_to_store(local: LocalVolume, open_as: Open) -> None:
+    session = open_as(None)
+    assert session.pair is None
+    with pytest.raises(UsageError, match="is of no pair"):
+        session.store_pair(PAIR, never_paired=False, term=1, generations=(NEWER,))
