@@ -29,6 +29,7 @@ from dmctl.model.stack import (
 )
 from dmctl.model.steps import RAM, MakeRam
 from dmctl.model.targets import Other, Table, parse, render, table_bytes
+from tests.support.machines import examples
 from tests.support.simdm import MIB, Died, SimDm
 
 UUID = "0123456789abcdef0123456789abcdef"
@@ -167,7 +168,7 @@ def grow(dm: SimDm, draw: st.DataObject) -> None:
 MISCHIEF = (suspend, load, swap_error, lose_nbd, drop_ram, lift_limit, grow)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.data())
 def test_every_goal_is_reached_from_every_state(data: st.DataObject) -> None:
     dm = kernel(data.draw(st.sampled_from(GRANULARITIES)))
@@ -242,7 +243,7 @@ def test_undoing_stops_at_what_cannot_be_undone() -> None:
         pytest.fail("it was never done")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.data())
 def test_every_inverse_brings_back_what_was(data: st.DataObject) -> None:
     dm = kernel()

@@ -27,6 +27,7 @@ from dmctl.simulate.params import Params
 from dmctl.simulate.replay import drive
 from dmctl.simulate.superset import TICK_S, GateModel
 from dmctl.simulate.trace import Request, Trace, make_trace
+from tests.support.machines import examples
 from tests.support.policies import Forgetful
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain
@@ -211,7 +212,9 @@ def make(steps: Sequence[tuple[float, int, int]]) -> Trace:
     return make_trace("t", requests, SIZE)
 
 
-@settings(max_examples=120, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(
+    max_examples=examples(120), deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
 @given(
     steps=writes,
     limit=st.integers(1, 40),

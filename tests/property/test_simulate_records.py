@@ -17,6 +17,7 @@ from dmctl.simulate.paging import Belady, Lru
 from dmctl.simulate.params import Params
 from dmctl.simulate.replay import POLICIES, drive, make_model, replay
 from dmctl.simulate.trace import Request, Trace, make_trace
+from tests.support.machines import examples
 
 SIZE = 256 * MIB
 PIECE = 64 << 10
@@ -47,7 +48,7 @@ def make(moves: Sequence[tuple[float, int, int]]) -> Trace:
 
 # Without shrinking, which takes longer than a test may last.
 QUICK = settings(
-    max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
+    max_examples=examples(40), deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate]
 )
 
 

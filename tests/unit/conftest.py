@@ -1,4 +1,4 @@
-"""Fixtures of several modules: the files of a volume, places for a record, golden images."""
+"""Fixtures of several modules: volumes to order, places for a record, golden images."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from bitmapd.record.layout import record_size_bytes
 from tests.data import make_golden
 from tests.support.local import LocalVolume
 from tests.support.loops import loop_device, sparse_file
-
-
-@pytest.fixture
-def local(tmp_path: Path, short_path: Path) -> LocalVolume:
-    return LocalVolume(tmp_path, short_path)
 
 
 @pytest.fixture

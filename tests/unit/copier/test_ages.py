@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bitmapd.copier.ages import Ages
 from bitmapd.gate.blockset import BlockSet
+from tests.support.machines import examples
 
 BLOCKS = 4
 
@@ -47,7 +48,7 @@ class Model:
         return min((since_s for stage in stages for since_s in stage.values()), default=None)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(
     st.lists(
         st.tuples(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bitmapd.copier import settling
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
@@ -77,6 +78,12 @@ def test_an_error_that_several_share_is_one_loss() -> None:
 Submit = Callable[[int, Done], None]
 
 
+@pytest.fixture
+def settling_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush that failed is tried again after a moment."""
+    monkeypatch.setattr(settling, "SETTLE_INTERVAL_S", 0.05)
+
+
 class Failing:
     """In place of the disk engine's flush: the primary fails when asked to."""
 
@@ -110,6 +117,7 @@ def hosts(local: LocalVolume, count: int) -> Iterator[list[RawNbd]]:
         yield [stack.enter_context(RawNbd(socket, local.name)) for _ in range(count)]
 
 
+@pytest.mark.usefixtures("settling_soon")
 @pytest.mark.parametrize("durable", ["write", "zero", "trim"])
 def test_what_the_copiers_flush_is_told_all_hosts_are_told(
     local: LocalVolume, durable: str
@@ -164,6 +172,7 @@ def test_what_one_host_is_told_the_others_and_the_next_are_told(local: LocalVolu
     asyncio.run(run())
 
 
+@pytest.mark.usefixtures("settling_soon")
 def test_with_nobody_there_the_next_host_is_told(local: LocalVolume) -> None:
     async def run() -> None:
         async with serving(local) as served:
@@ -185,11 +194,11 @@ def test_with_nobody_there_the_next_host_is_told(local: LocalVolume) -> None:
 class Held:
     """In place of the engine's flush and write: both wait until the test lets them end."""
 
-    def __init__(self, engine: AioEngine) -> None:
+    def __init__(self, disk: AioEngine) -> None:
         self.waiting: list[tuple[str, Done]] = []
-        engine.flush = lambda fd, done: self.waiting.append(("flush", done))  # type: ignore[method-assign]
+        disk.flush = lambda fd, done: self.waiting.append(("flush", done))  # type: ignore[method-assign]
         for name in ("write", "write_now", "write_aside"):
-            setattr(engine, name, self._write)
+            setattr(disk, name, self._write)
 
     def _write(self, fd: int, at: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
         self.waiting.append(("write", done))
@@ -204,46 +213,46 @@ def held(tmp_path: Path) -> Iterator[tuple[KernelDevice, Held]]:
     path = tmp_path / "disk"
     path.write_bytes(bytes(MIB))
     loop = asyncio.new_event_loop()
-    engine = AioEngine(loop)
-    device = KernelDevice(path, engine)
-    yield device, Held(engine)
+    disk = AioEngine(loop)
+    device = KernelDevice(path, disk)
+    yield device, Held(disk)
     device.close()
-    engine.close()
+    disk.close()
     loop.close()
 
 
 def test_flushes_go_one_at_a_time_and_those_that_wait_share_the_next(
     held: tuple[KernelDevice, Held],
 ) -> None:
-    device, engine = held
+    device, disk = held
     told: list[tuple[int, OSError | None]] = []
     for index in range(4):
         device.flush(lambda error, index=index: told.append((index, error)))  # type: ignore[misc]
-    assert len(engine.waiting) == 1
-    engine.end("flush")
+    assert len(disk.waiting) == 1
+    disk.end("flush")
     assert told == [(0, None)]
-    engine.end("flush", GONE)
+    disk.end("flush", GONE)
     assert told == [(0, None), (1, GONE), (2, GONE), (3, GONE)]
-    assert not engine.waiting
+    assert not disk.waiting
 
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_flush_does_not_succeed_before_a_durable_write_has_told_what_it_was_told(
     held: tuple[KernelDevice, Held], others: int
 ) -> None:
-    device, engine = held
+    device, disk = held
     told: list[tuple[str, OSError | None]] = []
     for index in range(1 + others):
         device.write(4096 * index, aligned(4096), lambda error: told.append(("write", error)), True)
     device.flush(lambda error: told.append(("flush", error)))
-    engine.end("flush")
+    disk.end("flush")
     device.write(65536, aligned(4096), lambda error: told.append(("later", error)), True)
     assert told == []
     for _ in range(others):
-        engine.end("write")
-    engine.end("write", GONE)
+        disk.end("write")
+    disk.end("write", GONE)
     assert told == [("write", None)] * others + [("write", GONE), ("flush", None)]
     device.flush(lambda error: told.append(("flush", error)))
-    engine.end("write")
-    engine.end("flush")
+    disk.end("write")
+    disk.end("flush")
     assert told[-2:] == [("later", None), ("flush", None)]

@@ -21,6 +21,7 @@ from bitmapd.nbd.server.handshake import (
     TlsMode,
 )
 from bitmapd.nbd.wire import GREETING, ProtocolError
+from tests.support.machines import examples
 from tests.support.nbdraw import (
     context_data,
     info_data,
@@ -318,7 +319,7 @@ def run(
     return output, handshake.state, failure, handshake.leftover() if failure is None else b""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.lists(_sensible, max_size=8),
     st.sampled_from([FLAGS, b"\0\0\0\1", bytes(4), b"\xff" * 4, b""]),
@@ -333,7 +334,7 @@ def test_pieces_make_no_difference(
     assert run(stream, cuts, tls) == run(stream, [], tls)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.binary(max_size=300), st.sampled_from(list(TlsMode)))
 def test_a_byte_at_a_time(noise: bytes, tls: TlsMode) -> None:
     stream = FLAGS + option(Opt.LIST) + noise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from pathlib import Path
 
@@ -118,6 +119,25 @@ def check_stored(local: LocalVolume, folder: Path) -> int:
     return geometry.size_bytes
 
 
+def content(path: Path) -> dict[int, bytes]:
+    """Every piece of 64 KiB that is not zero; holes of the 2 GiB are not read."""
+    found = {}
+    with path.open("rb") as stream:
+        at = 0
+        while True:
+            try:
+                at = os.lseek(stream.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # no data up to the end
+                    raise
+                return found
+            at -= at % EXTENT_BYTES
+            piece = os.pread(stream.fileno(), EXTENT_BYTES, at)
+            if any(piece):
+                found[at] = piece
+            at += EXTENT_BYTES
+
+
 class Failing:
     """The write of that number, and every one after it, fails; of the first so much lands."""
 
@@ -192,7 +212,7 @@ def test_growth_whose_page_cannot_be_written_can_be_repeated(
             await served.in_sync()
 
     run(test())
-    assert local.primary.read_bytes() == local.secondary.read_bytes()
+    assert content(local.primary) == content(local.secondary)
 
 
 @pytest.mark.parametrize("landing", [False, True])

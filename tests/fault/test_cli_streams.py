@@ -20,7 +20,7 @@ from dmctl.cli.parser import build_parser
 from tests.support.cli import TIMEOUT_S, Cli, new_cli
 
 READER_GONE = 128 + signal.SIGPIPE
-TRACE = Path(__file__).parents[2] / "data/traces"
+TRACE = Path(__file__).parents[1] / "data/traces"
 
 # Words -> exit status.  Each command of the parser is here, or in `ELSEWHERE`.
 COMMANDS: dict[str, int] = {

@@ -19,7 +19,7 @@ import pytest
 from tests.support.cli import TIMEOUT_S, Cli, Outcome
 
 NOBODY = 65534
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
