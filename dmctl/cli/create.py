@@ -14,15 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from bitmapd.attach.choose import resolved
@@ -36,34 +31,15 @@ from bitmapd.config import (
     device_of,
     effective_record_limit_bytes,
     load_defaults,
-    load_volume,
     render,
-    volume_names,
 )
-from bitmapd.errors import (
-    BitmapdError,
-    BusyError,
-    DifferencesError,
-    ExistsError,
-    ForeignRecordError,
-    FormatTooNewError,
-    NoSpaceError,
-    PermissionError_,
-    RecordDamagedError,
-    UsageError,
-    explain,
-)
-from bitmapd.media.identity import Identity, identify, in_use, same_medium, signature
-from bitmapd.net.tls import client_context, server_context
-from bitmapd.net.uri import is_uri, parse_uri
-from bitmapd.predict.predictors import make_policy
+from bitmapd.errors import BitmapdError, ExistsError, UsageError, explain
 from bitmapd.record import tool
-from bitmapd.record.geometry import Geometry
-from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
+from bitmapd.record.layout import InitialSync, Superblock, record_size_bytes
 from bitmapd.units import human_size
-from bitmapd.volume.sides import forget_copies, good_copies
+from bitmapd.volume.sides import forget_copies
+from dmctl.cli.checks import Findings, check
 from dmctl.cli.context import Context, combine
-from dmctl.cli.media import first_difference, open_export, open_file
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.record import wipe
@@ -74,42 +50,6 @@ OPTION_KEYS = (
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
 )  # fmt: skip
-_UNSTABLE_NAME = re.compile(r"/dev/(sd[a-z]+|vd[a-z]+|xvd[a-z]+|nvme\d+n\d+)(p?\d+)?")
-
-Value = TypeVar("Value")
-
-
-@dataclass(slots=True)
-class Findings:
-    """What the checks have found out so far."""
-
-    force: bool
-    errors: list[BitmapdError] = field(default_factory=list)
-    overridden: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)  # copies that are overwritten, to be asked for
-    notes: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """Keep an error for the list, and go on behind the block."""
-        try:
-            yield
-        except BitmapdError as error:
-            self.errors.append(error)
-        except OSError as error:
-            self.errors.append(explain(error))
-
-    def attempt(self, check: Callable[[], Value]) -> Value | None:
-        with self.collect():
-            return check()
-        return None
-
-    def unless_forced(self, error: BitmapdError) -> None:
-        if self.force:
-            self.overridden.append(error.message)
-        else:
-            hint = "--force overwrites it"
-            self.errors.append(type(error)(error.message, hint))
 
 
 def create(context: Context, args: Namespace) -> int:
@@ -125,7 +65,7 @@ def create(context: Context, args: Namespace) -> int:
         found.errors.append(ConfigError(problems))
     if config is not None:
         config = found.attempt(partial(_with_attach, config, table))
-    superblock = _check(context, found, name, table, config)
+    superblock = check(context, found, name, table, config)
     if found.errors or config is None or superblock is None:
         raise combine(found.errors, doing)
     plan = _plan(config, superblock, found)
@@ -204,288 +144,6 @@ def _with_attach(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
             hint="leave one of the two out",
         )
     return config
-
-
-# -- checks -----------------------------------------------------------------------------------
-
-
-def _check(
-    context: Context,
-    found: Findings,
-    name: str,
-    table: dict[str, Any],
-    config: VolumeConfig | None,
-) -> Superblock | None:
-    """Everything that can be known before anything is written; None if a part is missing."""
-    media = {key: str(table[key]) for key in ("primary", "secondary", "record")}
-    known = {key: found.attempt(partial(_identify, key, value)) for key, value in media.items()}
-    with found.collect():
-        context.paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-    for key, value in media.items():
-        identity = known[key]
-        if identity is not None and identity.kind != "nbd":
-            _check_free(found, key, value, identity)
-    _check_distinct(found, media, known)
-    _check_others(context, found, media, known)
-    primary, secondary, record = (known[key] for key in media)
-    if config is None or primary is None:
-        return None
-    geometry = _check_geometry(found, config, primary)
-    _check_certificates(found, config)
-    if geometry is None:
-        return None
-    size_bytes = _check_secondary(found, config, geometry, secondary)
-    if secondary is not None and config.initial_sync != "skip":
-        _check_copies(context, found, config, primary, secondary)
-    superblock = Superblock(
-        volume_uuid=config.uuid,
-        name=name,
-        geometry=geometry,
-        generations=(uuid4(),),
-        primary=primary.text,
-        primary_size_bytes=primary.size_bytes or 0,
-        secondary=secondary.text if secondary else "",
-        secondary_size_bytes=size_bytes or 0,
-        created_s=int(time.time()),
-        updated_s=int(time.time()),
-        flags=(RecordFlag.SYNC_SKIPPED | RecordFlag.CLEAN)
-        if config.initial_sync == "skip"
-        else RecordFlag(0),
-        initial_sync={"full": InitialSync.FULL, "checksum": InitialSync.CHECKSUM}.get(
-            config.initial_sync, InitialSync.NONE
-        ),
-    )
-    if (
-        record is not None
-        and not record.read_only
-        and not _check_record(context, found, config, record, geometry)
-    ):
-        # As after a process that died: what it had sent may land late.
-        superblock = dataclasses.replace(superblock, session=1)
-    return superblock
-
-
-def _identify(key: str, target: str) -> Identity:
-    try:
-        return identify(target)
-    except BitmapdError as error:
-        raise type(error)(f"{key} {error.message}", error.hint) from None
-
-
-def _check_free(found: Findings, key: str, path: str, identity: Identity) -> None:
-    with found.collect():
-        user = in_use(path)
-        if user is not None:
-            found.errors.append(
-                BusyError(f"{key} {path} is {user}", hint="unmount or detach it first")
-            )
-    if identity.read_only:
-        found.errors.append(PermissionError_(f"{key} {path} cannot be written"))
-    if not identity.stable:
-        found.notes.append(f"{key} {path} has no lasting identity; an exchange goes unnoticed")
-    if _UNSTABLE_NAME.fullmatch(path):
-        found.notes.append(
-            f"{path} may be another disk after a reboot; a name in /dev/disk/by-id stays"
-        )
-
-
-def _check_distinct(
-    found: Findings, media: dict[str, str], known: dict[str, Identity | None]
-) -> None:
-    for one, other in (("primary", "secondary"), ("primary", "record"), ("secondary", "record")):
-        if known[one] is None or known[other] is None:
-            continue
-        if found.attempt(partial(same_medium, media[one], media[other])):
-            found.errors.append(
-                UsageError(f"{one} {media[one]} and {other} {media[other]} are the same medium")
-            )
-
-
-def _check_others(
-    context: Context,
-    found: Findings,
-    media: dict[str, str],
-    known: dict[str, Identity | None],
-) -> None:
-    """What other volumes use; `config check` reports one that cannot be read, not this."""
-    for name in volume_names(context.paths):
-        try:
-            other = load_volume(context.paths, name)
-        except (BitmapdError, OSError):
-            found.notes.append(f"the configuration of '{name}' has errors and was not looked at")
-            continue
-        for key, value in media.items():
-            for role in ("primary", "secondary", "record"):
-                used = getattr(other, role)
-                try:
-                    same = known[key] is not None and same_medium(value, used)
-                except BitmapdError:
-                    continue  # the other volume's medium is not there
-                if same:
-                    found.errors.append(
-                        BusyError(f"{key} {value} is the {role} of volume '{name}'")
-                    )
-
-
-def _check_geometry(found: Findings, config: VolumeConfig, primary: Identity) -> Geometry | None:
-    size_bytes = primary.size_bytes or 0
-    sector = primary.logical_block_bytes or 512
-    if size_bytes % sector:
-        found.errors.append(
-            UsageError(
-                f"primary {config.primary} has {size_bytes} bytes, no multiple of its blocks of"
-                f" {sector} bytes",
-                hint=f"truncate -s {size_bytes + -size_bytes % sector} {config.primary}",
-            )
-        )
-    with found.collect():
-        if config.block_size_bytes < sector:
-            raise UsageError(f"--block-size is smaller than the primary's blocks of {sector} bytes")
-        geometry = Geometry(size_bytes, config.extent_size_bytes, config.block_size_bytes)
-        make_policy(config.predictor, geometry)
-        return geometry
-    return None
-
-
-def _check_certificates(found: Findings, config: VolumeConfig) -> None:
-    with found.collect():
-        listen = parse_uri(config.listen)
-        folder = listen.tls_certificates or config.tls_certificates
-        if listen.tls and folder is not None:
-            server_context(Path(folder))
-    with found.collect():
-        if is_uri(config.secondary):
-            uri = parse_uri(config.secondary)
-            folder = uri.tls_certificates or config.tls_certificates
-            if uri.tls and folder is not None:
-                client_context(Path(folder), uri.tls_hostname or uri.host)
-            if not uri.tls and uri.socket_path is None:
-                found.notes.append(f"what is copied to {config.secondary} is not encrypted")
-
-
-def _check_secondary(
-    found: Findings, config: VolumeConfig, geometry: Geometry, identity: Identity | None
-) -> int | None:
-    """The secondary's size, once everything about it has been checked."""
-    target, need = config.secondary, geometry.size_bytes
-    if identity is None:
-        return None
-    if identity.kind == "nbd":
-        with found.collect(), open_export(target, config.tls_certificates) as export:
-            _check_size(found, config, need, export.size_bytes, export.block_size_bytes)
-            if config.initial_sync == "skip" and export.size_bytes >= need:
-                with open_file(config.primary) as read:
-                    _check_samples(config, first_difference(read, export.read, need))
-            return export.size_bytes
-        return None
-    have = identity.size_bytes or 0
-    _check_size(found, config, need, have, identity.logical_block_bytes or 512)
-    with found.collect():
-        content = None if identity.read_only else signature(target)
-        # A copy of the primary looks like the primary; whether it is one is checked otherwise.
-        if content is not None and not (
-            config.initial_sync != "full" and content == signature(config.primary)
-        ):
-            found.unless_forced(ExistsError(f"secondary {target} holds something: {content}"))
-    if config.initial_sync == "skip" and have >= need:
-        with found.collect(), open_file(config.primary) as one, open_file(target) as other:
-            _check_samples(config, first_difference(one, other, need))
-    return have
-
-
-def _check_copies(
-    context: Context,
-    found: Findings,
-    config: VolumeConfig,
-    primary: Identity,
-    secondary: Identity,
-) -> None:
-    """Whether the secondary was in sync with another primary."""
-    old: Superblock | None = None
-    with suppress(BitmapdError):  # what is wrong with the record is told by its own check
-        old = tool.probe(config.record)
-    found.lost += good_copies(context.paths, old, primary.text, secondary.text)
-
-
-def _check_size(
-    found: Findings, config: VolumeConfig, need: int, have: int, block_bytes: int
-) -> None:
-    if have < need:
-        found.errors.append(
-            NoSpaceError(
-                f"secondary {config.secondary} has {have} bytes, the primary {config.primary} has"
-                f" {need}"
-            )
-        )
-    if config.block_size_bytes < block_bytes:
-        found.errors.append(
-            UsageError(
-                f"--block-size is smaller than the secondary's blocks of {block_bytes} bytes"
-            )
-        )
-    elif need % block_bytes:
-        found.errors.append(
-            UsageError(
-                f"the size of the primary, {need} bytes, is no multiple of the secondary's blocks"
-                f" of {block_bytes} bytes"
-            )
-        )
-
-
-def _check_samples(config: VolumeConfig, offset: int | None) -> None:
-    if offset is not None:
-        raise DifferencesError(
-            f"--initial-sync skip: {config.primary} and {config.secondary} differ near byte"
-            f" {offset}",
-            hint="use --initial-sync checksum, which copies only what differs",
-        )
-
-
-def _check_record(
-    context: Context,
-    found: Findings,
-    config: VolumeConfig,
-    identity: Identity,
-    geometry: Geometry,
-) -> bool:
-    """False if an earlier volume's process may have left writes on their way to its secondary."""
-    path, need, have = config.record, record_size_bytes(geometry.extents), identity.size_bytes or 0
-    if have < need:
-        hint = f"truncate -s {need} {path}" if identity.kind == "file" else "use a larger device"
-        found.errors.append(NoSpaceError(f"record {path} has {have} bytes and needs {need}", hint))
-    with found.collect(), tool.RecordMedium.open(path) as medium:
-        medium.lock()
-    with found.collect():
-        try:
-            superblock = tool.probe(path)
-        except (RecordDamagedError, FormatTooNewError) as error:
-            found.unless_forced(error)
-            return False
-        if superblock is not None:
-            _check_old_record(context, found, config, superblock)
-            return superblock.clean or superblock.session == 0
-        content = signature(path)
-        if content is not None:
-            found.unless_forced(ExistsError(f"record {path} holds something: {content}"))
-    return True
-
-
-def _check_old_record(
-    context: Context, found: Findings, config: VolumeConfig, old: Superblock
-) -> None:
-    """Whether the record that stands on the device may go."""
-    owner = f"volume '{old.name}' (uuid {old.volume_uuid})"
-    if old.name != config.name:
-        found.unless_forced(ForeignRecordError(f"record {config.record} belongs to {owner}"))
-    elif old.session > 0 and not old.clean:
-        found.unless_forced(
-            ForeignRecordError(
-                f"record {config.record} belongs to an earlier {owner}, which was not stopped"
-                " cleanly: it names what its secondary lacks"
-            )
-        )
-    else:
-        found.notes.append(f"the record of an earlier {owner} is overwritten")
 
 
 # -- doing it ---------------------------------------------------------------------------------

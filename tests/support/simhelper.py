@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from dmctl.kernel.barrier import Barrier, Collected, counters
 from dmctl.kernel.dm_wire import Target
-from dmctl.kernel.helper import wired
+from dmctl.kernel.verbs import wired
 from dmctl.model.era import read_superblock
 from dmctl.model.stack import Segment, Volume, segments_of, write_table
 from dmctl.model.targets import SECTOR_BYTES, Line, parse_target

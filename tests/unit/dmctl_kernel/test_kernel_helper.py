@@ -9,14 +9,20 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitmapd.attach.helper_frames import Frame, FrameReader, encode
 from bitmapd.errors import UsageError
+from bitmapd.media.blockstat import BlockStat
+from dmctl.kernel.barrier import counters
+from dmctl.kernel.dm_ioctl import DeviceMapper
 from dmctl.kernel.dm_wire import Target
-from dmctl.kernel.helper import Request, wired
+from dmctl.kernel.verbs import Helper, Request, wired
+from dmctl.model.names import Layer
+from dmctl.model.stack import Volume
 from dmctl.model.targets import Line, Linear
 
 SOON_S = 30.0
@@ -168,3 +174,60 @@ def test_segments_have_a_shape() -> None:
 def test_a_table_is_wired_in_sectors() -> None:
     table = (Line(0, 4096, Linear("7:0", 0)), Line(4096, 512, Linear("43:0", 4096)))
     assert wired(table) == [Target(0, 8, "linear", "7:0 0"), Target(8, 1, "linear", "43:0 8")]
+
+
+# -- counting on --------------------------------------------------------------------------------
+ZEROES = "0 " * 17
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Iterator[Helper]:
+    """A helper that has the counters of two layers, below a folder like /sys/dev/block."""
+    volume = Volume("vol", "0" * 32, "/dev/null", 1 << 20, 512, 65536)
+    mapper = DeviceMapper(os.devnull)
+    made = Helper(volume, mapper)
+    for layer in (Layer.ERA, Layer.TOP):
+        queue = tmp_path / layer.value / "queue"
+        queue.mkdir(parents=True)
+        (queue / "iostats").write_text("1\n")
+        (queue.parent / "stat").write_text(ZEROES)
+        made._stats[layer] = BlockStat(layer.value, tmp_path)
+    yield made
+    for stat in made._stats.values():
+        stat.close()
+    mapper.close()
+
+
+def switch(folder: Path, layer: Layer) -> Path:
+    return folder / layer.value / "queue" / "iostats"
+
+
+def test_layers_that_are_counted_are_left_alone(counting: Helper) -> None:
+    assert counting._count_on() == ([], "")
+    assert counting._restored == 0
+
+
+def test_a_layer_that_somebody_had_not_counted_is_named_once_and_counted_again(
+    counting: Helper, tmp_path: Path
+) -> None:
+    """Nobody read the counters meanwhile, which look as if nothing had been written."""
+    stat = counting._stats[Layer.ERA]
+    before = counters(stat, counting._restored)
+    switch(tmp_path, Layer.ERA).write_text("0\n")
+    assert counting._count_on() == (["dmctl-vol-era"], "")
+    assert switch(tmp_path, Layer.ERA).read_bytes() == b"1"
+    assert counters(stat, counting._restored) != before, "doubt counts as written"
+    assert counting._count_on() == ([], "")
+
+
+def test_a_layer_that_stays_uncounted_is_the_problem_and_keeps_none_from_being_counted(
+    counting: Helper, tmp_path: Path
+) -> None:
+    for layer in (Layer.ERA, Layer.TOP):
+        switch(tmp_path, layer).write_text("0\n")
+    switch(tmp_path, Layer.ERA).unlink()  # read through a descriptor; the name leads nowhere
+    switch(tmp_path, Layer.ERA).symlink_to(os.devnull)
+    restored, problem = counting._count_on()
+    assert restored == ["vol"]
+    assert problem.startswith("/dev/mapper/dmctl-vol-era: ")
+    assert problem.endswith("iostats stays 0")
