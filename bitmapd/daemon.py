@@ -130,7 +130,8 @@ class Daemon:
         self._log.emit("started", version=__version__, pid=os.getpid())
         notify("READY=1")
         await self._ended.wait()
-        notify("STOPPING=1")
+        with contextlib.suppress(OSError):  # a manager that is gone sees the process end, and how
+            notify("STOPPING=1")
         if self._metrics is not None:
             await self._metrics.close()
         await control.close()
@@ -243,7 +244,7 @@ class Daemon:
     def _ended_unasked(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # if nobody waits for it any more, nobody is to be told
+            task.exception()  # if nobody waits for it any more, nobody hears of it
 
     async def _stop(self, args: dict[str, Any], progress: Progress) -> Any:
         return await self._alive(self._begin_stop(bool(args.get("now", False))), progress)
@@ -408,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
         found = Paths.find(os.environ, arguments.config_dir, arguments.run_dir)
         paths = Paths(found.config_dir.absolute(), found.run_dir.absolute())
         paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
-        # A mistake, or a process that serves the volume already, is told to whoever typed this.
+        # A mistake, or a process that serves the volume already, is reported to whoever typed this.
         config = load_volume(paths, arguments.name)
         if not arguments.foreground:
             with RecordMedium.open(config.record) as medium:

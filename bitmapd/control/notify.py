@@ -10,7 +10,7 @@ from collections.abc import Mapping
 def notify(state: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Send `state`, such as `READY=1`; False where no service manager waits for it.
 
-    OSError passes through: the manager that asked to be told cannot be reached.
+    OSError passes through: the manager that asked cannot be reached.
     """
     address = environment.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):

@@ -12,9 +12,9 @@ the copy where the client is as fast as we are.
 
 Flushes go to the medium one at a time, and all that wait for the next one share its answer: the
 kernel reports the loss of cached data once for each descriptor (`media.lost`), to whoever asks
-first, and nobody may be told of success by a flush that ran beside that one.  Writes with FUA are
-told of it too; a flush that succeeds waits for those that are in flight, and what they are told is
-told before.
+first, and a flush that ran beside that one must not report success to anybody.  Writes with FUA
+hear of it too; a flush that succeeds waits for those that are in flight, and what they hear is
+reported before.
 
 Opening and closing may block for as long as the medium likes.  The constructor blocks; `open` does
 not, nor does `close` of a device that was opened `aside`; that of any other does.
@@ -221,7 +221,7 @@ class KernelDevice:
         return self._remote
 
     def lands_late(self, error: OSError) -> bool:
-        """The kernel tells of what it gave up, not of what became of it."""
+        """The kernel reports what it gave up, not of what became of it."""
         return self._remote
 
     def open(self, done: Done) -> None:

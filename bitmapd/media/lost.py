@@ -1,15 +1,15 @@
-"""Loss of cached writes, which a medium reports once, told to everybody whom it concerns (pure).
+"""Loss of cached writes, which a medium reports once and we to everybody whom it concerns (pure).
 
 A write that was answered may sit in a cache; a flush that succeeds says that it does no more.  When
 a cache is lost the kernel says so to whoever flushes next, once for each open descriptor, and then
 forgets it (errseq_t in lib/errseq.c).  Hosts and copier share one descriptor of the primary, so
-what one of them is told the others would never hear: the next flush of a host would succeed
+what one of them hears the others never would: the next flush of a host would succeed
 although what it wrote is gone, and what was copied from the cache would count as durable.
 
-1. After `report` every listener is told once: with its next flush or durable write, if that does
-   not fail by itself.
-2. A listener that is made later is told of a loss that nobody has been told of yet, like one who
-   opens a file.
+1. After `report` every listener hears of it once: with its next flush or durable write, if that
+   does not fail by itself.
+2. A listener that is made later hears of a loss that nobody has heard of yet, like one who opens a
+   file.
 3. An error that several share, because they waited for the same flush, is one loss.
 
 A crash forgets; what it may leave different the record names.
@@ -39,7 +39,7 @@ class LostWrites:
         return Listener(self, self._count if self._told else self._count - 1)
 
     def since(self, count: int) -> tuple[int, OSError | None]:
-        """The latest loss after the first `count` of them, for one who is now told of it."""
+        """The latest loss after the first `count` of them, for one who hears of it now."""
         if count == self._count:
             return count, None
         self._told = True

@@ -53,7 +53,7 @@ def is_remote_disk(name: str, device_path: str, transports: frozenset[str]) -> b
 
 def is_remote(fd: int) -> bool:
     """Whether some of the disks below an open file or block device is behind a transport; what
-    cannot be told counts as remote."""
+    cannot be known counts as remote."""
     try:
         status = os.fstat(fd)
         if stat.S_ISBLK(status.st_mode):

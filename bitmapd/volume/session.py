@@ -284,7 +284,7 @@ class RecordSession:
             return {**state, "session": int(state["session"])}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
             # Without the file an old record cannot be told from the newest; say so and go on, as
             # on a host that serves the volume for the first time.
             self._state_unusable(f"cannot be used: {error}")

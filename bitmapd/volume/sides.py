@@ -171,7 +171,7 @@ def read_note(file: Path) -> Note | None:
         texts = {key: str(table[key]) for key in _TEXTS}
         lately = tuple(int(block) for block in table.get("lately", ()))
         return Note(**texts, in_sync_s=int(table["in_sync_s"]), lately=lately)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
 
 

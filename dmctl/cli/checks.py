@@ -273,7 +273,7 @@ def _check_copies(
 ) -> None:
     """Whether the secondary was in sync with another primary."""
     old: Superblock | None = None
-    with suppress(BitmapdError):  # what is wrong with the record is told by its own check
+    with suppress(BitmapdError):  # its own check reports what is wrong with the record
         old = tool.probe(config.record)
     found.lost += good_copies(context.paths, old, primary.text, secondary.text)
 

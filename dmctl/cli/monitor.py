@@ -62,7 +62,7 @@ class Watched:
     up: bool = False
     error: BitmapdError | None = None
     missing: dict[str, str] = field(default_factory=dict)
-    problem: str = ""  # of its configuration, told once
+    problem: str = ""  # of its configuration, reported once
 
 
 class Monitor:
@@ -271,7 +271,7 @@ def _error_in(said: bytes) -> BitmapdError | None:
     try:
         answer = json.loads(said)
         return error_from_json(answer["error"])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -297,7 +297,7 @@ def monitor(context: Context, args: Namespace) -> int:
         sink.close()
         return 0
     with _only_one(context.paths):
-        pass  # somebody is told of an error while there is somebody
+        pass  # an error is reported while somebody listens
     import daemon  # noqa: PLC0415  (costs 40 ms that the foreground need not pay)
 
     with daemon.DaemonContext(working_directory="/", umask=0o077, signal_map={}):

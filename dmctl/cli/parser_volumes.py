@@ -255,7 +255,7 @@ def add_watching(commands: Commands) -> None:
         choices=("in-sync", "started", "stopped"),
         help="the state",
     )
-    add_timeout(wait, "give up after this time with status 40")
+    add_timeout(wait, "give up after this time with status 40 (default: wait for ever)")
     events = add_command(
         commands,
         "events",

@@ -196,7 +196,7 @@ def _reported(paths: Paths, name: str) -> BitmapdError | None:
     """The error that a bitmapd left behind."""
     try:
         return error_from_json(json.loads(paths.error_file(name).read_bytes()))
-    except (FileNotFoundError, ValueError, AttributeError):
+    except (FileNotFoundError, ValueError, RecursionError, AttributeError):
         return None
 
 

@@ -27,7 +27,7 @@ dm-era marks a block before a write to it goes on, in the era that is current th
    what was brought may get lost on its way: whoever asks again from the same era on gets it again.
    So a reading counts as that of an earlier barrier once it is known that what that one brought has
    arrived: when the era behind it is asked for.
-6. The kernel may have been told not to count (`media/blockstat`).  Lapses are part of a reading, so
+6. Somebody may have switched counting off (`media/blockstat`).  Lapses are part of a reading, so
    whatever was not counted is unknown, and discards may have been among it.
 7. What a barrier needs of memory for 4 exists before.
 8. dm-era digests an ended era at a cost of the volume's size, some seconds per TiB, keeps its marks

@@ -1,6 +1,6 @@
 """Carries steps out, and takes them back when one of them fails (edge).
 
-`execute` does what `Actor` is told; `Dmsetup` is the actor that changes the kernel.  `reach` looks,
+`execute` does what the plan says; `Dmsetup` is the actor that changes the kernel.  `reach` looks,
 plans and executes until nothing is left to do, so that it begins from whatever state an earlier
 attempt left, and ends only with the kernel's word that the goal is reached.
 
@@ -267,7 +267,7 @@ class Dmsetup:
         if set_bytes > limit_bytes:
             raise OSError(
                 errno.EPROTO,
-                f"{device_path(name)} takes discards of {set_bytes} bytes, though it was told to"
+                f"{device_path(name)} takes discards of {set_bytes} bytes, though it was set to"
                 f" take at most {limit_bytes}",
             )
 

@@ -2,7 +2,7 @@
 
 1. The volume's UUID is the *backend identifier* of its device: that is how a device is found again,
    and the kernel refuses a connection that is meant for another volume.
-2. The kernel chooses the index; the block size is always told, because the default of 1024 bytes
+2. The kernel chooses the index; the block size is always given, because the default of 1024 bytes
    would stack upwards.
 3. A device whose old connection is alive takes no new one, says nothing of it and answers
    success.  A socket that was taken got the device's timeout as its send timeout, which is how

@@ -76,7 +76,7 @@ def _writes(scratch: _Scratch) -> int:
     _write(scratch, 3)
     after = counters(scratch.stat)
     if after.lapses != before.lapses:
-        _fail("it is told again and again not to count (queue/iostats)")
+        _fail("something has it stop counting again and again (queue/iostats)")
     if after.sectors_written == before.sectors_written:
         _fail("the counter of writes of a mapped device stands still")
     table = [Target(0, DATA_BYTES // SECTOR_BYTES, "linear", f"{device_path(scratch.era)} 0")]

@@ -1,6 +1,6 @@
 """When a volume is to be started by itself: after its media have come, in whatever order (pure).
 
-`Assembly` is told what is missing and answers what to do; it knows no devices and no clock.
+`Assembly` takes what is missing and answers what to do; it knows no devices and no clock.
 
 1. Each arrival of a complete set of media starts the volume once.  What an administrator stops
    stays stopped until its primary or its record has gone and come back.

@@ -16,7 +16,7 @@ looks at nothing but what was observed.  It is empty exactly when the goal is re
 5. A crash in the middle of making a device leaves one without a table, or without a node where
    udev does not run: either is made good.
 6. A table in force that is right keeps its segments, whatever segments are wanted: who attaches to
-   a live stack is told what is in force.
+   a live stack learns what is in force.
 7. A volume grows in use in two plans: TRACKED with a new era device, for which no segment may be
    direct any more, then ATTACHED, which lengthens the tables above.  None shrinks in use.
 """

@@ -224,6 +224,20 @@ def test_the_service_manager_is_told_when_the_volume_can_be_used(
     assert process.ended() == 0
 
 
+def test_a_service_manager_that_is_gone_spoils_no_clean_stop(
+    local: LocalVolume, start: Starter
+) -> None:
+    address = local.paths.run_dir / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(address))
+        manager.settimeout(WAIT_S)
+        process = start(local, NOTIFY_SOCKET=str(address))
+        assert manager.recv(100) == b"READY=1"
+    process.send(signal.SIGTERM)
+    assert process.ended() == 0
+    assert local.superblock.clean
+
+
 def test_under_the_journal_lines_begin_with_a_level(local: LocalVolume, start: Starter) -> None:
     process = start(local, JOURNAL_STREAM="1:1")
     assert re.match(r"<\d>", process.until("started"))

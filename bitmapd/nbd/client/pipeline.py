@@ -8,7 +8,7 @@ Callbacks on the loop, no task or future a request.
    whole request went to the kernel breaks the link.
 3. The link is lost once, for one reason.  Everything in flight then ends with that error through
    `call_soon`, as `Unanswered` unless part of the request had not left this process, so that the
-   server cannot carry it out; and `on_lost` is told.  A link that was lost is never used again.
+   server cannot carry it out; and `on_lost` hears why.  A link that was lost is never used again.
 4. Time: a request that has waited `timeout_s` ends the link.  A slow line is not a dead one, so
    the clock stands while the request is still on its way and the peer takes bytes, and while data
    of reads arrive; `PATIENCE` times as long ends the link in any case.  One timer looks at the
@@ -18,7 +18,7 @@ Callbacks on the loop, no task or future a request.
    mode from the beginning.
 
 A server may still carry out requests that it had received when the link was lost; nothing in the
-protocol tells when it has finished with them.  (Our own server lets nobody in before.)
+protocol says when it has finished with them.  (Our own server lets nobody in before.)
 """
 
 from __future__ import annotations

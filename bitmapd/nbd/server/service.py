@@ -5,7 +5,7 @@
 2. A buffer handed in comes back to the pool here, except that of a successful read, which goes
    into the outbox.
 3. After `abandon` nothing is answered any more, but buffers come back and `in_flight` falls.
-4. A flush or FUA request succeeds only if the client has been told of every loss of cached writes
+4. A flush or FUA request succeeds only if the client has heard of every loss of cached writes
    since it was let in, whoever met it (`media.lost`).
 """
 

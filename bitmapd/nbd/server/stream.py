@@ -1,6 +1,6 @@
 """The socket of one client, plain or with TLS: what is watched, received, sent and closed.
 
-1. No call waits for the client.  What a call could not do is told by BLOCKED, and the socket is
+1. No call waits for the client.  BLOCKED stands for what a call could not do, and the socket is
    watched for the moment at which it can.
 2. Each step of a TLS handshake is carried out by the `TlsWorker`, which is never in the way of the
    loop.  As long as a step is there, the socket is neither watched nor read nor closed here: its

@@ -199,8 +199,11 @@ def test_a_record_that_is_ahead_of_the_host_is_right(host: Host) -> None:
     assert json.loads(state.read_text())["session"] == 3
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", "{}", "[]", '{"session": null}'])
-def test_a_state_file_that_says_nothing_is_told_of(host: Host, content: str) -> None:
+@pytest.mark.parametrize(
+    "content",
+    ["", "nonsense", "{}", "[]", '{"session": null}', pytest.param("[" * 100_000, id="deep")],
+)
+def test_a_state_file_that_says_nothing_is_reported(host: Host, content: str) -> None:
     state = host.local.paths.state_file(host.local.config.uuid)
     host.serve()
     state.write_text(content)

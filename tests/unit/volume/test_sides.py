@@ -93,7 +93,10 @@ def test_a_note_that_cannot_be_written_is_told_and_no_more(local: LocalVolume) -
     assert fields["file"] == str(note_file(local))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"in_sync_s": "soon"}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"in_sync_s": "soon"}', "\udcff", pytest.param("[" * 100_000, id="deep")],
+)
 def test_a_file_that_says_nothing_is_none(tmp_path: Path, content: str) -> None:
     file = tmp_path / "note"
     file.write_bytes(content.encode(errors="surrogateescape"))
