@@ -148,7 +148,9 @@ class Daemon:
 
     def _make_volume(self) -> Volume:
         config = resolved(load_volume(self._paths, self._name))
-        return Volume(config, self._paths, asyncio.get_running_loop(), self._log.emit)
+        volume = Volume(config, self._paths, asyncio.get_running_loop(), self._log.emit)
+        volume.on_outdated = _start_anew
+        return volume
 
     # -- stopping -------------------------------------------------------------------------
     def _begin_stop(self, now: bool) -> asyncio.Task[dict[str, Any]]:
@@ -208,6 +210,8 @@ class Daemon:
             "resume": self._resume,
             "set": self._set,
             "resize": self._resize,
+            "partner": self._partner,
+            "takeover": self._takeover,
             "events": events_handler(self._log),
         }
 
@@ -291,6 +295,14 @@ class Daemon:
     async def _resize(self, args: dict[str, Any], progress: Progress) -> Any:
         return await self._to_its_end(self._take_up_size(), progress)
 
+    async def _partner(self, args: dict[str, Any], progress: Progress) -> Any:
+        return self.volume.partner()
+
+    async def _takeover(self, args: dict[str, Any], progress: Progress) -> Any:
+        return await self._to_its_end(
+            self.volume.take_over(bool(args.get("fenced", False))), progress
+        )
+
     async def _take_up_size(self) -> dict[str, Any]:
         async with self._turn:
             try:
@@ -306,6 +318,12 @@ class Daemon:
                     self._ended.set()
                 raise
         return answer
+
+
+def _start_anew() -> None:
+    """The partner has taken over: whatever this process believes to own is no longer its own.  The
+    kernel ends its I/O before the next program begins, and every descriptor is closed by that."""
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _look_again(loop: asyncio.AbstractEventLoop) -> None:

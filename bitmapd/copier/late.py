@@ -33,7 +33,7 @@ A crash loses the list.  The record names all its places, and what starts next s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bitmapd.copier.leaving import Leaving
 from bitmapd.gate.blockset import BlockSet
@@ -98,6 +98,17 @@ class LateWrites:
             for run in self._gate.taken.runs():
                 self._add(self._inherited, *run)
             self._copy_after_s = float("inf")
+
+    def other_node_died(self, extents: Iterable[tuple[int, int]]) -> None:
+        """Another node copied these runs of extents, which are ours now."""
+        if not self.bound_s:
+            return
+        if self._inherited is None:
+            self._inherited = self._new()
+            self._gate.suspect(self._inherited.blocks)
+            self._copy_after_s = float("inf")
+        for run in extents:
+            self._add(self._inherited, *self._geometry.extent_blocks(*run))
 
     def _new(self) -> _Doubt:
         doubt = _Doubt()

@@ -45,7 +45,7 @@ from bitmapd.errors import BusyError, WrongStateError
 from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
 from bitmapd.partner.greeting import Standing, adopted, check, standing
-from bitmapd.partner.messages import Hello, HelloFlag, Message
+from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
 from bitmapd.partner.rights import Rights, Stance
 from bitmapd.partner.share import SplitRights, View, bits_of, runs_of, share
 from bitmapd.peer.frames import ErrorCode, PeerError
@@ -116,8 +116,9 @@ class Surroundings(Protocol):
     def stored(self) -> bitarray:
         """What the stored record named when this process began."""
 
-    def other_died(self) -> None:
-        """What it had sent to the secondary may yet land there."""
+    def other_died(self, extents: Runs) -> None:
+        """These were its own, or may have been, and are ours now: what it had sent to the secondary
+        may yet land there."""
 
     def changed(self) -> None:
         """`state` or `phase` has changed."""
@@ -176,6 +177,11 @@ class Node:
     def serves(self) -> bool:
         """Whether requests of hosts may be taken."""
         return self.state in (State.PAIRED, State.CUT, State.ALONE)
+
+    @property
+    def going_alone(self) -> bool:
+        """Whether that it is alone is being written."""
+        return self._going_alone
 
     def _become(self, state: State) -> None:
         self.state = state
@@ -306,10 +312,16 @@ class Node:
 
     def _absorb(self) -> None:
         """Its process is a new one, so the old one is dead: what that had is ours (invariant 3)."""
-        before = self.rights.own.count()
-        self._around.other_died()
+        before = self.rights.own.copy()
         self.rights.absorb()
-        self.absorbed_extents += self.rights.own.count() - before
+        self._inherit(before)
+
+    def _inherit(self, before: bitarray) -> int:
+        """What is ours and was not `before` was the other's."""
+        taken = self.rights.own & ~before
+        self.absorbed_extents += taken.count()
+        self._around.other_died(runs_of(taken))
+        return taken.count()
 
     def _exchange(self, mine: Hello) -> None:
         self.rights.freeze()
@@ -452,6 +464,7 @@ class Node:
 
         def stored(error: OSError | None) -> None:
             self._going_alone = False
+            self._around.changed()
             if error is not None:
                 self._around.emit("takeover-failed", message=f"cannot write the record: {error}")
                 return
@@ -463,16 +476,14 @@ class Node:
 
     def _be_alone(self, proof: Proof) -> None:
         self.proof = proof
-        self._around.other_died()
         if not self._known:
             # What the other has done is known to nobody: all of it may differ.
             self.rights.learn(((0, len(self.rights.own)),))
             self.compares_everything = True
             self._known = True
-        before = self.rights.own.count()
+        before = self.rights.own.copy()
         self.rights.alone()
-        absorbed = self.rights.own.count() - before
-        self.absorbed_extents += absorbed
+        absorbed = self._inherit(before)
         self._become(State.ALONE)
         self._around.emit(
             "takeover",

@@ -30,7 +30,7 @@ from bitmapd.errors import UnreachableError, WrongStateError
 from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, VERSION
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
-from bitmapd.partner.messages import Hello, HelloFlag, Message, Ping, Pong, Role
+from bitmapd.partner.messages import Hello, HelloFlag, Message, Ping, Pong, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer.connection import Connection
@@ -77,8 +77,8 @@ class Home(Protocol):
         """Dirty bytes, the age of the oldest in seconds, the secondary ("up", "down", "paused"),
         and bytes copied since the start: for the other node."""
 
-    def other_died(self) -> None:
-        """What the other process had sent to the secondary may yet land there."""
+    def other_died(self, extents: Runs) -> None:
+        """These were the other's and are ours: what it had sent there may yet land."""
 
     def outdated(self) -> None:
         """The partner has taken over from this process: it must not go on."""
@@ -139,6 +139,7 @@ class Pair:
         self._last_failure = ""
         self._frames_before = 0
         self._told_slow = False
+        self._compares = False
         self._waiting_since_s: float | None = None
         self._state = self.node.state
         self._machine = _machine_id()
@@ -169,6 +170,10 @@ class Pair:
         return self.node.state
 
     @property
+    def is_alone(self) -> bool:
+        return self.node.state is State.ALONE
+
+    @property
     def in_sync(self) -> bool:
         """Whether nothing of the other node's is known to differ."""
         if self.node.state is State.PAIRED:
@@ -193,13 +198,17 @@ class Pair:
         self.node.leave(given.set_result)
         return await given
 
-    def refuse_unless_serving(self) -> None:
+    def refuse_unless_serving(self, name: str) -> None:
         """UnreachableError while this node may not serve."""
-        if not self.serves:
-            raise UnreachableError(
-                f"this node waits for its partner: {self._last_failure or 'it has not come yet'}",
-                hint="start the partner; if it is dead for certain: dmctl takeover NAME --fenced",
-            )
+        raise UnreachableError(
+            f"volume '{name}' waits for its partner: {self._last_failure or 'it has not come yet'}",
+            hint=f"start the partner; if it is dead for certain: 'dmctl takeover {name} --fenced'",
+        )
+
+    def begins_to_compare(self) -> bool:
+        """Whether from now on everything has to be compared; true once for each time."""
+        told, self._compares = self._compares, self.node.compares_everything
+        return self._compares and not told
 
     def tick(self) -> None:
         """Once a second."""
@@ -398,8 +407,8 @@ class Pair:
     def stored(self) -> bitarray:
         return self._at_start
 
-    def other_died(self) -> None:
-        self._home.other_died()
+    def other_died(self, extents: Runs) -> None:
+        self._home.other_died(extents)
 
     def changed(self) -> None:
         state = self.node.state

@@ -41,12 +41,15 @@ from bitmapd.media.base import Target
 from bitmapd.media.buffers import BufferPool
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside
+from bitmapd.partner.pair import Pair
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.holder import Record
 from bitmapd.record.store import RecordStore
 from bitmapd.units import format_size
 from bitmapd.volume.guard import Guard
 from bitmapd.volume.hints import HintKeeper
+from bitmapd.volume.pairing import VolumeHome, make_pair
 from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.presence import Presence
 from bitmapd.volume.recovery import Recovery
@@ -72,6 +75,12 @@ class Owner(Protocol):
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Return when the condition holds, which is looked at with each `changed`."""
+
+    def outdated(self) -> None:
+        """The partner has taken over from this process."""
+
+    def inherited(self, extents: int) -> None:
+        """So many were the partner's and are copied here."""
 
     def primary_failed(
         self, verb: str, offset_bytes: int, length_bytes: int, error: OSError
@@ -110,7 +119,9 @@ class Parts(_Base):
     primary: KernelDevice
     record: KernelDevice
     secondary: Target
-    store: RecordStore
+    store: RecordStore  # what is stored
+    names: Record  # what the gate asks; the same, or over it
+    pair: Pair | None
     gate: Gate
     copier: Copier
     hints: HintKeeper
@@ -126,7 +137,7 @@ class Parts(_Base):
         self.recording.record_to(self.config.trace)
         self.recovery.begin()
         await self.mode.begin(
-            self.engine, self.gate, self.store, lambda: self.copier.idle, self.opened
+            self.engine, self.gate, self.names, lambda: self.copier.idle, self.opened
         )
         if self.session.secondary_was_written:
             self.guard.found(())
@@ -134,6 +145,11 @@ class Parts(_Base):
             paused=self.pausing.paused,
             guarded=self.session.both_left_equal and not self.session.secondary_was_written,
         )
+
+    def forget_everything(self) -> None:
+        """The partner has all of it: the stored record need not name it any longer."""
+        runs = list(self.store.recorded_runs())
+        self.store.drop(extent for first, stop in runs for extent in range(first, stop))
 
     async def finish(self) -> None:
         """What is done last while everything is still open; the copier has been stopped."""
@@ -144,6 +160,8 @@ class Parts(_Base):
         await self._until_idle()
 
     async def close(self) -> None:
+        if self.pair is not None:
+            self.pair.close()
         self.secondary.close()
         for device in (self.primary, self.record):
             await self.engine.call(device.close)
@@ -168,7 +186,9 @@ async def assemble(
         loop.call_soon_threadsafe(partial(owner.emit, event, **fields))
 
     try:
-        session = await aside(RecordSession, config, paths, emit_from_aside)
+        session = await aside(
+            partial(RecordSession, config, paths, emit_from_aside, node=config.node)
+        )
     except BaseException:
         aside.close()
         raise
@@ -194,12 +214,16 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     engine = AioEngine(loop)
     opened.append(engine.close)
     path = await mode.prepare(geometry, opened)
-    primary = await engine.call(partial(KernelDevice, path, engine, exclusive=mode.exclusive))
+    shared = config.node is not None  # the partner opens primary and secondary as well
+    exclusive = mode.exclusive and not shared
+    primary = await engine.call(partial(KernelDevice, path, engine, exclusive=exclusive))
     opened.append(primary.close)
     record = await engine.call(partial(KernelDevice, config.record, engine))
     opened.append(record.close)
     _warn_if_buffered((primary, record), emit)
-    secondary = make_secondary(config, loop, engine, session.secondary_mismatch)
+    secondary = make_secondary(
+        config, loop, engine, session.secondary_mismatch, exclusive=not shared
+    )
     opened.append(secondary.close)
     await open_secondary(secondary, loop, session.secondary_mismatch, emit)
 
@@ -208,14 +232,22 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     store = RecordStore(geometry, session.loaded, record, loop, emit)
     # Misses of one batch share a record write; it leaves with the batch, not a turn later.
     engine.before_submit.append(store.commit)
+    home = VolumeHome(owner)
+    pair = make_pair(config, session, store, loop, aside, home)
+    names: Record = store if pair is None else pair.record
+    if pair is not None:
+        opened.append(pair.close)
     gate = Gate(
         geometry,
         primary,
-        store,
+        names,
         make_policy(config.predictor, geometry),
         loop,
         limit_extents=limit_extents(config, geometry, None),
         elsewhere=mode.elsewhere,
+        asks=None if pair is None else pair.rights,
+        piecewise=pair is not None,
+        owns=None if pair is None else pair.rights.owns,
     )
     gate.on_primary_error = owner.primary_failed
     hints = HintKeeper(session, gate, loop, aside, emit)
@@ -236,6 +268,9 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         read_primary=primary.read_aside,
     )
     copier.on_change = owner.changed
+    if pair is not None:
+        home.attach(gate, copier, secondary, geometry.block_bytes)
+        pair.attach(gate, copier)
     note = NoteKeeper(
         config, paths, lambda: session.superblock, lambda: copier.samples.lately, loop, emit
     )
@@ -257,6 +292,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         record=record,
         secondary=secondary,
         store=store,
+        names=names,
+        pair=pair,
         gate=gate,
         copier=copier,
         hints=hints,
@@ -265,7 +302,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
             [medium for medium in media if isinstance(medium, KernelDevice)], engine, loop, emit
         ),
         recording=recording,
-        recovery=Recovery(session, store, gate, copier, loop, aside, emit, on_kept=owner.changed),
+        recovery=Recovery(session, names, gate, copier, loop, aside, emit, on_kept=owner.changed),
         pausing=pausing,
         guard=Guard(config.name, config.secondary, gate, copier, pausing, loop, emit),
     )

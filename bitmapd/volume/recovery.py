@@ -55,6 +55,7 @@ class Recovery:
         self._keeping: asyncio.Task[None] | None = None
         self._reason = ""
         self._passes = 0
+        self._inherited: tuple[int, int, float] | None = None  # extents, bytes copied, loop time
         self.kept = True  # the end of the last pass that is over (invariant 1)
         self.result: dict[str, Any] | None = None  # `last_recovery` of the status
         copier.passes.on_done = self._pass_done
@@ -84,6 +85,26 @@ class Recovery:
         else:
             self._pass_done()
 
+    def inherited(self, extents: int) -> None:
+        """So many extents of the partner's are ours, and are copied: a recovery of their own kind,
+        over when everything is in sync."""
+        self._inherited = (extents, self._copier.copied_bytes, self._loop.time())
+
+    def look_at_inherited(self) -> None:
+        """Whether that is over."""
+        if self._inherited is None or not self._copier.in_sync:
+            return
+        (extents, copied_bytes, since_s), self._inherited = self._inherited, None
+        geometry = self._session.superblock.geometry
+        self.result = {
+            "reason": "partner",
+            "extents": extents,
+            "bytes_total": min(extents * geometry.extent_bytes, geometry.size_bytes),
+            "bytes_copied": self._copier.copied_bytes - copied_bytes,
+            "seconds": round(self._loop.time() - since_s, 3),
+        }
+        self._emit("recovery-finished", **self.result)
+
     def give_way(self) -> None:
         """The pass that comes now is a resync and not a recovery."""
         self._reason = ""
@@ -109,6 +130,7 @@ class Recovery:
 
     def tick(self) -> None:
         """Have the end of the last pass kept, unless it is, or that is under way."""
+        self.look_at_inherited()
         if not self.kept and self._keeping is None:
             self._keeping = self._loop.create_task(self._keep())
 

@@ -28,13 +28,18 @@ Mismatch = Callable[[int], str | None]  # by size: why it is not the volume's se
 
 
 def make_secondary(
-    config: VolumeConfig, loop: asyncio.AbstractEventLoop, engine: AioEngine, mismatch: Mismatch
+    config: VolumeConfig,
+    loop: asyncio.AbstractEventLoop,
+    engine: AioEngine,
+    mismatch: Mismatch,
+    *,
+    exclusive: bool = True,
 ) -> Target:
     """A device is compared with what the record knows in the course of opening, off the loop."""
     if is_uri(config.secondary):
         return _make_client(config, loop)
     return KernelDevice(
-        config.secondary, engine, exclusive=True, defer=True, aside=True, mismatch=mismatch
+        config.secondary, engine, exclusive=exclusive, defer=True, aside=True, mismatch=mismatch
     )
 
 

@@ -37,9 +37,12 @@ from bitmapd.errors import (
 )
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
+from bitmapd.partner.node import Proof
+from bitmapd.partner.pair import Pair
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
+from bitmapd.volume.pairing import state_of_pair
 from bitmapd.volume.resize import (
     commit_growth,
     new_page_states,
@@ -75,6 +78,9 @@ class Volume:
         self._verifying: Verifying | None = None
         self._stopping = False
         self._hurried = False
+        self.serving = False  # hosts are let in
+        self.on_outdated: Callable[[], None] | None = None
+        self._entering: asyncio.Task[None] | None = None
         self.left = False  # grown, and not served any more: another one takes over
         self._tick_timer: asyncio.TimerHandle | None = None
 
@@ -85,11 +91,33 @@ class Volume:
         self._parts, self.gate, self.copier = parts, parts.gate, parts.copier
         self.geometry = parts.session.superblock.geometry
         try:
-            await parts.begin()
+            if parts.pair is not None:
+                parts.pair.start()
+            if parts.pair is None or parts.pair.serves:
+                await self._begin()
+            else:
+                self._entering = self._loop.create_task(self._enter(parts.pair))
+                self._entering.add_done_callback(self._entered)
         except BaseException:
             await parts.abandon()
             raise
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
+
+    async def _begin(self) -> None:
+        await self._parts.begin()
+        self.serving = True
+        self.changed()
+
+    async def _enter(self, pair: Pair) -> None:
+        """Let hosts in once the pair knows what the partner may write."""
+        await self.until(lambda: pair.serves or self._stopping)
+        if not self._stopping:
+            await self._begin()
+
+    def _entered(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            what = {"message": "the volume cannot be served", "exception": error}
+            self._loop.call_exception_handler(what)
 
     # -- what the parts tell (`assemble.Owner`) -------------------------------------------
     def emit(self, event: str, **fields: Any) -> None:
@@ -100,6 +128,13 @@ class Volume:
                 "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
             }
         self._emit_event(event, **fields)
+
+    def outdated(self) -> None:
+        if self.on_outdated is not None:
+            self.on_outdated()
+
+    def inherited(self, extents: int) -> None:
+        self._parts.recovery.inherited(extents)
 
     def primary_failed(
         self, verb: str, offset_bytes: int, length_bytes: int, error: OSError
@@ -114,6 +149,8 @@ class Volume:
 
     def _tick(self) -> None:
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
+        if self._parts.pair is not None:
+            self._parts.pair.tick()
         self.gate.limit_extents = limit_extents(
             self.config, self.geometry, self.copier.meter.bytes_per_s
         )
@@ -125,11 +162,15 @@ class Volume:
         self.changed()
 
     def changed(self) -> None:
+        pair = self._parts.pair
+        if pair is not None and self.serving and pair.begins_to_compare():
+            self._loop.create_task(self._compare_everything())
         in_sync = self._in_sync
         if in_sync != self._was_in_sync:
             if in_sync:
                 self.emit("in-sync")
             self._was_in_sync = in_sync
+        self._parts.recovery.look_at_inherited()
         if in_sync:
             self._parts.note.in_sync()
         if self._verifying is not None and self.copier.state is CopyState.LINK_DOWN:
@@ -139,7 +180,25 @@ class Volume:
 
     @property
     def _in_sync(self) -> bool:
-        return self.copier.in_sync and self._parts.recovery.kept
+        pair = self._parts.pair
+        here = self.serving and self.copier.in_sync and self._parts.recovery.kept
+        return here and (pair is None or pair.in_sync)
+
+    async def _compare_everything(self) -> None:
+        """Nobody knows what the partner has written: every place may differ."""
+        everything, recorded = (0, self.geometry.extents), asyncio.Event()
+        error: OSError | None = None
+
+        def added(failed: OSError | None) -> None:
+            nonlocal error
+            error = failed
+            recorded.set()
+
+        if self._parts.names.add([everything], (), added):
+            await recorded.wait()
+        if error is None:  # else the store has reported it; what is not covered is copied as dirt
+            self.gate.take_recorded()
+        self.copier.begin_pass(compare=True)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         while not (condition() or self.left):
@@ -152,6 +211,8 @@ class Volume:
         if self._stopping:
             raise WrongStateError(f"volume '{self.config.name}' is stopping already")
         self._stopping = True
+        if not self.serving:
+            return await self._stop_waiting()
         try:
             await self._parts.mode.close_hosts()
         except BusyError:
@@ -162,7 +223,11 @@ class Volume:
         if now:
             self.hurry()
         await self._parts.mode.last_writes(self._end_eras)
-        if not now:
+        pair = self._parts.pair
+        given = pair is not None and not self._hurried and await pair.leave()
+        if given:
+            self._parts.forget_everything()
+        elif not now:
             await self._drain()
         await self._parts.pausing.close()
         stopped = asyncio.Event()
@@ -186,6 +251,21 @@ class Volume:
         if failure is not None:
             raise failure
         return {"clean": clean, "record_extents": extents, "paused": paused}
+
+    async def _stop_waiting(self) -> dict[str, Any]:
+        """Of a node of a pair that has not been served: nothing of it has changed."""
+        self.changed()
+        if self._entering is not None:
+            await asyncio.wait([self._entering])
+        stopped = asyncio.Event()
+        self.copier.stop(stopped.set)
+        await stopped.wait()
+        await self._parts.guard.end()
+        extents = self._parts.store.recorded_extents
+        self.emit("stopped", clean=False, record_extents=extents, paused=self._parts.pausing.stored)
+        await self._finish()
+        await self._parts.close()
+        return {"clean": False, "record_extents": extents, "paused": self._parts.pausing.stored}
 
     async def _finish(self) -> None:
         if self._tick_timer is not None:
@@ -272,14 +352,52 @@ class Volume:
         if state == "in-sync":
             await self.until(lambda: self._in_sync or self._parts.pausing.paused)
             self._parts.pausing.refuse("it does not come into sync")
-        elif state != "started":
+        elif state in ("paired", "alone"):
+            pair = self._pair()
+            await self.until(lambda: pair.state.value == state)
+        elif state == "started":
+            await self.until(lambda: self.serving)
+        else:
             raise UsageError(f"cannot wait for {state!r} here")
+
+    def _pair(self) -> Pair:
+        if self._parts.pair is None:
+            raise WrongStateError(f"volume '{self.config.name}' has no partner")
+        return self._parts.pair
+
+    def _refuse_unless_serving(self) -> None:
+        if not self.serving:
+            self._pair().refuse_unless_serving(self.config.name)
+
+    def partner(self) -> dict[str, Any]:
+        """`partner` of the status; WrongStateError for a single appliance."""
+        return self._pair().status()
+
+    async def take_over(self, fenced: bool) -> dict[str, Any]:
+        """Serve without the partner; `fenced` is the administrator's word that it can write no
+        more, and that is what this version goes by."""
+        pair = self._pair()
+        if not pair.is_alone:
+            if not fenced:
+                raise UnreachableError(
+                    f"nothing proves that the partner of volume '{self.config.name}' can write no"
+                    " more",
+                    hint="make certain that it cannot (switch it off, or cut it off from the"
+                    f" storage), then 'dmctl takeover {self.config.name} --fenced'",
+                )
+            pair.take_over(Proof.WORD)
+            await self.until(lambda: not pair.node.going_alone)
+            if not pair.is_alone:
+                raise BitmapdError("that this node goes on alone could not be recorded")
+            await self.until(lambda: self.serving)
+        return {"state": self.state, "partner": pair.status()}
 
     async def resync(self, checksum: bool) -> dict[str, Any]:
         """Have everything in the record copied; with `checksum`, compared and copied if different.
 
         Without `checksum` a volume in sync is left alone.
         """
+        self._refuse_unless_serving()
         self._parts.pausing.refuse("nothing is copied")
         extents = 0
         if checksum and not self.copier.passes.under_way:
@@ -294,6 +412,7 @@ class Volume:
 
     async def verify(self, repair: bool, progress: Progress) -> dict[str, Any]:
         """Compare both sides while in use; differences that should not be there are reported."""
+        self._refuse_unless_serving()
         if self._verifying is not None:
             raise BusyError(f"volume '{self.config.name}' is being verified already")
         if self.copier.state is CopyState.LINK_DOWN:
@@ -322,6 +441,10 @@ class Volume:
 
         If this volume is `left` afterwards, another `Volume` has to be started in its place.
         """
+        if self._parts.pair is not None:
+            raise WrongStateError(
+                f"volume '{self.config.name}' is one of a pair, which this version cannot resize"
+            )
         geometry = await present_geometry(
             self.config, self.geometry, self._parts.secondary, self._loop
         )
@@ -403,6 +526,9 @@ class Volume:
     def state(self) -> str:
         if self._parts.presence.gone:
             return "degraded"
+        pair = self._parts.pair
+        if pair is not None and (state := state_of_pair(pair)) is not None:
+            return state
         return state_of(self._parts.store, self.gate, self.copier, in_sync=self._in_sync)
 
     def status(self) -> dict[str, Any]:
@@ -420,9 +546,10 @@ class Volume:
                 "state": self.state,
                 "last_recovery": self._parts.recovery.result,
                 "last_error": self._last_error,
-                "connections": self._parts.mode.server.stats.connections,
+                "connections": self._parts.mode.server.stats.connections if self.serving else 0,
                 "session": self._parts.session.superblock.session,
                 "primary_errors_total": self.gate.primary_errors,
+                "partner": None if self._parts.pair is None else self._parts.pair.status(),
             }
             | self._parts.mode.figures(self.gate)
         )

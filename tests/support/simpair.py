@@ -35,7 +35,7 @@ from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.partner import codec
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED
 from bitmapd.partner.holder import Hands, PairRecord
-from bitmapd.partner.messages import Hello, HelloFlag, Message, Role
+from bitmapd.partner.messages import Hello, HelloFlag, Message, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.partner.share import zeros
@@ -278,7 +278,7 @@ class _Around:
     def stored(self) -> bitarray:
         return self._side.at_start
 
-    def other_died(self) -> None:
+    def other_died(self, extents: Runs) -> None:
         """The paths of this world land nothing late after `lay_ghosts`."""
 
     def changed(self) -> None:

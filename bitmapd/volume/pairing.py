@@ -1,0 +1,164 @@
+"""How a volume is one node of a pair: what it says of itself, and what it does when told (edge).
+
+The pair (`partner/pair`) is made between the stored record and the gate, which takes its record.
+Hosts are let in when it `serves`, and that may be long after the start, or never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any, Protocol
+from uuid import UUID
+
+from bitmapd.config import VolumeConfig
+from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.errors import UsageError
+from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Target
+from bitmapd.media.waiting import Aside
+from bitmapd.net.uri import parse_partner_uri
+from bitmapd.partner.greeting import NIL
+from bitmapd.partner.messages import Runs
+from bitmapd.partner.node import Lasting, State
+from bitmapd.partner.pair import Names, Pair
+from bitmapd.peer.transport import Settings
+from bitmapd.record.pair_state import PairState
+from bitmapd.record.store import RecordStore
+from bitmapd.record.superblock import MAX_GENERATIONS, Superblock
+from bitmapd.volume.session import RecordSession
+
+
+class Owner(Protocol):
+    """The volume."""
+
+    def emit(self, event: str, **fields: Any) -> None: ...
+
+    def changed(self) -> None: ...
+
+    def outdated(self) -> None:
+        """The partner has taken over from this process: it must not go on."""
+
+    def inherited(self, extents: int) -> None:
+        """So many were the partner's and are copied here."""
+
+
+class VolumeHome:
+    """What the pair asks of its volume (`partner.pair.Home`)."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._gate: Gate | None = None
+
+    def attach(self, gate: Gate, copier: Copier, secondary: Target, block_bytes: int) -> None:
+        self._gate, self._copier, self._secondary = gate, copier, secondary
+        self._block_bytes = block_bytes
+
+    def changed(self) -> None:
+        if self._gate is not None:
+            self._owner.changed()
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self._owner.emit(event, **fields)
+
+    def figures(self) -> tuple[int, float, str, int]:
+        if self._gate is None:
+            return 0, 0.0, "down", 0
+        oldest_s = self._gate.oldest_dirty_s()
+        age_s = 0.0 if oldest_s is None else self._copier.now_s - oldest_s
+        state = {CopyState.PAUSED: "paused", CopyState.LINK_DOWN: "down"}
+        # What is copied and not flushed is no dirt, and not equal yet.
+        dirty = self._gate.dirty_blocks() or int(not self._gate.in_sync)
+        return (
+            dirty * self._block_bytes,
+            age_s,
+            state.get(self._copier.state, "up"),
+            self._copier.copied_bytes,
+        )
+
+    def other_died(self, extents: Runs) -> None:
+        if self._gate is None or not extents:
+            return
+        self._owner.inherited(sum(stop - first for first, stop in extents))
+        if self._secondary.writes_late:
+            self._copier.late.other_node_died(extents)
+            if self._copier.state is CopyState.RUNNING:
+                self._copier.late.arrived()
+
+    def outdated(self) -> None:
+        self._owner.outdated()
+
+
+def make_pair(
+    config: VolumeConfig,
+    session: RecordSession,
+    store: RecordStore,
+    loop: asyncio.AbstractEventLoop,
+    aside: Aside,
+    home: VolumeHome,
+) -> Pair | None:
+    """None for a single appliance."""
+    superblock, state = session.superblock, session.pair
+    if state is None:
+        return None
+    return Pair(
+        state.node,
+        lasting_of(superblock, state),
+        superblock.geometry,
+        store,
+        Names(config.name, superblock.primary, superblock.secondary, superblock.session),
+        link_settings(config),
+        loop,
+        home,
+        partial(_write, session, aside),
+        session.loaded.bits.copy(),
+    )
+
+
+def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
+    generations = [generation.bytes for generation in superblock.generations]
+    generations += [NIL] * (MAX_GENERATIONS - len(generations))
+    return Lasting(
+        never_paired=state.never_paired,
+        term=state.term,
+        generations=tuple(generations),
+        volume=NIL if state.volume is None else state.volume.bytes,
+    )
+
+
+async def _write(session: RecordSession, aside: Aside, lasting: Lasting) -> None:
+    if lasting.volume == NIL:
+        raise OSError("a node that has not joined has nothing to record")
+    await aside(
+        session.store_pair,
+        UUID(bytes=lasting.volume),
+        never_paired=lasting.never_paired,
+        term=lasting.term,
+        generations=tuple(UUID(bytes=value) for value in lasting.generations if value != NIL),
+    )
+
+
+def link_settings(config: VolumeConfig) -> Settings:
+    """Node 2 dials, both listen."""
+    if config.partner is None or config.partner_listen is None:
+        raise UsageError("a pair needs partner and partner_listen")
+    partner = parse_partner_uri(config.partner)
+    return Settings(
+        dial=partner if config.node == 2 else None,
+        listen=parse_partner_uri(config.partner_listen),
+        name=config.partner_name or partner.host,
+        certificates=config.partner_certificates or config.tls_certificates,
+        fingerprint=config.partner_fingerprint,
+        timeout_s=config.partner_timeout_s,
+    )
+
+
+def state_of_pair(pair: Pair) -> str | None:
+    """The state of the volume where the pair decides it."""
+    return {
+        State.WAITING: "waiting",
+        State.CUT: "degraded",
+        State.ALONE: "degraded",
+        State.OUTDATED: "failed",
+        State.SPLIT_BRAIN: "split-brain",
+    }.get(pair.state)
