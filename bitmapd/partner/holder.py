@@ -27,9 +27,9 @@ from functools import partial
 from typing import Protocol
 
 from bitmapd.media.base import Done
+from bitmapd.partner.extents import runs_of
 from bitmapd.partner.messages import Message, Runs
 from bitmapd.partner.rights import Home, Rights
-from bitmapd.partner.share import runs_of
 from bitmapd.record.holder import Ranges, Record
 from bitmapd.record.store import RecordStore
 
@@ -76,6 +76,11 @@ class _Batch:
         self.rights = 0  # that have not come
         self.stored = True
         self.reserved: list[int] = []
+
+    def fail(self, error: OSError) -> None:
+        """The first one counts."""
+        self.error = error
+        self.done(error)
 
 
 class PairRecord(Record):
@@ -134,23 +139,28 @@ class PairRecord(Record):
         """Predictions ride along with a message that is sent anyway; without one, only ours."""
         return [run for first, stop in extra for run in self.recorded_runs(first, stop)]
 
-    def _granted(self, batch: _Batch, extent: int) -> bool:
+    def _granted(self, batch: _Batch, extent: int, error: OSError | None) -> bool:
         batch.rights -= 1
-        if batch.rights or batch.error is not None:
+        if batch.error is not None:
             return True
-        if not batch.stored:
+        if error is not None:
+            batch.fail(error)
+        elif batch.rights:
+            return True
+        elif batch.stored:
+            batch.done(None)
+        else:
             batch.reserved.append(extent)
             return False
-        batch.done(None)
         return True
 
     def _stored(self, batch: _Batch, error: OSError | None) -> None:
         batch.stored = True
-        if error is not None:
-            batch.error = error
-            batch.done(error)
-        elif not batch.rights:
-            batch.done(None)
+        if batch.error is None:
+            if error is not None:
+                batch.fail(error)
+            elif not batch.rights:
+                batch.done(None)
         for extent in batch.reserved:
             self._rights.release(extent)
 

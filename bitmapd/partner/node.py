@@ -44,10 +44,11 @@ from bitarray import bitarray
 from bitmapd.errors import BusyError, WrongStateError
 from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
+from bitmapd.partner.extents import bits_of, runs_of
 from bitmapd.partner.greeting import Standing, adopted, check, standing
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
-from bitmapd.partner.rights import Rights, Stance
-from bitmapd.partner.share import SplitRights, View, bits_of, runs_of, share
+from bitmapd.partner.rights import Rights
+from bitmapd.partner.share import SplitRights, View, share
 from bitmapd.peer.frames import ErrorCode, PeerError
 
 HELLO_TIMEOUT_S = 2.0
@@ -257,7 +258,7 @@ class Node:
         elif self.state is State.ALONE:
             self.rights.alone()
         elif self.state is State.WAITING:
-            self.rights.stance = Stance.NOTHING
+            self.rights.forget_all()
 
     def refuse(self, error: PeerError) -> None:
         """End the connection: what came is wrong, or too late."""
@@ -512,7 +513,7 @@ class Node:
         if wire is not None:
             wire.close(None)
         self._phase(Phase.CLOSED)
-        self.rights.stance = Stance.NOTHING
+        self.rights.forget_all()
         self._known = False
         self._become(State.WAITING)
         done(True)
@@ -529,13 +530,18 @@ class Node:
     # -- neither ------------------------------------------------------------------------------
     def _outdate(self) -> None:
         self.refuse(PeerError(ErrorCode.OLD_TERM, "this node was declared dead and starts anew"))
-        self.rights.stance = Stance.NOTHING
+        self.shut_out()
+
+    def shut_out(self) -> None:
+        """Nothing that this node writes counts any more: the other has taken over, or will."""
+        why = "the partner has taken over while this node lived"
+        self.rights.stop(why)
         self._become(State.OUTDATED)
-        self._around.emit("outdated", message="the partner has taken over while this node lived")
+        self._around.emit("outdated", message=why)
 
     def _split(self, error: PeerError) -> None:
         self.refuse(error)
-        self.rights.stance = Stance.NOTHING
+        self.rights.stop(None)
         self._become(State.SPLIT_BRAIN)
         self._around.emit("split-brain", message=error.text)
 
@@ -570,7 +576,7 @@ class Node:
         )
         self._lose()
         if message.code in (ErrorCode.SPLIT_BRAIN, ErrorCode.BOTH_OWN):
-            self.rights.stance = Stance.NOTHING
+            self.rights.stop(None)
             self._become(State.SPLIT_BRAIN)
 
     def _closed(self, message: messages.Bye, _: int) -> None:

@@ -33,16 +33,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bitarray import bitarray, util
+from bitarray import bitarray
 from xxhash import xxh3_64_intdigest
 
-Run = tuple[int, int]  # extents [first, stop)
+from bitmapd.partner.extents import runs_of, zeros
+from bitmapd.partner.messages import Runs
 
 
 class SplitRights(Exception):
     """Both nodes say that they own the same extents: `runs`."""
 
-    def __init__(self, runs: tuple[Run, ...]) -> None:
+    def __init__(self, runs: Runs) -> None:
         super().__init__(f"both nodes own extents {runs[:4]}")
         self.runs = runs
 
@@ -76,30 +77,6 @@ class Shares:
         first, second = (self.own, self.other) if node == 1 else (self.other, self.own)
         size = len(first).to_bytes(8, "little")
         return xxh3_64_intdigest(size + first.tobytes() + second.tobytes())
-
-
-def zeros(size: int) -> bitarray:
-    """A bitmap over `size` extents, in the byte order of the stored record."""
-    return util.zeros(size, "little")
-
-
-def runs_of(bits: bitarray) -> tuple[Run, ...]:
-    """Maximal runs of ones, in order."""
-    found, stop, size = [], 0, len(bits)
-    while (first := bits.find(True, stop)) >= 0:
-        stop = bits.find(False, first)
-        if stop < 0:
-            stop = size
-        found.append((first, stop))
-    return tuple(found)
-
-
-def bits_of(runs: tuple[Run, ...], size: int) -> bitarray:
-    """A bitmap of `size` bits with these runs of ones."""
-    bits = zeros(size)
-    for first, stop in runs:
-        bits[first:stop] = True
-    return bits
 
 
 def share(mine: View, theirs: View, node: int) -> Shares:

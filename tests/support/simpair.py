@@ -33,12 +33,12 @@ from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.gate.gate import Gate
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.partner import codec
+from bitmapd.partner.extents import zeros
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED
 from bitmapd.partner.holder import Hands, PairRecord
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
-from bitmapd.partner.share import zeros
 from bitmapd.peer import frames
 from bitmapd.peer.frames import PeerError
 from bitmapd.record.geometry import Geometry
@@ -704,7 +704,7 @@ class World:
             f" dirty {side.gate.dirty_blocks()} held {side.rights.held.to01()}"
             f" covered {list(side.pair_record.covered_runs())}"
             f" clean {[e for e in range(EXTENTS) if side.gate.is_clean(e)]}"
-            f" unfree {side.rights._unfree} embargo {side.gate._unsettled._embargoed}"
+            f" unfree {side.rights._giving.unfree} embargo {side.gate._unsettled._embargoed}"
             for side in self.sides
             if side.alive
         )
