@@ -66,6 +66,10 @@ def test_before_the_greeting_frames_are_small_and_come_singly() -> None:
     assert link.receive(b"", 0.0) == []
 
     link = Link(0.0)
+    assert len(link.receive(encode(HELLO, 1) + encode(PING, 2), 0.0)) == 1
+    assert [frame.kind for frame in link.receive(b"", 0.0)] == [Kind.PING]
+
+    link = Link(0.0)
     assert len(link.receive(data, 0.0)) == 1
     with pytest.raises(PeerError, match=str(MAX_GREETING_BYTES)) as caught:
         link.receive(b"", 0.0)
