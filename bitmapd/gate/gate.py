@@ -210,6 +210,14 @@ class Gate(Eras):
             fua,
         )
 
+    def may_differ(self, first: int, stop: int) -> bool:
+        """As `Eras.may_differ`; what may be another node's may have been written there."""
+        if self._asks is not None:
+            per = self._geometry.blocks_per_extent
+            if not self._asks.may_read(first // per, (stop - 1) // per + 1):
+                return True
+        return super().may_differ(first, stop)
+
     def flush(self, done: Done) -> None:
         def flushed(error: OSError | None) -> None:
             if error is not None:

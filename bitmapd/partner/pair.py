@@ -62,7 +62,7 @@ class Peer:
     age_s: float = 0.0
     secondary: int = 0
     copied_bytes: int = 0
-    heard_s: float | None = None  # when (loop time)
+    words: int = 0  # how often it has said so
 
 
 class Home(Protocol):
@@ -140,6 +140,7 @@ class Pair:
         self._frames_before = 0
         self._told_slow = False
         self._compares = False
+        self.asked = 0  # who waits for a word of the other node
         self._waiting_since_s: float | None = None
         self._state = self.node.state
         self._machine = _machine_id()
@@ -170,6 +171,10 @@ class Pair:
         return self.node.state
 
     @property
+    def is_paired(self) -> bool:
+        return self.node.state is State.PAIRED
+
+    @property
     def is_alone(self) -> bool:
         return self.node.state is State.ALONE
 
@@ -177,7 +182,7 @@ class Pair:
     def in_sync(self) -> bool:
         """Whether nothing of the other node's is known to differ."""
         if self.node.state is State.PAIRED:
-            return self.peer.heard_s is not None and not self.peer.dirty_bytes
+            return bool(self.peer.words) and not self.peer.dirty_bytes
         return not (self.rights.other.any() or self.rights.owed.any())
 
     def take_over(self, proof: Proof) -> None:
@@ -353,9 +358,9 @@ class Pair:
         was = self.peer.dirty_bytes
         self.peer = Peer(
             ping.dirty_bytes, ping.age_ms / 1000, ping.secondary, ping.copied_bytes,
-            self._loop.time(),
+            self.peer.words + 1,
         )  # fmt: skip
-        if bool(was) != bool(ping.dirty_bytes):
+        if self.asked or bool(was) != bool(ping.dirty_bytes):
             self._home.changed()
 
     # -- Surroundings of the node -------------------------------------------------------------

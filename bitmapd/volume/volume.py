@@ -350,7 +350,7 @@ class Volume:
         """Return when the volume is `in-sync` (or `started`, which it is).  One that is paused does
         not become so: WrongStateError."""
         if state == "in-sync":
-            await self.until(lambda: self._in_sync or self._parts.pausing.paused)
+            await self._until_in_sync()
             self._parts.pausing.refuse("it does not come into sync")
         elif state in ("paired", "alone"):
             pair = self._pair()
@@ -359,6 +359,27 @@ class Volume:
             await self.until(lambda: self.serving)
         else:
             raise UsageError(f"cannot wait for {state!r} here")
+
+    async def _until_in_sync(self) -> None:
+        """What was written at either node before this call is on the secondary, or copying is
+        paused."""
+        pair = self._parts.pair
+        if pair is None:
+            await self.until(lambda: self._in_sync or self._parts.pausing.paused)
+            return
+        # What the other said last may be older than what was written there, and the next word of it
+        # may be on its way: the one after that is new.
+        new = pair.peer.words + 2
+        pair.asked += 1
+        try:
+            await self.until(
+                lambda: (
+                    (self._in_sync and (pair.peer.words >= new or not pair.is_paired))
+                    or self._parts.pausing.paused
+                )
+            )
+        finally:
+            pair.asked -= 1
 
     def _pair(self) -> Pair:
         if self._parts.pair is None:

@@ -175,3 +175,11 @@ def test_an_extent_that_was_given_away_while_a_piece_waited_is_asked_for_again(
     mirror.run()
     assert answers == [None]
     assert list(mirror.gate.current.runs()) == [(3, 5)]
+
+
+def test_what_another_node_may_have_written_may_differ(mirror: Mirror, other: Other) -> None:
+    other.theirs = {2}
+    per = PER_EXTENT
+    assert mirror.gate.may_differ(2 * per, 2 * per + 1)
+    assert mirror.gate.may_differ(2 * per - 1, 2 * per + 1), "half of it is theirs"
+    assert not mirror.gate.may_differ(0, 2 * per)
