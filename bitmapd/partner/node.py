@@ -44,11 +44,12 @@ from bitarray import bitarray
 from bitmapd.errors import BusyError, WrongStateError
 from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
-from bitmapd.partner.extents import bits_of, runs_of
+from bitmapd.partner.extents import bits_of, each, joined, runs_of
 from bitmapd.partner.greeting import Standing, adopted, check, standing
+from bitmapd.partner.handover import Handover, Hosts, Outcome
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
 from bitmapd.partner.rights import Rights
-from bitmapd.partner.share import SplitRights, View, share
+from bitmapd.partner.share import Shares, SplitRights, View, share
 from bitmapd.peer.frames import ErrorCode, PeerError
 
 HELLO_TIMEOUT_S = 2.0
@@ -153,16 +154,17 @@ class Node:
         self._known = False  # what the other may own: it has exchanged, or is alone
         self._wire: Wire | None = None
         self._timer: Timer | None = None
-        self._mine: Hello | None = None
-        self._view: View | None = None  # as it was sent
-        self._their_view: View | None = None
-        self._their_copying: set[int] = set()
+        self._mine: Hello  # these four are of the connection: from its HELLO and RECORD on
+        self._theirs: Hello
+        self._view: View  # as it was sent
+        self._copying: set[int]  # extents where a copy of the other's is under way
         self._last_paired = 0
         self._their_ready: int | None = None
-        self._ready_sent = False
+        self._agree: Callable[[int], None] | None = None  # our READY is sent
         self._first_pairing: Callable[[], None] | None = None
         self._going_alone = False
         self._left: Callable[[bool], None] | None = None
+        self._handover = Handover(rights, scheduler, self._send)
 
     # -- how it begins ------------------------------------------------------------------------
     def start(self) -> None:
@@ -244,13 +246,14 @@ class Node:
         self._lose()
 
     def _lose(self) -> None:
-        had, self._ready_sent = self._ready_sent, False
-        self._view = self._their_view = self._their_ready = self._first_pairing = None
+        had_said_ready = self._agree is not None
+        self._forget_exchange()
+        self._handover.lost()
         self._phase(Phase.CLOSED)
         if self._left is not None:
             left, self._left = self._left, None
             self._scheduler.call_soon(left, False)
-        if self.state is State.PAIRED or (self.state is State.ALONE and had):
+        if self.state is State.PAIRED or (self.state is State.ALONE and had_said_ready):
             self.rights.cut()
             self._become(State.CUT)
         elif self.state is State.CUT:
@@ -259,6 +262,9 @@ class Node:
             self.rights.alone()
         elif self.state is State.WAITING:
             self.rights.forget_all()
+
+    def _forget_exchange(self) -> None:
+        self._agree = self._their_ready = self._first_pairing = None
 
     def refuse(self, error: PeerError) -> None:
         """End the connection: what came is wrong, or too late."""
@@ -295,10 +301,8 @@ class Node:
 
     def _greeted(self, theirs: Hello, _: int) -> None:
         mine = self._mine
-        if mine is None:
-            raise PeerError(ErrorCode.KIND, "HELLO before ours")
         check(mine, theirs)
-        self.peer = theirs
+        self.peer = self._theirs = theirs
         fresh, other_fresh = mine.flags & HelloFlag.FRESH, theirs.flags & HelloFlag.FRESH
         found = standing(mine, theirs)
         if found is Standing.BEHIND and not fresh:
@@ -326,17 +330,17 @@ class Node:
 
     def _exchange(self, mine: Hello) -> None:
         self.rights.freeze()
-        fresh = bool(mine.flags & HelloFlag.FRESH)
-        view = self.rights.view(
-            self._around.stored(), fresh=fresh, volatile=bool(mine.flags & HelloFlag.VOLATILE)
+        self._view = view = self.rights.view(
+            self._around.stored(),
+            fresh=bool(mine.flags & HelloFlag.FRESH),
+            volatile=bool(mine.flags & HelloFlag.VOLATILE),
         )
-        self._view = view
         self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
         self._send(
             messages.Record(
                 runs_of(view.own),
                 runs_of(view.owed),
-                runs_of(view.stored) if fresh else (),
+                runs_of(view.stored) if view.fresh else (),
                 self.rights.unfree,
             )
         )
@@ -347,35 +351,31 @@ class Node:
 
     def _heard(self, record: messages.Record, _: int) -> None:
         """Their view: what they may own is known from now on; READY once that is durable."""
-        mine, theirs, view = self._mine, self.peer, self._view
-        if mine is None or theirs is None or view is None:
-            raise PeerError(ErrorCode.KIND, "RECORD before HELLO")
+        mine, theirs, view, rights = self._mine, self._theirs, self._view, self.rights
         size = len(view.own)
-        fresh = bool(theirs.flags & HelloFlag.FRESH)
-        self._their_view = View(
-            fresh,
+        their_view = View(
+            bool(theirs.flags & HelloFlag.FRESH),
             bits_of(record.own, size),
             bits_of(record.owed, size),
             bits_of(record.stored, size),
             bool(theirs.flags & HelloFlag.VOLATILE),
         )
-        if (view.own & self._their_view.own).any():
-            raise SplitRights(runs_of(view.own & self._their_view.own))
-        self._their_copying = {e for first, stop in record.copying for e in range(first, stop)}
-        rights = self.rights
+        shares = share(view, their_view, self.number)
+        self._copying = set(each(record.copying))
         rights.learn(record.own)
         rights.learn(record.owed)
         if view.fresh:
             rights.learn(runs_of(view.stored))
-            if fresh:
+            if their_view.fresh:
                 rights.learn(record.stored)
-        elif fresh:
+        elif their_view.fresh:
             rights.owe(record.stored)
         self._phase(Phase.READY, EXCHANGE_TIMEOUT_S)
         generations, term = adopted(mine, theirs)
         volume = mine.volume if any(mine.volume) else theirs.volume
-        wire = self._wire
         lasting = Lasting(False, term, generations, volume)
+        inherits = not view.fresh or their_view.fresh
+        wire = self._wire
 
         def stored(error: OSError | None) -> None:
             if wire is not self._wire:
@@ -384,10 +384,10 @@ class Node:
                 self.refuse(PeerError(ErrorCode.INTERNAL, f"cannot write the record: {error}"))
                 return
             self.lasting = lasting
-            self._say_ready()
+            self._say_ready(shares, inherits)
 
         if lasting == self.lasting:
-            self._say_ready()
+            self._say_ready(shares, inherits)
         elif self.number == 2 and self.lasting.never_paired:
             # Node 1 has to know durably that there is a partner before node 2 counts as one: a
             # node 1 that was never paired serves without asking anybody.
@@ -395,11 +395,8 @@ class Node:
         else:
             self._around.store(lasting, stored)
 
-    def _say_ready(self) -> None:
-        if self._view is None or self._their_view is None:
-            return
-        shares = share(self._view, self._their_view, self.number)
-        self._ready_sent = True
+    def _say_ready(self, shares: Shares, inherits: bool) -> None:
+        self._agree = partial(self._come_together, shares, inherits)
         self._send(messages.Ready(shares.digest(self.number)))
         if self._their_ready is not None:
             self._agree(self._their_ready)
@@ -409,31 +406,29 @@ class Node:
         first_pairing, self._first_pairing = self._first_pairing, None
         if first_pairing is not None:
             first_pairing()
-        elif self._ready_sent:
+        elif self._agree is not None:
             self._agree(message.digest)
 
-    def _agree(self, digest: int) -> None:
-        if self._view is None or self._their_view is None or self.peer is None:
-            return
-        shares = share(self._view, self._their_view, self.number)
+    def _come_together(self, shares: Shares, inherits: bool, digest: int) -> None:
+        """Both have learnt what both know: rights change."""
         if digest != shares.digest(self.number):
-            raise PeerError(
-                ErrorCode.DIGEST,
-                f"the nodes have come to different results: {shares.own.count()} extents here and"
-                f" {shares.other.count()} there",
+            self.refuse(
+                PeerError(
+                    ErrorCode.DIGEST,
+                    "the nodes have come to different results:"
+                    f" {shares.own.count()} extents here and {shares.other.count()} there",
+                )
             )
-        took_over = shares.dirty.count()
-        if self._view.fresh and not self._their_view.fresh:
-            took_over = 0
+            return
         self.compares_everything |= shares.everything and shares.own.any()
-        copying = _runs_of_set(self._their_copying)
-        self._view = self._their_view = None
+        self._forget_exchange()
         self._known = True
         self.proof = None
-        self._last_paired = self.peer.incarnation
+        self._last_paired = self._theirs.incarnation
         self.exchanges += 1
-        self.absorbed_extents += took_over
-        self.rights.thaw(shares, copying)
+        if inherits:
+            self.absorbed_extents += shares.dirty.count()
+        self.rights.thaw(shares, joined(self._copying))
         self._phase(Phase.UP)
         self._become(State.PAIRED)
         self._around.emit(
@@ -444,8 +439,7 @@ class Node:
         )
 
     def _freed_meanwhile(self, message: messages.Free, _: int) -> None:
-        for first, stop in message.runs:
-            self._their_copying.difference_update(range(first, stop))
+        self._copying.difference_update(each(message.runs))
 
     # -- alone --------------------------------------------------------------------------------
     def fenced(self, proof: Proof) -> None:
@@ -493,15 +487,36 @@ class Node:
             compares_everything=self.compares_everything,
         )
 
+    # -- together -----------------------------------------------------------------------------
+    def serve(self, hosts: Hosts) -> None:
+        """These take the requests of hosts at this node."""
+        self._handover.hosts = hosts
+
+    def take(self, force: bool, done: Outcome) -> None:
+        """A planned takeover: the other stops its hosts and gives everything.  Calls back, without
+        error, when that is done; at once if there is nobody to take from.  `force`: even if hosts
+        are connected there."""
+        if self.state is State.ALONE:
+            self._scheduler.call_soon(done, None)
+            return
+        if self.state is not State.PAIRED:
+            raise WrongStateError(
+                f"the partner cannot be asked in the state '{self.state.value}'",
+                hint="prove that it is dead: fence it",
+            )
+        if self._left is not None:
+            raise BusyError("this node is stopping")
+        self._handover.take(force, done)
+
     def leave(self, done: Callable[[bool], None]) -> None:
         """End: no host is served any more.  Give everything to the other, and say so last; `done`
         with whether it has all of it.  Without a link what is ours stays in the record."""
-        if self.state is not State.PAIRED or self.phase is not Phase.UP:
+        if self.state is not State.PAIRED or self._handover.is_taking:
             done(False)
             return
+        self._handover.give_up("the partner is stopping")
         self._left = done
-        self.rights.hand_over(range(len(self.rights.own)))
-        self.rights.when_given(self._say_bye)
+        self.rights.give_all(self._say_bye)
 
     def _say_bye(self) -> None:
         if self._left is None:
@@ -567,6 +582,12 @@ class Node:
     def _status(self, message: messages.Status, _: int) -> None:
         self.rights.status(message)
 
+    def _take_asked(self, message: messages.Take, _: int) -> None:
+        self._handover.asked(message, None if self._left is None else "the partner is stopping")
+
+    def _taken(self, message: messages.Taken, _: int) -> None:
+        self._handover.taken(message)
+
     def _error(self, message: messages.Error, _: int) -> None:
         wire, self._wire = self._wire, None
         if wire is not None:
@@ -586,10 +607,6 @@ class Node:
         self._lose()
 
 
-def _runs_of_set(extents: set[int]) -> tuple[tuple[int, int], ...]:
-    return tuple((extent, extent + 1) for extent in sorted(extents))
-
-
 # A message that is not here in the phase of the connection ends it.
 _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = {
     (Phase.HELLO, Hello): Node._greeted,
@@ -603,6 +620,8 @@ _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = 
     (Phase.UP, messages.Free): Node._free,
     (Phase.UP, messages.Ask): Node._ask,
     (Phase.UP, messages.Status): Node._status,
+    (Phase.UP, messages.Take): Node._take_asked,
+    (Phase.UP, messages.Taken): Node._taken,
     (Phase.UP, messages.Bye): Node._bye,
     (Phase.HELLO, messages.Bye): Node._closed,
     (Phase.RECORDS, messages.Bye): Node._closed,

@@ -30,6 +30,7 @@ class Outbox:
 
     def forget(self) -> None:
         """Nothing is said on another connection."""
+        self.connection = object()
         self._request = 0
         self._got: int | None = None
         self._free: set[int] = set()

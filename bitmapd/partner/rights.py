@@ -188,17 +188,26 @@ class Rights:
         else:
             self._reads.wait(Read(first, stop, go, self._scheduler.time()))
 
-    def when_given(self, call: Callable[[], None]) -> None:
-        """Call back once nothing is ours, owed or asked for, and no copy of ours is under way: for
-        as long as the link holds."""
+    def give_all(self, call: Callable[[], None]) -> None:
+        """Give what is ours, and whatever may yet come.  Call back once nothing is ours, owed or
+        asked for, and no copy of ours is under way; never, if the link goes first."""
         self._on_given = call
-        self._look_whether_given()
+        self._give_on()
+
+    def _give_on(self) -> None:
+        if self._on_given is not None:
+            self.hand_over(range(len(self.own)))
+            self._look_whether_given()
 
     def _look_whether_given(self) -> None:
         busy = self.own_extents or self._giving.unfree or self._wants.any or self.owed.any()
         if self._on_given is not None and not busy:
             call, self._on_given = self._on_given, None
-            self._scheduler.call_soon(call)
+            self._scheduler.call_soon(self._say_given, call, self._outbox.connection)
+
+    def _say_given(self, call: Callable[[], None], connection: object) -> None:
+        if connection is self._outbox.connection:
+            call()
 
     def hand_over(self, extents: Iterable[int]) -> None:
         """Give these, unasked, with all their dirt."""
@@ -221,6 +230,7 @@ class Rights:
         self._giving.tick()
         if self._giving.coveted and self.stance is Stance.UP:
             self._home.drop_clean(sorted(self._giving.coveted))
+        self._give_on()
         self.expire(self._scheduler.time())
 
     def expire(self, now_s: float) -> None:
@@ -281,7 +291,8 @@ class Rights:
             self._home.guessed(joined(guesses))
         self._wants.refused(each(message.refused))
         self._look_at_reads()
-        self._look_whether_given()
+        if message.request or self._claims.node == 1:  # if both give all, node 1's goes first
+            self._give_on()
 
     def got(self, message: Got) -> None:
         """The other has processed our GRANTs up to a sequence."""

@@ -23,7 +23,9 @@ TROUBLES = {
     "crashes": ("crash",),
     "takeovers": ("cut", "takeover"),
     "stops": ("cut", "stop"),
-    "everything": ("cut", "crash", "takeover", "hand-over", "stop"),
+    "planned": ("cut", "take"),
+    "errors": ("cut", "errors", "hand-over"),
+    "everything": ("cut", "crash", "takeover", "hand-over", "stop", "take", "errors"),
 }
 
 

@@ -30,6 +30,7 @@ from bitarray import bitarray
 
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.errors import BusyError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.partner import codec
@@ -45,7 +46,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from tests.support.policies import MischievousPolicy
 from tests.support.records import VOLUME, blank_image, load_image
-from tests.support.sim import SECTOR, SimDisk, SimLoop, SimOp
+from tests.support.sim import LATE_S, SECTOR, SimDisk, SimLoop, SimOp
 
 BLOCK = 4096
 PER_EXTENT = 2
@@ -162,6 +163,7 @@ class Side:
         self.record = SimDisk("record", len(self.record_image), self.record_image)
         self.primary = Path("primary", world.primary, world.primary_landed)
         self.secondary = Path("secondary", world.secondary, lambda offset, data: None)
+        self.secondary.writes_late = "errors" in world.troubles
         loaded = load_image(self.record_image)
         self.at_start = loaded.bits.copy()
         self.store = RecordStore(GEOMETRY, loaded, self.record, self.loop, lambda *a, **k: None)
@@ -192,13 +194,17 @@ class Side:
             check_secondary=lambda: None,
             era_interval_s=1.0,
             piece_bytes=2 * BLOCK,
+            late_writes_s=LATE_S if "errors" in world.troubles else 0.0,
         )
         hands.attach(self.gate, self.copier, self.rights)
         self.end: End | None = None
         self.superblocks: list[tuple[Lasting, Callable[[OSError | None], None]]] = []
         self.events: list[tuple[str, dict[str, object]]] = []
         self.node = Node(self.number, self.lasting, self.rights, self.loop, _Around(self))
+        self.node.serve(self)
         self.leaving = self.gone = False
+        self.stopping: Callable[[str | None], None] | None = None  # hosts, for a planned takeover
+        self.stopped = False
         self.shut_out = False  # its ways to the media are fenced
         self.requests = 0  # of hosts, that are not answered
         self.node.start()
@@ -210,8 +216,8 @@ class Side:
         world = self.world
         self.alive = False
         for path in (self.primary, self.secondary):
-            self.ghosts += [(path, op) for op in path.pending if op.kind == "write"]
-            path.pending = []
+            self.ghosts += [(path, op) for op in path.to_come]
+            path.pending, path.ghosts = [], []
         self.record_image = self.record.crash(world.rng)
         for lasting, _ in self.superblocks[:1]:
             if world.rng.random() < 0.5:
@@ -228,6 +234,16 @@ class Side:
                 if self.world.rng.random() < 0.5:
                     path._carry_out(op.offset_bytes + at, op.data[at : at + SECTOR], False)
         self.ghosts = []
+
+    # -- Hosts --------------------------------------------------------------------------------
+    def stop(self, force: bool, done: Callable[[str | None], None]) -> None:
+        if self.requests and not force:
+            self.loop.call_soon(done, "hosts are connected")
+        else:
+            self.stopping = done
+
+    def go_on(self) -> None:
+        self.stopping, self.stopped = None, False
 
     # -- Surroundings ---------------------------------------------------------------------------
     def _send(self, message: Message) -> int:
@@ -248,7 +264,8 @@ class Side:
 
     @property
     def takes_hosts(self) -> bool:
-        return self.alive and self.node.serves and not self.leaving and self.requests >= 0
+        off = self.leaving or self.stopping is not None or self.stopped
+        return self.alive and self.node.serves and not off and self.requests >= 0
 
     @property
     def counts(self) -> bool:
@@ -301,6 +318,8 @@ class World:
         self._number: list[dict[bytes, int]] = [{bytes(8): 0} for _ in range(SIZE // SECTOR)]
         self._floor = [0] * (SIZE // SECTOR)  # what every later read has to show at least
         self._stalls: dict[tuple[int, str], bool] = {}  # what does not move for a while
+        self._stalls_end = self.rng.choice((0.01, 0.003))
+        self._flaps = "cut" in troubles and self.rng.random() < 0.3  # the link does, while greeting
         self.log: list[str] = []
         self.sides = (Side(self, 1), Side(self, 2))
         for side in self.sides:
@@ -372,7 +391,7 @@ class World:
 
     # -- one thing at a time ------------------------------------------------------------------
     def step(self) -> None:
-        if not self._stalls or self.rng.random() < 0.01:
+        if not self._stalls or self.rng.random() < self._stalls_end:
             self._stalls = {
                 (number, what): self.rng.random() < 0.25
                 for number in (1, 2)
@@ -388,9 +407,13 @@ class World:
         elif dice < 85:
             if not self._stalls[side.number, "frames"]:
                 self.deliver(side)
-        elif dice < 91:
+        elif dice < 90:
             if side.alive:
                 side.loop.advance(self.rng.choice((0.001, 0.05, 0.3, 1.1)))
+        elif dice < 91:
+            if side.alive:
+                side.gate.tick()
+                side.rights.tick()
         elif dice < 95:
             self.superblock(side)
         elif dice < 96.5:
@@ -399,9 +422,51 @@ class World:
             self.notice(side)
         else:
             self.trouble(side)
+        if self._flaps and side.alive:
+            if side.node.phase in (Phase.RECORDS, Phase.READY) and self.rng.random() < 0.05:
+                self.cut()
+            elif side.node.phase is Phase.CLOSED and self.rng.random() < 0.2:
+                self.notice(side)
+                self.connect()
         if side.alive:
             side.loop.run_soon()
             self.leave(side)
+            self.yield_hosts(side)
+
+    def yield_hosts(self, side: Side) -> None:
+        """Hosts are off for a planned takeover once they have been answered."""
+        if side.stopping is not None and side.requests == 0:
+            done, side.stopping, side.stopped = side.stopping, None, True
+            done(None)
+            side.loop.run_soon()
+
+    def take(self, side: Side) -> None:
+        """A planned takeover by this side."""
+        other = self.sides[2 - side.number]
+        if not side.alive or side.node.state is not State.PAIRED or side.leaving:
+            return
+        incarnation = side.incarnations, other.incarnations
+        before = other.end
+
+        def taken(error: Exception | None) -> None:
+            self.log.append(f"{side.number}: has taken, {error!r}")
+            if side.alive and error is None:
+                side.go_on()
+            same = incarnation == (side.incarnations, other.incarnations) and before is other.end
+            if error is None and same and other.alive and other.stopped:
+                if other.rights.own.any() or other.rights.owed.any():
+                    raise AssertionError("TAKEN before everything was given")
+                if any(
+                    op.kind == "write" for op in other.primary.pending + other.secondary.pending
+                ):
+                    raise AssertionError("TAKEN with writes on their way")
+
+        self.log.append(f"{side.number}: takes")
+        try:
+            side.node.take(self.rng.random() < 0.7, taken)
+        except BusyError:
+            return
+        side.loop.run_soon()
 
     def leave(self, side: Side) -> None:
         """A clean stop, once the hosts that were served have been answered."""
@@ -437,8 +502,13 @@ class World:
         index = self.rng.randrange(len(disk.pending))
         if side.shut_out and disk is not side.record:
             disk.pending.pop(index).done(OSError(errno.EBADE, "reservation conflict"))
+            if side.node.state is not State.OUTDATED:
+                side.node.shut_out()
         else:
+            kind = disk.pending[index].kind
             disk.finish(index)
+            if kind == "open":
+                disk.greet(side.loop, self.rng)
         side.loop.run_soon()
         return True
 
@@ -535,6 +605,13 @@ class World:
                 self.restart(side)
         elif what == "takeover":
             self.takeover(side)
+        elif what == "take":
+            if side.alive and side.stopped and self.rng.random() < 0.5:
+                side.go_on()
+            else:
+                self.take(side)
+        elif what == "errors":
+            self.error(side)
         elif what == "stop":
             if not side.alive:
                 self.restart(side)
@@ -544,6 +621,23 @@ class World:
             own = [e for e in range(EXTENTS) if side.rights.own[e]]
             if own:
                 side.rights.hand_over([self.rng.choice(own)])
+
+    def error(self, side: Side) -> None:
+        """Something that is this side's fails, and comes back."""
+        if not side.alive:
+            return
+        dice = self.rng.random()
+        if dice < 0.4:
+            self.log.append(f"{side.number}: loses the secondary")
+            side.secondary.lose_connection()
+        elif dice < 0.7 and side.secondary.ghosts:
+            side.secondary.land(self.rng.choice(side.secondary.ghosts))
+        else:
+            disk, kind = self.rng.choice(
+                ((side.record, "write"), (side.primary, "write"), (side.primary, "read"))
+            )
+            disk.fail_next.setdefault(kind, []).append(errno.EIO)
+        side.loop.run_soon()
 
     def crash(self, side: Side) -> None:
         self.log.append(f"{side.number}: dies")
@@ -565,7 +659,8 @@ class World:
             self.cut()
             other.shut_out = True  # it lives, and what it writes is refused
             for path in (other.primary, other.secondary):
-                other.ghosts += [(path, op) for op in path.pending if op.kind == "write"]
+                other.ghosts += [(path, op) for op in path.to_come]
+                path.ghosts = []
         elif other.alive:
             self.crash(other)
         other.lay_ghosts()
@@ -677,6 +772,9 @@ class World:
                         moved = True
                 self.check()
             for side in self.sides:
+                for path in (side.record, side.primary, side.secondary):
+                    path.fail_next = {}
+                side.go_on()
                 side.loop.advance(1.1)
                 side.gate.policy.generous = False
                 side.gate.tick()
