@@ -22,7 +22,17 @@ class State:
 
 _STATES = (
     State("failed", 1, "dmctl events NAME --now; kill -9 its process, then dmctl start NAME"),
-    State("degraded", 100, "mend the record device: writes to new places fail or wait"),
+    State("split-brain", 16, "dmctl partner NAME; see 'Split brain' in docs/recovery.md"),
+    State(
+        "waiting",
+        15,
+        "start the partner; if it is dead for certain: dmctl takeover NAME --fenced",
+    ),
+    State(
+        "degraded",
+        100,
+        "dmctl events NAME --now: mend the record device, or see what became of the partner",
+    ),
     State("primary-failing", 100, "look for the primary in dmesg; replace it if it goes on"),
     State("link-down", 101, "dmctl events NAME --now says why; it is tried again by itself"),
     State("paused", 101, "dmctl resume NAME"),
@@ -32,7 +42,6 @@ _STATES = (
     State("copying", 0),
     State("in-sync", 0),
     State("stopped", 14, "dmctl start NAME"),
-    State("split-brain", 16, "decide which side is right"),
 )
 STATES = {state.name: state for state in _STATES}
 

@@ -106,7 +106,8 @@ def check(
     if geometry is None:
         return None
     size_bytes = _check_secondary(found, config, geometry, secondary)
-    if secondary is not None and config.initial_sync != "skip":
+    joins = config.node == 2  # what node 1 does with the secondary was asked there
+    if secondary is not None and config.initial_sync != "skip" and not joins:
         _check_copies(context, found, config, primary, secondary)
     superblock = Superblock(
         volume_uuid=config.uuid,
@@ -244,13 +245,15 @@ def _check_secondary(
     if identity.kind == "nbd":
         with found.collect(), open_export(target, config.tls_certificates) as export:
             _check_size(found, config, need, export.size_bytes, export.block_size_bytes)
-            if config.initial_sync == "skip" and export.size_bytes >= need:
+            if config.initial_sync == "skip" and export.size_bytes >= need and config.node != 2:
                 with open_file(config.primary) as read:
                     _check_samples(config, first_difference(read, export.read, need))
             return export.size_bytes
         return None
     have = identity.size_bytes or 0
     _check_size(found, config, need, have, identity.logical_block_bytes or 512)
+    if config.node == 2:
+        return have
     with found.collect():
         content = None if identity.read_only else signature(target)
         # A copy of the primary looks like the primary; whether it is one is checked otherwise.

@@ -21,7 +21,7 @@ AWAITED = {
 RESIZE_TIMEOUT_S = 600.0  # waits for requests that are under way
 
 
-def _ask(
+def ask(
     context: Context,
     name: str,
     verb: str,
@@ -42,7 +42,7 @@ def resync(context: Context, args: Namespace) -> int:
 
     def one(name: str) -> dict[str, Any]:
         try:
-            answer = _ask(context, name, "resync", {"checksum": args.checksum})
+            answer = ask(context, name, "resync", {"checksum": args.checksum})
         except WrongStateError as error:
             if named:
                 raise
@@ -129,7 +129,7 @@ def verify(context: Context, args: Namespace) -> int:
 
 
 def _simple(context: Context, name: str, verb: str, args: dict[str, Any], said: str) -> int:
-    return _tell(context, name, verb, _ask(context, name, verb, args), said)
+    return _tell(context, name, verb, ask(context, name, verb, args), said)
 
 
 def _tell(context: Context, name: str, verb: str, result: dict[str, Any], said: str) -> int:
@@ -141,7 +141,7 @@ def _tell(context: Context, name: str, verb: str, result: dict[str, Any], said: 
 
 def is_paused(context: Context, name: str) -> bool:
     """Whether a running volume copies nothing until `resume`."""
-    return bool(_ask(context, name, "status", {}).get("paused"))
+    return bool(ask(context, name, "status", {}).get("paused"))
 
 
 def pause(context: Context, args: Namespace) -> int:
@@ -171,7 +171,7 @@ def change(context: Context, args: Namespace) -> int:
 
 
 def resize(context: Context, args: Namespace) -> int:
-    result = _ask(context, args.name, "resize", {}, RESIZE_TIMEOUT_S)
+    result = ask(context, args.name, "resize", {}, RESIZE_TIMEOUT_S)
     size = human_size(result["size_bytes"])
     said = (
         f"the new size is taken up: {size}"

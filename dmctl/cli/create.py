@@ -40,6 +40,7 @@ from bitmapd.units import human_size
 from bitmapd.volume.sides import forget_copies
 from dmctl.cli.checks import Findings, check
 from dmctl.cli.context import Context, combine
+from dmctl.cli.pair import as_node, check_record_on
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.record import wipe
@@ -49,6 +50,8 @@ OPTION_KEYS = (
     "primary", "secondary", "record", "attach", "listen", "extent_size", "block_size",
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
+    "node", "partner", "partner_listen", "partner_name", "partner_fingerprint",
+    "partner_certificates", "partner_timeout", "partner_wait",
 )  # fmt: skip
 
 
@@ -65,7 +68,11 @@ def create(context: Context, args: Namespace) -> int:
         found.errors.append(ConfigError(problems))
     if config is not None:
         config = found.attempt(partial(_with_attach, config, table))
+    with found.collect():
+        check_record_on(args.record_on, config)
     superblock = check(context, found, name, table, config)
+    if config is not None and superblock is not None:
+        superblock = as_node(config, superblock, found.notes)
     if found.errors or config is None or superblock is None:
         raise combine(found.errors, doing)
     plan = _plan(config, superblock, found)
@@ -105,7 +112,7 @@ def _table(args: Namespace) -> dict[str, Any]:
         value = getattr(args, key)
         if value is None:
             continue
-        if key in ("primary", "record", "tls_certificates") or (
+        if key in ("primary", "record", "tls_certificates", "partner_certificates") or (
             key == "secondary" and "://" not in value
         ):
             value = os.path.abspath(value) if value else value
@@ -133,8 +140,9 @@ def _configure(
 
 def _with_attach(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
     """`auto` decided, so that the volume is attached in the same way whatever the machine has."""
-    if config.attach == "auto" and "listen" in table:
-        return dataclasses.replace(config, attach="nbd")  # an export was asked for
+    if config.attach == "auto" and ("listen" in table or config.node is not None):
+        # An export was asked for, or the hosts of two appliances, which ask one another.
+        return dataclasses.replace(config, attach="nbd")
     config = resolved(config)
     if config.attach == "dm":
         layer_name(config.name, Layer.ERA)  # refuses what begins like an inner device

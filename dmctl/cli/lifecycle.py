@@ -17,7 +17,7 @@ from bitmapd.config import (
     remove_volume,
 )
 from bitmapd.control.client import SilentError
-from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
+from bitmapd.errors import BitmapdError, TimeOutError, UnreachableError, WrongStateError
 from dmctl.cli.context import Context, each, selected
 from dmctl.cli.copying import is_paused
 from dmctl.cli.killing import (
@@ -44,6 +44,8 @@ def start(context: Context, args: Namespace) -> int:
             if not running:
                 launch(context.paths, name, args.timeout)
                 result = "started"
+        if config.node is not None:
+            _wait_for_partner(context, config)
         already = " already" if result == "running" else ""
         paused = is_paused(context, name)
         stands = f"; copying is paused, 'dmctl resume {name}' ends that" if paused else ""
@@ -51,6 +53,21 @@ def start(context: Context, args: Namespace) -> int:
         return {"result": result, "device": device_of(config), "paused": paused}
 
     return each(context, "start", selected(context, args, default_all=False), "start", one)
+
+
+def _wait_for_partner(context: Context, config: VolumeConfig) -> None:
+    """UnreachableError if the volume is not served within `partner_wait`; the daemon waits on."""
+    name = config.name
+    try:
+        with context.control(name) as client:
+            client.call("wait", {"for": "started"}, within_s=max(config.partner_wait_s, 0.001))
+    except SilentError:
+        raise
+    except TimeOutError:
+        raise UnreachableError(
+            f"volume '{name}' runs, and waits for its partner at {config.partner}",
+            hint=f"start the partner; if it is dead for certain: 'dmctl takeover {name} --fenced'",
+        ) from None
 
 
 def _distrust(context: Context, config: VolumeConfig, *, running: bool) -> None:

@@ -1,24 +1,54 @@
-"""The commands that change which side hosts use."""
+"""The commands that change which side, or which appliance, hosts use."""
 
 from __future__ import annotations
 
-from dmctl.cli.options import Commands, add_command, add_name
+from dmctl.cli.options import Commands, add_command, add_name, duration
+
+
+def add_failover(commands: Commands) -> None:
+    takeover = add_command(
+        commands,
+        "takeover",
+        "failover:takeover",
+        "serve a volume of two appliances without the partner",
+        "Of two appliances one is gone, and hosts wait for places that it may have written. A"
+        " silent partner may be alive and writing, so a time-out is no proof. --fenced is your word"
+        " that it can write neither primary nor secondary any more: it was switched off, or cut off"
+        " from the storage. Then everything that was its own is taken over: just what its record"
+        " names is copied; or everything is compared, if this node has not met it since it started."
+        " Ends with status 15 without a proof, 14 where there is nothing to take over, 12 while the"
+        " nodes exchange their records.",
+    )
+    add_name(takeover)
+    takeover.add_argument(
+        "--fenced", action="store_true", help="the partner can write no more: your word for it"
+    )
+    takeover.add_argument(
+        "--wait", type=duration, metavar="DURATION", help="wait until the volume is served alone"
+    )
+    partner = add_command(
+        commands,
+        "partner",
+        "failover:partner",
+        "show what two appliances are to one another",
+        "Shows the link, the state, which extents either node may write, and what waits. Exit"
+        " status: 0 paired, 100 cut or alone, 15 waiting for the partner, 16 split brain.",
+    )
+    add_name(partner)
 
 
 def add_later(commands: Commands) -> None:
-    for name, text, feature in (
-        ("promote", "use the secondary in place of a lost primary", "failover"),
-        ("demote", "give the secondary back its place", "failover"),
-        ("failback", "copy back what changed, and use the primary again", "failover"),
-        ("takeover", "take a volume over from the partner", "partner"),
-        ("partner", "show the link to the partner", "partner"),
+    for name, text in (
+        ("promote", "use the secondary in place of a lost primary"),
+        ("demote", "give the secondary back its place"),
+        ("failback", "copy back what changed, and use the primary again"),
     ):
         parser = add_command(
             commands,
             name,
             "later:refuse",
-            f"{text} (comes with the {feature} feature)",
+            f"{text} (comes with the failover feature)",
             "This build does not have it yet: the command changes nothing and ends with status 14.",
         )
-        parser.set_defaults(feature=f"the {feature} feature")
+        parser.set_defaults(feature="the failover feature")
         add_name(parser)

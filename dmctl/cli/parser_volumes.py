@@ -60,6 +60,19 @@ def add_volumes(commands: Commands) -> None:
          " connection had sent (default 10min); see 'What may land late' in docs/recovery.md"),
         ("--tls-certificates", "DIR", "folder with certificates for nbds://"),
         ("--metrics-listen", "ADDRESS", "serve metrics at unix:PATH or 127.0.0.1:PORT"),
+        ("--node", "1|2", "one of two appliances: create the volume on either, with its number and"
+         " a record of its own; primary and secondary are the same"),
+        ("--partner", "URI", "where the other appliance is reached: tls://HOST[:PORT] or"
+         " unix:///PATH"),
+        ("--partner-listen", "URI", "where the other appliance reaches this one"),
+        ("--record-on", "local|partner|both", "where a write to a new place is recorded before it"
+         " is answered; this version always does so on both (default both)"),
+        ("--partner-name", "NAME", "the name in the other's certificate (default: the host of"
+         " --partner)"),
+        ("--partner-fingerprint", "SHA-256", "of the other's certificate, if no other may do"),
+        ("--partner-certificates", "DIR", "folder that 'dmctl partner-keys' has made"),
+        ("--partner-timeout", "DURATION", "how long a silent partner counts as there (default 2s)"),
+        ("--partner-wait", "DURATION", "how long 'dmctl start' waits for it (default 10s)"),
     ):  # fmt: skip
         create.add_argument(option, metavar=metavar, help=text)
     create.add_argument(

@@ -78,8 +78,6 @@ def test_the_main_help_lists_commands_and_exit_codes(cli: Cli) -> None:
         (("promote", "v"), "failover feature"),
         (("demote", "v"), "failover feature"),
         (("failback", "v"), "failover feature"),
-        (("takeover", "v"), "partner feature"),
-        (("partner", "v"), "partner feature"),
     ],
 )
 def test_commands_that_come_later_say_so(cli: Cli, words: tuple[str, ...], feature: str) -> None:

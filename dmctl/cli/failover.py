@@ -1,0 +1,100 @@
+"""takeover and partner: what a node of a pair is asked, and told."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from bitmapd.errors import TimeOutError
+from dmctl.cli.context import Context
+from dmctl.cli.copying import ask
+
+TAKEOVER_TIMEOUT_S = 60.0
+# Exit status of `dmctl partner`, by state.
+STATUS = {"paired": 0, "cut": 100, "alone": 100, "waiting": 15, "outdated": 1, "split-brain": 16}
+
+
+def takeover(context: Context, args: Namespace) -> int:
+    """Serve without the partner."""
+    name, output = args.name, context.output
+    answer: dict[str, Any] = ask(
+        context, name, "takeover", {"fenced": args.fenced}, TAKEOVER_TIMEOUT_S
+    )
+    if args.wait is not None:
+        _wait(context, name, args.wait)
+    partner = answer["partner"]
+    if output.as_json:
+        output.json("takeover", {"name": name, **answer})
+        return 0
+    if partner["compared_extents_total"]:
+        output.say(
+            f"volume '{name}' is served here alone; nobody knows what the partner has written, so"
+            " everything is compared"
+        )
+    else:
+        output.say(
+            f"volume '{name}' is served here alone; {partner['absorbed_extents_total']} extents"
+            " were the partner's and are copied"
+        )
+    return 0
+
+
+def _wait(context: Context, name: str, within_s: float) -> None:
+    try:
+        with context.control(name) as client:
+            client.call("wait", {"for": "alone"}, within_s=within_s)
+    except TimeOutError:
+        raise TimeOutError(f"volume '{name}' was not served alone in time") from None
+
+
+def partner(context: Context, args: Namespace) -> int:
+    """Show what the two nodes are to one another."""
+    figures: dict[str, Any] = ask(context, args.name, "partner", {})
+    status = STATUS.get(figures["state"], 1)
+    if context.output.as_json:
+        context.output.json("partner", {"name": args.name, "partner": figures})
+        return status
+    for label, value in rows(figures):
+        context.output.line(f"{label:<16} {value}")
+    return status
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """What people want to see of `partner`, a label and a value each."""
+    peer = figures["peer"]
+    link = figures["link"]
+    if figures["rtt_seconds"] is not None and link == "up":
+        link += f", {figures['rtt_seconds'] * 1000:.2f} ms there and back"
+    if figures["last_error"] and link != "up":
+        link += f" ({figures['last_error']})"
+    found = [
+        ("node", str(figures["node"])),
+        ("state", f"{figures['state']} for {figures['since']:.0f} s"),
+        ("link", link),
+        ("term", str(figures["term"])),
+        (
+            "extents",
+            f"{figures['own_extents']} here, {figures['partner_extents']} at the partner,"
+            f" {figures['owed_extents']} on their way",
+        ),
+        (
+            "waiting",
+            f"{figures['waiting_requests']} requests of hosts, up to"
+            f" {figures['oldest_wait_seconds']:.1f} s",
+        ),
+        (
+            "messages",
+            f"{figures['messages_total']} asked, {figures['handovers_total']} extents given",
+        ),
+    ]
+    if figures["proof"] is not None:
+        found.append(("proof", figures["proof"]))
+    if peer is not None:
+        found.append(
+            (
+                "partner",
+                f"{peer['version']}, secondary {peer['secondary']}, {peer['dirty_bytes']} bytes to"
+                f" copy, {peer['lag_seconds']:.1f} s behind",
+            )
+        )
+    return found

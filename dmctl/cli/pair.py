@@ -1,0 +1,47 @@
+"""What `create` does for one of two appliances.
+
+Either node is created by the same command, with its number and a record of its own.  Node 1 is the
+volume: its record has everything to be copied first, and it serves without a partner until it has
+met one.  Node 2 joins: its record names nothing, knows no volume yet, and it serves nobody before
+it has met node 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bitmapd.config import VolumeConfig
+from bitmapd.errors import UsageError
+from bitmapd.record.layout import InitialSync, RecordFlag, Superblock
+from bitmapd.record.pair_state import PairFlag, PairState
+
+RECORD_ON = ("local", "partner", "both")
+
+
+def check_record_on(value: str | None, config: VolumeConfig | None) -> None:
+    """UsageError for what this version does not do."""
+    if value is None:
+        return
+    if value not in RECORD_ON:
+        raise UsageError(f"--record-on {value!r} is not one of {', '.join(RECORD_ON)}")
+    if config is not None and config.node is None:
+        raise UsageError("--record-on is for one of two appliances", hint="give --node, too")
+    if value == "partner":
+        raise UsageError(
+            "--record-on partner: this version records every place on its own device as well",
+            hint="use both, which is the default; it waits for the slower of the two, not the sum",
+        )
+
+
+def as_node(config: VolumeConfig, superblock: Superblock, notes: list[str]) -> Superblock:
+    """The superblock of this node; as it is for a single appliance."""
+    if config.node is None:
+        return superblock
+    volume = superblock.volume_uuid if config.node == 1 else None
+    state = PairState(node=config.node, volume=volume, flags=PairFlag.NEVER_PAIRED)
+    if config.node == 2:
+        notes.append("node 2 copies nothing at first: node 1 makes the secondary equal")
+        superblock = dataclasses.replace(
+            superblock, flags=RecordFlag(0), initial_sync=InitialSync.NONE
+        )
+    return superblock.with_pair(state)

@@ -1,0 +1,315 @@
+"""Two appliances as processes: what section "What fails, and when" of the design promises.
+
+The claims behind it are told by message and effect in tests/property/test_pair.py; here are the
+programs that an administrator runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pairs import Pair
+from tests.support.volumes import KIB, MIB, noise
+
+PARTNER_KEYS = {
+    "node", "state", "link", "copier", "term", "generation", "since", "peer", "own_extents",
+    "partner_extents", "owed_extents", "embargoed_extents", "waiting_requests",
+    "oldest_wait_seconds", "rtt_seconds", "messages_total", "asks_total", "handovers_total",
+    "refused_guesses_total", "exchanges_total", "absorbed_extents_total", "compared_extents_total",
+    "proof",
+}  # fmt: skip
+PEER_KEYS = {
+    "name", "version", "incarnation", "dirty_bytes", "lag_seconds", "secondary", "serves",
+}  # fmt: skip
+
+
+@pytest.fixture
+def pair(short_path: Path) -> Iterator[Pair]:
+    with Pair(short_path) as made:
+        made.create()
+        yield made
+
+
+def paused(pair: Pair) -> None:
+    """Nothing is copied, so that what is written stays in the record."""
+    for node in (1, 2):
+        pair[node].dmctl("pause", "vol0")
+
+
+# -- together ---------------------------------------------------------------------------------
+
+
+def test_one_volume_two_doors(pair: Pair) -> None:
+    pair.start()
+    for writer, reader, seed in ((1, 2, 1), (2, 1, 2)):
+        data = noise(seed, 2 * MIB)
+        pair[writer].write(5 * MIB, data)
+        assert pair[reader].read(5 * MIB, len(data)) == data
+    one, two = pair[1].status(), pair[2].status()
+    assert one["size_bytes"] == two["size_bytes"]
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    assert pair.equal()
+
+
+def test_both_copy(pair: Pair) -> None:
+    pair.start()
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    before = {node: pair[node].status()["copied_bytes_total"] for node in (1, 2)}
+    pair[1].write(0, noise(3, MIB))
+    pair[2].write(40 * MIB, noise(4, MIB))
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+        assert pair[node].status()["copied_bytes_total"] >= before[node] + MIB
+    assert pair.equal()
+
+
+def test_in_sync_at_one_node_speaks_for_both(pair: Pair) -> None:
+    pair.start()
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    for round_number in range(3):
+        pair[1].write(round_number * MIB, noise(round_number, 512 * KIB))
+        pair[2].wait_in_sync()
+        assert pair.equal()
+
+
+def test_hits_send_nothing_and_disjoint_hosts_ask_nothing(pair: Pair) -> None:
+    pair.start()
+    pair[1].write(2 * MIB, noise(1, 64 * KIB))
+    pair[2].write(50 * MIB, noise(2, 64 * KIB))
+    before = {node: pair.partner(node)["messages_total"] for node in (1, 2)}
+    for seed in range(20):
+        pair[1].write(2 * MIB, noise(seed, 64 * KIB))
+        pair[2].write(50 * MIB, noise(seed, 64 * KIB))
+    for node in (1, 2):
+        assert pair.partner(node)["messages_total"] - before[node] <= 2, "REMOVE at most"
+        assert pair.partner(node)["asks_total"] == 0
+
+
+def test_what_people_see(pair: Pair) -> None:
+    pair.start()
+    done = pair[1].dmctl_process("--json", "partner", "vol0")
+    assert done.returncode == 0
+    partner = json.loads(done.stdout)["partner"]
+    assert set(partner) >= PARTNER_KEYS
+    assert set(partner["peer"]) == PEER_KEYS
+    assert (partner["state"], partner["link"], partner["node"]) == ("paired", "up", 1)
+    text = pair[2].dmctl("partner", "vol0")
+    assert "paired for" in text
+    assert set(pair.partner(2)) >= PARTNER_KEYS
+
+
+# -- starting ---------------------------------------------------------------------------------
+
+
+def test_node_1_needs_nobody_before_it_has_met_its_partner(pair: Pair) -> None:
+    pair[1].start()
+    data = noise(9, MIB)
+    pair[1].write(MIB, data)
+    assert pair.partner(1)["state"] == "alone"
+    pair[2].start()
+    pair.until(2, "paired")
+    assert pair[2].read(MIB, MIB) == data
+
+
+def test_node_2_waits_for_node_1(pair: Pair) -> None:
+    with pair_waiting(pair):
+        error = pair[2].refused("start", "vol0")
+        assert error["exit_status"] == 15
+        assert "waits for its partner" in error["message"]
+        assert pair[2].status()["state"] == "waiting"
+        assert pair[2].dmctl_process("partner", "vol0").returncode == 15
+        assert pair[2].refused("takeover", "vol0", "--fenced")["exit_status"] == 14
+        assert pair[2].refused("verify", "vol0")["exit_status"] == 15
+        pair[2].stop()
+
+
+class pair_waiting:
+    """A shorter patience of `dmctl start` at node 2."""
+
+    def __init__(self, pair: Pair) -> None:
+        self._file = next((pair[2].folder / "etc").rglob("vol0.toml"))
+
+    def __enter__(self) -> None:
+        self._file.write_text(self._file.read_text() + '\npartner_wait = "200ms"\n')
+
+    def __exit__(self, *_: object) -> None:
+        """The file goes with the folder."""
+
+
+# -- one dies ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dead", [1, 2])
+def test_the_partner_copies_what_the_record_names_and_nothing_else(pair: Pair, dead: int) -> None:
+    pair.start()
+    alive = 3 - dead
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    data = noise(11, 3 * MIB)
+    pair[dead].write(20 * MIB, data)
+    pair[dead].kill()
+    partner = pair.until(alive, "cut")
+    named = partner["partner_extents"]
+    assert pair[alive].status()["state"] == "degraded"
+    copied = pair[alive].status()["copied_bytes_total"]
+    assert pair[alive].refused("takeover", "vol0")["exit_status"] == 15
+    answer = json.loads(pair[alive].dmctl("--json", "takeover", "vol0", "--fenced"))
+    assert answer["partner"]["state"] == "alone"
+    assert answer["partner"]["proof"] == "word"
+    assert answer["partner"]["absorbed_extents_total"] == named
+    assert answer["partner"]["compared_extents_total"] == 0
+    assert pair[alive].read(20 * MIB, 3 * MIB) == data
+    pair[alive].write(33 * MIB, data)
+    pair[alive].wait_in_sync()
+    assert pair.equal()
+    status = pair[alive].status()
+    assert status["last_recovery"]["reason"] == "partner"
+    assert status["copied_bytes_total"] - copied <= named * MIB + 4 * MIB
+    # And back: nothing is compared, nothing copied twice.
+    pair[dead].start()
+    assert pair.until(dead, "paired")["compared_extents_total"] == 0
+    assert pair[dead].read(20 * MIB, 3 * MIB) == data
+
+
+def test_writes_to_new_places_wait_for_the_partner_and_go_on(pair: Pair) -> None:
+    """Nothing stops but what has to: a place of one's own is written during a cut."""
+    pair.start()
+    mine = noise(5, 64 * KIB)
+    paused(pair)
+    pair[1].write(MIB, mine)
+    pair[2].write(60 * MIB, mine)
+    pair[1].kill()
+    pair.until(2, "cut")
+    pair[2].write(60 * MIB, noise(6, 64 * KIB))  # covered: served at once
+    with pair[2].host() as host:
+        host.submit(1, 33 * MIB, 4 * KIB, noise(7, 4 * KIB))  # a new place: it waits
+        status = pair[2].until(lambda figures: figures["partner"]["waiting_requests"] == 1)
+        assert status["state"] == "degraded"
+        pair[1].start()
+        assert host.reply().error == 0
+        host.disconnect()
+    assert pair.partner(2)["state"] == "paired"
+
+
+def test_a_partner_that_only_stood_still_goes_on(pair: Pair) -> None:
+    pair.start()
+    pair[1].write(8 * MIB, noise(1, 64 * KIB))
+    with pair[2].events() as events:
+        stopped = pair[1].pid
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            events.wait("partner-down")
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+    for node in (1, 2):
+        pair.until(node, "paired")
+    assert pair[2].read(8 * MIB, 64 * KIB) == noise(1, 64 * KIB)
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_both_die_and_the_union_of_their_records_is_copied(pair: Pair, first: int) -> None:
+    pair.start()
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    paused(pair)
+    here, there = noise(21, MIB), noise(22, MIB)
+    pair[1].write(10 * MIB, here)
+    pair[2].write(30 * MIB, there)
+    pair[first].kill()
+    pair[3 - first].kill()
+    assert not pair.equal()
+    for node in (1, 2):
+        pair[node].dmctl_process("start", "vol0")
+    for node in (1, 2):
+        pair.until(node, "paired")
+        pair[node].dmctl("resume", "vol0")
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    assert pair.equal()
+    assert pair[2].read(10 * MIB, MIB) == here
+    assert pair[1].read(30 * MIB, MIB) == there
+
+
+def test_a_node_that_knows_nothing_compares_everything(pair: Pair) -> None:
+    pair.start()
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    pair[1].write(7 * MIB, noise(31, MIB))
+    pair[2].kill()
+    pair[1].kill()
+    with pair_waiting(pair):
+        pair[2].dmctl_process("start", "vol0")
+    answer = json.loads(pair[2].dmctl("--json", "takeover", "vol0", "--fenced"))
+    assert answer["partner"]["compared_extents_total"] == 64
+    pair[2].wait_in_sync()
+    assert pair.equal()
+    assert pair[2].read(7 * MIB, MIB) == noise(31, MIB)
+
+
+# -- stopping ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaving", [1, 2])
+def test_a_clean_stop_gives_everything_to_the_partner(pair: Pair, leaving: int) -> None:
+    pair.start()
+    stays = 3 - leaving
+    pair[leaving].write(12 * MIB, noise(41, MIB))
+    answer = json.loads(pair[leaving].dmctl("--json", "stop", "vol0"))
+    assert answer["volumes"][0]["clean"]
+    partner = pair.until(stays, "alone")
+    assert partner["proof"] == "bye"
+    assert pair[stays].read(12 * MIB, MIB) == noise(41, MIB)
+    pair[stays].write(44 * MIB, noise(42, MIB))  # nobody is asked
+    pair[leaving].start()
+    pair.until(leaving, "paired")
+    pair[leaving].wait_in_sync()
+    assert pair.equal()
+
+
+def test_both_stop_and_start_with_nothing_to_copy(pair: Pair) -> None:
+    pair.start()
+    pair[1].write(3 * MIB, noise(51, MIB))
+    for node in (1, 2):
+        pair[node].stop()
+    assert pair.equal()
+    for node in (1, 2):
+        pair[node].dmctl_process("start", "vol0")
+    for node in (1, 2):
+        pair.until(node, "paired")
+    assert pair[2].read(3 * MIB, MIB) == noise(51, MIB)
+    assert pair[1].status()["copied_bytes_total"] == 0
+
+
+# -- what is wrong ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (("--node", "3"), 2, "not a node of a pair"),
+        (("--node", "1"), 2, "partner"),
+        (("--partner", "nbd://x"), 2, "tls://"),
+        (("--record-on", "partner"), 2, "give --node"),
+        (("--node", "1", "--partner", "tls://b", "--partner-listen", "tls://a"), 2, "certificates"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_changed(
+    short_path: Path, options: tuple[str, ...], status: int, said: str
+) -> None:
+    with Pair(short_path) as made:
+        node = made[1]
+        node.options = list(options)
+        error: dict[str, Any] = node.refused(*node.create_command())
+        assert error["exit_status"] == status
+        assert said in error["message"] + str(error.get("hint"))
+        assert not (node.folder / "etc").exists() or not list((node.folder / "etc").rglob("*.toml"))
