@@ -90,8 +90,7 @@ class Reads:
 
     def _let(self, reads: Iterable[Read]) -> None:
         for read in reads:
-            if read in self._waiting:
-                self._end(read, None)
+            self._end(read, None)
 
     def _end(self, read: Read, error: OSError | None) -> None:
         del self._waiting[read]

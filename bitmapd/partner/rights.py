@@ -26,6 +26,7 @@ A crash loses all of this.  The process that comes next owns nothing (`node.py`)
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterable
 
 from bitarray import bitarray
@@ -63,7 +64,7 @@ class Rights:
         self.may_read = claims.may_read
         self.most_requests = 1  # of ours that the other takes at a time
         self.cut_patience_s: float | None = None
-        self._cut_since_s: float | None = None
+        self._cut_since_s = math.inf
         self._refusal: OSError | None = None
         self._deferred: set[int] = set()  # to be dropped once rights may change again
         self._on_given: Callable[[], None] | None = None
@@ -235,10 +236,10 @@ class Rights:
 
     def expire(self, now_s: float) -> None:
         """End requests of hosts that have waited in a cut for longer than `cut_patience_s`."""
-        since_s, patience_s = self._cut_since_s, self.cut_patience_s
-        if patience_s is None or since_s is None or self.stance is not Stance.CUT:
+        patience_s = self.cut_patience_s
+        if patience_s is None or self.stance is not Stance.CUT:
             return
-        if now_s - since_s >= patience_s:
+        if now_s - self._cut_since_s >= patience_s:
             self._fail(now_s - patience_s, "the partner is not there")
 
     def _fail(self, before_s: float, why: str) -> OSError:
@@ -290,7 +291,7 @@ class Rights:
         if guesses:
             self._home.guessed(joined(guesses))
         self._wants.refused(each(message.refused))
-        self._look_at_reads()
+        self._reads.look()
         if message.request or self._claims.node == 1:  # if both give all, node 1's goes first
             self._give_on()
 
@@ -308,7 +309,7 @@ class Rights:
             self.other[first:stop] = False
         if runs:
             self._wants.forget_nobodys(each(runs))
-            self._look_at_reads()
+            self._reads.look()
 
     def free(self, message: Free) -> None:
         """No copy of the other's is under way there any more."""
@@ -325,15 +326,10 @@ class Rights:
         self._remove(message.given_up)
         self._reads.status(message)
 
-    def _look_at_reads(self) -> None:
-        if self._claims.stance is Stance.UP:
-            self._reads.look()
-
     # -- what we are to one another (called by `node`) ------------------------------------------
     def cut(self) -> None:
         """The link is lost: no right changes by that (rule 10)."""
-        if self._cut_since_s is None:
-            self._cut_since_s = self._scheduler.time()
+        self._cut_since_s = min(self._cut_since_s, self._scheduler.time())
         self._forget_requests(Stance.CUT)
 
     def _forget_requests(self, stance: Stance) -> None:
@@ -408,7 +404,7 @@ class Rights:
         self._home.take_over(self._claims.blocks(runs), ())
 
     def _begin_anew(self) -> None:
-        self._cut_since_s = None
+        self._cut_since_s = math.inf
         deferred, self._deferred = self._deferred, set()
         for extent in list(self._wants.waiters):
             if self.held[extent]:

@@ -13,7 +13,7 @@ What a node sends of itself is its `View`.  An extent belongs afterwards to:
 | in `owed` of one only | the giver: the grant was lost | whole |
 | in `owed` of both | node 1: it went there and back, and neither heard so | whole |
 | one is fresh: in `own` of the other | the other | as it was |
-| one is fresh: in its `stored` | the other | whole |
+| one is fresh: in its `stored`, or in `owed` of the other | the other | whole |
 | both are fresh: in `stored` of one | that node | whole |
 | both are fresh: in `stored` of both | node 1 | whole |
 | both are fresh, and what one of them relied on was in memory only | node 1: all | whole |
@@ -85,9 +85,10 @@ def share(mine: View, theirs: View, node: int) -> Shares:
     if mine.fresh and theirs.fresh:
         return _both_fresh(mine, theirs, node, size)
     if mine.fresh:
-        return Shares(zeros(size), theirs.own | mine.stored, zeros(size))
+        return Shares(zeros(size), theirs.own | theirs.owed | mine.stored, zeros(size))
     if theirs.fresh:
-        return Shares(mine.own | theirs.stored, zeros(size), theirs.stored & ~mine.own)
+        own = mine.own | mine.owed | theirs.stored
+        return Shares(own, zeros(size), own & ~mine.own)
     if (mine.own & theirs.own).any():
         raise SplitRights(runs_of(mine.own & theirs.own))
     owned = mine.own | theirs.own
