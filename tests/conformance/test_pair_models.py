@@ -1,0 +1,202 @@
+"""The Spin models of two nodes hold; seeded mistakes give counterexamples; good ends are reached.
+
+MODEL_FULL=1 adds the larger searches (minutes, and up to 2 GB of memory).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MODELS = Path(__file__).parents[2] / "docs" / "models"
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("spin") is None or shutil.which("gcc") is None,
+    reason="spin or gcc is not installed: apt-get install spin gcc libc6-dev",
+)
+
+Search = tuple[str, str]  # a model, and its definitions: NAME or NAME=NUMBER, parted by blanks
+
+# What is not named in a search of coherence.pml; WRITES and WRITES1: of the hosts of either node.
+SMALLEST = {"CUTS": 0, "READS": 0, "GUESSES": 0, "WRITES": 1}
+
+
+def coherence(*defines: str) -> Search:
+    return "coherence.pml", " ".join(defines)
+
+
+def pair(*defines: str) -> Search:
+    return "pair.pml", " ".join(defines)
+
+
+MEETS = coherence("WRITES=2")
+CUT = coherence("CUTS=1")
+CRASH = coherence("CRASHES=1")
+STOP = coherence("STOPS=1")
+TAKE = coherence("TAKES=1")
+CUT_AND_CRASH = coherence("CUTS=1", "CRASHES=1")
+GO_ON = coherence("GO_ON", "CUTS=1", "CRASHES=1")
+
+HOLDS = [
+    MEETS,
+    coherence("CUTS=2", "WRITES=2"),
+    coherence("CUTS=1", "GUESSES=1"),
+    coherence("CUTS=1", "READS=1"),
+    CUT_AND_CRASH,
+    coherence("CRASHES=2"),
+    coherence("CACHE", "READS=1"),
+    coherence("HANDS=1", "CUTS=1"),
+    coherence("STOPS=1", "CUTS=1"),
+    coherence("TAKES=1", "CUTS=1"),
+    GO_ON,
+    pair(),
+    pair("ACK_STORED"),
+    pair("BOTH"),
+    pair("GO_ON"),
+    pair("GO_ON", "SHARED"),
+    pair("GO_ON", "SHARED", "BOTH"),
+    pair("RECEIVER"),
+]
+FULL = [
+    coherence("READS=1", "GUESSES=1", "CUTS=0", "WRITES=2"),
+    coherence("CUTS=2", "WRITES=2", "WRITES1=2"),
+    coherence("CUTS=1", "CRASHES=1", "WRITES=2"),
+    coherence("CUTS=1", "CRASHES=2", "WRITES=2"),
+    coherence("CUTS=1", "CRASHES=1", "READS=1"),
+    coherence("CUTS=1", "CRASHES=1", "TAKES=1"),
+    coherence("CUTS=2", "TAKES=2"),
+    coherence("TAKES=1", "HANDS=1", "STOPS=1", "CUTS=1"),
+    coherence("CACHE", "READS=1", "WRITES=2"),
+    coherence("CACHE", "CUTS=1", "READS=1"),
+    coherence("STOPS=1", "CUTS=1", "CRASHES=1"),
+    coherence("HANDS=1", "CUTS=2", "WRITES=2", "WRITES1=2"),
+    coherence("GO_ON", "CUTS=2", "CRASHES=2"),
+    coherence("GO_ON", "STOPS=1", "CUTS=1", "CRASHES=1"),
+    pair("WRITES=3", "CUTS=3", "CRASHES=3"),
+]
+MISTAKES = {
+    "BUG_ABSORB_CLEAN": [CRASH],
+    "BUG_ACK_BEFORE_RECORD": [MEETS],
+    "BUG_ACK_EARLY": [pair()],
+    "BUG_ALONE_DURING_EXCHANGE": [CUT_AND_CRASH],
+    "BUG_ASKED_IS_GRANTED": [pair()],
+    "BUG_BOTH_GRANT": [MEETS],
+    "BUG_BYE_BEFORE_COPIES_END": [STOP],
+    "BUG_CLEAR_AT_ONCE": [MEETS],
+    "BUG_COPY_UNDER_EMBARGO": [MEETS],
+    "BUG_CUT_WRITES_ON": [CUT],
+    "BUG_DIRT_STAYS": [MEETS],
+    "BUG_DROP_UNDER_ADD": [pair("BOTH")],
+    "BUG_EMBARGO_FORGOTTEN": [CUT],
+    "BUG_EMBARGO_PASSED_ON": [MEETS],
+    "BUG_FLAG_BEFORE_DESTAGE": [pair()],
+    "BUG_FREE_MEANS_NOW": [CUT],
+    "BUG_FRESH_RECORD_UNSEEN": [GO_ON],
+    "BUG_GIVER_FORGETS": [MEETS],
+    "BUG_GIVE_IN_FLIGHT": [MEETS],
+    "BUG_GIVE_UNHARDENED": [coherence("CACHE", "WRITES=2")],
+    "BUG_GO_ON_IN_MEMORY": [pair("GO_ON")],
+    "BUG_GRANTED_IS_GIVEN_FIRST": [MEETS],
+    "BUG_GRANT_TWICE": [STOP],
+    "BUG_GUESS_TAKES": [coherence("GUESSES=1")],
+    "BUG_HOLDER_ACKS_FIRST": [pair()],
+    "BUG_HOLDER_FORGETS": [pair()],
+    "BUG_LOST_GRANT_CLEAN": [CUT],
+    "BUG_NOTHING_OWED": [CUT],
+    "BUG_NO_EMBARGO": [MEETS],
+    "BUG_NO_FENCE": [pair()],
+    "BUG_NO_FLAG": [pair()],
+    "BUG_OLD_DIRT": [coherence("CUTS=2", "WRITES=2", "WRITES1=2")],
+    "BUG_OWED_IS_NOT_KNOWN": [CUT],
+    "BUG_OWN_COPY_FORGOTTEN": [MEETS],
+    "BUG_READ_WITHOUT_ASKING": [coherence("CACHE", "READS=1")],
+    "BUG_RECLAIM_BEFORE_READY": [CUT],
+    "BUG_REMOVE_BEFORE_COPIED": [pair()],
+    "BUG_RESTART_BEFORE_GHOSTS": [CRASH],
+    "BUG_STATUS_UNHARDENED": [coherence("CACHE", "READS=1")],
+    "BUG_TAKEN_BEFORE_GIVEN": [TAKE],
+    "BUG_TERM_NOT_TOLD": [pair("RECEIVER")],
+    "BUG_TIMEOUT_IS_PROOF": [CUT_AND_CRASH],
+    "BUG_TRUSTS_AFTER_CUT": [GO_ON, pair("GO_ON")],
+    "BUG_TRUSTS_AFTER_RESTART": [pair()],
+    "BUG_UNION_IS_OWN_ONLY": [coherence("CRASHES=2")],
+    "BUG_UNION_LOST_BY_A_CUT": [coherence("GO_ON", "CUTS=2", "CRASHES=1")],
+}
+# Else a model could hold because nothing ever happens in it.
+WITNESSES = {
+    "WITNESS_BACK": [pair()],
+    "WITNESS_CROSSED": [MEETS],
+    "WITNESS_GONE_ON": [pair("GO_ON")],
+    "WITNESS_NOTHING_COPIED": [pair()],
+    "WITNESS_RETURNED": [CUT],
+    "WITNESS_ROUND_TRIP": [MEETS],
+    "WITNESS_TAKEN": [TAKE],
+    "WITNESS_TOOK_OVER": [pair()],
+    "WITNESS_UNION": [coherence("CRASHES=2")],
+}
+FOUND = [
+    (search, name)
+    for name, searches in sorted((MISTAKES | WITNESSES).items())
+    for search in searches
+]
+
+
+def errors(folder: Path, search: Search, *defines: str) -> int:
+    """How many errors an exhaustive search finds; it ends at the first one."""
+    model, scope = search
+    given = scope.split()
+    named = {define.partition("=")[0] for define in given}
+    flags = [f"-D{define}" for define in (*given, *defines)]
+    if model == "coherence.pml":
+        flags += [f"-D{name}={number}" for name, number in SMALLEST.items() if name not in named]
+    # A search that ends early is not worth an optimised one.
+    optimise = "-O0" if defines else "-O1"
+    options = [optimise, "-w", "-DSAFETY", "-DNOFAIR", "-DCOLLAPSE", "-DMEMLIM=2000"]
+    for command in (
+        ["spin", *flags, "-a", str(MODELS / model)],
+        ["gcc", *options, "-o", "pan", "pan.c"],
+    ):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+    done = subprocess.run(
+        # -E: process Rest checks by `timeout` that nobody waits for ever.
+        ["./pan", "-E", "-n", "-m100000"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=900 if "MODEL_FULL" in os.environ else 110,
+    )
+    found = re.search(r"errors: (\d+)", done.stdout)
+    assert found is not None, done.stdout
+    incomplete = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    incomplete += re.findall("Search not completed", done.stdout) * (found[1] == "0")
+    assert not incomplete, done.stdout
+    return int(found[1])
+
+
+@pytest.mark.parametrize("search", HOLDS, ids=" ".join)
+def test_the_models_hold(tmp_path: Path, search: Search) -> None:
+    assert errors(tmp_path, search) == 0
+
+
+@pytest.mark.skipif("MODEL_FULL" not in os.environ, reason="MODEL_FULL is not set: takes minutes")
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("search", FULL, ids=" ".join)
+def test_the_models_hold_at_large(tmp_path: Path, search: Search) -> None:
+    assert errors(tmp_path, search) == 0
+
+
+@pytest.mark.parametrize(("search", "name"), FOUND, ids="".join)
+def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: str) -> None:
+    assert errors(tmp_path, search, name) == 1
+
+
+@pytest.mark.parametrize("model", ["coherence.pml", "pair.pml"])
+def test_every_mistake_and_good_end_is_tried(model: str) -> None:
+    named = set(re.findall(r"\b(?:BUG|WITNESS)_[A-Z_]+[A-Z]", (MODELS / model).read_text()))
+    assert named == {name for search, name in FOUND if search[0] == model}
