@@ -300,7 +300,7 @@ class Daemon:
 
     async def _takeover(self, args: dict[str, Any], progress: Progress) -> Any:
         return await self._to_its_end(
-            self.volume.take_over(bool(args.get("fenced", False))), progress
+            self.volume.take_over(bool(args.get("fenced")), bool(args.get("force"))), progress
         )
 
     async def _take_up_size(self) -> dict[str, Any]:

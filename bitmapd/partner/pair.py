@@ -197,6 +197,20 @@ class Pair:
             raise WrongStateError(f"this node is {state.value}")
         self.node.fenced(proof)
 
+    async def take(self, force: bool) -> None:
+        """A planned takeover: the partner stops its hosts and gives everything.  BusyError if hosts
+        are connected there, without `force`; UnreachableError if the link is lost meanwhile."""
+        taken: asyncio.Future[None] = self._loop.create_future()
+
+        def over(error: Exception | None) -> None:
+            if error is None:
+                taken.set_result(None)
+            else:
+                taken.set_exception(error)
+
+        self.node.take(force, over)
+        await taken
+
     async def leave(self) -> bool:
         """No host is served any more: give everything to the partner.  False if it is not there."""
         given: asyncio.Future[bool] = self._loop.create_future()

@@ -136,14 +136,18 @@ class Parts(_Base):
         """Serve hosts, and copy."""
         self.recording.record_to(self.config.trace)
         self.recovery.begin()
-        await self.mode.begin(
-            self.engine, self.gate, self.names, lambda: self.copier.idle, self.opened
-        )
+        await self.serve_hosts()
         if self.session.secondary_was_written:
             self.guard.found(())
         self.copier.start(
             paused=self.pausing.paused,
             guarded=self.session.both_left_equal and not self.session.secondary_was_written,
+        )
+
+    async def serve_hosts(self) -> None:
+        """Let them in; again after `stop_hosts`."""
+        await self.mode.begin(
+            self.engine, self.gate, self.names, lambda: self.copier.idle, self.opened
         )
 
     def forget_everything(self) -> None:

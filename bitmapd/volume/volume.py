@@ -42,6 +42,7 @@ from bitmapd.partner.pair import Pair
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
+from bitmapd.volume.hosts import VolumeHosts
 from bitmapd.volume.pairing import state_of_pair
 from bitmapd.volume.resize import (
     commit_growth,
@@ -80,6 +81,7 @@ class Volume:
         self._hurried = False
         self.serving = False  # hosts are let in
         self.on_outdated: Callable[[], None] | None = None
+        self._hosts: VolumeHosts | None = None  # of one of two appliances
         self._entering: asyncio.Task[None] | None = None
         self.left = False  # grown, and not served any more: another one takes over
         self._tick_timer: asyncio.TimerHandle | None = None
@@ -104,7 +106,11 @@ class Volume:
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
 
     async def _begin(self) -> None:
-        await self._parts.begin()
+        parts = self._parts
+        await parts.begin()
+        if parts.pair is not None:
+            self._hosts = VolumeHosts(parts.mode, self._loop, parts.serve_hosts)
+            parts.pair.node.serve(self._hosts)
         self.serving = True
         self.changed()
 
@@ -394,11 +400,14 @@ class Volume:
         """`partner` of the status; WrongStateError for a single appliance."""
         return self._pair().status()
 
-    async def take_over(self, fenced: bool) -> dict[str, Any]:
-        """Serve without the partner; `fenced` is the administrator's word that it can write no
-        more, and that is what this version goes by."""
+    async def take_over(self, fenced: bool, force: bool) -> dict[str, Any]:
+        """Serve without the partner.  One that is there stops its hosts and gives everything, with
+        `force` also hosts that are connected; one that is not is taken over from by the
+        administrator's word (`fenced`) that it can write no more."""
         pair = self._pair()
-        if not pair.is_alone:
+        if pair.is_paired and not fenced:
+            await pair.take(force)
+        elif not pair.is_alone:
             if not fenced:
                 raise UnreachableError(
                     f"nothing proves that the partner of volume '{self.config.name}' can write no"
@@ -411,6 +420,8 @@ class Volume:
             if not pair.is_alone:
                 raise BitmapdError("that this node goes on alone could not be recorded")
             await self.until(lambda: self.serving)
+        if self._hosts is not None:
+            self._hosts.go_on()
         return {"state": self.state, "partner": pair.status()}
 
     async def resync(self, checksum: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def takeover(context: Context, args: Namespace) -> int:
     """Serve without the partner."""
     name, output = args.name, context.output
     answer: dict[str, Any] = ask(
-        context, name, "takeover", {"fenced": args.fenced}, TAKEOVER_TIMEOUT_S
+        context, name, "takeover", {"fenced": args.fenced, "force": args.force}, TAKEOVER_TIMEOUT_S
     )
     if args.wait is not None:
         _wait(context, name, args.wait)
@@ -26,7 +26,9 @@ def takeover(context: Context, args: Namespace) -> int:
     if output.as_json:
         output.json("takeover", {"name": name, **answer})
         return 0
-    if partner["compared_extents_total"]:
+    if partner["state"] == "paired":
+        output.say(f"volume '{name}' is served here; the partner has stopped its hosts")
+    elif partner["compared_extents_total"]:
         output.say(
             f"volume '{name}' is served here alone; nobody knows what the partner has written, so"
             " everything is compared"

@@ -10,8 +10,11 @@ def add_failover(commands: Commands) -> None:
         commands,
         "takeover",
         "failover:takeover",
-        "serve a volume of two appliances without the partner",
-        "Of two appliances one is gone, and hosts wait for places that it may have written. A"
+        "serve a volume of two appliances here, instead of at the partner",
+        "While the partner is there it stops its hosts and gives everything: status 12 if hosts are"
+        " connected to it, unless --force is given. They are let in there again by a takeover at"
+        " that node."
+        " If the partner is gone, hosts wait for places that it may have written. A"
         " silent partner may be alive and writing, so a time-out is no proof. --fenced is your word"
         " that it can write neither primary nor secondary any more: it was switched off, or cut off"
         " from the storage. Then everything that was its own is taken over: just what its record"
@@ -22,6 +25,9 @@ def add_failover(commands: Commands) -> None:
     add_name(takeover)
     takeover.add_argument(
         "--fenced", action="store_true", help="the partner can write no more: your word for it"
+    )
+    takeover.add_argument(
+        "--force", action="store_true", help="also if hosts are connected at the partner"
     )
     takeover.add_argument(
         "--wait", type=duration, metavar="DURATION", help="wait until the volume is served alone"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def pair(short_path: Path) -> Iterator[Pair]:
     with Pair(short_path) as made:
         made.create()
         yield made
+
+
+def free_ports(count: int) -> list[int]:
+    """Nobody listens there now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 def paused(pair: Pair) -> None:
@@ -290,6 +302,49 @@ def test_both_stop_and_start_with_nothing_to_copy(pair: Pair) -> None:
     assert pair[1].status()["copied_bytes_total"] == 0
 
 
+# -- over TLS ---------------------------------------------------------------------------------
+
+
+def test_over_tls_both_prove_who_they_are(short_path: Path) -> None:
+    ports = free_ports(2)
+    options = ["--partner-timeout", "1s"]
+    with Pair(short_path, 64 * MIB, *options) as made:
+        made[1].dmctl("partner-keys", str(short_path / "keys"), "--names", "left,right")
+        for node, name, other in ((1, "left", "right"), (2, "right", "left")):
+            said = made[node].options
+            said[said.index("--partner") + 1] = f"tls://127.0.0.1:{ports[2 - node]}"
+            said[said.index("--partner-listen") + 1] = f"tls://127.0.0.1:{ports[node - 1]}"
+            said += ["--partner-certificates", str(short_path / "keys" / name)]
+            said += ["--partner-name", other]
+        made.create()
+        made.start()
+        data = noise(71, MIB)
+        made[1].write(9 * MIB, data)
+        assert made[2].read(9 * MIB, MIB) == data
+        made[2].kill()
+        made.until(1, "cut")
+        made[1].dmctl("takeover", "vol0", "--fenced")
+        made[1].wait_in_sync()
+        assert made.equal()
+
+
+def test_a_partner_of_another_name_is_refused(short_path: Path) -> None:
+    ports = free_ports(2)
+    with Pair(short_path) as made:
+        made[1].dmctl("partner-keys", str(short_path / "keys"), "--names", "left,right")
+        for node, name in ((1, "left"), (2, "right")):
+            said = made[node].options
+            said[said.index("--partner") + 1] = f"tls://127.0.0.1:{ports[2 - node]}"
+            said[said.index("--partner-listen") + 1] = f"tls://127.0.0.1:{ports[node - 1]}"
+            said += ["--partner-certificates", str(short_path / "keys" / name)]
+            said += ["--partner-name", "somebody-else", "--partner-wait", "1s"]
+        made.create()
+        made[1].start()
+        assert made[2].refused("start", "vol0")["exit_status"] == 15
+        said = made[2].until(lambda status: status["partner"]["last_error"] is not None)
+        assert "certificate" in said["partner"]["last_error"]
+
+
 # -- what is wrong ----------------------------------------------------------------------------
 
 
@@ -313,3 +368,39 @@ def test_bad_options_are_refused_before_anything_is_changed(
         assert error["exit_status"] == status
         assert said in error["message"] + str(error.get("hint"))
         assert not (node.folder / "etc").exists() or not list((node.folder / "etc").rglob("*.toml"))
+
+
+# -- planned ----------------------------------------------------------------------------------
+
+
+def test_a_planned_takeover_moves_the_hosts_and_needs_no_proof(pair: Pair) -> None:
+    pair.start()
+    data = noise(61, MIB)
+    with pair[1].host() as host:
+        error = pair[2].refused("takeover", "vol0")
+        assert error["exit_status"] == 12
+        assert "1 hosts are connected" in error["message"]
+        host.disconnect()
+    pair[1].until(lambda status: status["connections"] == 0)
+    pair[1].write(21 * MIB, data)
+    pair[1].until(lambda status: status["connections"] == 0)
+    answer = json.loads(pair[2].dmctl("--json", "takeover", "vol0"))
+    assert answer["partner"]["state"] == "paired"
+    assert pair.partner(1)["own_extents"] == 0
+    with pytest.raises((ConnectionError, FileNotFoundError)):
+        pair[1].host()
+    assert pair[2].read(21 * MIB, MIB) == data
+    pair[2].write(22 * MIB, data)
+    pair[2].until(lambda status: status["connections"] == 0)
+    pair[1].dmctl("takeover", "vol0")
+    assert pair[1].read(22 * MIB, MIB) == data
+    pair[2].stop()  # its hosts are stopped already
+    assert pair.until(1, "alone")["proof"] == "bye"
+
+
+def test_forced_a_planned_takeover_cuts_hosts_off(pair: Pair) -> None:
+    pair.start()
+    with pair[1].host() as host:
+        pair[2].dmctl("takeover", "vol0", "--force")
+        with pytest.raises(ConnectionError):
+            host.call(1, 0, 4 * KIB, noise(1, 4 * KIB))
