@@ -194,9 +194,7 @@ class Node:
     def connected(self, wire: Wire) -> None:
         """The other node is there, and is who it says it is."""
         if self._wire is not None:
-            old, self._wire = self._wire, None
-            old.close(None)
-            self._lose()
+            self._hang_up(None)
         if self._going_alone:  # the word that we are alone is on its way to the disk
             wire.close(None)
             return
@@ -268,11 +266,14 @@ class Node:
 
     def refuse(self, error: PeerError) -> None:
         """End the connection: what came is wrong, or too late."""
-        if self._wire is None:
-            return
+        if self._wire is not None:
+            self._around.emit("partner-protocol-error", code=int(error.code), message=error.text)
+            self._hang_up(error)
+
+    def _hang_up(self, error: PeerError | None) -> None:
         wire, self._wire = self._wire, None
-        wire.close(error)
-        self._around.emit("partner-protocol-error", code=int(error.code), message=error.text)
+        if wire is not None:
+            wire.close(error)
         self._lose()
 
     # -- messages -----------------------------------------------------------------------------
@@ -306,7 +307,7 @@ class Node:
         fresh, other_fresh = mine.flags & HelloFlag.FRESH, theirs.flags & HelloFlag.FRESH
         found = standing(mine, theirs)
         if found is Standing.BEHIND and not fresh:
-            self._outdate()
+            self.shut_out()
             return
         if found is Standing.AHEAD and not other_fresh:
             raise PeerError(ErrorCode.OLD_TERM, f"term {theirs.term} is over: it is {mine.term}")
@@ -516,46 +517,34 @@ class Node:
             return
         self._handover.give_up("the partner is stopping")
         self._left = done
-        self.rights.give_all(self._say_bye)
+        self.rights.give_all(partial(self._say_bye, done))
 
-    def _say_bye(self) -> None:
-        if self._left is None:
-            return
-        done, self._left = self._left, None
+    def _say_bye(self, done: Callable[[bool], None]) -> None:
+        self._left = None
         self.rights.flush()
         self._send(messages.Bye(messages.Goodbye.STOPPED))
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close(None)
-        self._phase(Phase.CLOSED)
-        self.rights.forget_all()
         self._known = False
-        self._become(State.WAITING)
+        self.state = State.WAITING
+        self._hang_up(None)
         done(True)
 
     def _bye(self, message: messages.Bye, _: int) -> None:
         """The other has given everything, and nothing of its is in flight anywhere."""
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close(None)
-        self._lose()
+        self._hang_up(None)
         if message.reason == messages.Goodbye.STOPPED:
             self.fenced(Proof.BYE)
 
     # -- neither ------------------------------------------------------------------------------
-    def _outdate(self) -> None:
-        self.refuse(PeerError(ErrorCode.OLD_TERM, "this node was declared dead and starts anew"))
-        self.shut_out()
-
     def shut_out(self) -> None:
         """Nothing that this node writes counts any more: the other has taken over, or will."""
         why = "the partner has taken over while this node lived"
+        self._hang_up(PeerError(ErrorCode.OLD_TERM, why))
         self.rights.stop(why)
         self._become(State.OUTDATED)
         self._around.emit("outdated", message=why)
 
     def _split(self, error: PeerError) -> None:
-        self.refuse(error)
+        self._hang_up(error)
         self.rights.stop(None)
         self._become(State.SPLIT_BRAIN)
         self._around.emit("split-brain", message=error.text)
@@ -589,22 +578,16 @@ class Node:
         self._handover.taken(message)
 
     def _error(self, message: messages.Error, _: int) -> None:
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close(None)
+        self._hang_up(None)
         self._around.emit(
             "partner-refused", code=message.code, message=f"the partner says: {message.text}"
         )
-        self._lose()
         if message.code in (ErrorCode.SPLIT_BRAIN, ErrorCode.BOTH_OWN):
             self.rights.stop(None)
             self._become(State.SPLIT_BRAIN)
 
     def _closed(self, message: messages.Bye, _: int) -> None:
-        wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close(None)
-        self._lose()
+        self._hang_up(None)
 
 
 # A message that is not here in the phase of the connection ends it.
