@@ -360,6 +360,7 @@ def test_got_of_what_has_come_back_changes_nothing() -> None:
     it.grant(1, AT)
     it.rights.got(Got(99))
     assert it.state_of(E) == "own"
+    assert not it.rights.other[E]
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -215,6 +215,34 @@ def test_patience_in_a_cut_ends() -> None:
     assert len(it.errors) == 2
 
 
+def test_patience_begins_with_the_cut() -> None:
+    it = Bench()
+    it.rights.cut_patience_s = 5.0
+    it.write(1)
+    it.loop.advance(60)
+    it.rights.cut()
+    it.loop.advance(4)
+    it.rights.tick()
+    assert it.errors == []
+    it.loop.advance(2)
+    it.rights.tick()
+    assert len(it.errors) == 1
+
+
+def test_a_drain_of_another_link_gives_nothing() -> None:
+    it = Bench()
+    it.own(E)
+    it.rights.hand_over([E])
+    (old,) = it.desk.landing
+    it.desk.landing = []
+    it.rights.cut()
+    it.pair(own=AT)
+    it.rights.hand_over([E])
+    old()
+    assert it.state_of(E) == "giving"  # writes of this link may be in flight
+    assert it.land() == [Grant(0, AT, (), (), (), False)]
+
+
 def test_nobody_is_impatient_unless_told() -> None:
     it = Bench()
     it.rights.cut()
