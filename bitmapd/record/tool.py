@@ -38,8 +38,10 @@ from bitmapd.errors import (
     UsageError,
 )
 from bitmapd.media.identity import in_use, same_medium, signature
+from bitmapd.record.geometry import Geometry
 from bitmapd.record.hints import HINTS_BYTES
 from bitmapd.record.layout import (
+    EXTENTS_PER_PAGE,
     PAGE_BYTES,
     PAGES_OFFSET,
     SUPERBLOCK_BYTES,
@@ -52,6 +54,7 @@ from bitmapd.record.layout import (
     encode_superblock,
     healed,
     page_bits,
+    page_count,
     page_offset,
     record_size_bytes,
     require_writable,
@@ -169,8 +172,7 @@ def write_pages(
 ) -> None:
     """Write both slots of pages [first, stop) durably: `sequence` to slot 1, the next to slot 0.
 
-    For places that hold nothing of this record: a new record, or pages that a larger volume needs
-    in addition (before the superblock says so).
+    For places that hold nothing of this record, or all of it anew.
     """
     volume = superblock.volume_uuid.bytes
     buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
@@ -186,6 +188,19 @@ def write_pages(
             encode_page_into(slot0, volume, index, sequence + 1, sequence, content)
         medium.write(page_offset(start, 0), buffer[: count * 2 * PAGE_BYTES])
     medium.sync()
+
+
+def add_pages(medium: RecordMedium, superblock: Superblock, geometry: Geometry) -> None:
+    """Write the pages that a larger volume needs in addition, before the superblock says so.
+
+    They hold ones beyond the last extent, too: a size that was tried before may be in force after a
+    crash, and it may be larger.  So the content is always the same, and a cut while it is written
+    once more changes nothing.
+    """
+    first, stop = superblock.page_count, page_count(geometry.extents)
+    ones = bitarray(stop * EXTENTS_PER_PAGE, endian="little")
+    ones.setall(True)
+    write_pages(medium, superblock, ones, first, stop)
 
 
 def heal(medium: RecordMedium, loaded: Loaded) -> Loaded:

@@ -1,6 +1,6 @@
 """Taking up a larger size while hosts are served.
 
-1. The pages that the larger volume needs in addition are written as ones.
+1. The pages that the larger volume needs in addition are written as ones, all of each page.
 2. The last extent, if the old end lies in it, is recorded, and stays so whatever becomes of the
    rest: its new part is in the record from now on.
 3. The last page names its new extents, in this write of it and in every later one.
@@ -10,9 +10,9 @@
 
 The order is what makes a crash or an error at any point harmless.  Up to step 4 a load cuts off
 everything beyond the old size.  If step 4 fails, either size may be in force after a crash, and the
-record is right for both.  Nothing of steps 1 to 4 has to be taken back: a volume that goes on with
-its old size after an error may be asked to grow again, and a clean stop leaves one extent in the
-record.
+record is right for both, and for another size that is asked for next.  Nothing of steps 1 to 4 has
+to be taken back: a volume that goes on with its old size after an error may be asked to grow again,
+and a clean stop leaves one extent in the record.
 
 A volume in the kernel needs a new era device too, which nothing may use when it is exchanged.  So
 everything is moved to the gate, this `Volume` is left, and another one takes over from the record
@@ -105,7 +105,7 @@ async def present_geometry(
 
 
 def new_page_states(old: Geometry, new: Geometry) -> list[PageState]:
-    """Where the pages stand that `tool.write_pages` adds: slot 0 is newest, with sequence 2."""
+    """Where the pages stand that `tool.add_pages` writes: slot 0 is newest, with sequence 2."""
     added = page_count(new.extents) - page_count(old.extents)
     return [PageState(Verdict.WHOLE, 0, 2, 2, "") for _ in range(added)]
 

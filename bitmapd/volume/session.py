@@ -240,13 +240,7 @@ class RecordSession:
 
     def prepare_growth(self, geometry: Geometry) -> None:
         """Write the pages that a larger volume needs in addition, as ones; not in force yet."""
-        tool.write_pages(
-            self._medium,
-            self.superblock,
-            all_ones(geometry),
-            page_count(self.superblock.geometry.extents),
-            page_count(geometry.extents),
-        )
+        tool.add_pages(self._medium, self.superblock, geometry)
 
     def read_hints(self) -> Hints | None:
         """Inflating the map of a large volume takes longer than a host's write should wait."""

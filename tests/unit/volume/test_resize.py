@@ -114,7 +114,7 @@ def check_stored(local: LocalVolume, folder: Path) -> int:
     assert not loaded.damaged
     geometry = loaded.superblock.geometry
     first = OLD_BYTES // EXTENT_BYTES
-    if geometry == NEW:
+    if geometry.size_bytes > OLD_BYTES:
         assert loaded.bits[first:].all(), "new extents are not in the record"
     return geometry.size_bytes
 
@@ -193,6 +193,27 @@ def test_growth_that_failed_at_any_write_can_be_repeated(
     run(test())
     assert local.superblock.clean
     assert local.superblock.geometry == NEW
+
+
+def test_a_size_that_failed_stays_right_when_a_smaller_one_is_tried(
+    tmp_path: Path, short_path: Path
+) -> None:
+    """The larger one is in force in one copy of the superblock; then only pages are written."""
+    local = growing(tmp_path, short_path)
+
+    async def test() -> None:
+        async with serving(local) as served:
+            for extents, landing, in_force in ((8, True, 8), (4, False, 8), (4, True, 4)):
+                size_bytes = (EXTENTS_PER_PAGE + extents) * EXTENT_BYTES
+                os.truncate(local.primary, size_bytes)
+                with pytest.MonkeyPatch.context() as patch:
+                    Failing(patch, 1, landing)
+                    with pytest.raises(BitmapdError, match="cannot write"):
+                        await served.volume.resize()
+                found = check_stored(local, tmp_path)
+                assert found == (EXTENTS_PER_PAGE + in_force) * EXTENT_BYTES
+
+    run(test())
 
 
 def test_growth_whose_page_cannot_be_written_can_be_repeated(
