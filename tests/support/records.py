@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from uuid import UUID
 
+from bitmapd.errors import BitmapdError
 from bitmapd.record import layout
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import Loaded, Superblock
+from bitmapd.record.medium import RecordMedium
+from tests.support.sim import SECTOR, SimDisk
 
 VOLUME = UUID("6f0d2a54-9b7c-4f43-8b50-0d2f6a4f6c01")
 GENERATION = UUID("0b3c4e9a-1f0e-4f7c-9a52-5d1b0c7a9e02")
@@ -61,6 +65,34 @@ def load_image(image: bytes) -> Loaded:
             for index in range(pages)
         ),
     )
+
+
+class SimMedium(RecordMedium):
+    """A simulated disk as synchronous code sees it; `judge` is called after every effect.
+
+    Of each write with a fate that part lands, by sectors from its beginning, and then it fails.
+    """
+
+    def __init__(self, disk: SimDisk, judge: Callable[[], object]) -> None:
+        super().__init__(disk.name, -1)
+        self._disk = disk
+        self._judge = judge
+        self.fates: list[float | None] = []
+
+    def write(self, offset_bytes: int, view: memoryview, flags: int = 0) -> None:
+        fate = self.fates.pop(0) if self.fates else None
+        landing = len(view) if fate is None else int(len(view) * fate) // SECTOR * SECTOR
+        # Sector by sector: a power cut may come in between.
+        for at in range(0, landing, SECTOR):
+            piece = bytes(view[at : at + SECTOR])
+            self._disk.carry_out(offset_bytes + at, piece, fua=bool(flags & os.RWF_DSYNC))
+            self._judge()
+        if fate is not None:
+            raise BitmapdError("cannot write: Input/output error")
+
+    def sync(self) -> None:
+        self._disk.sync()
+        self._judge()
 
 
 def alter(path: str, offset: int, raw: bytes) -> None:

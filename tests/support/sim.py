@@ -203,7 +203,7 @@ class SimDisk:
                 return
             op.buffer[:] = self.visible[op.offset_bytes : end]
         elif op.kind == "write":
-            self._carry_out(op.offset_bytes, op.data, op.fua)
+            self.carry_out(op.offset_bytes, op.data, op.fua)
         elif op.kind == "flush":
             for serial, offset, data in self.volatile:
                 if serial < op.serial:
@@ -213,7 +213,7 @@ class SimDisk:
             self.connected = True
         op.done(None)
 
-    def _carry_out(self, offset: int, data: bytes, fua: bool) -> None:
+    def carry_out(self, offset: int, data: bytes, fua: bool) -> None:
         end = offset + len(data)
         self.visible[offset:end] = data
         if fua:
@@ -224,12 +224,18 @@ class SimDisk:
             self.volatile.append((self._serial, offset, data))
             self._serial += 1
 
+    def sync(self) -> None:
+        """Everything that is volatile becomes durable."""
+        for _, offset, data in self.volatile:
+            self.durable[offset : offset + len(data)] = data
+        self.volatile = []
+
     def _fail_badly(self, op: SimOp, luck: Chooser) -> None:
         if op.kind == "write":
             for at in range(0, len(op.data), SECTOR):
                 if luck.random() < 0.5:
                     piece = op.data[at : at + SECTOR]
-                    self._carry_out(op.offset_bytes + at, piece, op.fua and luck.random() < 0.7)
+                    self.carry_out(op.offset_bytes + at, piece, op.fua and luck.random() < 0.7)
         elif op.kind == "flush":
             kept = []
             for serial, offset, data in self.volatile:
@@ -252,7 +258,7 @@ class SimDisk:
                 if self.writes_late:
                     self.ghosts.append(op)
                 else:
-                    self._carry_out(op.offset_bytes, op.data, op.fua)
+                    self.carry_out(op.offset_bytes, op.data, op.fua)
 
     def lose_connection(self) -> None:
         """What was in flight ends in an error, and may yet be carried out."""
@@ -270,7 +276,7 @@ class SimDisk:
     def land(self, ghost: SimOp) -> None:
         if ghost in self.ghosts:
             self.ghosts.remove(ghost)
-            self._carry_out(ghost.offset_bytes, ghost.data, ghost.fua)
+            self.carry_out(ghost.offset_bytes, ghost.data, ghost.fua)
 
     def disappear(self, chooser: Chooser) -> None:
         """Lose power and come back: nothing works until `open`, and what was volatile is gone."""

@@ -95,9 +95,9 @@ class Path(SimDisk):
         if hasattr(self, "pending"):
             self.shared.serial = value
 
-    def _carry_out(self, offset: int, data: bytes, fua: bool) -> None:
+    def carry_out(self, offset: int, data: bytes, fua: bool) -> None:
         self._landed(offset, data)
-        super()._carry_out(offset, data, fua)
+        super().carry_out(offset, data, fua)
 
 
 class Connection:
@@ -232,7 +232,7 @@ class Side:
         for path, op in self.ghosts:
             for at in range(0, len(op.data), SECTOR):
                 if self.world.rng.random() < 0.5:
-                    path._carry_out(op.offset_bytes + at, op.data[at : at + SECTOR], False)
+                    path.carry_out(op.offset_bytes + at, op.data[at : at + SECTOR], False)
         self.ghosts = []
 
     # -- Hosts --------------------------------------------------------------------------------
