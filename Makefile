@@ -12,7 +12,7 @@ VM_CORE := $(addprefix tests/vm/guest/test_,volume.py barrier.py helper.py stack
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-prediction soak mutants fuzz docs install uninstall clean
+.PHONY: help setup demo test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,6 +76,9 @@ soak: setup  ## long property tests and walks, file systems, kill -9; CYCLES=, E
 	$(PYTEST) --timeout 900 tests/soak
 	$(PYTHON) -m tests.soak.soak --cycles $(or $(CYCLES),200)
 	$(PYTHON) -m tests.soak.late --seconds $(or $(LATE_SECONDS),3600)
+
+soak-pair: setup  ## two appliances under a nemesis, and millions of simulated steps; ROUNDS=500
+	$(PYTHON) -m tests.soak.pair --rounds $(or $(ROUNDS),500)
 
 mutants: setup  ## break the code in chosen places, each has to be noticed; MUTANTS="--sample 8"
 	$(PYTHON) tools/mutants.py $(MUTANTS)
