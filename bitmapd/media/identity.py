@@ -187,8 +187,9 @@ def _fitted(text: str) -> str:
 # -- who uses it --------------------------------------------------------------------------------
 
 
-def in_use(path: str | Path) -> str | None:
-    """Who uses a device or file ("mounted on /srv"), or None."""
+def in_use(path: str | Path, *, shared: bool = False) -> str | None:
+    """Who uses a device or file ("mounted on /srv"), or None.  `shared`: with somebody who may
+    have it open exclusively."""
     text = str(path)
     found = _stat(text)
     swaps = [line.split()[0] for line in _lines("/proc/swaps")[1:] if line]
@@ -209,6 +210,8 @@ def in_use(path: str | Path) -> str | None:
         holders = _names(part / "holders")
         if holders:
             return f"{label}part of {holders[0]}"
+    if shared:
+        return None
     try:
         fd = os.open(text, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:

@@ -37,10 +37,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bitmapd.errors import BitmapdError, BusyError, PermissionError_, UsageError, refused
+from bitmapd.errors import BitmapdError, PermissionError_, UsageError, refused
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO, AllocationDone, Done
 from bitmapd.media.buffers import aligned
+from bitmapd.media.claims import Claim, busy, holder_of
 from bitmapd.media.transport import file_system, is_remote
 
 _BLKSSZGET = 0x1268
@@ -70,7 +71,7 @@ def _fallocate(fd: int, mode: int, offset_bytes: int, length_bytes: int) -> None
 def open_error(path: str, error: OSError) -> BitmapdError:
     """The error to show a user for a medium that could not be opened."""
     if error.errno == errno.EBUSY:
-        return BusyError(f"{path} is in use by something else", "see lsblk and fuser -vm")
+        return busy(path, holder_of(path))
     return refused(error, f"cannot open {path}")
 
 
@@ -97,26 +98,27 @@ class KernelDevice:
         engine: AioEngine,
         *,
         read_only: bool = False,
-        exclusive: bool = False,
+        claim: Claim | None = None,
         defer: bool = False,
         aside: bool = False,
         mismatch: Callable[[int], str | None] | None = None,
     ) -> None:
-        """`exclusive` claims a block device, so that nobody mounts or formats it meanwhile.
+        """`claim`: for whom it is claimed while it is open, so that nobody else uses it.
         `defer` leaves the opening to `open`: until then there is no size and nothing works.
         `aside` is for a medium that hosts do not work on: see `read_aside`.  `mismatch`, asked by
         its size in the course of opening, may block: why it is not the medium that was meant."""
         self.name = str(path)
         self._engine = engine
         self._read_only = read_only
-        self._exclusive = exclusive
+        self._claim = claim
         self._aside = aside
         self._mismatch = mismatch
         self._zeros: memoryview | None = None
         self._fd = -1
+        self._guard: int | None = None  # keeps a block device of a pair from being mounted
         self._remote = False
         self._leaving: list[int] = []  # descriptors that a thread is to close
-        self._closing = threading.Lock()
+        self._descriptors = threading.Lock()  # to close them, or to claim through them
         self._flushing = False
         self._next_flush: list[Done] = []
         self._durables = _Round()
@@ -131,8 +133,9 @@ class KernelDevice:
     # -- life -----------------------------------------------------------------------------
     def _open(self) -> None:
         flags = (os.O_RDONLY if self._read_only else os.O_RDWR) | os.O_CLOEXEC
+        exclusive = self._claim is not None and self._claim.node is None
         try:
-            if self._exclusive and stat.S_ISBLK(os.stat(self.name).st_mode):
+            if exclusive and stat.S_ISBLK(os.stat(self.name).st_mode):
                 flags |= os.O_EXCL
         except OSError as error:
             raise open_error(self.name, error) from error
@@ -151,10 +154,32 @@ class KernelDevice:
             self._examine(fd)
             if self._mismatch is not None and (reason := self._mismatch(self.size_bytes)):
                 raise OtherMediumError(errno.ENODEV, reason)
+            with self._descriptors:
+                self._take_claim(fd)
+                self._fd = fd
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd
+
+    def _take_claim(self, fd: int) -> None:
+        claim = self._claim
+        if claim is not None:
+            claim.take(fd, self.name)
+            if claim.node is not None and self.is_block and self._guard is None:
+                self._guard = claim.hold(fd, self.name)
+
+    async def joined(self, claim: Claim) -> None:
+        """What was claimed is claimed for this one, now and when it is opened again; BusyError if
+        somebody else has it."""
+
+        def take() -> None:
+            with self._descriptors:
+                if self._claim is not None:
+                    self._claim = claim
+                    if self._fd >= 0:
+                        self._take_claim(self._fd)
+
+        await self._engine.call(take, aside=self._aside)
 
     def _examine(self, fd: int) -> None:
         status = os.fstat(fd)
@@ -249,10 +274,13 @@ class KernelDevice:
         if self._fd >= 0:
             self._leaving.append(self._fd)
             self._fd = -1
+        if self._guard is not None:
+            self._leaving.append(self._guard)
+            self._guard = None
 
     def _close_left(self) -> None:
         """Blocks; returns when another thread that closes has returned, too."""
-        with self._closing:
+        with self._descriptors:
             while self._leaving:
                 os.close(self._leaving.pop())
 

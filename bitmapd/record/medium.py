@@ -17,7 +17,6 @@ import fcntl
 import mmap
 import os
 import stat
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from bitmapd.errors import (
     UsageError,
     refused,
 )
+from bitmapd.media.claims import set_lock
 from bitmapd.record.layout import (
     PAGE_BYTES,
     SUPERBLOCK_OFFSETS,
@@ -45,7 +45,6 @@ Source: TypeAlias = "str | Path | RecordMedium"
 Read = Callable[[int, list[memoryview], int], int]
 
 CHUNK_BYTES: Final = 1 << 20
-_FLOCK: Final = struct.Struct("@hhqqi")  # struct flock with 64-bit offsets
 
 
 class RecordMedium:
@@ -83,9 +82,8 @@ class RecordMedium:
 
     def lock(self) -> None:
         """Claim the record until `close`; BusyError names the volume whose server has it."""
-        request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         try:
-            fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, request)
+            set_lock(self.fd, fcntl.F_WRLCK, 0, 0)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise explained(error, f"cannot lock {self.name}") from error

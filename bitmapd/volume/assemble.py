@@ -49,7 +49,7 @@ from bitmapd.record.store import RecordStore
 from bitmapd.units import format_size
 from bitmapd.volume.guard import Guard
 from bitmapd.volume.hints import HintKeeper
-from bitmapd.volume.pairing import VolumeHome, make_pair
+from bitmapd.volume.pairing import VolumeHome, claim_of, make_pair
 from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.presence import Presence
 from bitmapd.volume.recovery import Recovery
@@ -218,16 +218,15 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     engine = AioEngine(loop)
     opened.append(engine.close)
     path = await mode.prepare(geometry, opened)
-    shared = config.node is not None  # the partner opens primary and secondary as well
-    exclusive = mode.exclusive and not shared
-    primary = await engine.call(partial(KernelDevice, path, engine, exclusive=exclusive))
+    claim = claim_of(session.pair)
+    primary = await engine.call(
+        partial(KernelDevice, path, engine, claim=claim if mode.exclusive else None)
+    )
     opened.append(primary.close)
     record = await engine.call(partial(KernelDevice, config.record, engine))
     opened.append(record.close)
     _warn_if_buffered((primary, record), emit)
-    secondary = make_secondary(
-        config, loop, engine, session.secondary_mismatch, exclusive=not shared
-    )
+    secondary = make_secondary(config, loop, engine, session.secondary_mismatch, claim)
     opened.append(secondary.close)
     await open_secondary(secondary, loop, session.secondary_mismatch, emit)
 
@@ -237,7 +236,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     # Misses of one batch share a record write; it leaves with the batch, not a turn later.
     engine.before_submit.append(store.commit)
     home = VolumeHome(owner)
-    pair = make_pair(config, session, store, loop, aside, home)
+    media = [medium for medium in (primary, record, secondary) if isinstance(medium, KernelDevice)]
+    pair = make_pair(config, session, store, loop, aside, home, media)
     names: Record = store if pair is None else pair.record
     if pair is not None:
         opened.append(pair.close)
@@ -283,7 +283,6 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     recording = Recording(gate, loop, emit)
     opened.append(recording.close)
     pausing = Pausing(config.name, session, copier, owner.until, aside, emit)
-    media = (primary, record, secondary)
     return Parts(
         config,
         loop,
@@ -302,9 +301,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         copier=copier,
         hints=hints,
         note=note,
-        presence=Presence(
-            [medium for medium in media if isinstance(medium, KernelDevice)], engine, loop, emit
-        ),
+        presence=Presence(media, engine, loop, emit),
         recording=recording,
         recovery=Recovery(session, names, gate, copier, loop, aside, emit, on_kept=owner.changed),
         pausing=pausing,

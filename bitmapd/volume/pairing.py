@@ -7,15 +7,19 @@ Hosts are let in when it `serves`, and that may be long after the start, or neve
 from __future__ import annotations
 
 import asyncio
+import errno
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
 
 from bitmapd.config import VolumeConfig
 from bitmapd.copier.engine import Copier, CopyState
-from bitmapd.errors import UsageError
+from bitmapd.errors import BusyError, UsageError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Target
+from bitmapd.media.claims import Claim
+from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside
 from bitmapd.net.uri import parse_partner_uri
 from bitmapd.partner.greeting import NIL
@@ -96,8 +100,9 @@ def make_pair(
     loop: asyncio.AbstractEventLoop,
     aside: Aside,
     home: VolumeHome,
+    media: Sequence[KernelDevice],
 ) -> Pair | None:
-    """None for a single appliance."""
+    """None for a single appliance.  `media`: what is claimed for the pair once it is joined."""
     superblock, state = session.superblock, session.pair
     if state is None:
         return None
@@ -110,7 +115,7 @@ def make_pair(
         link_settings(config),
         loop,
         home,
-        partial(_write, session, aside),
+        partial(_write, session, aside, media),
         session.loaded.bits.copy(),
     )
 
@@ -126,12 +131,25 @@ def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
     )
 
 
-async def _write(session: RecordSession, aside: Aside, lasting: Lasting) -> None:
+def claim_of(state: PairState | None) -> Claim:
+    return Claim() if state is None else Claim(state.node, state.volume)
+
+
+async def _write(
+    session: RecordSession, aside: Aside, media: Sequence[KernelDevice], lasting: Lasting
+) -> None:
     if lasting.volume == NIL:
         raise OSError("a node that has not joined has nothing to record")
+    volume, state = UUID(bytes=lasting.volume), session.pair
+    if state is not None and state.volume is None:
+        try:
+            for medium in media:
+                await medium.joined(Claim(state.node, volume))
+        except BusyError as error:
+            raise OSError(errno.EBUSY, error.message) from error
     await aside(
         session.store_pair,
-        UUID(bytes=lasting.volume),
+        volume,
         never_paired=lasting.never_paired,
         term=lasting.term,
         generations=tuple(UUID(bytes=value) for value in lasting.generations if value != NIL),

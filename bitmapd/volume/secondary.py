@@ -15,6 +15,7 @@ from bitmapd.config import VolumeConfig
 from bitmapd.errors import ForeignRecordError, UnreachableError
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Target
+from bitmapd.media.claims import Claim
 from bitmapd.media.kdevice import KernelDevice, OtherMediumError
 from bitmapd.media.waiting import completion
 from bitmapd.nbd.client.target import NbdTarget
@@ -32,14 +33,13 @@ def make_secondary(
     loop: asyncio.AbstractEventLoop,
     engine: AioEngine,
     mismatch: Mismatch,
-    *,
-    exclusive: bool = True,
+    claim: Claim,
 ) -> Target:
     """A device is compared with what the record knows in the course of opening, off the loop."""
     if is_uri(config.secondary):
         return _make_client(config, loop)
     return KernelDevice(
-        config.secondary, engine, exclusive=exclusive, defer=True, aside=True, mismatch=mismatch
+        config.secondary, engine, claim=claim, defer=True, aside=True, mismatch=mismatch
     )
 
 

@@ -32,6 +32,7 @@ from bitmapd.errors import (
     UsageError,
     explain,
 )
+from bitmapd.media.claims import Claim, busy, holder_of
 from bitmapd.media.identity import Identity, identify, in_use, same_medium, signature
 from bitmapd.net.tls import client_context, server_context
 from bitmapd.net.uri import is_uri, parse_uri
@@ -95,7 +96,7 @@ def check(
     for key, value in media.items():
         identity = known[key]
         if identity is not None and identity.kind != "nbd":
-            _check_free(found, key, value, identity)
+            _check_free(found, key, value, identity, config)
     _check_distinct(found, media, known)
     _check_others(context, found, media, known)
     primary, secondary, record = (known[key] for key in media)
@@ -144,9 +145,17 @@ def _identify(key: str, target: str) -> Identity:
         raise type(error)(f"{key} {error.message}", error.hint) from None
 
 
-def _check_free(found: Findings, key: str, path: str, identity: Identity) -> None:
+def _check_free(
+    found: Findings, key: str, path: str, identity: Identity, config: VolumeConfig | None
+) -> None:
     with found.collect():
-        user = in_use(path)
+        # Nobody claims a record: whoever has one locks it.
+        other = None if key == "record" else holder_of(path)
+        partner = Claim(config.node if config else None).admits(other)
+        if other is not None and not partner:
+            error = busy(path, other)
+            raise type(error)(f"{key} {error.message}", error.hint)
+        user = in_use(path, shared=partner)
         if user is not None:
             found.errors.append(
                 BusyError(f"{key} {path} is {user}", hint="unmount or detach it first")

@@ -1,9 +1,10 @@
-"""Real block devices for tests: loop devices over files in a test's own folder."""
+"""Real media for tests: loop devices over files in a test's own folder, files in memory."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,3 +41,12 @@ def sparse_file(path: Path, size_bytes: int) -> Path:
     with open(path, "wb") as file:
         file.truncate(size_bytes)
     return path
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """A folder of a tmpfs; skips the test, loudly, where there is none."""
+    if not Path("/dev/shm").is_dir():
+        lacks("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="bitmapd-test-", dir="/dev/shm") as path:
+        yield Path(path)

@@ -1,9 +1,8 @@
 """Two appliances on one machine, made as an administrator makes them: primary and secondary are the
-same files, each node has a record, a configuration and a run directory of its own."""
+same files or devices, each node has a record, a configuration and a run directory of its own."""
 
 from __future__ import annotations
 
-import filecmp
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,20 @@ from tests.support.volumes import MIB, Volume, make_file
 
 
 class Pair:
-    """`folder` must have a short path: unix sockets live in it."""
+    """`folder` must have a short path: unix sockets live in it.  `media`: devices to use as primary
+    and secondary, in the place of files of that size."""
 
-    def __init__(self, folder: Path, size_bytes: int = 64 * MIB, *options: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        size_bytes: int = 64 * MIB,
+        *options: str,
+        media: tuple[Path, Path] | None = None,
+    ) -> None:
         self.folder = folder
-        self.primary = make_file(folder / "primary", size_bytes)
-        self.secondary = make_file(folder / "secondary", size_bytes)
+        self.primary, self.secondary = media or (
+            make_file(folder / name, size_bytes) for name in ("primary", "secondary")
+        )
         self.nodes = {number: self._node(number, size_bytes, options) for number in (1, 2)}
 
     def _node(self, number: int, size_bytes: int, options: tuple[str, ...]) -> Volume:
@@ -71,4 +78,4 @@ class Pair:
 
     def equal(self) -> bool:
         """Whether both sides hold the same bytes now."""
-        return filecmp.cmp(self.primary, self.secondary, shallow=False)
+        return self.primary.read_bytes() == self.secondary.read_bytes()

@@ -7,9 +7,7 @@ import errno
 import os
 import random
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import KEEP_BYTES, BufferPool, address_of, aligned
 from bitmapd.media.kdevice import KernelDevice
+from tests.support.loops import memory_folder
 
 MIB = 1 << 20
 
@@ -52,14 +51,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         return
     with memory_folder() as path:
         yield path
-
-
-@contextmanager
-def memory_folder() -> Iterator[Path]:
-    if not Path("/dev/shm").is_dir():
-        pytest.skip("NO /dev/shm HERE")
-    with tempfile.TemporaryDirectory(prefix="bitmapd-test-", dir="/dev/shm") as path:
-        yield Path(path)
 
 
 def finish(
