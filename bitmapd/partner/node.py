@@ -14,18 +14,13 @@ time-out is none.
 | outdated | the other was given the proof that we are dead: nothing is written any more |
 | split-brain | both went on alone: nothing is written any more, on either |
 
-Coming together: HELLO both ways (`greeting`); RECORD both ways, while rights stand still; what the
-other may own is added to what is known of it, and the superblock says that there is a partner; then
-READY.  Rights change (`share`) only on the other's READY: it knows by then.
+Coming together: HELLO both ways (`greeting`), then an `exchange` of what both know.
 
 Invariants:
-1. Knowledge grows before READY is sent; rights change after READY has come (rule 11).
-2. The superblock is durable before anything relies on it: the pairing before READY, a step to
-   alone before anything is served by it (`BUG_...` in docs/models).
-3. A node that is not fresh and meets a fresh one has the proof that the other's old process is
+1. The superblock is durable before anything relies on a step to alone.
+2. A node that is not fresh and meets a fresh one has the proof that the other's old process is
    dead: it takes over what that owned, all of it dirty, before it sends RECORD.
-4. A message that is not allowed in the state of the connection ends the connection.
-5. While the exchange is under way only FREE comes besides, and counts (`BUG_FREE_MEANS_NOW`).
+3. A message that is not allowed in the phase of the connection ends the connection.
 
 A crash leaves the superblock of before or after a step.  The process that comes next is fresh,
 except for a node 1 that was never paired.
@@ -34,98 +29,29 @@ except for a node 1 that was never paired.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from bitarray import bitarray
 
 from bitmapd.errors import BusyError, WrongStateError
 from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
-from bitmapd.partner.extents import bits_of, each, joined, runs_of
-from bitmapd.partner.greeting import Standing, adopted, check, standing
+from bitmapd.partner.exchange import Exchange
+from bitmapd.partner.extents import runs_of
+from bitmapd.partner.greeting import Standing, check, standing
 from bitmapd.partner.handover import Handover, Hosts, Outcome
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
 from bitmapd.partner.rights import Rights
-from bitmapd.partner.share import Shares, SplitRights, View, share
+from bitmapd.partner.share import Shares, SplitRights
+from bitmapd.partner.states import Lasting, Phase, Proof, State, Surroundings, Wire
 from bitmapd.peer.frames import ErrorCode, PeerError
+
+__all__ = ["Lasting", "Node", "Phase", "Proof", "State", "Surroundings", "Wire"]
 
 HELLO_TIMEOUT_S = 2.0
 EXCHANGE_TIMEOUT_S = 30.0
-
-
-class State(Enum):
-    WAITING = "waiting"
-    PAIRED = "paired"
-    CUT = "cut"
-    ALONE = "alone"
-    OUTDATED = "outdated"
-    SPLIT_BRAIN = "split-brain"
-
-
-class Phase(Enum):
-    """Of the connection."""
-
-    CLOSED = "closed"
-    HELLO = "hello"
-    RECORDS = "records"
-    READY = "ready"
-    UP = "up"
-
-
-class Proof(Enum):
-    """Why the other node can write no more."""
-
-    NEVER = "never"  # there has never been another
-    BYE = "bye"
-    HELLO = "hello"
-    FENCE = "fence"
-    WORD = "word"
-
-
-@dataclass(frozen=True, slots=True)
-class Lasting:
-    """What the superblock has to say durably about the pair."""
-
-    never_paired: bool
-    term: int
-    generations: tuple[bytes, ...]
-    volume: bytes  # UUID; nil while this node waits to join
-
-
-class Wire(Protocol):
-    """One connection."""
-
-    def send(self, message: Message) -> int: ...
-
-    def close(self, error: PeerError | None) -> None:
-        """After ERROR was sent, if there is one.  `Node.lost` is not called for it."""
-
-
-class Surroundings(Protocol):
-    """What a node asks of the appliance it is in."""
-
-    def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
-        """Write the superblock; call back, later, when it is durable."""
-
-    def new_generation(self) -> bytes: ...
-
-    def hello(self) -> Hello:
-        """Sizes, names and identities; what the node itself knows is filled in by it."""
-
-    def stored(self) -> bitarray:
-        """What the stored record named when this process began."""
-
-    def other_died(self, extents: Runs) -> None:
-        """These were its own, or may have been, and are ours now: what it had sent to the secondary
-        may yet land there."""
-
-    def changed(self) -> None:
-        """`state` or `phase` has changed."""
-
-    def emit(self, event: str, **fields: object) -> None: ...
 
 
 class Node:
@@ -154,17 +80,12 @@ class Node:
         self._known = False  # what the other may own: it has exchanged, or is alone
         self._wire: Wire | None = None
         self._timer: Timer | None = None
-        self._mine: Hello  # these four are of the connection: from its HELLO and RECORD on
-        self._theirs: Hello
-        self._view: View  # as it was sent
-        self._copying: set[int]  # extents where a copy of the other's is under way
+        self._mine: Hello  # of this connection
+        self._exchange: Exchange  # of this connection, from the other's HELLO on
         self._last_paired = 0
-        self._their_ready: int | None = None
-        self._agree: Callable[[int], None] | None = None  # our READY is sent
-        self._first_pairing: Callable[[], None] | None = None
         self._going_alone = False
         self._left: Callable[[bool], None] | None = None
-        self._handover = Handover(rights, scheduler, self._send)
+        self._handover = Handover(rights, scheduler, self.say)
 
     # -- how it begins ------------------------------------------------------------------------
     def start(self) -> None:
@@ -244,8 +165,7 @@ class Node:
         self._lose()
 
     def _lose(self) -> None:
-        had_said_ready = self._agree is not None
-        self._forget_exchange()
+        had_said_ready = self.phase is Phase.READY and self._exchange.has_said_ready
         self._handover.lost()
         self._phase(Phase.CLOSED)
         if self._left is not None:
@@ -260,9 +180,6 @@ class Node:
             self.rights.alone()
         elif self.state is State.WAITING:
             self.rights.forget_all()
-
-    def _forget_exchange(self) -> None:
-        self._agree = self._their_ready = self._first_pairing = None
 
     def refuse(self, error: PeerError) -> None:
         """End the connection: what came is wrong, or too late."""
@@ -303,7 +220,7 @@ class Node:
     def _greeted(self, theirs: Hello, _: int) -> None:
         mine = self._mine
         check(mine, theirs)
-        self.peer = self._theirs = theirs
+        self.peer = theirs
         fresh, other_fresh = mine.flags & HelloFlag.FRESH, theirs.flags & HelloFlag.FRESH
         found = standing(mine, theirs)
         if found is Standing.BEHIND and not fresh:
@@ -314,10 +231,12 @@ class Node:
         if other_fresh and self._known and self.state is not State.ALONE:
             self._absorb()
         self.rights.most_requests = theirs.most_requests
-        self._exchange(mine)
+        self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
+        wire = self._wire
+        self._exchange = Exchange(mine, theirs, self, self._around, lambda: wire is self._wire)
 
     def _absorb(self) -> None:
-        """Its process is a new one, so the old one is dead: what that had is ours (invariant 3)."""
+        """Its process is a new one, so the old one is dead: what that had is ours (invariant 2)."""
         before = self.rights.own.copy()
         self.rights.absorb()
         self._inherit(before)
@@ -329,107 +248,26 @@ class Node:
         self._around.other_died(runs_of(taken))
         return taken.count()
 
-    def _exchange(self, mine: Hello) -> None:
-        self.rights.freeze()
-        self._view = view = self.rights.view(
-            self._around.stored(),
-            fresh=bool(mine.flags & HelloFlag.FRESH),
-            volatile=bool(mine.flags & HelloFlag.VOLATILE),
-        )
-        self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
-        self._send(
-            messages.Record(
-                runs_of(view.own),
-                runs_of(view.owed),
-                runs_of(view.stored) if view.fresh else (),
-                self.rights.unfree,
-            )
-        )
-
-    def _send(self, message: Message) -> None:
+    def say(self, message: Message) -> None:
         if self._wire is not None:
             self._wire.send(message)
 
-    def _heard(self, record: messages.Record, _: int) -> None:
-        """Their view: what they may own is known from now on; READY once that is durable."""
-        mine, theirs, view, rights = self._mine, self._theirs, self._view, self.rights
-        size = len(view.own)
-        their_view = View(
-            bool(theirs.flags & HelloFlag.FRESH),
-            bits_of(record.own, size),
-            bits_of(record.owed, size),
-            bits_of(record.stored, size),
-            bool(theirs.flags & HelloFlag.VOLATILE),
-        )
-        shares = share(view, their_view, self.number)
-        self._copying = set(each(record.copying))
-        rights.learn(record.own)
-        rights.learn(record.owed)
-        if view.fresh:
-            rights.learn(runs_of(view.stored))
-            if their_view.fresh:
-                rights.learn(record.stored)
-        elif their_view.fresh:
-            rights.owe(record.stored)
+    def _heard(self, message: messages.Record, _: int) -> None:
         self._phase(Phase.READY, EXCHANGE_TIMEOUT_S)
-        generations, term = adopted(mine, theirs)
-        volume = mine.volume if any(mine.volume) else theirs.volume
-        lasting = Lasting(False, term, generations, volume)
-        inherits = not view.fresh or their_view.fresh
-        wire = self._wire
+        self._exchange.heard(message)
 
-        def stored(error: OSError | None) -> None:
-            if wire is not self._wire:
-                return
-            if error is not None:
-                self.refuse(PeerError(ErrorCode.INTERNAL, f"cannot write the record: {error}"))
-                return
-            self.lasting = lasting
-            self._say_ready(shares, inherits)
-
-        if lasting == self.lasting:
-            self._say_ready(shares, inherits)
-        elif self.number == 2 and self.lasting.never_paired:
-            # Node 1 has to know durably that there is a partner before node 2 counts as one: a
-            # node 1 that was never paired serves without asking anybody.
-            self._first_pairing = partial(self._around.store, lasting, stored)
-        else:
-            self._around.store(lasting, stored)
-
-    def _say_ready(self, shares: Shares, inherits: bool) -> None:
-        self._agree = partial(self._come_together, shares, inherits)
-        self._send(messages.Ready(shares.digest(self.number)))
-        if self._their_ready is not None:
-            self._agree(self._their_ready)
-
-    def _ready(self, message: messages.Ready, _: int) -> None:
-        self._their_ready = message.digest
-        first_pairing, self._first_pairing = self._first_pairing, None
-        if first_pairing is not None:
-            first_pairing()
-        elif self._agree is not None:
-            self._agree(message.digest)
-
-    def _come_together(self, shares: Shares, inherits: bool, digest: int) -> None:
-        """Both have learnt what both know: rights change."""
-        if digest != shares.digest(self.number):
-            self.refuse(
-                PeerError(
-                    ErrorCode.DIGEST,
-                    "the nodes have come to different results:"
-                    f" {shares.own.count()} extents here and {shares.other.count()} there",
-                )
-            )
-            return
+    def come_together(
+        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool
+    ) -> None:
+        """Both know what both know: rights change (called by the exchange)."""
         self.compares_everything |= shares.everything and shares.own.any()
-        self._forget_exchange()
         self._known = True
         self.proof = None
-        self._last_paired = self._theirs.incarnation
+        self._last_paired = incarnation
         self.exchanges += 1
         if inherits:
             self.absorbed_extents += shares.dirty.count()
-        self.rights.thaw(shares, joined(self._copying))
+        self.rights.thaw(shares, copying)
         self._phase(Phase.UP)
         self._become(State.PAIRED)
         self._around.emit(
@@ -438,9 +276,6 @@ class Node:
             partner_extents=shares.other.count(),
             dirty_extents=shares.dirty.count(),
         )
-
-    def _freed_meanwhile(self, message: messages.Free, _: int) -> None:
-        self._copying.difference_update(each(message.runs))
 
     # -- alone --------------------------------------------------------------------------------
     def fenced(self, proof: Proof) -> None:
@@ -522,7 +357,7 @@ class Node:
     def _say_bye(self, done: Callable[[bool], None]) -> None:
         self._left = None
         self.rights.flush()
-        self._send(messages.Bye(messages.Goodbye.STOPPED))
+        self.say(messages.Bye(messages.Goodbye.STOPPED))
         self._known = False
         self.state = State.WAITING
         self._hang_up(None)
@@ -550,32 +385,11 @@ class Node:
         self._around.emit("split-brain", message=error.text)
 
     # -- while paired -------------------------------------------------------------------------
-    def _add(self, message: messages.Add, _: int) -> None:
-        self.rights.added(message)
-
     def _grant(self, message: messages.Grant, sequence: int) -> None:
         self.rights.granted(message, sequence)
 
-    def _got(self, message: messages.Got, _: int) -> None:
-        self.rights.got(message)
-
-    def _remove(self, message: messages.Remove, _: int) -> None:
-        self.rights.removed(message)
-
-    def _free(self, message: messages.Free, _: int) -> None:
-        self.rights.free(message)
-
-    def _ask(self, message: messages.Ask, _: int) -> None:
-        self.rights.asked(message)
-
-    def _status(self, message: messages.Status, _: int) -> None:
-        self.rights.status(message)
-
     def _take_asked(self, message: messages.Take, _: int) -> None:
         self._handover.asked(message, None if self._left is None else "the partner is stopping")
-
-    def _taken(self, message: messages.Taken, _: int) -> None:
-        self._handover.taken(message)
 
     def _error(self, message: messages.Error, _: int) -> None:
         self._hang_up(None)
@@ -590,24 +404,26 @@ class Node:
         self._hang_up(None)
 
 
+def _to_rights(take: Callable[[Rights, Any], None]) -> Callable[[Node, Any, int], None]:
+    return lambda node, message, _: take(node.rights, message)
+
+
 # A message that is not here in the phase of the connection ends it.
 _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = {
     (Phase.HELLO, Hello): Node._greeted,
     (Phase.RECORDS, messages.Record): Node._heard,
-    (Phase.READY, messages.Free): Node._freed_meanwhile,
-    (Phase.READY, messages.Ready): Node._ready,
-    (Phase.UP, messages.Add): Node._add,
+    (Phase.READY, messages.Free): lambda node, message, _: node._exchange.freed(message),
+    (Phase.READY, messages.Ready): lambda node, message, _: node._exchange.ready(message),
+    (Phase.UP, messages.Add): _to_rights(Rights.added),
     (Phase.UP, messages.Grant): Node._grant,
-    (Phase.UP, messages.Got): Node._got,
-    (Phase.UP, messages.Remove): Node._remove,
-    (Phase.UP, messages.Free): Node._free,
-    (Phase.UP, messages.Ask): Node._ask,
-    (Phase.UP, messages.Status): Node._status,
+    (Phase.UP, messages.Got): _to_rights(Rights.got),
+    (Phase.UP, messages.Remove): _to_rights(Rights.removed),
+    (Phase.UP, messages.Free): _to_rights(Rights.free),
+    (Phase.UP, messages.Ask): _to_rights(Rights.asked),
+    (Phase.UP, messages.Status): _to_rights(Rights.status),
     (Phase.UP, messages.Take): Node._take_asked,
-    (Phase.UP, messages.Taken): Node._taken,
+    (Phase.UP, messages.Taken): lambda node, message, _: node._handover.taken(message),
     (Phase.UP, messages.Bye): Node._bye,
-    (Phase.HELLO, messages.Bye): Node._closed,
-    (Phase.RECORDS, messages.Bye): Node._closed,
-    (Phase.READY, messages.Bye): Node._closed,
+    **{(phase, messages.Bye): Node._closed for phase in (Phase.HELLO, Phase.RECORDS, Phase.READY)},
     **{(phase, messages.Error): Node._error for phase in Phase},
 }

@@ -1,0 +1,162 @@
+"""How two nodes come together, once both have said HELLO (pure).
+
+RECORD goes both ways while rights stand still.  What the other may own is added to what is known of
+it, and the superblock says that there is a partner.  Then comes READY, with a digest of what both
+own from now on.  Rights change (`share`) only on the other's READY: it knows by then.
+
+Invariants:
+1. Knowledge grows before READY is sent; rights change after READY has come (rule 11).
+2. The superblock is durable before READY is sent, and node 2's first one is not written before
+   node 1's READY has come: a node 1 that was never paired serves without asking anybody, so it
+   has to know durably that there is a partner before node 2 counts as one.
+3. FREE may come before the other's READY, and counts (`BUG_FREE_MEANS_NOW`).
+
+An exchange belongs to its link and ends with it.  What it has added to what is known stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from bitmapd.partner.extents import bits_of, each, joined, runs_of
+from bitmapd.partner.greeting import adopted
+from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record, Runs
+from bitmapd.partner.rights import Rights
+from bitmapd.partner.share import Shares, View, share
+from bitmapd.partner.states import Lasting, Surroundings
+from bitmapd.peer.frames import ErrorCode, PeerError
+
+
+class Ends(Protocol):
+    """The node that exchanges; its link is the one on which the exchange has begun."""
+
+    number: int
+    lasting: Lasting
+    rights: Rights
+
+    def say(self, message: Message) -> None: ...
+
+    def refuse(self, error: PeerError) -> None: ...
+
+    def come_together(
+        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool
+    ) -> None:
+        """Both know what both know: rights change.  `copying`: where a copy of the other's is under
+        way; `incarnation`: of the other; `inherits`: what of `shares` is dirty was not ours."""
+
+
+class Exchange:
+    """See the module docstring.  `is_current`: whether the link is still there."""
+
+    def __init__(
+        self,
+        mine: Hello,
+        theirs: Hello,
+        node: Ends,
+        around: Surroundings,
+        is_current: Callable[[], bool],
+    ) -> None:
+        self._mine = mine
+        self._theirs = theirs
+        self._node = node
+        self._around = around
+        self._is_current = is_current
+        self._their_ready: int | None = None
+        self._agree: Callable[[int], None] | None = None  # our READY is sent
+        self._first_pairing: Callable[[], None] | None = None
+        self._copying: set[int]  # extents where a copy of the other's is under way
+        node.rights.freeze()
+        self._view = view = node.rights.view(
+            around.stored(), fresh=_is_fresh(mine), volatile=_is_volatile(mine)
+        )
+        stored = runs_of(view.stored) if view.fresh else ()
+        node.say(Record(runs_of(view.own), runs_of(view.owed), stored, node.rights.unfree))
+
+    @property
+    def has_said_ready(self) -> bool:
+        return self._agree is not None
+
+    def heard(self, record: Record) -> None:
+        """Their view: what they may own is known from now on; READY once that is durable."""
+        mine, theirs, view, node = self._mine, self._theirs, self._view, self._node
+        size = len(view.own)
+        their_view = View(
+            _is_fresh(theirs),
+            bits_of(record.own, size),
+            bits_of(record.owed, size),
+            bits_of(record.stored, size),
+            _is_volatile(theirs),
+        )
+        shares = share(view, their_view, node.number)
+        self._copying = set(each(record.copying))
+        rights = node.rights
+        rights.learn(record.own)
+        rights.learn(record.owed)
+        if view.fresh:
+            rights.learn(runs_of(view.stored))
+            if their_view.fresh:
+                rights.learn(record.stored)
+        elif their_view.fresh:
+            rights.owe(record.stored)
+        generations, term = adopted(mine, theirs)
+        volume = mine.volume if any(mine.volume) else theirs.volume
+        lasting = Lasting(False, term, generations, volume)
+        agree = partial(self._agreed, shares, not view.fresh or their_view.fresh)
+
+        def stored(error: OSError | None) -> None:
+            if not self._is_current():
+                return
+            if error is not None:
+                node.refuse(PeerError(ErrorCode.INTERNAL, f"cannot write the record: {error}"))
+                return
+            node.lasting = lasting
+            self._say_ready(shares, agree)
+
+        if lasting == node.lasting:
+            self._say_ready(shares, agree)
+        elif node.number == 2 and node.lasting.never_paired:
+            self._first_pairing = partial(self._around.store, lasting, stored)
+        else:
+            self._around.store(lasting, stored)
+
+    def _say_ready(self, shares: Shares, agree: Callable[[int], None]) -> None:
+        self._agree = agree
+        self._node.say(Ready(shares.digest(self._node.number)))
+        if self._their_ready is not None:
+            agree(self._their_ready)
+
+    def ready(self, message: Ready) -> None:
+        self._their_ready = message.digest
+        first_pairing, self._first_pairing = self._first_pairing, None
+        if first_pairing is not None:
+            first_pairing()
+        elif self._agree is not None:
+            self._agree(message.digest)
+
+    def freed(self, message: Free) -> None:
+        self._copying.difference_update(each(message.runs))
+
+    def _agreed(self, shares: Shares, inherits: bool, digest: int) -> None:
+        if digest == shares.digest(self._node.number):
+            self._node.come_together(
+                shares, joined(self._copying), self._theirs.incarnation, inherits=inherits
+            )
+        else:
+            own, other = shares.own.count(), shares.other.count()
+            self._node.refuse(
+                PeerError(
+                    ErrorCode.DIGEST,
+                    f"the nodes have come to different results: {own} extents here and {other}"
+                    " there",
+                )
+            )
+
+
+def _is_fresh(hello: Hello) -> bool:
+    return bool(hello.flags & HelloFlag.FRESH)
+
+
+def _is_volatile(hello: Hello) -> bool:
+    return bool(hello.flags & HelloFlag.VOLATILE)

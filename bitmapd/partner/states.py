@@ -1,0 +1,85 @@
+"""What a node can be to the other, and what it needs around it (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from bitarray import bitarray
+
+from bitmapd.partner.messages import Hello, Message, Runs
+from bitmapd.peer.frames import PeerError
+
+
+class State(Enum):
+    WAITING = "waiting"
+    PAIRED = "paired"
+    CUT = "cut"
+    ALONE = "alone"
+    OUTDATED = "outdated"
+    SPLIT_BRAIN = "split-brain"
+
+
+class Phase(Enum):
+    """Of the connection."""
+
+    CLOSED = "closed"
+    HELLO = "hello"
+    RECORDS = "records"
+    READY = "ready"
+    UP = "up"
+
+
+class Proof(Enum):
+    """Why the other node can write no more."""
+
+    NEVER = "never"  # there has never been another
+    BYE = "bye"
+    HELLO = "hello"
+    FENCE = "fence"
+    WORD = "word"
+
+
+@dataclass(frozen=True, slots=True)
+class Lasting:
+    """What the superblock has to say durably about the pair."""
+
+    never_paired: bool
+    term: int
+    generations: tuple[bytes, ...]
+    volume: bytes  # UUID; nil while this node waits to join
+
+
+class Wire(Protocol):
+    """One connection."""
+
+    def send(self, message: Message) -> int: ...
+
+    def close(self, error: PeerError | None) -> None:
+        """After ERROR was sent, if there is one.  `Node.lost` is not called for it."""
+
+
+class Surroundings(Protocol):
+    """What a node asks of the appliance it is in."""
+
+    def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+        """Write the superblock; call back, later, when it is durable."""
+
+    def new_generation(self) -> bytes: ...
+
+    def hello(self) -> Hello:
+        """Sizes, names and identities; what the node itself knows is filled in by it."""
+
+    def stored(self) -> bitarray:
+        """What the stored record named when this process began."""
+
+    def other_died(self, extents: Runs) -> None:
+        """These were its own, or may have been, and are ours now: what it had sent to the secondary
+        may yet land there."""
+
+    def changed(self) -> None:
+        """`state` or `phase` has changed."""
+
+    def emit(self, event: str, **fields: object) -> None: ...
