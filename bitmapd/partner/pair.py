@@ -323,6 +323,7 @@ class Pair:
                 wire.send(Pong(message.time_us))
             elif isinstance(message, Pong):
                 self.rtt_s = max(0.0, self._loop.time() - message.time_us / 1e6)
+                self.rights.round_trip(self.rtt_s)
             elif message is not None:
                 self.node.received(message, frame.sequence)
             if isinstance(message, Hello) and self.node.phase is Phase.RECORDS:

@@ -22,6 +22,7 @@ TROUBLES = {
     "hand-overs": ("cut", "hand-over"),
     "crashes": ("crash",),
     "takeovers": ("cut", "takeover"),
+    "fencing": ("cut", "crash", "takeover"),
     "stops": ("cut", "stop"),
     "planned": ("cut", "take"),
     "errors": ("cut", "errors", "hand-over"),

@@ -319,6 +319,7 @@ class World:
         self._floor = [0] * (SIZE // SECTOR)  # what every later read has to show at least
         self._stalls: dict[tuple[int, str], bool] = {}  # what does not move for a while
         self._stalls_end = self.rng.choice((0.01, 0.003))
+        self._trouble = self.rng.choice((2, 2, 6))  # so many steps in a hundred
         self._flaps = "cut" in troubles and self.rng.random() < 0.3  # the link does, while greeting
         self.log: list[str] = []
         self.sides = (Side(self, 1), Side(self, 2))
@@ -398,7 +399,9 @@ class World:
                 for what in ("record", "primary", "secondary", "frames")
             }
         side = self.sides[self.rng.randrange(2)]
-        dice = self.rng.random() * 100
+        if self.rng.random() * 100 < self._trouble:
+            self.trouble(side)
+        dice = self.rng.random() * 98
         if dice < 22:
             if side.takes_hosts and side.requests < 5:
                 self.host(side)
@@ -418,10 +421,8 @@ class World:
             self.superblock(side)
         elif dice < 96.5:
             self.connect()
-        elif dice < 98:
-            self.notice(side)
         else:
-            self.trouble(side)
+            self.notice(side)
         if self._flaps and side.alive:
             if side.node.phase in (Phase.RECORDS, Phase.READY) and self.rng.random() < 0.05:
                 self.cut()
