@@ -66,6 +66,22 @@ COUNTERS = {
     "table_loads_total": "Barriers that changed the kernel's table.",
     "table_moves_total": "Extents that were moved between the gate and the direct path.",
 }
+# Of a pair: key of `partner` -> what it is.
+PARTNER_GAUGES = {
+    "own_extents": "Extents that this node may write without asking.",
+    "partner_extents": "Extents that the partner may write, as far as this node knows.",
+    "owed_extents": "Extents that were given to the partner, which has not confirmed that yet.",
+    "waiting_requests": "Requests of hosts that wait for the partner.",
+    "oldest_wait_seconds": "How long requests of hosts have waited for the partner.",
+    "rtt_seconds": "Last time that a message took there and back.",
+    "term": "Grows each time that a node goes on alone.",
+}
+PARTNER_COUNTERS = {
+    "messages_total": "Requests that this node sent to the partner.",
+    "asks_total": "Of these, what this node had to ask before a host could read.",
+    "handovers_total": "Extents given to the partner because it asked.",
+    "exchanges_total": "How often both nodes have exchanged their records.",
+}
 RESYNC_GAUGES = {
     "total_bytes": "What this resync set out to copy.",
     "remaining_bytes": "What is left of it.",
@@ -91,6 +107,9 @@ def families(status: Status) -> Iterator[Metric]:
             counter = CounterMetricFamily(name, text, labels=["volume"])
             counter.add_metric(volume, float(status[key]))
             yield counter
+    partner = status.get("partner")
+    if partner is not None:
+        yield from _partner_families(volume, partner)
     for key, text in RESYNC_GAUGES.items():
         resync = status.get("resync")
         gauge = GaugeMetricFamily(f"bitmapd_resync_{key}", text, labels=["volume"])
@@ -102,6 +121,31 @@ def families(status: Status) -> Iterator[Metric]:
     for name in STATES:
         state.add_metric([*volume, name], float(status["state"] == name))
     yield state
+
+
+def _partner_families(volume: list[str], partner: Status) -> Iterator[Metric]:
+    from prometheus_client.core import (  # noqa: PLC0415  (optional package)
+        CounterMetricFamily,
+        GaugeMetricFamily,
+    )
+
+    up = GaugeMetricFamily(
+        "bitmapd_partner_up", "1 while both nodes of a pair are there.", labels=["volume"]
+    )
+    up.add_metric(volume, float(partner["state"] == "paired"))
+    yield up
+    # What counts extents of either side has the word in its name already.
+    for key, text in PARTNER_GAUGES.items():
+        if partner[key] is not None:
+            name = f"bitmapd_partner_{key.removeprefix('partner_')}"
+            gauge = GaugeMetricFamily(name, text, labels=["volume"])
+            gauge.add_metric(volume, float(partner[key]))
+            yield gauge
+    for key, text in PARTNER_COUNTERS.items():
+        name = f"bitmapd_partner_{key.removesuffix('_total')}"
+        counter = CounterMetricFamily(name, text, labels=["volume"])
+        counter.add_metric(volume, float(partner[key]))
+        yield counter
 
 
 class _Snapshot:

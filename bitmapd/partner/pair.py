@@ -26,7 +26,7 @@ from uuid import uuid4
 from bitarray import bitarray
 
 from bitmapd import __version__
-from bitmapd.errors import UnreachableError, WrongStateError
+from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, VERSION
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
@@ -187,14 +187,11 @@ class Pair:
 
     def take_over(self, proof: Proof) -> None:
         """Serve alone.  WrongStateError, BusyError."""
-        state = self.node.state
-        if state is State.PAIRED:
+        if self.node.state is State.PAIRED:
             raise WrongStateError(
                 "the partner is there and serves: nothing has to be taken over from it",
                 hint="stop the partner cleanly, or cut it off first",
             )
-        if state in (State.OUTDATED, State.SPLIT_BRAIN):
-            raise WrongStateError(f"this node is {state.value}")
         self.node.fenced(proof)
 
     async def take(self, force: bool) -> None:
@@ -223,6 +220,16 @@ class Pair:
             f"volume '{name}' waits for its partner: {self._last_failure or 'it has not come yet'}",
             hint=f"start the partner; if it is dead for certain: 'dmctl takeover {name} --fenced'",
         )
+
+    def refuse_ended(self, name: str) -> None:
+        """SplitBrainError or WrongStateError if this process serves nobody any more."""
+        if self.node.state is State.SPLIT_BRAIN:
+            raise SplitBrainError(
+                f"both nodes of volume '{name}' were taken for dead, and both went on",
+                hint="see 'Split brain' in docs/recovery.md",
+            )
+        if self.node.state is State.OUTDATED:
+            raise WrongStateError(f"this node of volume '{name}' was taken for dead, and ends")
 
     def begins_to_compare(self) -> bool:
         """Whether from now on everything has to be compared; true once for each time."""

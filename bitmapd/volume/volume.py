@@ -405,6 +405,7 @@ class Volume:
         `force` also hosts that are connected; one that is not is taken over from by the
         administrator's word (`fenced`) that it can write no more."""
         pair = self._pair()
+        pair.refuse_ended(self.config.name)
         if pair.is_paired and not fenced:
             await pair.take(force)
         elif not pair.is_alone:

@@ -102,6 +102,12 @@ def check(
     primary, secondary, record = (known[key] for key in media)
     if config is None or primary is None:
         return None
+    if config.node is not None:
+        found.notes += [
+            f"both nodes compare what they call {key}: {identity.text!r} has to be the same there"
+            for key, identity in known.items()
+            if key != "record" and identity is not None and not identity.stable
+        ]
     geometry = _check_geometry(found, config, primary)
     _check_certificates(found, config)
     if geometry is None:

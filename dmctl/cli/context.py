@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from bitmapd.config import Paths, check_name, volume_names
 from bitmapd.control.client import ControlClient
-from bitmapd.errors import BitmapdError, UsageError, explain
+from bitmapd.errors import BitmapdError, UnreachableError, UsageError, explain
 from dmctl.cli.output import Output
 
 T = TypeVar("T")
@@ -98,6 +98,10 @@ def side_by_side(
         yield key, value
 
 
+class StillWaitingError(UnreachableError):
+    """What was asked for has begun, and comes about by itself when the partner does."""
+
+
 def each(
     context: Context,
     command: str,
@@ -116,7 +120,8 @@ def each(
             rows[name] = {"name": name, **value, "error": None}
             continue
         errors.append(value)
-        rows[name] = {"name": name, "result": "failed", "error": value.to_json()}
+        result = "waiting" if isinstance(value, StillWaitingError) else "failed"
+        rows[name] = {"name": name, "result": result, "error": value.to_json()}
         if not context.output.as_json:
             context.output.error(value, f"cannot {doing} '{name}'")
     if context.output.as_json:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.errors import TimeOutError
+from bitmapd.control.client import SilentError
+from bitmapd.errors import BusyError, TimeOutError, UnreachableError
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
 
@@ -17,15 +18,20 @@ STATUS = {"paired": 0, "cut": 100, "alone": 100, "waiting": 15, "outdated": 1, "
 def takeover(context: Context, args: Namespace) -> int:
     """Serve without the partner."""
     name, output = args.name, context.output
-    answer: dict[str, Any] = ask(
-        context, name, "takeover", {"fenced": args.fenced, "force": args.force}, TAKEOVER_TIMEOUT_S
-    )
-    if args.wait is not None:
+    words = {"fenced": args.fenced, "force": args.force}
+    try:
+        answer = ask(context, name, "takeover", words, TAKEOVER_TIMEOUT_S)
+    except (BusyError, UnreachableError):
+        if args.wait is None:
+            raise
         _wait(context, name, args.wait)
+        answer = ask(context, name, "takeover", words, TAKEOVER_TIMEOUT_S)
     partner = answer["partner"]
     if output.as_json:
         output.json("takeover", {"name": name, **answer})
         return 0
+    if args.fenced:
+        output.say("this relies on your word that the partner can write neither side any more")
     if partner["state"] == "paired":
         output.say(f"volume '{name}' is served here; the partner has stopped its hosts")
     elif partner["compared_extents_total"]:
@@ -42,11 +48,18 @@ def takeover(context: Context, args: Namespace) -> int:
 
 
 def _wait(context: Context, name: str, within_s: float) -> None:
+    """Until the partner is there, which a takeover without a proof needs."""
     try:
         with context.control(name) as client:
-            client.call("wait", {"for": "alone"}, within_s=within_s)
+            client.call("wait", {"for": "paired"}, within_s=within_s)
+    except SilentError:
+        raise
     except TimeOutError:
-        raise TimeOutError(f"volume '{name}' was not served alone in time") from None
+        raise TimeOutError(
+            f"the partner of volume '{name}' did not come in time, and nothing proves that it can"
+            " write no more",
+            hint=f"if it is dead for certain: 'dmctl takeover {name} --fenced'",
+        ) from None
 
 
 def partner(context: Context, args: Namespace) -> int:
@@ -67,12 +80,13 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     link = figures["link"]
     if figures["rtt_seconds"] is not None and link == "up":
         link += f", {figures['rtt_seconds'] * 1000:.2f} ms there and back"
-    if figures["last_error"] and link != "up":
+    if figures["last_error"] and figures["link"] != "up":
         link += f" ({figures['last_error']})"
     found = [
         ("node", str(figures["node"])),
         ("state", f"{figures['state']} for {figures['since']:.0f} s"),
         ("link", link),
+        ("lead", "this node" if figures["copier"] else "the partner"),
         ("term", str(figures["term"])),
         (
             "extents",

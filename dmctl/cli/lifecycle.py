@@ -17,8 +17,8 @@ from bitmapd.config import (
     remove_volume,
 )
 from bitmapd.control.client import SilentError
-from bitmapd.errors import BitmapdError, TimeOutError, UnreachableError, WrongStateError
-from dmctl.cli.context import Context, each, selected
+from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
+from dmctl.cli.context import Context, StillWaitingError, each, selected
 from dmctl.cli.copying import is_paused
 from dmctl.cli.killing import (
     END_TIMEOUT_S,
@@ -56,7 +56,7 @@ def start(context: Context, args: Namespace) -> int:
 
 
 def _wait_for_partner(context: Context, config: VolumeConfig) -> None:
-    """UnreachableError if the volume is not served within `partner_wait`; the daemon waits on."""
+    """StillWaitingError if the volume is not served within `partner_wait`; the daemon waits on."""
     name = config.name
     try:
         with context.control(name) as client:
@@ -64,7 +64,7 @@ def _wait_for_partner(context: Context, config: VolumeConfig) -> None:
     except SilentError:
         raise
     except TimeOutError:
-        raise UnreachableError(
+        raise StillWaitingError(
             f"volume '{name}' runs, and waits for its partner at {config.partner}",
             hint=f"start the partner; if it is dead for certain: 'dmctl takeover {name} --fenced'",
         ) from None

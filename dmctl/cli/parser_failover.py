@@ -30,7 +30,7 @@ def add_failover(commands: Commands) -> None:
         "--force", action="store_true", help="also if hosts are connected at the partner"
     )
     takeover.add_argument(
-        "--wait", type=duration, metavar="DURATION", help="wait until the volume is served alone"
+        "--wait", type=duration, metavar="DURATION", help="if the partner is not there, wait for it"
     )
     partner = add_command(
         commands,

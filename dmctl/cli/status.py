@@ -83,7 +83,7 @@ def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> 
         "size_bytes", "dirty_bytes", "lag_seconds", "content_age_seconds", "record_bytes",
         "record_extents", "record_limit_bytes", "writes_total", "hits_total", "misses_total",
         "record_updates_total", "record_clears_total", "copied_bytes_total", "era", "resync",
-        "last_recovery", "paused",
+        "last_recovery", "paused", "partner",
     )  # fmt: skip
     return {
         "name": config.name,

@@ -135,9 +135,12 @@ def test_node_1_needs_nobody_before_it_has_met_its_partner(pair: Pair) -> None:
 
 def test_node_2_waits_for_node_1(pair: Pair) -> None:
     with pair_waiting(pair):
-        error = pair[2].refused("start", "vol0")
-        assert error["exit_status"] == 15
-        assert "waits for its partner" in error["message"]
+        done = pair[2].dmctl_process("--json", "start", "vol0")
+        (told,) = json.loads(done.stdout)["volumes"]
+        assert (done.returncode, told["result"]) == (15, "waiting")
+        assert "waits for its partner" in told["error"]["message"]
+        assert "takeover vol0 --fenced" in told["error"]["hint"]
+        assert pair[2].refused("takeover", "vol0", "--wait", "50ms")["exit_status"] == 40
         assert pair[2].status()["state"] == "waiting"
         assert pair[2].dmctl_process("partner", "vol0").returncode == 15
         assert pair[2].refused("takeover", "vol0", "--fenced")["exit_status"] == 14
@@ -145,14 +148,20 @@ def test_node_2_waits_for_node_1(pair: Pair) -> None:
         pair[2].stop()
 
 
+def shorter_wait(pair: Pair, number: int) -> None:
+    """A shorter patience of `dmctl start` at that node."""
+    file = next((pair[number].folder / "etc").rglob("vol0.toml"))
+    file.write_text(file.read_text() + '\npartner_wait = "200ms"\n')
+
+
 class pair_waiting:
     """A shorter patience of `dmctl start` at node 2."""
 
     def __init__(self, pair: Pair) -> None:
-        self._file = next((pair[2].folder / "etc").rglob("vol0.toml"))
+        self._pair = pair
 
     def __enter__(self) -> None:
-        self._file.write_text(self._file.read_text() + '\npartner_wait = "200ms"\n')
+        shorter_wait(self._pair, 2)
 
     def __exit__(self, *_: object) -> None:
         """The file goes with the folder."""
@@ -370,6 +379,47 @@ def test_bad_options_are_refused_before_anything_is_changed(
         assert not (node.folder / "etc").exists() or not list((node.folder / "etc").rglob("*.toml"))
 
 
+# -- a word that was false --------------------------------------------------------------------
+
+
+def test_two_that_went_on_alone_stop_and_are_started_as_one(pair: Pair) -> None:
+    """Both were declared dead and both lived.  Neither writes any more once they have met; started
+    anew, both sides become equal, with what the primary holds."""
+    pair.start()
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    door = pair.folder / "p1"  # where node 2 finds node 1
+    door.rename(pair.folder / "away")
+    stopped = pair[2].pid
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        pair.until(1, "cut")
+        pair[1].dmctl("takeover", "vol0", "--fenced")
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    pair.until(2, "cut")
+    pair[2].dmctl("takeover", "vol0", "--fenced")
+    pair[1].write(5 * MIB, noise(81, MIB))
+    pair[2].write(6 * MIB, noise(82, MIB))
+    (pair.folder / "away").rename(door)
+    for node in (1, 2):
+        pair.until(node, "split-brain")
+        assert pair[node].dmctl_process("partner", "vol0").returncode == 16
+        assert pair[node].dmctl_process("status", "--check").returncode == 16
+        assert pair[node].refused("takeover", "vol0", "--fenced")["exit_status"] == 16
+    for node in (1, 2):
+        pair[node].dmctl("stop", "vol0", "--now")
+        shorter_wait(pair, node)
+    for node in (1, 2):
+        pair[node].dmctl_process("start", "vol0")
+    for node in (1, 2):
+        pair.until(node, "paired")
+        pair[node].wait_in_sync()
+    assert pair.equal()
+    assert pair[2].read(5 * MIB, MIB) == noise(81, MIB)
+    assert pair[1].read(6 * MIB, MIB) == noise(82, MIB)
+
+
 # -- planned ----------------------------------------------------------------------------------
 
 
@@ -394,6 +444,7 @@ def test_a_planned_takeover_moves_the_hosts_and_needs_no_proof(pair: Pair) -> No
     pair[2].until(lambda status: status["connections"] == 0)
     pair[1].dmctl("takeover", "vol0")
     assert pair[1].read(22 * MIB, MIB) == data
+    assert pair[1].dmctl("takeover", "vol0", "--wait", "1s") == ""  # nothing to do
     pair[2].stop()  # its hosts are stopped already
     assert pair.until(1, "alone")["proof"] == "bye"
 

@@ -74,6 +74,32 @@ def test_the_status_as_metrics() -> None:
     assert samples(render(STATUS | {"resync": None}).decode())["bitmapd_resync_total_bytes"] == 0
 
 
+def test_a_pair_adds_its_own() -> None:
+    partner = {
+        "state": "paired", "own_extents": 5, "partner_extents": 6, "owed_extents": 1,
+        "waiting_requests": 2, "oldest_wait_seconds": 0.25, "rtt_seconds": None, "term": 3,
+        "messages_total": 40, "asks_total": 10, "handovers_total": 7, "exchanges_total": 2,
+    }  # fmt: skip
+    got = samples(render(STATUS | {"partner": partner}).decode())
+    assert {name: value for name, value in got.items() if "_partner_" in name} == {
+        "bitmapd_partner_up": 1,
+        "bitmapd_partner_own_extents": 5,
+        "bitmapd_partner_extents": 6,
+        "bitmapd_partner_owed_extents": 1,
+        "bitmapd_partner_waiting_requests": 2,
+        "bitmapd_partner_oldest_wait_seconds": 0.25,
+        "bitmapd_partner_term": 3,
+        "bitmapd_partner_messages_total": 40,
+        "bitmapd_partner_asks_total": 10,
+        "bitmapd_partner_handovers_total": 7,
+        "bitmapd_partner_exchanges_total": 2,
+    }
+    cut = samples(render(STATUS | {"partner": partner | {"state": "cut"}}).decode())
+    assert cut["bitmapd_partner_up"] == 0
+    single = samples(render(STATUS | {"partner": None}).decode())
+    assert not [name for name in single if "_partner_" in name]
+
+
 def fetch(connection: http.client.HTTPConnection, method: str, target: str) -> tuple[int, str]:
     connection.request(method, target)
     response = connection.getresponse()

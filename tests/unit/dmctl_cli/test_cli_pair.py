@@ -1,0 +1,134 @@
+"""create of one of two appliances: what its record says, what is refused; what `partner` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitmapd.config import load_volume
+from dmctl.cli.failover import STATUS, rows
+from tests.support.cli import MIB, Cli, new_cli
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[dict[int, Cli]]:
+    """Two configurations on one machine, as two appliances that see the same media."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+    with new_cli(tmp_path / "one") as one, new_cli(tmp_path / "two") as two:
+        for name in ("p", "s"):
+            one.medium(name)
+        for cli in (one, two):
+            cli.medium("r", MIB)
+        yield {1: one, 2: two}
+
+
+def words(nodes: dict[int, Cli], number: int, **options: str) -> list[str]:
+    shared = nodes[1].folder
+    values = {
+        "primary": f"{shared}/p",
+        "secondary": f"{shared}/s",
+        "record": f"{nodes[number].folder}/r",
+        "node": str(number),
+        "partner": f"unix:///run/{3 - number}",
+        "partner-listen": f"unix:///run/{number}",
+        **{key.replace("_", "-"): value for key, value in options.items()},
+    }
+    return ["create", "vol0", *(f"--{key}={value}" for key, value in values.items())]
+
+
+def record(cli: Cli) -> dict[str, Any]:
+    dump: dict[str, Any] = cli.ok("record", "dump", f"{cli.folder}/r", "--json").json
+    return dump
+
+
+def test_node_1_is_the_volume_and_everything_is_to_be_copied(nodes: dict[int, Cli]) -> None:
+    nodes[1].ok(*words(nodes, 1))
+    dump = record(nodes[1])
+    pair = dump["superblock"]["pair"]
+    config = load_volume(nodes[1].paths, "vol0")
+    assert (pair["node"], pair["volume_uuid"]) == (1, str(config.uuid))
+    assert pair["never_paired"]
+    assert dump["extents"]["recorded"] == dump["extents"]["total"] > 0
+    assert config.attach == "nbd"
+
+
+@pytest.mark.parametrize("first", ["full", "checksum", "skip"])
+def test_node_2_joins_the_same_media_and_names_nothing(nodes: dict[int, Cli], first: str) -> None:
+    nodes[1].ok(*words(nodes, 1))
+    said = nodes[2].ok(*words(nodes, 2, initial_sync=first)).err
+    assert "node 2 copies nothing at first" in said
+    dump = record(nodes[2])
+    pair = dump["superblock"]["pair"]
+    assert (pair["node"], pair["volume_uuid"]) == (2, None)
+    assert pair["never_paired"]
+    assert (dump["superblock"]["clean"], dump["superblock"]["initial_sync"]) == (False, "none")
+    assert dump["extents"]["recorded"] == 0
+
+
+def test_a_single_volume_says_nothing_of_a_pair(nodes: dict[int, Cli]) -> None:
+    line = [word for word in words(nodes, 1) if not word.startswith(("--node", "--partner"))]
+    nodes[1].ok(*line)
+    assert record(nodes[1])["superblock"]["pair"] is None
+    status = nodes[1].ok("status", "--json").json["volumes"][0]
+    assert status["partner"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"attach": "dm"}, "without asking the partner"),
+        ({"record_on": "partner"}, "records every place on its own device"),
+        ({"record_on": "elsewhere"}, "not one of local, partner, both"),
+        ({"node": "3"}, "there are 1 and 2"),
+        ({"partner_listen": "unix:///run/2"}, "where this node itself listens"),
+    ],
+)
+def test_what_cannot_be_one_of_two(
+    nodes: dict[int, Cli], options: dict[str, str], reason: str
+) -> None:
+    outcome = nodes[1].call(*words(nodes, 1, **options))
+    assert outcome.status == 2
+    assert reason in outcome.err
+    assert not nodes[1].paths.volume_file("vol0").exists()
+
+
+@pytest.mark.parametrize("where", ["local", "both"])
+def test_a_place_is_recorded_here_whatever_is_chosen(nodes: dict[int, Cli], where: str) -> None:
+    nodes[1].ok(*words(nodes, 1, record_on=where))
+    assert record(nodes[1])["superblock"]["pair"]["record_on"] == "both"
+
+
+FIGURES: dict[str, Any] = {
+    "node": 2, "state": "cut", "link": "down", "copier": False, "term": 4, "since": 12.3,
+    "own_extents": 5, "partner_extents": 6, "owed_extents": 1, "waiting_requests": 3,
+    "oldest_wait_seconds": 7.25, "rtt_seconds": 0.0005, "messages_total": 40, "handovers_total": 7,
+    "proof": None, "last_error": "no answer for 2 s", "peer": None,
+}  # fmt: skip
+
+
+def test_what_people_see_of_a_partner_that_is_gone() -> None:
+    shown = dict(rows(FIGURES))
+    assert shown["state"] == "cut for 12 s"
+    assert shown["link"] == "down (no answer for 2 s)"
+    assert shown["lead"] == "the partner"
+    assert shown["extents"] == "5 here, 6 at the partner, 1 on their way"
+    assert shown["waiting"] == "3 requests of hosts, up to 7.2 s"
+    assert {"proof", "partner"}.isdisjoint(shown)
+
+
+def test_what_people_see_of_one_that_is_there() -> None:
+    peer = {"version": "0.1", "secondary": "up", "dirty_bytes": 512, "lag_seconds": 1.5}
+    shown = dict(rows(FIGURES | {"state": "paired", "link": "up", "copier": True, "peer": peer}))
+    assert shown["link"] == "up, 0.50 ms there and back"
+    assert shown["lead"] == "this node"
+    assert shown["partner"] == "0.1, secondary up, 512 bytes to copy, 1.5 s behind"
+
+
+def test_the_exit_status_of_each_state() -> None:
+    assert STATUS == {
+        "paired": 0, "cut": 100, "alone": 100, "waiting": 15, "outdated": 1, "split-brain": 16,
+    }  # fmt: skip
