@@ -50,6 +50,7 @@ class Clock(SimLoop):
 class MirrorMachine(RuleBasedStateMachine):
     pool_bytes = 1 << 20  # for copies
     late_writes_s = 0.0
+    geometry = GEOMETRY
 
     @initialize(seed=seeds, compare=st.booleans())
     def first_boot(self, seed: int, compare: bool) -> None:
@@ -65,8 +66,8 @@ class MirrorMachine(RuleBasedStateMachine):
         """The machine starts with these contents; `far` is a secondary that went on meanwhile."""
         self.loop = Clock()
         self.record = SimDisk("record", len(record), record)
-        self.primary = SimDisk("primary", SIZE, primary)
-        self.secondary = far or SimDisk("secondary", SIZE, secondary)
+        self.primary = SimDisk("primary", len(primary), primary)
+        self.secondary = far or SimDisk("secondary", len(secondary), secondary)
         self.disks = (self.record, self.primary, self.secondary)
         self.begin()
         self.pending_writes: list[tuple[int, bytes]] = []  # sent, not acknowledged
@@ -77,8 +78,11 @@ class MirrorMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         """A process starts on the disks as they are."""
         loaded = load_image(bytes(self.record.durable))
-        self.store = RecordStore(GEOMETRY, loaded, self.record, self.loop, lambda *a, **k: None)
-        self.policy = MischievousPolicy(EXTENTS, self.rng)
+        self.geometry = loaded.superblock.geometry
+        self.store = RecordStore(
+            self.geometry, loaded, self.record, self.loop, lambda *a, **k: None
+        )
+        self.policy = MischievousPolicy(self.geometry.extents, self.rng)
         self.gate = self.make_gate()
         self.copier = self.make_copier()
         self.gate.take_recorded()
@@ -87,11 +91,13 @@ class MirrorMachine(RuleBasedStateMachine):
         self.copier.start()
 
     def make_gate(self) -> Gate:
-        return Gate(GEOMETRY, self.primary, self.store, self.policy, self.loop, limit_extents=3)
+        return Gate(
+            self.geometry, self.primary, self.store, self.policy, self.loop, limit_extents=3
+        )
 
     def make_copier(self) -> Copier:
         return Copier(
-            GEOMETRY,
+            self.geometry,
             self.gate,
             self.primary,
             self.secondary,
@@ -112,7 +118,7 @@ class MirrorMachine(RuleBasedStateMachine):
 
     @rule(offset=offsets, sectors=st.integers(1, 20), fua=st.booleans(), kind=st.integers(0, 5))
     def write(self, offset: int, sectors: int, fua: bool, kind: int) -> None:
-        length = min(sectors * SECTOR, SIZE - offset)
+        length = min(sectors * SECTOR, self.geometry.size_bytes - offset)
         self.serial += 1
         zeroing = kind == 0
         data = bytes(length) if zeroing else self.serial.to_bytes(2, "big") * (length // 2)
@@ -222,12 +228,13 @@ class MirrorMachine(RuleBasedStateMachine):
         self.loop.run_soon()
 
     # -- judging --------------------------------------------------------------------------
-    def differing(self, primary: bytes, secondary: bytes) -> set[int]:
+    def differing(self, primary: bytes, secondary: bytes, size_bytes: int) -> set[int]:
+        """The extents of a volume of that size in which they differ."""
         return {
-            extent
-            for extent in range(EXTENTS)
-            if primary[extent * EXTENT : (extent + 1) * EXTENT]
-            != secondary[extent * EXTENT : (extent + 1) * EXTENT]
+            at // EXTENT
+            for at in range(0, size_bytes, EXTENT)
+            if primary[at : min(at + EXTENT, size_bytes)]
+            != secondary[at : min(at + EXTENT, size_bytes)]
         }
 
     @rule(seed=seeds, rarely=st.integers(0, 5))
@@ -238,8 +245,9 @@ class MirrorMachine(RuleBasedStateMachine):
         record, primary, secondary = (disk.crash(rng) for disk in self.disks)
         loaded = load_image(record)
         assert not loaded.damaged
-        stored = {extent for extent in range(EXTENTS) if loaded.bits[extent]}
-        unrecorded = self.differing(primary, secondary) - stored
+        stored = {extent for extent, is_set in enumerate(loaded.bits) if is_set}
+        size_bytes = loaded.superblock.geometry.size_bytes
+        unrecorded = self.differing(primary, secondary, size_bytes) - stored
         assert not unrecorded, f"extents {unrecorded} differ and are not in the record {stored}"
         in_flight = {
             sector
@@ -264,6 +272,10 @@ class MirrorMachine(RuleBasedStateMachine):
                 contents.setdefault(sector, {durable}).add(data[at : at + SECTOR])
         return contents
 
+    def size_after_a_cut(self) -> int:
+        """Of the volume, as the superblock says that is in force."""
+        return load_image(bytes(self.record.durable)).superblock.geometry.size_bytes
+
     def certainly_recorded(self) -> bitarray:
         """The extents that a power cut at this moment leaves in the record in any case."""
         image = bytearray(self.record.durable)
@@ -281,11 +293,12 @@ class MirrorMachine(RuleBasedStateMachine):
         if not hasattr(self, "record"):
             return
         certain = self.certainly_recorded()
+        size_bytes = self.size_after_a_cut()
         primary, secondary = self.possible(self.primary), self.possible(self.secondary)
-        for extent in range(EXTENTS):
+        for extent in range(len(certain)):
             if certain[extent]:
                 continue
-            start, end = extent * EXTENT, min((extent + 1) * EXTENT, SIZE)
+            start, end = extent * EXTENT, min((extent + 1) * EXTENT, size_bytes)
             assert self.primary.durable[start:end] == self.secondary.durable[start:end]
             for sector in range(start // SECTOR, end // SECTOR):
                 one = primary.get(sector, set()) | secondary.get(sector, set())
@@ -312,11 +325,12 @@ class MirrorMachine(RuleBasedStateMachine):
         assert not self.pending_writes, "a write was never answered"
         assert self.gate.in_sync
         assert not self.copier.passes.under_way
-        assert self.primary.visible == self.secondary.durable
+        size_bytes = self.geometry.size_bytes
+        assert self.primary.visible[:size_bytes] == self.secondary.durable[:size_bytes]
         self.secondary.connected = True  # it may have gone unnoticed while there was no work
         results: list[tuple[OSError | None, VerifyResult]] = []
         verify = Verify(
-            GEOMETRY,
+            self.geometry,
             self.gate,
             self.primary,
             self.secondary,
@@ -329,7 +343,7 @@ class MirrorMachine(RuleBasedStateMachine):
         self.drain(*self.disks)
         ((error, result),) = results
         assert error is None
-        assert result.compared_bytes == SIZE
+        assert result.compared_bytes == size_bytes
         assert result.unexpected_bytes == 0
         # What an idle volume costs: nothing, once the policy lets go.
         self.policy.generous = False

@@ -4,7 +4,9 @@ What is worse: a write that fails is carried out in part; a flush that fails has
 reports it once; the secondary is a server that keeps what a lost connection or a dead process had
 sent, and carries it out within `LATE_S` of the next connection; bitmapd is killed with requests
 queued; memory for copies is short.  What is done meanwhile, at any moment: pause, resume, resync
-with and without comparing, verify with repair, other settings, another policy, a new connection.
+with and without comparing, verify with repair, other settings, another policy, a new connection,
+and growth: in the order of bitmapd/volume/resize and `Volume._grow`, cut short by an error or a
+crash anywhere, and asked for again with another size.
 
 Each example has some of these troubles only, since some hide what others show: after a start
 everything recorded is copied.
@@ -15,8 +17,9 @@ In sync means: equal, but for places that the record names and that are watched.
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
@@ -25,18 +28,26 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.verify import Verify, VerifyResult
+from bitmapd.errors import BitmapdError
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool
-from tests.property.test_mirror import BLOCK, EXTENTS, GEOMETRY, SIZE, Clock, MirrorMachine, seeds
+from bitmapd.record import tool
+from bitmapd.record.updates import SuperblockUpdates
+from bitmapd.volume.resize import new_page_states
+from tests.property.test_mirror import BLOCK, EXTENT, GEOMETRY, SIZE, Clock, MirrorMachine, seeds
 from tests.support.machines import machine_settings
 from tests.support.policies import MischievousPolicy
-from tests.support.records import blank_image
+from tests.support.records import SimMedium, blank_image, load_image
 from tests.support.sim import LATE_S, SECTOR, SimDisk
 
 TROUBLES = (
     "link", "kill", "cut", "cache", "pause", "resync", "verify", "repair", "policy", "settings",
-    "reconnect",
+    "reconnect", "resize",
 )  # fmt: skip
+
+
+LARGEST = SIZE + 5 * EXTENT + SECTOR
+FATES = (None, None, 0.0, 0.5, 1.0)
 
 
 class FarDisk(SimDisk):
@@ -79,7 +90,7 @@ class WideMachine(MirrorMachine):
         self.boot(blank_image(GEOMETRY), bytes(SIZE), bytes(SIZE))
 
     def far_disk(self, content: bytes) -> FarDisk:
-        disk = FarDisk("secondary", SIZE, content)
+        disk = FarDisk("secondary", len(content), content)
         disk.machine = self
         disk.writes_late = self.late
         return disk
@@ -91,9 +102,16 @@ class WideMachine(MirrorMachine):
 
     def begin(self) -> None:
         self.verifying = None
+        self.growing = self.grown_in_part = False
         if self.harm:
             for disk in self.disks:
                 disk.luck = self.rng
+        loaded = load_image(bytes(self.record.durable))
+        size_bytes = loaded.superblock.geometry.size_bytes
+        if self.primary.size_bytes < size_bytes:  # or nobody could start the volume
+            self.primary.resize(size_bytes, b"\x5a")
+        self.medium = SimMedium(self.record, self.superset_now)
+        self.updates = SuperblockUpdates(self.medium, loaded)
         super().begin()
         self.losses = self.gate.lost_writes.listener()  # a host's connection
         if self.late and self.secondary.connected:
@@ -138,12 +156,20 @@ class WideMachine(MirrorMachine):
         elif what == "verify":
             self.verify()
         elif what == "repair":
-            block = seed % GEOMETRY.blocks
+            block = seed % self.geometry.blocks
             self.gate.mark(block, block + 1, lambda error: None)
         elif what == "policy":
             self.exchange_policy()
+        elif what == "resize":
+            self.resize(Random(seed))
+            self.loop.run_soon()
+            for _ in range(seed % 8):
+                self.finish_any()
+                self.superset_now()
+            if seed & 16:
+                super().power_cut(seed, 0)
         elif what == "settings":
-            self.gate.limit_extents = 1 + seed % EXTENTS
+            self.gate.limit_extents = 1 + seed % self.geometry.extents
             self.copier.throttle.set_rate(self.rng.choice([None, BLOCK, 64 * BLOCK]))
         else:
             self.copier.reconnect()
@@ -154,12 +180,20 @@ class WideMachine(MirrorMachine):
     def land(self, data: st.DataObject) -> None:
         self.secondary.land(data.draw(st.sampled_from(self.secondary.ghosts)))
 
+    def finish_any(self) -> None:
+        busy = [disk for disk in self.disks if disk.pending]
+        if busy:
+            disk = self.rng.choice(busy)
+            disk.finish(self.rng.randrange(len(disk.pending)))
+            self.loop.run_soon()
+
     def leave_writes_on_their_way(self) -> None:
         """Have the secondary asked to write something that it has not answered."""
         for _ in range(4):
             if any(op.kind == "write" for op in self.secondary.pending):
                 return
-            self.write(self.rng.randrange(SIZE // SECTOR) * SECTOR, 8, False, 1)
+            sectors = self.geometry.size_bytes // SECTOR
+            self.write(self.rng.randrange(sectors) * SECTOR, 8, False, 1)
             self.run(1.1, 2)
 
     def kill(self) -> None:
@@ -193,7 +227,7 @@ class WideMachine(MirrorMachine):
             assert not result.unexpected_bytes, f"{result.unexpected} differ, unrecorded"
 
         self.verifying = Verify(
-            GEOMETRY,
+            self.geometry,
             self.gate,
             self.primary,
             self.secondary,
@@ -204,8 +238,44 @@ class WideMachine(MirrorMachine):
         )
         self.verifying.start()
 
+    def resize(self, rng: Random, fates: Sequence[float | None] = FATES) -> None:
+        """As `Volume.resize` does; the superblock's writes have these fates."""
+        size_bytes = self.geometry.size_bytes + SECTOR * rng.choice([1, 3, 8, 11, 16, 40])
+        if self.growing or size_bytes > LARGEST:
+            return
+        self.growing = self.grown_in_part = True
+        self.primary.resize(size_bytes, b"\x5a")
+        if self.secondary.size_bytes < size_bytes:
+            self.secondary.resize(size_bytes, b"\xa5")
+        new = dataclasses.replace(self.geometry, size_bytes=size_bytes)
+        tool.add_pages(self.medium, self.updates.superblock, new)
+
+        def kept(error: OSError | None) -> None:
+            if error is None:
+                self.store.prepare_growth(new, named)
+            else:
+                self.growing = False
+
+        def named(error: OSError | None) -> None:
+            self.growing = False
+            if error is not None:
+                return
+            self.medium.fates = rng.choices(fates, k=2)
+            try:
+                self.updates.update(1, geometry=new, primary_size_bytes=size_bytes)
+            except BitmapdError:
+                return
+            self.store.grow(new, new_page_states(self.geometry, new))
+            self.copier.grow(new)
+            self.gate.grow(new)
+            self.geometry, self.grown_in_part = new, False
+            self.exchange_policy()
+            self.copier.reconnect()
+
+        self.gate.prepare_growth(kept)
+
     def exchange_policy(self) -> None:
-        policy = MischievousPolicy(EXTENTS, self.rng)
+        policy = MischievousPolicy(self.geometry.extents, self.rng)
         for first, stop in self.store.recorded_runs():
             policy.added(first, stop, self.loop.time())
         self.policy = policy
@@ -225,8 +295,8 @@ class WideMachine(MirrorMachine):
     def in_sync_is_true(self) -> None:
         if not hasattr(self, "copier") or not self.gate.in_sync or self.pending_writes:
             return
-        for block in range(GEOMETRY.blocks):
-            offset, length = GEOMETRY.block_bytes_range(block, block + 1)
+        for block in range(self.geometry.blocks):
+            offset, length = self.geometry.block_bytes_range(block, block + 1)
             end = offset + length
             if self.primary.visible[offset:end] != self.secondary.durable[offset:end]:
                 assert self.gate.may_differ(block, block + 1), f"block {block} is old, unwatched"
@@ -234,6 +304,10 @@ class WideMachine(MirrorMachine):
     def settle_everything(self) -> None:
         self.copier.throttle.set_rate(None)
         super().settle_everything()
+        if self.grown_in_part:  # which leaves an extent in the record
+            self.resize(Random(0), (None,))
+            super().settle_everything()
+            assert not self.grown_in_part
 
     def is_busy(self) -> bool:
         return (
@@ -266,7 +340,7 @@ def walk(seed: int, steps: int) -> None:
 
 
 def _write(machine: WideMachine, rng: Random) -> None:
-    sector = rng.randrange(SIZE // SECTOR)
+    sector = rng.randrange(machine.geometry.size_bytes // SECTOR)
     machine.write(sector * SECTOR, rng.randint(1, 20), rng.random() < 0.2, rng.randrange(6))
 
 

@@ -224,6 +224,13 @@ class SimDisk:
             self.volatile.append((self._serial, offset, data))
             self._serial += 1
 
+    def resize(self, size_bytes: int, filling: bytes) -> None:
+        """Cut off what is beyond, or add bytes like this one."""
+        for content in (self.durable, self.visible):
+            del content[size_bytes:]
+            content.extend(filling * (size_bytes - len(content)))
+        self.size_bytes = size_bytes
+
     def sync(self) -> None:
         """Everything that is volatile becomes durable."""
         for _, offset, data in self.volatile:
