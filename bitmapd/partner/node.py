@@ -237,16 +237,14 @@ class Node:
 
     def _absorb(self) -> None:
         """Its process is a new one, so the old one is dead: what that had is ours (invariant 2)."""
-        before = self.rights.own.copy()
+        taken = self.rights.other | self.rights.owed
         self.rights.absorb()
-        self._inherit(before)
+        self._inherited(taken)
 
-    def _inherit(self, before: bitarray) -> int:
-        """What is ours and was not `before` was the other's."""
-        taken = self.rights.own & ~before
+    def _inherited(self, taken: bitarray) -> None:
+        """These were the other's, or may have been, and are ours."""
         self.absorbed_extents += taken.count()
         self._around.other_died(runs_of(taken))
-        return taken.count()
 
     def say(self, message: Message) -> None:
         if self._wire is not None:
@@ -312,14 +310,15 @@ class Node:
             self.rights.learn(((0, len(self.rights.own)),))
             self.compares_everything = True
             self._known = True
-        before = self.rights.own.copy()
+        # Not what hosts have waited for besides: nobody has written there.
+        taken = self.rights.other | self.rights.owed
         self.rights.alone()
-        absorbed = self._inherit(before)
+        self._inherited(taken)
         self._become(State.ALONE)
         self._around.emit(
             "takeover",
             proof=proof.value,
-            extents=absorbed,
+            extents=taken.count(),
             compares_everything=self.compares_everything,
         )
 
