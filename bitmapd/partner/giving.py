@@ -13,7 +13,8 @@ Invariants:
 
 Against ping-pong: an extent that has changed hands more than `MOST_CHANGES` times within a second
 stays with its new owner for `KEEP_S`, or two round trips if that is shorter, so that it serves more
-than one write for each message; and it leaves the record as soon as it is clean.
+than one write for each message; and it leaves the record as soon as it is clean.  Only what hosts
+need counts: guesses and what is given unasked may be many, and do not come back by themselves.
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ class Giving:
         claims = self._claims
         if request:
             self._asked[request].difference_update(extents)
+            self._changed(extents)
         dirt, copying = self._home.give(extents)
         self.unfree |= copying
         embargo = joined(extent for extent in extents if extent in self.unfree)
@@ -171,7 +173,6 @@ class Giving:
             claims.lose(extent)
             claims.owed[extent] = True
             self.coveted.discard(extent)
-        self._changed(extents)
         self.handovers += len(extents)
         sequence = self._send(request, joined(extents), (), embargo, dirt)
         self._grants.append((sequence, extents))
@@ -199,7 +200,7 @@ class Giving:
             self._changes.setdefault(extent, deque(maxlen=MOST_CHANGES + 1)).append(now_s)
 
     def came(self, extents: Iterable[int]) -> None:
-        """They have become ours by a GRANT."""
+        """They have become ours because a host of ours needs them."""
         self._changed(extents)
         now_s = self._scheduler.time()
         self.coveted.update(extent for extent in extents if self._is_hot(extent, now_s))

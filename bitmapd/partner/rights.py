@@ -280,7 +280,8 @@ class Rights:
         self._outbox.got(sequence)
         guesses = self._wants.over(granted)
         self._claims.gain(message.granted)
-        self._giving.came(granted)
+        if message.request:
+            self._giving.came(set(granted).difference(guesses))
         self._home.keep(message.granted)
         embargo = set(each(message.embargo)) & set(granted)
         embargo.update(extent for extent in granted if extent in self._giving.unfree)
