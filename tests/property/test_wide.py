@@ -240,9 +240,10 @@ class WideMachine(MirrorMachine):
 
     def resize(self, rng: Random, fates: Sequence[float | None] = FATES) -> None:
         """As `Volume.resize` does; the superblock's writes have these fates."""
-        size_bytes = self.geometry.size_bytes + SECTOR * rng.choice([1, 3, 8, 11, 16, 40])
-        if self.growing or size_bytes > LARGEST:
+        if self.growing or self.geometry.size_bytes == LARGEST:
             return
+        larger_bytes = SECTOR * rng.choice([1, 3, 8, 11, 16, 40])
+        size_bytes = min(self.geometry.size_bytes + larger_bytes, LARGEST)
         self.growing = self.grown_in_part = True
         self.primary.resize(size_bytes, b"\x5a")
         if self.secondary.size_bytes < size_bytes:
