@@ -24,6 +24,17 @@ def test_the_example_configuration_is_one() -> None:
     assert configs["example"].copy_rate_bytes_per_s == 200 << 20
 
 
+@pytest.mark.parametrize("link", ["tls", "unix"])
+def test_the_two_nodes_of_an_example_fit_together(link: str) -> None:
+    folders = [EXAMPLES / "pair" / link / f"node{number}" for number in (1, 2)]
+    one, two = (load_all(Paths(folder, Path("/run/dmctl")))["db"] for folder in folders)
+    assert (one.node, two.node) == (1, 2)
+    assert (one.partner, one.partner_listen) == (two.partner_listen, two.partner)
+    for key in ("primary", "secondary", "extent_size_bytes", "block_size_bytes"):
+        assert getattr(one, key) == getattr(two, key)
+    assert one.record != two.record
+
+
 def test_the_units_are_accepted_by_systemd(tmp_path: Path) -> None:
     program = shutil.which("systemd-analyze")
     if program is None:
