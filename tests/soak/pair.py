@@ -209,7 +209,8 @@ def play(folder: Path, seed: int, seconds: float) -> tuple[Counter[str], int]:
             for host in hosts:
                 host.done.set()
             for host in hosts:
-                host.join(HEAL_S)
+                if host.ident is not None:  # it was begun
+                    host.join(HEAL_S)
         try:
             settle(pair, history)
         finally:
