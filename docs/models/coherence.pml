@@ -62,7 +62,7 @@
 #define HANDS 0           /* extents given unasked, for the other to copy */
 #endif
 #ifndef TAKES
-#define TAKES 0           /* planned takeovers */
+#define TAKES 0           /* planned takeovers; 1 at most: of two that cross both are refused */
 #endif
 #ifndef CRASHES
 #define CRASHES 0         /* deaths of a process, fenced ones included */

@@ -69,7 +69,7 @@ FULL = [
     coherence("CUTS=1", "CRASHES=2", "WRITES=2"),
     coherence("CUTS=1", "CRASHES=1", "READS=1"),
     coherence("CUTS=1", "CRASHES=1", "TAKES=1"),
-    coherence("CUTS=2", "TAKES=2"),
+    coherence("CUTS=2", "TAKES=1"),
     coherence("TAKES=1", "HANDS=1", "STOPS=1", "CUTS=1"),
     coherence("CACHE", "READS=1", "WRITES=2"),
     coherence("CACHE", "CUTS=1", "READS=1"),
