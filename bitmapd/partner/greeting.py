@@ -13,6 +13,7 @@ of them start from what both have stored.  Of two that have lived:
 | theirs has my current one further back | behind: it had proof that I was dead, and went on |
 | mine has theirs further back | ahead |
 | neither, one of us is alone | ahead if that is me: four generations are remembered, no more |
+| neither, the other is fresh | ahead; behind if its term is higher and I am not alone |
 | neither, both are alone | `SplitBrain`: one of the proofs was false |
 
 A live node that is behind is *outdated*, also if the process that went on has died since (and says
@@ -97,6 +98,8 @@ def standing(mine: Hello, theirs: Hello) -> Standing:
         return Standing.BEHIND
     if there[0] in here[1:]:
         return Standing.AHEAD
+    if other_fresh and not alone:
+        return Standing.BEHIND if theirs.term > mine.term else Standing.AHEAD
     if alone == other_alone:
         raise SplitBrain
     return Standing.AHEAD if alone else Standing.BEHIND

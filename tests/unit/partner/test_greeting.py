@@ -84,6 +84,14 @@ def test_both_went_on(flags: HelloFlag) -> None:
     assert raised.value.code is ErrorCode.SPLIT_BRAIN
 
 
+@pytest.mark.parametrize(("term", "result"), [(3, Standing.AHEAD), (4, Standing.BEHIND)])
+def test_a_link_that_ended_after_ready_was_said(term: int, result: Standing) -> None:
+    """The node was alone, and is not so any more; the fresh one has not adopted its generations."""
+    one = hello(1, generations=generations("ba"), term=3)
+    two = hello(2, generations=generations("ca"), flags=FRESH, term=term)
+    assert standing(one, two) is result
+
+
 def test_a_fresh_node_is_never_a_split_brain() -> None:
     one = hello(1, generations=generations("ba"), flags=FRESH)
     two = hello(2, generations=generations("ca"), flags=ALONE)
