@@ -20,7 +20,7 @@ A live node that is behind is *outdated*, also if the process that went on has d
 HELLO as a fresh one).  If a node that is alone meets a fresh one which had gone on alone as well,
 then one after the other did so: both compare everything, so nothing is lost.
 
-Source: docs/partner-protocol.md, "HELLO" and "States".
+Source: docs/partner-protocol.md, "HELLO" and "Coming together".
 """
 
 from __future__ import annotations
