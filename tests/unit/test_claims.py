@@ -1,0 +1,33 @@
+"""Every claim of the pair has a test, and every test that is named is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "tests" / "claims.md"
+# Claims of one appliance with a record of its own are those before 16 and their twins.
+PAIR = {*range(16, 36), *range(48, 68), *range(80, 100)}
+
+
+def rows() -> list[tuple[set[int], list[str]]]:
+    found = []
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) > 3 and cells[1][:1].isdigit():
+            found.append(({int(number) for number in cells[1].split(",")}, cells[3].split(", ")))
+    return found
+
+
+def test_every_claim_has_a_test() -> None:
+    assert set().union(*(claims for claims, _ in rows())) == PAIR
+
+
+def test_every_test_is_there() -> None:
+    for _, names in rows():
+        for name in names:
+            path, _, test = name.strip("`").partition("::")
+            text = (ROOT / path).read_text()
+            if test:
+                assert re.search(rf"^def {test}\(", text, re.MULTILINE), name
