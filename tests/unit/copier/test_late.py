@@ -263,3 +263,35 @@ def test_a_short_bound_is_all_that_is_waited_for() -> None:
     seconds(mirror, 5)
     assert equal(mirror)
     assert mirror.stored() == set()
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_what_another_node_had_copied_is_suspect_once_it_is_ours(twice: bool) -> None:
+    """It had writes on their way to the secondary when it died; its extents are dirty here."""
+    mirror = begun()
+    mirror.secondary.writes_late = True
+    mirror.put(0, 8, fill=3)  # extents 0 and 1
+    mirror.copier.late.other_node_died([(0, 1)] if twice else [(0, 2)])
+    if twice:
+        mirror.copier.late.other_node_died([(1, 2)])
+    mirror.copier.late.arrived()
+    assert mirror.gate.suspect_blocks == 8
+    seconds(mirror, QUIET_S - 1)
+    assert mirror.copier.copied_bytes == 0, "what the dead one had sent lands first"
+    seconds(mirror, 3)
+    assert equal(mirror)
+    mirror.secondary.durable[0:BLOCK] = mirror.secondary.visible[0:BLOCK] = b"old!" * (BLOCK // 4)
+    assert mirror.stored() == {0, 1}
+    seconds(mirror, LATE_S)
+    assert equal(mirror)
+    assert mirror.stored() == set()
+
+
+def test_a_server_that_ends_its_connections_leaves_nothing_of_another_node() -> None:
+    mirror = begun()
+    mirror.copier.late.bound_s = 0.0
+    mirror.put(0, fill=3)
+    mirror.copier.late.other_node_died([(0, 1)])
+    assert mirror.gate.suspect_blocks == 0
+    seconds(mirror, 3)
+    assert equal(mirror)

@@ -226,3 +226,14 @@ def test_what_is_in_doubt_until_its_extent_is_given_goes_along() -> None:
     mirror.store.drop([1])
     mirror.gate.trust(settled_dirt)
     assert mirror.gate.give([1]) == [(4, 6)]
+
+
+def test_an_embargo_holds_back_its_own_extent_only(mirror: Mirror) -> None:
+    taken_over(mirror, 1, [], embargo=True)  # nothing of it is dirty
+    taken_over(mirror, 2, [(8, 9)], embargo=True)
+    mirror.put(12)
+    assert mirror.gate.embargoed_extents == 2
+    assert taken(mirror) == [(12, 13)]
+    mirror.gate.free([1, 2])
+    assert mirror.gate.embargoed_extents == 0
+    assert taken(mirror) == [(8, 9), (12, 13)]
