@@ -36,6 +36,7 @@ PICTURE = FOLDER / "demo-pair.svg"
 DMCTL = Path(sys.executable).parent / "dmctl"
 NAME = "demo"
 SAMPLE_S = 0.2
+BREAK_S = 2.0  # without an answer: the node was not there
 
 # A host: writes numbered blocks of 64 KiB into its half until it is told to stop, or its node dies;
 # then it says which block holds which number, and which one it had no answer for.
@@ -300,6 +301,17 @@ def rates(samples: list[tuple[float, dict[str, Any]]]) -> list[tuple[float, floa
     return found
 
 
+def unbroken(line: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """The stretches in which the node was there: it answers several times a second."""
+    found: list[list[tuple[float, float]]] = []
+    for point in line:
+        if found and point[0] - found[-1][-1][0] < BREAK_S:
+            found[-1].append(point)
+        else:
+            found.append([point])
+    return found
+
+
 def picture(watch: Watch) -> str:
     """Messages a second, extents by owner, and what is to be copied, of both nodes over time."""
     whole_s = max(at_s for samples in watch.samples.values() for at_s, _ in samples)
@@ -329,22 +341,27 @@ def picture(watch: Watch) -> str:
             f'<rect x="{LEFT}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none"'
             ' stroke="#adb5bd"/>'
         )
-        for at_s, text in watch.marks:
+        for row, (at_s, text) in enumerate(watch.marks):
             x = LEFT + WIDTH * at_s / whole_s
             parts.append(
                 f'<path d="M{x:.1f} {top}v{HEIGHT}" stroke="#868e96" stroke-dasharray="4"/>'
             )
-            parts.append(
-                f'<text x="{x + 4:.1f}" y="{top + HEIGHT + 14}" fill="#868e96">{text}</text>'
-            )
+            y = top + 14 + 14 * row
+            parts.append(f'<text x="{x + 4:.1f}" y="{y}" fill="#868e96">{text}</text>')
         for node, line in lines.items():
-            points = " ".join(
-                f"{LEFT + WIDTH * at_s / whole_s:.1f},{top + HEIGHT * (1 - value / most):.1f}"
-                for at_s, value in line
-            )
+            for stretch in unbroken(line):
+                points = " ".join(
+                    f"{LEFT + WIDTH * at_s / whole_s:.1f},{top + HEIGHT * (1 - value / most):.1f}"
+                    for at_s, value in stretch
+                )
+                parts.append(
+                    f'<polyline points="{points}" fill="none" stroke="{COLOURS[node]}"'
+                    ' stroke-width="2"/>'
+                )
+        for at_s in range(0, int(whole_s) + 1, 5):
+            x = LEFT + WIDTH * at_s / whole_s
             parts.append(
-                f'<polyline points="{points}" fill="none" stroke="{COLOURS[node]}"'
-                ' stroke-width="2"/>'
+                f'<text x="{x:.1f}" y="{top + HEIGHT + 28}" fill="#868e96">{at_s} s</text>'
             )
     for node, colour in COLOURS.items():
         x = LEFT + WIDTH - 150 + 75 * (node - 1)
@@ -375,7 +392,7 @@ def main() -> int:
         return 1
     finally:
         clean()
-    say("\nNothing was lost, and nothing was copied but what the records named.")
+    say("\nNothing was lost, nothing was compared, and what the record named was taken over.")
     return 0
 
 

@@ -20,6 +20,7 @@ import argparse
 import json
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -39,6 +40,7 @@ from bitmapd.peer import frames
 from tests.bench import loads, machine
 from tests.bench.bench import ROOT
 from tests.bench.loads import KIB, MIB, Load
+from tests.support import rawnbd
 from tests.support.pairs import Pair
 from tests.support.volumes import Volume
 
@@ -57,25 +59,30 @@ def quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4)
 
 
-def echo_us(rounds: int) -> float:
-    """There and back of a miss's two frames over a unix socket, with a thread at the other end."""
+ECHO = f"""
+import socket, sys
+with socket.socket(fileno=int(sys.argv[1])) as sock:
+    while len(sock.recv({ADD_BYTES}, socket.MSG_WAITALL)) == {ADD_BYTES}:
+        sock.sendall(bytes({GRANT_BYTES}))
+"""
+
+
+def echo_us(rounds: int) -> list[float]:
+    """There and back of a miss's two frames over a unix socket, another process at the other end:
+    each of `rounds`, in order of time taken."""
     here, there = socket.socketpair()
-
-    def answer() -> None:
-        while there.recv(ADD_BYTES, socket.MSG_WAITALL):
-            there.sendall(bytes(GRANT_BYTES))
-
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
+    command = [sys.executable, "-c", ECHO, str(there.fileno())]
     took = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        here.sendall(bytes(ADD_BYTES))
-        here.recv(GRANT_BYTES, socket.MSG_WAITALL)
-        took.append((time.perf_counter() - began) * 1e6)
-    here.close()
-    thread.join()
-    return statistics.median(took)
+    with here, there, subprocess.Popen(command, pass_fds=[there.fileno()]) as other:
+        there.close()
+        for _ in range(rounds):
+            began = time.perf_counter()
+            here.sendall(bytes(ADD_BYTES))
+            here.recv(GRANT_BYTES, socket.MSG_WAITALL)
+            took.append((time.perf_counter() - began) * 1e6)
+        here.close()
+        other.wait()
+    return sorted(took)
 
 
 class Contenders:
@@ -127,11 +134,16 @@ def measure_beside_one(turns: int, seconds: int, requests: int, size_bytes: int)
     result: Found = {}
     with ExitStack() as stack:
         made = Contenders(stack, size_bytes, "--predictor", "lru")
-        for load in (
+        hits = (
             Load("hit, depth 1", "randwrite", 4 * KIB, 1, region),
             Load("hit, depth 16", "randwrite", 4 * KIB, 16, region),
             Load("read elsewhere, depth 1", "randread", 4 * KIB, 1, region),
-        ):
+        )
+        with made.pair[2].host() as host:  # what node 2 has besides, so that reads look
+            for at in range(size_bytes // 2, size_bytes, size_bytes // 32):
+                host.call(rawnbd.WRITE, at, 4 * KIB, bytes(4 * KIB))
+            host.disconnect()
+        for load in hits:
             loads.over_nbd(made.pair[1].uri, load, 0, 99)  # its extents come into the records
             loads.over_nbd(made.single.uri, load, 0, 99)
             ratios = [both(made, load, seconds, turn) for turn in range(turns)]
@@ -139,20 +151,26 @@ def measure_beside_one(turns: int, seconds: int, requests: int, size_bytes: int)
         miss = Load(
             "miss", "randwrite", 4 * KIB, 1, size_bytes, align_bytes=64 * KIB, requests=requests
         )
-        ratios, micro, echo = [], [], []
+        found: dict[str, list[float]] = {}
         for turn in range(turns):
             made.emptied()
-            one = loads.over_nbd(made.single.uri, miss, 0, turn).mean_us
-            two = loads.over_nbd(made.pair[1].uri, miss, 0, turn).mean_us
-            ratios.append(two / one)
-            micro.append(two)
-            echo.append(echo_us(2000 if requests > 500 else 200))
+            one = loads.over_nbd(made.single.uri, miss, 0, turn)
+            two = loads.over_nbd(made.pair[1].uri, miss, 0, turn)
+            hit = loads.over_nbd(made.single.uri, hits[0], max(1, seconds), turn)
+            echo = echo_us(2000 if requests > 500 else 200)
+            middle_us = echo[len(echo) // 2]
+            for name, value in (
+                ("pair / one", two.mean_us / one.mean_us),
+                ("pair us", two.mean_us),
+                ("one us", one.mean_us),
+                ("bare echo us", middle_us),
+                ("what it takes beside a hit, in echoes", (two.mean_us - hit.mean_us) / middle_us),
+                ("p99 of the pair us", two.p99_us),
+                ("p99 of one us", one.p99_us),
+            ):
+                found.setdefault(name, []).append(value)
             made.settle()
-        result["miss, depth 1"] = {
-            "pair / one": quartiles(ratios),
-            "pair us": quartiles(micro),
-            "bare echo us": quartiles(echo),
-        }
+        result["miss, depth 1"] = {name: quartiles(values) for name, values in found.items()}
         deep = Load(
             "miss", "randwrite", 4 * KIB, 16, size_bytes, align_bytes=64 * KIB, requests=requests
         )

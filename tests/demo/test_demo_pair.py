@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,5 +29,7 @@ def test_the_demo_of_a_pair_ends_well_and_cleans_up(short_path: Path) -> None:
     assert "Nothing was lost" in done.stdout
     assert not (short_path / "demo-pair-run").exists()
     picture = (short_path / "demo-pair.svg").read_text()
-    assert picture.count("<polyline points=") == 6, "three figures of two nodes"
+    lines = re.findall(r'<polyline points="([^"]+)"[^>]*stroke="(#[0-9a-f]+)"', picture)
+    drawn = Counter(colour for points, colour in lines if len(points.split()) > 1)
+    assert sorted(drawn.values()) == [3, 6], "three figures; node 1 is gone in between"
     assert picture.endswith("</svg>\n")
