@@ -5,21 +5,16 @@ MODEL_FULL=1 adds the larger searches (minutes, and up to 3 GB of memory).
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-MODELS = Path(__file__).parents[2] / "docs" / "models"
-SUPERSET = MODELS / "superset.pml"
+from tests.support import spin
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("spin") is None or shutil.which("gcc") is None,
-    reason="spin or gcc is not installed: apt-get install spin gcc libc6-dev",
-)
+SUPERSET = spin.MODELS / "superset.pml"
+
+pytestmark = pytest.mark.skipif(spin.IS_MISSING, reason=spin.MISSING)
 
 # Extents, kills of bitmapd, failed barriers, writes of the first host (the second writes once).
 HOLDS = [(1, 1, 1, 0), (1, 1, 0, 1), (1, 0, 1, 1), (2, 0, 1, 0), (2, 1, 0, 0)]
@@ -54,31 +49,9 @@ MISTAKES = {
 def errors(folder: Path, scope: tuple[int, int, int, int], *defines: str) -> int:
     """How many errors an exhaustive search finds; it ends at the first one."""
     names = ("EXTENTS", "KILLS", "FAILURES", "WRITES")
-    flags = [f"-D{name}={value}" for name, value in zip(names, scope, strict=True)]
-    flags += [f"-D{name}" for name in defines]
-    # A search that ends early is not worth an optimised one.
-    optimise = "-O0" if any(name.startswith("BUG_") for name in defines) else "-O1"
-    options = [optimise, "-w", "-DSAFETY", "-DNOFAIR", "-DMEMLIM=3000"]
-    for command in (
-        ["spin", *flags, "-a", str(SUPERSET)],
-        ["gcc", *options, "-o", "pan", "pan.c"],
-    ):
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
-    done = subprocess.run(
-        # -E: a process that waits for ever is no error here; bound on depth, not reached.
-        ["./pan", "-E", "-n", "-m200000"],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=900 if "MODEL_FULL" in os.environ else 110,
-    )
-    found = re.search(r"errors: (\d+)", done.stdout)
-    assert found is not None, done.stdout
-    incomplete = [line for line in done.stdout.splitlines() if line.startswith("error:")]
-    incomplete += re.findall("Search not completed", done.stdout) * (found[1] == "0")
-    assert not incomplete, done.stdout
-    return int(found[1])
+    bounds = [f"{name}={value}" for name, value in zip(names, scope, strict=True)]
+    early = any(name.startswith("BUG_") for name in defines)
+    return spin.errors(folder, SUPERSET.name, [*bounds, *defines], ends_early=early)
 
 
 @pytest.mark.parametrize("scope", HOLDS)
@@ -93,7 +66,7 @@ def test_it_holds_where_the_kernel_counts_requests_at_their_end(
     assert errors(tmp_path, scope, "COUNTED_AT_END") == 0
 
 
-@pytest.mark.skipif("MODEL_FULL" not in os.environ, reason="MODEL_FULL is not set: takes minutes")
+@pytest.mark.skipif(not spin.FULL, reason="MODEL_FULL is not set: takes minutes")
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("scope", FULL)
 def test_the_model_holds_at_large(tmp_path: Path, scope: tuple[int, int, int, int]) -> None:

@@ -5,20 +5,14 @@ MODEL_FULL=1 adds the larger searches (minutes, and up to 2 GB of memory).
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-MODELS = Path(__file__).parents[2] / "docs" / "models"
+from tests.support import spin
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("spin") is None or shutil.which("gcc") is None,
-    reason="spin or gcc is not installed: apt-get install spin gcc libc6-dev",
-)
+pytestmark = pytest.mark.skipif(spin.IS_MISSING, reason=spin.MISSING)
 
 Search = tuple[str, str]  # a model, and its definitions: NAME or NAME=NUMBER, parted by blanks
 
@@ -151,32 +145,11 @@ def errors(folder: Path, search: Search, *defines: str) -> int:
     model, scope = search
     given = scope.split()
     named = {define.partition("=")[0] for define in given}
-    flags = [f"-D{define}" for define in (*given, *defines)]
-    if model == "coherence.pml":
-        flags += [f"-D{name}={number}" for name, number in SMALLEST.items() if name not in named]
-    # A search that ends early is not worth an optimised one.
-    optimise = "-O0" if defines else "-O1"
-    options = [optimise, "-w", "-DSAFETY", "-DNOFAIR", "-DCOLLAPSE", "-DMEMLIM=2000"]
-    for command in (
-        ["spin", *flags, "-a", str(MODELS / model)],
-        ["gcc", *options, "-o", "pan", "pan.c"],
-    ):
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
-    done = subprocess.run(
-        # -E: process Rest checks by `timeout` that nobody waits for ever.
-        ["./pan", "-E", "-n", "-m100000"],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=900 if "MODEL_FULL" in os.environ else 110,
+    defaults = SMALLEST if model == "coherence.pml" else {}
+    bounds = [f"{name}={number}" for name, number in defaults.items() if name not in named]
+    return spin.errors(
+        folder, model, [*given, *bounds, *defines], ends_early=bool(defines), collapse=True
     )
-    found = re.search(r"errors: (\d+)", done.stdout)
-    assert found is not None, done.stdout
-    incomplete = [line for line in done.stdout.splitlines() if line.startswith("error:")]
-    incomplete += re.findall("Search not completed", done.stdout) * (found[1] == "0")
-    assert not incomplete, done.stdout
-    return int(found[1])
 
 
 @pytest.mark.parametrize("search", HOLDS, ids=" ".join)
@@ -184,7 +157,7 @@ def test_the_models_hold(tmp_path: Path, search: Search) -> None:
     assert errors(tmp_path, search) == 0
 
 
-@pytest.mark.skipif("MODEL_FULL" not in os.environ, reason="MODEL_FULL is not set: takes minutes")
+@pytest.mark.skipif(not spin.FULL, reason="MODEL_FULL is not set: takes minutes")
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("search", FULL, ids=" ".join)
 def test_the_models_hold_at_large(tmp_path: Path, search: Search) -> None:
@@ -198,5 +171,5 @@ def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: 
 
 @pytest.mark.parametrize("model", ["coherence.pml", "pair.pml"])
 def test_every_mistake_and_good_end_is_tried(model: str) -> None:
-    named = set(re.findall(r"\b(?:BUG|WITNESS)_[A-Z_]+[A-Z]", (MODELS / model).read_text()))
+    named = set(re.findall(r"\b(?:BUG|WITNESS)_[A-Z_]+[A-Z]", (spin.MODELS / model).read_text()))
     assert named == {name for search, name in FOUND if search[0] == model}

@@ -1,0 +1,45 @@
+"""An exhaustive search of a Spin model, as the tests of the models make it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+MODELS = Path(__file__).parents[2] / "docs" / "models"
+IS_MISSING = shutil.which("spin") is None or shutil.which("gcc") is None
+MISSING = "spin or gcc is not installed: apt-get install spin gcc libc6-dev"
+FULL = "MODEL_FULL" in os.environ  # larger searches are made, too
+
+
+def errors(
+    folder: Path, model: str, defines: Iterable[str], *, ends_early: bool, collapse: bool = False
+) -> int:
+    """How many errors the search finds; it ends at the first one.  `defines`: NAME or NAME=NUMBER.
+    `ends_early`: not worth optimising.  `collapse`: less memory for states, and more time."""
+    options = ["-O0" if ends_early else "-O1", "-w", "-DSAFETY", "-DNOFAIR", "-DMEMLIM=3000"]
+    options += ["-DCOLLAPSE"] if collapse else []
+    for command in (
+        ["spin", *(f"-D{define}" for define in defines), "-a", str(MODELS / model)],
+        ["gcc", *options, "-o", "pan", "pan.c"],
+    ):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+    done = subprocess.run(
+        # -E: a process that waits for ever is no error here; where it would be one a process of the
+        # model checks by `timeout`.  -m: a bound on depth that is not reached.
+        ["./pan", "-E", "-n", "-m200000"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=900 if FULL else 110,
+    )
+    found = re.search(r"errors: (\d+)", done.stdout)
+    assert found is not None, done.stdout
+    incomplete = [line for line in done.stdout.splitlines() if line.startswith("error:")]
+    incomplete += re.findall("Search not completed", done.stdout) * (found[1] == "0")
+    assert not incomplete, done.stdout
+    return int(found[1])
