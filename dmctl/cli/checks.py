@@ -155,8 +155,10 @@ def _check_free(
     found: Findings, key: str, path: str, identity: Identity, config: VolumeConfig | None
 ) -> None:
     with found.collect():
-        # Nobody claims a record: whoever has one locks it.
-        other = None if key == "record" else holder_of(path)
+        # Nobody claims a record: whoever has one locks it.  One that may not be written is refused
+        # below, and may not be opened either.
+        looked_at = key != "record" and not identity.read_only
+        other = holder_of(path) if looked_at else None
         partner = Claim(config.node if config else None).admits(other)
         if other is not None and not partner:
             error = busy(path, other)
