@@ -97,6 +97,8 @@ class WideMachine(MirrorMachine):
 
     def boot(self, record: bytes, primary: bytes, secondary: bytes) -> None:
         """A server outlives a power cut of the host."""
+        if self.late:
+            self.secondary.abandon()  # the connection of the process that is gone
         far = self.secondary if self.late else self.far_disk(secondary)
         super().boot(record, primary, secondary, far)
 
@@ -201,6 +203,10 @@ class WideMachine(MirrorMachine):
         for offset, data in self.pending_writes:
             self.unsure.update(self.sectors_of(offset, len(data)))
         self.pending_writes.clear()
+        if self.losses.answer(None) is not None:
+            # The disk has lost writes and said so once, to a process that is gone before it could
+            # tell the host: nobody ever will (docs/recovery.md, "The primary fails").
+            self.unsure.update(self.acknowledged.keys() - self.flushed.keys())
         self.rng.shuffle(self.primary.pending)
         for disk in self.disks:
             disk.abandon()
