@@ -1,6 +1,6 @@
-"""Unix sockets of ours: making one that listens, taking it away, knowing who is at the other end.
+"""Listening sockets of ours, and of unix ones: taking them away, knowing who is at the other end.
 
-1. A socket has its mode from the moment it exists: the umask sets it, no chmod afterwards.
+1. A unix socket has its mode from the moment it exists: the umask sets it, no chmod afterwards.
 2. A socket file that is in the way is removed only if nobody answers on it, and at the end only if
    it is still ours: a successor may have put its own into the place.
 
@@ -16,6 +16,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bitmapd.errors import BitmapdError, BusyError, ExistsError, refused
 
@@ -64,6 +65,24 @@ def listen_unix(path: Path, mode: int = 0o600, backlog: int = BACKLOG) -> UnixLi
         sock.close()
         raise
     return UnixListener(sock, path, inode)
+
+
+def listen_tcp(
+    family: int, address: Any, backlog: int = BACKLOG, *, v6_only: bool = False
+) -> socket.socket:
+    """A listening socket that does not block, at an address of `getaddrinfo`.  With `v6_only` one
+    of `::` leaves the port of IPv4 to another.  OSError if it cannot be had."""
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if v6_only and family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen(backlog)
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bitmapd.errors import UsageError, refused
-from bitmapd.net.sockets import UnixListener, listen_unix, peer_credentials
+from bitmapd.net.sockets import UnixListener, listen_tcp, listen_unix, peer_credentials
 from bitmapd.net.tls import certificate_fault, node_context
 from bitmapd.net.uri import PartnerUri
 from bitmapd.peer.backoff import Backoff
@@ -40,7 +40,6 @@ MOST_ARRIVING: Final = 4
 ARRIVAL_S: Final = 5.0
 CONNECT_S: Final = 2.0
 TLS_S: Final = 5.0
-_BACKLOG: Final = 32
 _ACCEPT_PAUSE_S: Final = 1.0
 
 
@@ -213,14 +212,14 @@ class PeerTransport:
     # -- accepting ------------------------------------------------------------------------------
     def _listen(self, uri: PartnerUri) -> None:
         if uri.socket_path is not None:
-            self._unix = listen_unix(Path(uri.socket_path), backlog=_BACKLOG)
+            self._unix = listen_unix(Path(uri.socket_path))
             self._listener = self._unix.sock
         else:
             try:
                 family, _, _, _, address = socket.getaddrinfo(
                     uri.host, uri.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
                 )[0]
-                self._listener = _bound(family, address)
+                self._listener = listen_tcp(family, address)
             except OSError as error:
                 raise refused(
                     error, f"cannot listen on {uri}", hint="check partner_listen"
@@ -296,15 +295,3 @@ def _reason(error: OSError | UnicodeError) -> str:
     if isinstance(error, ssl.SSLError):
         return f"TLS failed: {error.reason or error}"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _bound(family: int, address: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock

@@ -21,7 +21,7 @@ from typing import Any
 
 from bitmapd.errors import UsageError, refused
 from bitmapd.nbd.server.places import Peer, origin_of_address
-from bitmapd.net.sockets import UnixListener, listen_unix, peer_credentials
+from bitmapd.net.sockets import UnixListener, listen_tcp, listen_unix, peer_credentials
 from bitmapd.net.uri import MAX_SOCKET_PATH_BYTES
 
 _BACKLOG = 128
@@ -80,7 +80,8 @@ class Listeners:
         opened: list[_Listener] = []
         try:
             for family, address in addresses:
-                opened.append(_Listener(_tcp_socket(family, address), tls))
+                sock = listen_tcp(family, address, _BACKLOG, v6_only=True)
+                opened.append(_Listener(sock, tls))
         except OSError as error:
             for listener in opened:
                 listener.sock.close()
@@ -129,20 +130,6 @@ class Listeners:
     def _accept_again(self, listener: _Listener) -> None:
         if listener in self._open:
             self._loop.add_reader(listener.sock.fileno(), self._accept, listener)
-
-
-def _tcp_socket(family: int, address: Any) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _peer(sock: socket.socket, address: Any) -> Peer:
