@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
-from urllib.parse import quote, unquote_to_bytes, urlsplit
+from typing import NoReturn, Protocol
+from urllib.parse import SplitResult, quote, unquote_to_bytes, urlsplit
 
 from bitmapd.errors import UsageError
 
@@ -69,15 +68,7 @@ def parse_uri(text: str) -> NbdUri:
     def fail(reason: str, hint: str | None = _HINT) -> NoReturn:
         raise UsageError(f"bad NBD URI {text!r}: {reason}", hint)
 
-    if _NOT_PRINTABLE.search(text):
-        fail("it contains a blank or a control character", "write %20 for a blank")
-    if _BAD_ESCAPE.search(text):
-        fail("a % is not followed by two hexadecimal digits", "write %25 for a percent sign")
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        fail(str(error).lower())
+    parts, port = _split(text, fail)
     kind = _SCHEMES.get(parts.scheme)
     if kind is None or not text[len(parts.scheme) :].startswith("://"):
         fail("it does not begin with nbd://, nbds://, nbd+unix:// or nbds+unix://")
@@ -116,7 +107,7 @@ def parse_uri(text: str) -> NbdUri:
 def host_name(text: str) -> str:
     """The text, if it is a host name or an address; UsageError if it is not."""
 
-    def fail(reason: str, hint: str | None) -> NoReturn:
+    def fail(reason: str, hint: str | None = "write a host name or an address") -> NoReturn:
         raise UsageError(f"bad host name {text!r}: {reason}", hint)
 
     return _host(text, fail)
@@ -167,15 +158,7 @@ def parse_partner_uri(text: str) -> PartnerUri:
         hint = hint or "write tls://HOST[:PORT] or unix:///PATH"
         raise UsageError(f"bad partner URI {text!r}: {reason}", hint)
 
-    if _NOT_PRINTABLE.search(text):
-        fail("it contains a blank or a control character")
-    if _BAD_ESCAPE.search(text):
-        fail("a % is not followed by two hexadecimal digits", "write %25 for a percent sign")
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        fail(str(error).lower())
+    parts, port = _split(text, fail)
     if parts.scheme not in ("tls", "unix") or not text[len(parts.scheme) :].startswith("://"):
         fail("it does not begin with tls:// or unix://")
     if "?" in text or "#" in text or "@" in parts.netloc:
@@ -189,7 +172,23 @@ def parse_partner_uri(text: str) -> PartnerUri:
     return PartnerUri(_host(parts.hostname, fail), _port(port, fail, DEFAULT_PARTNER_PORT))
 
 
-_Fail = Callable[[str, str | None], NoReturn]
+class _Fail(Protocol):
+    """Raises UsageError; without a hint, with that of the kind of text that is being read."""
+
+    def __call__(self, reason: str, hint: str | None = ..., /) -> NoReturn: ...
+
+
+def _split(text: str, fail: _Fail) -> tuple[SplitResult, int | None]:
+    """The parts of the URI, none decoded yet, and the port if there is one."""
+    if _NOT_PRINTABLE.search(text):
+        fail("it contains a blank or a control character", "write %20 for a blank")
+    if _BAD_ESCAPE.search(text):
+        fail("a % is not followed by two hexadecimal digits", "write %25 for a percent sign")
+    try:
+        parts = urlsplit(text)
+        return parts, parts.port
+    except ValueError as error:
+        fail(str(error).lower())
 
 
 def _decode(raw: str, what: str, fail: _Fail) -> str:
@@ -222,7 +221,7 @@ def _parameters(query: str, tls: bool, unix: bool, fail: _Fail) -> dict[str, str
 
 def _socket_path(path: str | None, fail: _Fail) -> str:
     if path is None:
-        fail("the parameter socket=PATH is missing", _HINT)
+        fail("the parameter socket=PATH is missing")
     if not path.startswith("/"):
         fail(f"{path!r} is not an absolute path of a socket", None)
     if len(path.encode()) > MAX_SOCKET_PATH_BYTES:
@@ -232,7 +231,7 @@ def _socket_path(path: str | None, fail: _Fail) -> str:
 
 def _host(host: str | None, fail: _Fail) -> str:
     if not host:
-        fail("the host is missing", _HINT)
+        fail("the host is missing")
     if "%" in host:
         fail(f"{host!r}: an address with a zone, or an escape, is not supported", None)
     if ":" in host:

@@ -53,11 +53,13 @@ def test_what_is_not_understood_is_an_error(text: str, reason: str) -> None:
     assert reason in caught.value.message
     assert repr(text) in caught.value.message
     assert caught.value.hint
+    assert "nbd" not in caught.value.hint
 
 
 def test_host_names() -> None:
     assert host_name("Node-A.example") == "Node-A.example"
     assert host_name("::1") == "::1"
     for text in ("", "../x", "a/b", "a,b", "-a"):
-        with pytest.raises(UsageError, match="bad host name"):
+        with pytest.raises(UsageError, match="bad host name") as caught:
             host_name(text)
+        assert "nbd" not in (caught.value.hint or "")
