@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 from uuid import uuid4
 
 from bitarray import bitarray
@@ -41,7 +41,7 @@ from bitmapd.record.store import RecordStore
 
 SLOW_S: Final = 5.0  # a host's request waits so long for the partner: reported once
 
-_SECONDARY: Final = {"up": 0, "down": 1, "paused": 2}
+_SECONDARY: Final = ("up", "down", "paused")  # the number that PING gives is the place here
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +214,8 @@ class Pair:
         self.node.leave(given.set_result)
         return await given
 
-    def refuse_unless_serving(self, name: str) -> None:
-        """UnreachableError while this node may not serve."""
+    def refuse_waiting(self, name: str) -> NoReturn:
+        """UnreachableError: this node may not serve yet."""
         raise UnreachableError(
             f"volume '{name}' waits for its partner: {self._last_failure or 'it has not come yet'}",
             hint=f"start the partner; if it is dead for certain: 'dmctl takeover {name} --fenced'",
@@ -280,7 +280,7 @@ class Pair:
                 "incarnation": f"{peer.incarnation:016x}",
                 "dirty_bytes": self.peer.dirty_bytes,
                 "lag_seconds": round(self.peer.age_s, 3),
-                "secondary": ("up", "down", "paused")[min(self.peer.secondary, 2)],
+                "secondary": _SECONDARY[min(self.peer.secondary, 2)],
                 "serves": bool(peer.flags & HelloFlag.SERVES) or node.state is State.PAIRED,
             },
             "own_extents": rights.own_extents,
@@ -353,13 +353,10 @@ class Pair:
             return
         self._frames_before += self._wire.frames
         self._wire = None
-        self._failed(reason)
+        self.failed(reason)
         self.node.lost()
 
     def failed(self, reason: str) -> None:
-        self._failed(reason)
-
-    def _failed(self, reason: str) -> None:
         if reason != self._last_failure:
             self._last_failure = reason
             self._home.emit("partner-down", message=reason)
@@ -373,7 +370,7 @@ class Pair:
             return
         dirty_bytes, age_s, secondary, copied_bytes = self._home.figures()
         now_us = int(self._loop.time() * 1e6)
-        state = _SECONDARY[secondary]
+        state = _SECONDARY.index(secondary)
         self._wire.send(Ping(now_us, 0, dirty_bytes, int(age_s * 1000), state, copied_bytes))
 
     def _heard(self, ping: Ping) -> None:

@@ -394,7 +394,7 @@ class Volume:
 
     def _refuse_unless_serving(self) -> None:
         if not self.serving:
-            self._pair().refuse_unless_serving(self.config.name)
+            self._pair().refuse_waiting(self.config.name)
 
     def partner(self) -> dict[str, Any]:
         """`partner` of the status; WrongStateError for a single appliance."""
