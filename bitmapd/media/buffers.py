@@ -6,7 +6,10 @@ are rounded up to a power of two, and returned mappings are kept by size for the
 
 1. The sum of the buffers that are out never exceeds the limit, with one exception: when none is
    out the limit refuses nothing, so the largest request can proceed whatever it is.
-2. Buffers kept for reuse hold at most `KEEP_BYTES`; anything above goes back to the system.
+2. Buffers kept for reuse hold at most `KEEP_BYTES`; anything above goes back to the system.  When
+   that much is kept and a size has to be made anew, the largest that are kept make room for it:
+   else a burst of large requests would have each small one map its own memory, which doubles what
+   a write of 4 KiB costs.
 3. A buffer's content is whatever its last user left in it.
 4. Memory that the system does not give is as a limit that is reached: the kept buffers are given
    up, and whoever waits is called again when something comes back, or after `RETRY_S`.
@@ -70,6 +73,10 @@ class BufferPool:
 
     def _made(self, size: int) -> memoryview | None:
         """A new buffer; None, and another try later, if the system has no memory for it."""
+        while self._kept_bytes + size > KEEP_BYTES >= size:
+            largest = max(kept for kept, views in self._kept.items() if views)
+            self._kept[largest].pop()
+            self._kept_bytes -= largest
         try:
             return aligned(size)
         except (OSError, MemoryError):

@@ -376,3 +376,22 @@ def test_pool_limit_and_reuse(loop: asyncio.AbstractEventLoop) -> None:
     pool.give(huge)
     with pytest.raises(TypeError):
         pool.give(memoryview(bytearray(10)))
+
+
+def test_a_size_that_is_asked_for_now_is_kept_in_the_place_of_larger_ones(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    """Else one burst of large requests has each small one map its own memory from then on."""
+    pool = BufferPool(loop, 4 * KEEP_BYTES)
+    burst = [pool.take(1 << 20) for _ in range(KEEP_BYTES >> 20)]
+    small = pool.take(4096)
+    for buffer in [*burst, small]:
+        assert buffer is not None
+        pool.give(buffer)
+    first = pool.take(4096)
+    assert first is not None
+    pool.give(first)
+    again = pool.take(4096)
+    assert again is not None
+    assert address_of(again) == address_of(first)
+    assert again.obj is first.obj
