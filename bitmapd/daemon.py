@@ -296,11 +296,12 @@ class Daemon:
         return await self._to_its_end(self._take_up_size(), progress)
 
     async def _partner(self, args: dict[str, Any], progress: Progress) -> Any:
-        return self.volume.partner()
+        return self.volume.paired.pair.status()
 
     async def _takeover(self, args: dict[str, Any], progress: Progress) -> Any:
         return await self._to_its_end(
-            self.volume.take_over(bool(args.get("fenced")), bool(args.get("force"))), progress
+            self.volume.paired.take_over(bool(args.get("fenced")), bool(args.get("force"))),
+            progress,
         )
 
     async def _take_up_size(self) -> dict[str, Any]:

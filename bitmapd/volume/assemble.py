@@ -155,6 +155,27 @@ class Parts(_Base):
         runs = list(self.store.recorded_runs())
         self.store.drop(extent for first, stop in runs for extent in range(first, stop))
 
+    def asked(self) -> tuple[int, ...] | None:
+        """Figures of which some move when a medium answers; None while nothing is asked of one."""
+        if not self.engine.in_flight and not self.aside.at_work:
+            return None
+        return (
+            self.engine.in_flight,
+            self.aside.at_work,
+            self.copier.copied_bytes,
+            self.gate.settles,
+            self.store.updates + self.store.clears,
+        )
+
+    def silent_media(self) -> str:
+        """Which of them may be the one that does not answer."""
+        config = self.config
+        if self.store.write_age_s > 0 or self.aside.at_work:
+            return f"record {config.record}"
+        if not self.copier.idle:
+            return f"primary {config.primary} or secondary {config.secondary}"
+        return f"primary {config.primary}"
+
     async def finish(self) -> None:
         """What is done last while everything is still open; the copier has been stopped."""
         self.recording.close()

@@ -39,6 +39,7 @@ from bitmapd.record.store import RecordStore
 from bitmapd.volume.secondary import present_size
 
 if TYPE_CHECKING:
+    from bitmapd.volume.assemble import Parts
     from bitmapd.volume.session import RecordSession
 
 
@@ -127,3 +128,14 @@ async def commit_growth(session: RecordSession, geometry: Geometry, aside: Aside
         primary_size_bytes=geometry.size_bytes,
         secondary_size_bytes=max(geometry.size_bytes, session.superblock.secondary_size_bytes),
     )
+
+
+async def grow(parts: Parts, geometry: Geometry) -> None:
+    """All steps; what the volume itself has of its size is its own."""
+    old = parts.session.superblock.geometry
+    await parts.primary.present_size_bytes()
+    await prepare_growth(parts.session, parts.store, parts.gate, geometry, parts.aside)
+    await commit_growth(parts.session, geometry, parts.aside)
+    parts.store.grow(geometry, new_page_states(old, geometry))
+    parts.copier.grow(geometry)
+    parts.gate.grow(geometry)

@@ -37,16 +37,14 @@ from bitmapd.errors import (
 )
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
-from bitmapd.partner.node import Proof
-from bitmapd.partner.pair import Pair
+from bitmapd.partner.node import State
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
-from bitmapd.volume.hosts import VolumeHosts
-from bitmapd.volume.pairing import state_of_pair
+from bitmapd.volume.paired import Paired
 from bitmapd.volume.resize import (
     commit_growth,
-    new_page_states,
+    grow,
     prepare_growth,
     present_geometry,
 )
@@ -81,8 +79,7 @@ class Volume:
         self._hurried = False
         self.serving = False  # hosts are let in
         self.on_outdated: Callable[[], None] | None = None
-        self._hosts: VolumeHosts | None = None  # of one of two appliances
-        self._entering: asyncio.Task[None] | None = None
+        self._paired: Paired | None = None  # of a single appliance: None
         self.left = False  # grown, and not served any more: another one takes over
         self._tick_timer: asyncio.TimerHandle | None = None
 
@@ -93,37 +90,23 @@ class Volume:
         self._parts, self.gate, self.copier = parts, parts.gate, parts.copier
         self.geometry = parts.session.superblock.geometry
         try:
-            if parts.pair is not None:
-                parts.pair.start()
-            if parts.pair is None or parts.pair.serves:
-                await self._begin()
+            if parts.pair is None:
+                await self.begin()
             else:
-                self._entering = self._loop.create_task(self._enter(parts.pair))
-                self._entering.add_done_callback(self._entered)
+                self._paired = Paired(self.config.name, parts, parts.pair, self)
+                await self._paired.start()
         except BaseException:
             await parts.abandon()
             raise
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
 
-    async def _begin(self) -> None:
-        parts = self._parts
-        await parts.begin()
-        if parts.pair is not None:
-            self._hosts = VolumeHosts(parts.mode, self._loop, parts.serve_hosts)
-            parts.pair.node.serve(self._hosts)
+    async def begin(self) -> None:
+        """Let hosts in."""
+        await self._parts.begin()
+        if self._paired is not None:
+            self._paired.let_in()
         self.serving = True
         self.changed()
-
-    async def _enter(self, pair: Pair) -> None:
-        """Let hosts in once the pair knows what the partner may write."""
-        await self.until(lambda: pair.serves or self._stopping)
-        if not self._stopping:
-            await self._begin()
-
-    def _entered(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            what = {"message": "the volume cannot be served", "exception": error}
-            self._loop.call_exception_handler(what)
 
     # -- what the parts tell (`assemble.Owner`) -------------------------------------------
     def emit(self, event: str, **fields: Any) -> None:
@@ -155,8 +138,8 @@ class Volume:
 
     def _tick(self) -> None:
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
-        if self._parts.pair is not None:
-            self._parts.pair.tick()
+        if self._paired is not None:
+            self._paired.pair.tick()
         self.gate.limit_extents = limit_extents(
             self.config, self.geometry, self.copier.meter.bytes_per_s
         )
@@ -168,10 +151,9 @@ class Volume:
         self.changed()
 
     def changed(self) -> None:
-        pair = self._parts.pair
-        if pair is not None and self.serving and pair.begins_to_compare():
-            self._loop.create_task(self._compare_everything())
-        in_sync = self._in_sync
+        if self._paired is not None:
+            self._paired.look()
+        in_sync = self.in_sync
         if in_sync != self._was_in_sync:
             if in_sync:
                 self.emit("in-sync")
@@ -185,26 +167,13 @@ class Volume:
         self._changed = asyncio.Event()
 
     @property
-    def _in_sync(self) -> bool:
-        pair = self._parts.pair
+    def in_sync(self) -> bool:
         here = self.serving and self.copier.in_sync and self._parts.recovery.kept
-        return here and (pair is None or pair.in_sync)
+        return here and (self._paired is None or self._paired.pair.in_sync)
 
-    async def _compare_everything(self) -> None:
-        """Nobody knows what the partner has written: every place may differ."""
-        everything, recorded = (0, self.geometry.extents), asyncio.Event()
-        error: OSError | None = None
-
-        def added(failed: OSError | None) -> None:
-            nonlocal error
-            error = failed
-            recorded.set()
-
-        if self._parts.names.add([everything], (), added):
-            await recorded.wait()
-        if error is None:  # else the store has reported it; what is not covered is copied as dirt
-            self.gate.take_recorded()
-        self.copier.begin_pass(compare=True)
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
 
     async def until(self, condition: Callable[[], bool]) -> None:
         while not (condition() or self.left):
@@ -229,18 +198,12 @@ class Volume:
         if now:
             self.hurry()
         await self._parts.mode.last_writes(self._end_eras)
-        pair = self._parts.pair
-        given = pair is not None and not self._hurried and await pair.leave()
-        if given:
+        if self._paired is not None and not self._hurried and await self._paired.pair.leave():
             self._parts.forget_everything()
         elif not now:
             await self._drain()
         await self._parts.pausing.close()
-        stopped = asyncio.Event()
-        self.copier.stop(stopped.set)
-        await stopped.wait()
-        await self._parts.guard.end()
-        await self._parts.recovery.end()
+        await self._end_copying()
         failure: BitmapdError | None = None
         try:
             clean = await self._empty_record()
@@ -261,17 +224,22 @@ class Volume:
     async def _stop_waiting(self) -> dict[str, Any]:
         """Of a node of a pair that has not been served: nothing of it has changed."""
         self.changed()
-        if self._entering is not None:
-            await asyncio.wait([self._entering])
+        if self._paired is not None:
+            await self._paired.entered()
+        await self._end_copying()
+        extents = self._parts.store.recorded_extents
+        paused = self._parts.pausing.stored
+        self.emit("stopped", clean=False, record_extents=extents, paused=paused)
+        await self._finish()
+        await self._parts.close()
+        return {"clean": False, "record_extents": extents, "paused": paused}
+
+    async def _end_copying(self) -> None:
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         await stopped.wait()
         await self._parts.guard.end()
-        extents = self._parts.store.recorded_extents
-        self.emit("stopped", clean=False, record_extents=extents, paused=self._parts.pausing.stored)
-        await self._finish()
-        await self._parts.close()
-        return {"clean": False, "record_extents": extents, "paused": self._parts.pausing.stored}
+        await self._parts.recovery.end()
 
     async def _finish(self) -> None:
         if self._tick_timer is not None:
@@ -279,26 +247,10 @@ class Volume:
         await self._parts.finish()
 
     def asked(self) -> tuple[int, ...] | None:
-        """Figures of which some move when a medium answers; None while nothing is asked of one."""
-        if not self._parts.engine.in_flight and not self._parts.aside.at_work:
-            return None
-        copier, store = self.copier, self._parts.store
-        return (
-            self._parts.engine.in_flight,
-            self._parts.aside.at_work,
-            copier.copied_bytes,
-            self.gate.settles,
-            store.updates + store.clears,
-        )
+        return self._parts.asked()
 
     def silent_media(self) -> str:
-        """Which of them may be the one that does not answer."""
-        config = self.config
-        if self._parts.store.write_age_s > 0 or self._parts.aside.at_work:
-            return f"record {config.record}"
-        if not self.copier.idle:
-            return f"primary {config.primary} or secondary {config.secondary}"
-        return f"primary {config.primary}"
+        return self._parts.silent_media()
 
     async def _end_eras(self, enough: Callable[[], bool]) -> None:
         self.copier.wake()
@@ -356,74 +308,28 @@ class Volume:
         """Return when the volume is `in-sync` (or `started`, which it is).  One that is paused does
         not become so: WrongStateError."""
         if state == "in-sync":
-            await self._until_in_sync()
+            if self._paired is not None:
+                await self._paired.until_in_sync()
+            else:
+                await self.until(lambda: self.in_sync or self._parts.pausing.paused)
             self._parts.pausing.refuse("it does not come into sync")
         elif state in ("paired", "alone"):
-            pair = self._pair()
-            await self.until(lambda: pair.state.value == state)
+            await self.paired.reached(State(state))
         elif state == "started":
             await self.until(lambda: self.serving)
         else:
             raise UsageError(f"cannot wait for {state!r} here")
 
-    async def _until_in_sync(self) -> None:
-        """What was written at either node before this call is on the secondary, or copying is
-        paused."""
-        pair = self._parts.pair
-        if pair is None:
-            await self.until(lambda: self._in_sync or self._parts.pausing.paused)
-            return
-        # What the other said last may be older than what was written there, and the next word of it
-        # may be on its way: the one after that is new.
-        new = pair.peer.words + 2
-        pair.asked += 1
-        try:
-            await self.until(
-                lambda: (
-                    (self._in_sync and (pair.peer.words >= new or not pair.is_paired))
-                    or self._parts.pausing.paused
-                )
-            )
-        finally:
-            pair.asked -= 1
-
-    def _pair(self) -> Pair:
-        if self._parts.pair is None:
+    @property
+    def paired(self) -> Paired:
+        """The commands that only a pair has; WrongStateError for a single appliance."""
+        if self._paired is None:
             raise WrongStateError(f"volume '{self.config.name}' has no partner")
-        return self._parts.pair
+        return self._paired
 
     def _refuse_unless_serving(self) -> None:
         if not self.serving:
-            self._pair().refuse_waiting(self.config.name)
-
-    def partner(self) -> dict[str, Any]:
-        """`partner` of the status; WrongStateError for a single appliance."""
-        return self._pair().status()
-
-    async def take_over(self, fenced: bool, force: bool) -> dict[str, Any]:
-        """Serve without the partner.  One that is there stops its hosts and gives everything, with
-        `force` also hosts that are connected; one that is not is taken over from by the
-        administrator's word (`fenced`) that it can write no more."""
-        pair = self._pair()
-        pair.refuse_ended(self.config.name)
-        if pair.is_paired and not fenced:
-            await pair.take(force)
-        elif not pair.is_alone:
-            if not fenced:
-                raise UnreachableError(
-                    f"nothing proves that the partner of volume '{self.config.name}' can write no"
-                    " more",
-                    hint="make certain that it cannot (switch it off, or cut it off from the"
-                    f" storage), then 'dmctl takeover {self.config.name} --fenced'",
-                )
-            pair.take_over(Proof.WORD)
-            await self.until(lambda: not pair.node.going_alone)
-            if not pair.is_alone:
-                raise BitmapdError("that this node goes on alone could not be recorded")
-            await self.until(lambda: self.serving)
-        if self._hosts is not None:
-            self._hosts.go_on()
-        return {"state": self.state, "partner": pair.status()}
+            self.paired.pair.refuse_waiting(self.config.name)
 
     async def resync(self, checksum: bool) -> dict[str, Any]:
         """Have everything in the record copied; with `checksum`, compared and copied if different.
@@ -439,7 +345,7 @@ class Volume:
                 self._parts.recovery.give_way()
                 self.gate.take_recorded()
                 self.copier.begin_pass(compare=True)
-        elif not self._in_sync:
+        elif not self.in_sync:
             self.copier.wake()
         return {"extents": extents, "state": self.state}
 
@@ -474,7 +380,7 @@ class Volume:
 
         If this volume is `left` afterwards, another `Volume` has to be started in its place.
         """
-        if self._parts.pair is not None:
+        if self._paired is not None:
             raise WrongStateError(
                 f"volume '{self.config.name}' is one of a pair, which this version cannot resize"
             )
@@ -491,12 +397,7 @@ class Volume:
 
     async def _grow(self, geometry: Geometry) -> None:
         parts = self._parts
-        await parts.primary.present_size_bytes()
-        await prepare_growth(parts.session, parts.store, self.gate, geometry, parts.aside)
-        await commit_growth(parts.session, geometry, parts.aside)
-        parts.store.grow(geometry, new_page_states(self.geometry, geometry))
-        self.copier.grow(geometry)
-        self.gate.grow(geometry)
+        await grow(parts, geometry)
         self.geometry = geometry
         self._exchange_policy(self.config.predictor)
         if not isinstance(parts.secondary, KernelDevice):
@@ -559,10 +460,9 @@ class Volume:
     def state(self) -> str:
         if self._parts.presence.gone:
             return "degraded"
-        pair = self._parts.pair
-        if pair is not None and (state := state_of_pair(pair)) is not None:
+        if self._paired is not None and (state := self._paired.state) is not None:
             return state
-        return state_of(self._parts.store, self.gate, self.copier, in_sync=self._in_sync)
+        return state_of(self._parts.store, self.gate, self.copier, in_sync=self.in_sync)
 
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""
@@ -573,7 +473,7 @@ class Volume:
                 self._parts.store,
                 self.gate,
                 self.copier,
-                in_sync=self._in_sync,
+                in_sync=self.in_sync,
             )
             | {
                 "state": self.state,
@@ -582,7 +482,7 @@ class Volume:
                 "connections": self._parts.mode.server.stats.connections if self.serving else 0,
                 "session": self._parts.session.superblock.session,
                 "primary_errors_total": self.gate.primary_errors,
-                "partner": None if self._parts.pair is None else self._parts.pair.status(),
+                "partner": None if self._paired is None else self._paired.pair.status(),
             }
             | self._parts.mode.figures(self.gate)
         )

@@ -1,0 +1,160 @@
+"""A volume as one of two appliances: when its hosts are let in, and the commands of a pair (edge).
+
+`Volume` holds one of these, or none: a single appliance has no line of it on its way.  `pairing`
+joins the volume's parts and the pair; this stands above both.
+
+1. Hosts are let in once, as soon as the pair says that they may be served.
+2. What nobody knows is compared: the pass begins when the pair says so, or with the hosts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from bitmapd.errors import BitmapdError, UnreachableError
+from bitmapd.partner.node import Proof, State
+from bitmapd.partner.pair import Pair
+from bitmapd.volume.assemble import Parts
+from bitmapd.volume.hosts import VolumeHosts
+from bitmapd.volume.pairing import state_of_pair
+
+
+class Served(Protocol):
+    """The volume around it; `Volume`."""
+
+    @property
+    def serving(self) -> bool:
+        """Whether hosts are let in."""
+
+    @property
+    def stopping(self) -> bool: ...
+
+    @property
+    def in_sync(self) -> bool: ...
+
+    @property
+    def state(self) -> str: ...
+
+    async def begin(self) -> None:
+        """Let hosts in."""
+
+    async def until(self, condition: Callable[[], bool]) -> None: ...
+
+
+class Paired:
+    """See the module docstring."""
+
+    def __init__(self, name: str, parts: Parts, pair: Pair, volume: Served) -> None:
+        self.pair = pair
+        self._name = name
+        self._parts = parts
+        self._volume = volume
+        self._hosts: VolumeHosts | None = None
+        self._entering: asyncio.Task[None] | None = None
+
+    # -- start and stop -----------------------------------------------------------------------
+    async def start(self) -> None:
+        """Look for the partner; hosts are let in now, or when it has come."""
+        self.pair.start()
+        if self.pair.serves:
+            await self._volume.begin()
+        else:
+            self._entering = self._parts.loop.create_task(self._enter())
+            self._entering.add_done_callback(self._has_entered)
+
+    async def _enter(self) -> None:
+        await self._volume.until(lambda: self.pair.serves or self._volume.stopping)
+        if not self._volume.stopping:
+            await self._volume.begin()
+
+    def _has_entered(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            what = {"message": "the volume cannot be served", "exception": error}
+            self._parts.loop.call_exception_handler(what)
+
+    async def entered(self) -> None:
+        """Return when hosts have been let in, or never will be: the volume is stopping."""
+        if self._entering is not None:
+            await asyncio.wait([self._entering])
+
+    def let_in(self) -> None:
+        """Hosts have been let in."""
+        parts = self._parts
+        self._hosts = VolumeHosts(parts.mode, parts.loop, parts.serve_hosts)
+        self.pair.node.serve(self._hosts)
+
+    # -- what has changed ---------------------------------------------------------------------
+    def look(self) -> None:
+        """Something has changed."""
+        if self._volume.serving and self.pair.begins_to_compare():
+            self._parts.loop.create_task(self._compare_everything())
+
+    async def _compare_everything(self) -> None:
+        """Nobody knows what the partner has written: every place may differ."""
+        parts = self._parts
+        everything = (0, parts.session.superblock.geometry.extents)
+        recorded, error = asyncio.Event(), None
+
+        def added(failed: OSError | None) -> None:
+            nonlocal error
+            error = failed
+            recorded.set()
+
+        if parts.names.add([everything], (), added):
+            await recorded.wait()
+        if error is None:  # else the store has reported it; what is not covered is copied as dirt
+            parts.gate.take_recorded()
+        parts.copier.begin_pass(compare=True)
+
+    @property
+    def state(self) -> str | None:
+        """The state of the volume where the pair decides it."""
+        return state_of_pair(self.pair)
+
+    # -- commands -----------------------------------------------------------------------------
+    async def until_in_sync(self) -> None:
+        """What was written at either node before this call is on the secondary, or copying is
+        paused."""
+        pair, pausing = self.pair, self._parts.pausing
+        # What the other said last may be older than what was written there, and the next word of it
+        # may be on its way: the one after that is new.
+        new = pair.peer.words + 2
+        pair.asked += 1
+        try:
+            await self._volume.until(
+                lambda: (
+                    (self._volume.in_sync and (pair.peer.words >= new or not pair.is_paired))
+                    or pausing.paused
+                )
+            )
+        finally:
+            pair.asked -= 1
+
+    async def reached(self, state: State) -> None:
+        await self._volume.until(lambda: self.pair.state is state)
+
+    async def take_over(self, fenced: bool, force: bool) -> dict[str, Any]:
+        """Serve without the partner.  One that is there stops its hosts and gives everything, with
+        `force` also hosts that are connected; one that is not is taken over from by the
+        administrator's word (`fenced`) that it can write no more."""
+        pair, name = self.pair, self._name
+        pair.refuse_ended(name)
+        if pair.is_paired and not fenced:
+            await pair.take(force)
+        elif not pair.is_alone:
+            if not fenced:
+                raise UnreachableError(
+                    f"nothing proves that the partner of volume '{name}' can write no more",
+                    hint="make certain that it cannot (switch it off, or cut it off from the"
+                    f" storage), then 'dmctl takeover {name} --fenced'",
+                )
+            pair.take_over(Proof.WORD)
+            await self._volume.until(lambda: not pair.node.going_alone)
+            if not pair.is_alone:
+                raise BitmapdError("that this node goes on alone could not be recorded")
+            await self._volume.until(lambda: self._volume.serving)
+        if self._hosts is not None:
+            self._hosts.go_on()
+        return {"state": self._volume.state, "partner": pair.status()}
