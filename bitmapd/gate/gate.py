@@ -114,21 +114,16 @@ class Gate(Eras):
             done(error)
 
         submit = self._primary.read
-        if self._asks is None:
-            submit(offset_bytes, buffer, ended)
-        else:
-            go = partial(submit, offset_bytes, buffer, ended)
-            self._ask(self._asks, offset_bytes, len(buffer), go, done)
-
-    def _ask(
-        self, asks: Asks, offset_bytes: int, length_bytes: int, go: Callable[[], None], no: Done
-    ) -> None:
-        """Call `go` when the primary may be read there, or `no` with why it may not."""
-        extents = self._geometry.extent_span(offset_bytes, length_bytes)
-        if asks.may_read(*extents):
-            go()
-        else:
-            asks.ask(*extents, lambda error: go() if error is None else no(error))
+        asks = self._asks
+        if asks is not None:
+            shift = self._extent_shift
+            first, stop = offset_bytes >> shift, ((offset_bytes + len(buffer) - 1) >> shift) + 1
+            if not asks.may_read(first, stop):
+                asks.ask(
+                    first, stop, _once_asked(partial(submit, offset_bytes, buffer, ended), done)
+                )
+                return
+        submit(offset_bytes, buffer, ended)
 
     def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
         length = len(buffer)
@@ -250,12 +245,14 @@ class Gate(Eras):
             self.not_durable(error)
 
     def allocation(self, offset_bytes: int, length_bytes: int, done: AllocationDone) -> None:
-        submit = self._primary.allocation
-        if self._asks is None:
-            submit(offset_bytes, length_bytes, done)
-        else:
-            go = partial(submit, offset_bytes, length_bytes, done)
-            self._ask(self._asks, offset_bytes, length_bytes, go, lambda error: done(error, []))
+        go = partial(self._primary.allocation, offset_bytes, length_bytes, done)
+        asks = self._asks
+        if asks is not None:
+            extents = self._geometry.extent_span(offset_bytes, length_bytes)
+            if not asks.may_read(*extents):
+                asks.ask(*extents, _once_asked(go, lambda error: done(error, [])))
+                return
+        go()
 
     def close(self) -> None:
         """Nothing to release: the primary belongs to the volume."""
@@ -382,6 +379,11 @@ class Gate(Eras):
             theirs = other.host_load
             requests, written_bytes = max(requests, theirs[0]), max(written_bytes, theirs[1])
         return requests, written_bytes
+
+
+def _once_asked(go: Callable[[], None], no: Done) -> Done:
+    """Call `go` when the primary may be read, or `no` with why it may not."""
+    return lambda error: go() if error is None else no(error)
 
 
 def _after_all(pieces: int, done: Done) -> Done:

@@ -80,11 +80,22 @@ class Claims:
     def __init__(self, geometry: Geometry, node: int) -> None:
         self.geometry = geometry
         self.node = node
-        self.stance = Stance.NOTHING
+        self._stance = Stance.NOTHING
+        self._knows = False
         size = geometry.extents
         self.own, self.held = zeros(size), zeros(size)
         self.other, self.owed = zeros(size), zeros(size)
         self.own_extents = 0
+
+    @property
+    def stance(self) -> Stance:
+        return self._stance
+
+    @stance.setter
+    def stance(self, stance: Stance) -> None:
+        self._stance = stance
+        # Every read of a host asks, and a member of an enum takes long to be looked up.
+        self._knows = stance not in (Stance.NOTHING, Stance.FROZEN)
 
     def gain(self, runs: Iterable[Run]) -> None:
         """These are ours from now on."""
@@ -129,7 +140,7 @@ class Claims:
 
     def may_read(self, first: int, stop: int) -> bool:
         """Whether nobody has to be asked before extents [first, stop) are read."""
-        if self.stance is Stance.NOTHING or self.stance is Stance.FROZEN:
+        if not self._knows:
             return False
         if stop - first == 1:
             return not (self.other[first] or self.owed[first])

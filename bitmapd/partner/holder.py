@@ -89,10 +89,13 @@ class PairRecord(Record):
     def __init__(self, store: RecordStore, rights: Rights) -> None:
         self._store = store
         self._rights = rights
+        self._held = rights.held
 
     # -- questions ------------------------------------------------------------------------
     def covers(self, first: int, stop: int) -> bool:
-        return self._rights.may_write(first, stop) and self._store.covers(first, stop)
+        held = self._held
+        may = held[first] if stop - first == 1 else held.find(False, first, stop) < 0
+        return bool(may) and self._store.covers(first, stop)
 
     @property
     def recorded_extents(self) -> int:

@@ -70,12 +70,6 @@ class Rights:
         self._on_given: Callable[[], None] | None = None
 
     # -- questions ------------------------------------------------------------------------------
-    def may_write(self, first: int, stop: int) -> bool:
-        """Whether extents [first, stop) are ours and nobody waits for them."""
-        if stop - first == 1:
-            return bool(self.held[first])
-        return self.held.find(False, first, stop) < 0
-
     def owns(self, extent: int) -> bool:
         return bool(self.own[extent])
 

@@ -181,7 +181,7 @@ def test_both_own_the_same() -> None:
     assert it.one.cable.error is not None
     assert it.one.cable.error.code is ErrorCode.BOTH_OWN
     assert len(it.one.told("split-brain")) == 1
-    assert not it.one.rights.may_write(4, 5)
+    assert not it.one.rights.held[4]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_cut_and_what_comes_after() -> None:
     it.cut()
     assert it.one.node.state is State.CUT
     assert it.one.node.serves
-    assert it.one.rights.may_write(1, 2)
+    assert it.one.rights.held[1]
     it.one.connect()
     it.one.node.lost()  # it comes to nothing
     assert it.one.node.state is State.CUT
@@ -389,7 +389,7 @@ def test_who_was_declared_dead_stops() -> None:
     it.connect()
     it.carry()
     assert it.two.node.state is State.OUTDATED
-    assert not it.two.rights.may_write(5, 6)
+    assert not it.two.rights.held[5]
     assert len(it.two.told("outdated")) == 1
     assert it.one.node.state is State.ALONE
     it.two.connect()
@@ -483,7 +483,7 @@ def test_a_link_that_ends_while_all_is_given() -> None:
     it.two.node.leave(left.append)
     it.cut()
     assert left == [False]
-    assert it.two.rights.may_write(5, 6)
+    assert it.two.rights.held[5]
 
 
 @pytest.mark.parametrize("phase", [Phase.HELLO, Phase.RECORDS, Phase.READY, Phase.UP])
@@ -579,7 +579,7 @@ def test_hosts_that_are_connected_there() -> None:
     it.carry()
     assert [type(error) for error in outcome] == [BusyError]
     assert "2 hosts" in str(outcome[0])
-    assert it.two.rights.may_write(5, 6)
+    assert it.two.rights.held[5]
 
 
 @pytest.mark.parametrize("stopped", [False, True])

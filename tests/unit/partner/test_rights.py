@@ -24,7 +24,7 @@ def bench(state: str, node: int = 1) -> Bench:
 @pytest.mark.parametrize("state", STATES)
 def test_a_host_writes(state: str) -> None:
     it = bench(state)
-    assert it.rights.may_write(E, E + 1) is (state == "own")
+    assert bool(it.rights.held[E]) is (state == "own")
     assert it.rights.obtain(E, E + 1) == ([] if state == "own" else [E])
     if state == "own":
         return
@@ -69,7 +69,7 @@ def test_what_is_own_is_given_when_its_writes_have_landed() -> None:
     it.desk.copying = {E}
     assert it.add(AT) == []
     assert it.state_of(E) == "giving"
-    assert not it.rights.may_write(E, E + 1)
+    assert not it.rights.held[E]
     assert it.land() == [Grant(it.number, AT, (), AT, ((2 * E, 2 * E + 1),), True)]
     assert it.state_of(E) == "owed"
     assert it.rights.handovers == 1
