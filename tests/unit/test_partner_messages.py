@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.partner.codec import MAX_PARTS, Decoder, encode
+from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.messages import Add, Ask, Error, Free, Grant, Message, Record, Remove, Status
 from bitmapd.peer.frames import (
     MAX_PAYLOAD_BYTES,
@@ -21,6 +21,7 @@ from bitmapd.peer.frames import (
     PeerError,
     refusal,
 )
+from bitmapd.peer.shapes import MAX_PARTS
 from bitmapd.record.pages import EXTENTS_PER_PAGE, PAGE_PAYLOAD_BYTES
 from tests.data import make_partner_golden
 from tests.support.partnermessages import BLOCKS, EXTENTS, Receiver, messages, pieces, stream_of
