@@ -212,6 +212,7 @@ class Daemon:
             "resize": self._resize,
             "partner": self._partner,
             "takeover": self._takeover,
+            "demote": self._demote,
             "events": events_handler(self._log),
         }
 
@@ -299,10 +300,13 @@ class Daemon:
         return self.volume.paired.pair.status()
 
     async def _takeover(self, args: dict[str, Any], progress: Progress) -> Any:
+        fenced, force, beside = (bool(args.get(word)) for word in ("fenced", "force", "beside"))
         return await self._to_its_end(
-            self.volume.paired.take_over(bool(args.get("fenced")), bool(args.get("force"))),
-            progress,
+            self.volume.paired.take_over(fenced, force, beside=beside), progress
         )
+
+    async def _demote(self, args: dict[str, Any], progress: Progress) -> Any:
+        return await self._to_its_end(self.volume.paired.demote(bool(args.get("force"))), progress)
 
     async def _take_up_size(self) -> dict[str, Any]:
         async with self._turn:

@@ -1,6 +1,6 @@
 """Hosts reach a volume through device-mapper, and write past the gate what is recorded (edge).
 
-Hosts can write from `begin` on.  What they can write directly is in the record by then: if the
+Hosts can write from `admit` on.  What they can write directly is in the record by then: if the
 layers were found alive, with a table of an earlier process, whatever is direct in it.  The order of
 the steps is in `attach/mode.py`.
 """
@@ -87,12 +87,12 @@ class DmMode:
         self.server = make_server(
             self._config, self._loop, engine, gate, self._emit, tls=None, may_spin=may_spin
         )
+        self._covers = store.covers
+        self._mark: Mark = lambda *blocks: completion(partial(gate.mark, *blocks))
+
+    async def admit(self) -> None:
         await _serve_kernel(
-            self._kernel,
-            self._direct,
-            self.server,
-            covers=store.covers,
-            mark=lambda *blocks: completion(partial(gate.mark, *blocks)),
+            self._kernel, self._direct, self.server, covers=self._covers, mark=self._mark
         )
 
     async def undo(self) -> None:

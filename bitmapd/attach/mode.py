@@ -5,12 +5,13 @@ In both, an NBD server in front of the gate answers what hosts ask of it.
 
                 nbd                                  dm
     prepare     -                                    era device on the primary, made or found alive
-    begin       listen                               kernel connected to the server; tables
+    begin       server made                          server made
+    admit       listen                               kernel connected to the server; tables
     close_hosts -                                    device taken from hosts; refused while in use
     last_writes what was received is answered        barriers bring what was written directly
     detach      -                                    layers removed
 
-1. Hosts write nothing before `begin`, unless the layers were found alive (`adopted`).
+1. Hosts write nothing before `admit`, unless the layers were found alive (`adopted`).
 2. After `last_writes` no host can write, and the gate knows of every write; what the kernel could
    not be asked about is open and therefore stays in the record.
 3. `undo` ends a start that failed at any step, and leaves alone what was found alive.
@@ -76,7 +77,11 @@ class Mode(Protocol):
         store: Record,
         may_spin: Callable[[], bool],
         opened: Undo,
-    ) -> None: ...
+    ) -> None:
+        """Make the server; nobody is let in yet."""
+
+    async def admit(self) -> None:
+        """Let hosts in; in nbd mode also once more, after the server was drained."""
 
     async def undo(self) -> None:
         """After what `opened` names was called."""

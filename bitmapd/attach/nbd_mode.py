@@ -30,6 +30,7 @@ class NbdMode:
     exclusive = True
     adopted = False
     server: NbdServer
+    _tls: ssl.SSLContext | None
 
     def __init__(self, config: VolumeConfig, loop: asyncio.AbstractEventLoop, emit: Emit) -> None:
         self._config = config
@@ -47,13 +48,14 @@ class NbdMode:
         may_spin: Callable[[], bool],
         opened: Undo,
     ) -> None:
-        config = self._config
-        tls = _tls_context(config)
+        self._tls = _tls_context(self._config)
         self.server = make_server(
-            config, self._loop, engine, gate, self._emit, tls=tls, may_spin=may_spin
+            self._config, self._loop, engine, gate, self._emit, tls=self._tls, may_spin=may_spin
         )
         opened.append(self.server.close_listeners)
-        _listen(self.server, config, tls)
+
+    async def admit(self) -> None:
+        _listen(self.server, self._config, self._tls)
 
     async def undo(self) -> None:
         """The listeners are closed already."""

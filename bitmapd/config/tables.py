@@ -111,6 +111,14 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
     }
     missing = [name for name, value in named.items() if value is None]
     if len(missing) == len(named):
+        if config.serve != "always":
+            yield (
+                "serve",
+                UsageError(
+                    f"{config.serve} is for one of two appliances",
+                    hint="a pair needs node, partner and partner_listen",
+                ),
+            )
         return
     if missing:
         yield (

@@ -283,6 +283,16 @@ class VolumeConfig:
             "10s",
         ),
     ]
+    serve: Annotated[
+        str,
+        Key(
+            "serve",
+            kinds.SERVE,
+            "When one of two appliances lets hosts in: as soon as it may serve them, or after"
+            " 'dmctl takeover' only, which is for a cluster manager.",
+            "always",
+        ),
+    ]
     trace: Annotated[
         str | None,
         Key(

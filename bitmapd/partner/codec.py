@@ -72,7 +72,7 @@ _SHAPES: Final[dict[type, Shape[Message]]] = {
         *(Kind.STATUS, Status, struct.Struct("<B"), (EXTENT_RUN,)),
         least_request=1, answers=True, limits=(1,),
     ),
-    Ping: Shape(Kind.PING, Ping, struct.Struct("<QIQQBQ"), limits=(-1, -1, -1, -1, 2, -1)),
+    Ping: Shape(Kind.PING, Ping, struct.Struct("<QIQQBQ"), limits=(-1, -1, -1, -1, 5, -1)),
     Pong: Shape(Kind.PONG, Pong, struct.Struct("<Q")),
     Take: Shape(Kind.TAKE, lambda force: Take(bool(force)), struct.Struct("<B"), limits=(1,)),
     Taken: Shape(Kind.TAKEN, Taken, struct.Struct("<B"), text=True),

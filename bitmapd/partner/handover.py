@@ -4,6 +4,9 @@ TAKE asks; the other has its hosts stop, gives each extent with its dirt as it w
 says TAKEN when nothing is its own, owed, or being copied by it any more.  No proof is needed, since
 both live: what is not given by then is not lost either, but shared as after any cut.
 
+A node that serves hosts no longer gives everything in the same way, unasked (`give`).  TAKE may
+come meanwhile: one giving is the answer to both.
+
 Invariants:
 1. TAKEN comes after the last GRANT has been processed (GOT) and the last copy has ended.
 2. A cut before TAKEN is sent makes TAKE void: hosts go on where they were, and the command that
@@ -32,7 +35,7 @@ class Hosts(Protocol):
         reason why hosts go on, which there may be without `force`."""
 
     def go_on(self) -> None:
-        """Take requests again."""
+        """Take requests again, if it is `stop` that has ended it."""
 
 
 class Handover:
@@ -46,7 +49,9 @@ class Handover:
         self._send = send
         self.hosts: Hosts | None = None  # None: there are none
         self._taking: Outcome | None = None
-        self._giving: object | None = None  # token of the TAKE that is under way
+        self._giving: object | None = None  # token of the giving that is under way
+        self._is_asked = False  # TAKE has not been answered
+        self._given_to: Callable[[bool], None] | None = None  # who has called `give`
 
     @property
     def is_taking(self) -> bool:
@@ -67,12 +72,15 @@ class Handover:
 
     # -- giving ---------------------------------------------------------------------------------
     def asked(self, message: Take, why_not: str | None) -> None:
-        if self._giving is not None:
+        if self._is_asked:
             raise PeerError(ErrorCode.ANSWER, "TAKE again before TAKEN")
         if self._taking is not None:
             why_not = "the partner is taking over itself"
         if why_not is not None:
             self._refuse(why_not)
+            return
+        self._is_asked = True
+        if self._giving is not None:
             return
         token = self._giving = object()
 
@@ -89,26 +97,43 @@ class Handover:
         else:
             self.hosts.stop(message.force, stopped)
 
+    def give(self, done: Callable[[bool], None]) -> None:
+        """Give everything, for no host is served here any more; calls back with whether the other
+        has all of it."""
+        if self._taking is not None or self._given_to is not None:
+            raise BusyError("a takeover is under way: try again in a moment")
+        self._given_to = done
+        if self._giving is None:
+            self._giving = object()
+            self._rights.give_all(self._given)
+
     def give_up(self, reason: str) -> None:
         """Do not go on with giving, if that is under way."""
-        if self._giving is not None:
-            self._giving = None
+        if self._end_giving(given=False):
             self._refuse(reason)
 
     def _refuse(self, reason: str) -> None:
         self._send(Taken(int(ErrorCode.BUSY), reason))
 
     def _given(self) -> None:
+        if self._end_giving(given=True):
+            self._send(Taken(0, ""))
+
+    def _end_giving(self, *, given: bool) -> bool:
+        """Whether the other waits for TAKEN."""
         self._giving = None
-        self._send(Taken(0, ""))
+        call, self._given_to = self._given_to, None
+        if call is not None:
+            self._scheduler.call_soon(call, given)
+        was_asked, self._is_asked = self._is_asked, False
+        return was_asked
 
     # -- neither --------------------------------------------------------------------------------
     def lost(self) -> None:
         """The link is gone: TAKE is void."""
         taking, self._taking = self._taking, None
-        giving, self._giving = self._giving, None
         if taking is not None:
             error = UnreachableError("the link was lost before the partner had given everything")
             self._scheduler.call_soon(taking, error)
-        if giving is not None and self.hosts is not None:
+        if self._end_giving(given=False) and self.hosts is not None:
             self.hosts.go_on()

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
 Run = tuple[int, int]  # [first, stop)
 Runs = tuple[Run, ...]
@@ -152,13 +153,16 @@ class Status:
     last: bool
 
 
+IDLE: Final = 3  # added to `Ping.secondary` by a node that lets no host in
+
+
 @dataclass(frozen=True, slots=True)
 class Ping:
     time_us: int  # the sender's monotonic clock
     lag_us: int  # of its loop
     dirty_bytes: int
     age_ms: int  # of its oldest dirt
-    secondary: int  # 0 up, 1 down, 2 paused
+    secondary: int  # 0 up, 1 down, 2 paused; or these and IDLE
     copied_bytes: int
 
 

@@ -343,6 +343,16 @@ class Node:
             raise BusyError("this node is stopping")
         self._handover.take(force, done)
 
+    def give(self, done: Callable[[bool], None]) -> None:
+        """No host is served here, until the next `take`: give everything to the other.  Calls back
+        with whether it has all of it; without a link what is ours stays ours."""
+        if self._left is not None:
+            raise BusyError("this node is stopping")
+        if self.state is State.PAIRED:
+            self._handover.give(done)
+        else:
+            self._scheduler.call_soon(done, False)
+
     def leave(self, done: Callable[[bool], None]) -> None:
         """End: no host is served any more.  Give everything to the other, and say so last; `done`
         with whether it has all of it.  Without a link what is ours stays in the record."""

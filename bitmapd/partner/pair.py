@@ -30,7 +30,7 @@ from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, VERSION
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
-from bitmapd.partner.messages import Hello, HelloFlag, Message, Ping, Pong, Role, Runs
+from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer.connection import Connection
@@ -62,6 +62,7 @@ class Peer:
     age_s: float = 0.0
     secondary: int = 0
     copied_bytes: int = 0
+    lets_hosts_in: bool = False
     words: int = 0  # how often it has said so
 
 
@@ -141,6 +142,7 @@ class Pair:
         self._told_slow = False
         self._compares = False
         self.asked = 0  # who waits for a word of the other node
+        self.lets_hosts_in = False
         self._waiting_since_s: float | None = None
         self._state = self.node.state
         self._machine = _machine_id()
@@ -207,6 +209,18 @@ class Pair:
 
         self.node.take(force, over)
         await taken
+
+    async def give(self) -> bool:
+        """No host is served here, until the next `take`: give everything to the partner.  False if
+        it is not there."""
+        given: asyncio.Future[bool] = self._loop.create_future()
+        self.node.give(given.set_result)
+        return await given
+
+    def let_hosts_in(self, let_in: bool) -> None:
+        """From now on this node lets hosts in, or does no longer."""
+        self.lets_hosts_in = let_in
+        self.send_ping()
 
     async def leave(self) -> bool:
         """No host is served any more: give everything to the partner.  False if it is not there."""
@@ -280,9 +294,10 @@ class Pair:
                 "incarnation": f"{peer.incarnation:016x}",
                 "dirty_bytes": self.peer.dirty_bytes,
                 "lag_seconds": round(self.peer.age_s, 3),
-                "secondary": _SECONDARY[min(self.peer.secondary, 2)],
-                "serves": bool(peer.flags & HelloFlag.SERVES) or node.state is State.PAIRED,
+                "secondary": _SECONDARY[self.peer.secondary],
+                "serves": self.peer.lets_hosts_in,
             },
+            "serving": self.lets_hosts_in,
             "own_extents": rights.own_extents,
             "partner_extents": rights.other.count(),
             "owed_extents": rights.owed.count(),
@@ -370,14 +385,15 @@ class Pair:
             return
         dirty_bytes, age_s, secondary, copied_bytes = self._home.figures()
         now_us = int(self._loop.time() * 1e6)
-        state = _SECONDARY.index(secondary)
+        state = _SECONDARY.index(secondary) + (0 if self.lets_hosts_in else IDLE)
         self._wire.send(Ping(now_us, 0, dirty_bytes, int(age_s * 1000), state, copied_bytes))
 
     def _heard(self, ping: Ping) -> None:
         was = self.peer.dirty_bytes
+        idle, secondary = divmod(ping.secondary, IDLE)
         self.peer = Peer(
-            ping.dirty_bytes, ping.age_ms / 1000, ping.secondary, ping.copied_bytes,
-            self.peer.words + 1,
+            ping.dirty_bytes, ping.age_ms / 1000, secondary, ping.copied_bytes,
+            not idle, self.peer.words + 1,
         )  # fmt: skip
         if self.asked or bool(was) != bool(ping.dirty_bytes):
             self._home.changed()

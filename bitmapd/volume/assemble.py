@@ -2,9 +2,9 @@
 
 A volume is a record, a gate, a copier and a way for hosts, with some that look after them.  They
 are made in two steps.  `assemble` opens the media and makes everything; nothing is written to
-primary or secondary, and nobody is served.  `Parts.begin` marks what has to be copied and lets the
-hosts in.  Whoever has to ask first whether hosts may be served does so between the two, and
-whoever has another `Record` than the stored one hands it to the gate in `_make`.
+primary or secondary, and nobody is served.  `Parts.begin` marks what has to be copied and lets
+hosts in, if it is told to.  Whoever has to ask first whether hosts may be served does so between
+the two, and whoever has another `Record` than the stored one hands it to the gate in `_make`.
 
 1. Order of `assemble`: the record's lock and every check that needs no medium opened; primary,
    record, secondary (which may be away); then the new session (`RecordSession.begin`), for from
@@ -132,22 +132,20 @@ class Parts(_Base):
     pausing: Pausing
     guard: Guard
 
-    async def begin(self) -> None:
-        """Serve hosts, and copy."""
+    async def begin(self, *, admit: bool) -> None:
+        """Copy, and `admit` hosts."""
         self.recording.record_to(self.config.trace)
         self.recovery.begin()
-        await self.serve_hosts()
+        await self.mode.begin(
+            self.engine, self.gate, self.names, lambda: self.copier.idle, self.opened
+        )
+        if admit:
+            await self.mode.admit()
         if self.session.secondary_was_written:
             self.guard.found(())
         self.copier.start(
             paused=self.pausing.paused,
             guarded=self.session.both_left_equal and not self.session.secondary_was_written,
-        )
-
-    async def serve_hosts(self) -> None:
-        """Let them in; again after `stop_hosts`."""
-        await self.mode.begin(
-            self.engine, self.gate, self.names, lambda: self.copier.idle, self.opened
         )
 
     def forget_everything(self) -> None:

@@ -1,7 +1,10 @@
-"""Hosts of one of two appliances, which stop when the partner takes over as planned (edge).
+"""Hosts of one of two appliances: let in when this node is to serve them, and sent away (edge).
 
-They are cut off once what they had asked for is answered.  They are let in again where they were if
-the takeover comes to nothing, and at this node by a takeover of its own.
+With `serve = on-promote` they are let in by a takeover at this node only.  They are cut off when
+the partner takes over as planned, or when this node is demoted, once what they had asked for is
+answered.  If a takeover of the partner comes to nothing they are let in again where they were.
+
+One thing after the other: whoever lets hosts in waits until those of before have been sent away.
 """
 
 from __future__ import annotations
@@ -10,39 +13,86 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from bitmapd.attach.mode import DRAIN_TIMEOUT_S, Mode
+from bitmapd.errors import BusyError
 
 
 class VolumeHosts:
-    """`partner.handover.Hosts`.  `serve` begins to listen, after the server has been drained."""
+    """`partner.handover.Hosts`.  `on_change(are_served)` is called after every change."""
 
     def __init__(
         self,
         mode: Mode,
         loop: asyncio.AbstractEventLoop,
-        serve: Callable[[], Coroutine[None, None, None]],
+        on_change: Callable[[bool], None],
+        *,
+        are_served: bool,
     ) -> None:
         self._mode = mode
         self._loop = loop
-        self._serve = serve
+        self._on_change = on_change
         self._tasks: set[asyncio.Task[None]] = set()
-        self.are_served = True
+        self._turn = asyncio.Lock()
+        self._taken_from = False  # they were served, and `stop` has ended that
+        self.are_served = are_served
+        on_change(are_served)
 
+    async def admit(self) -> None:
+        """Let them in.  A BitmapdError if it cannot be listened for them."""
+        async with self._turn:
+            if not self.are_served:
+                await self._mode.admit()
+                self._become(True)
+            self._taken_from = False
+
+    async def dismiss(self, *, force: bool) -> None:
+        """Send them away, once they are answered.  BusyError if some are connected, without
+        `force`."""
+        async with self._turn:
+            self._taken_from = False
+            if self.are_served:
+                if self._connected and not force:
+                    raise BusyError(
+                        f"{self._connected} hosts are connected",
+                        hint="disconnect them, or give --force",
+                    )
+                await self._end()
+
+    # -- a takeover of the partner --------------------------------------------------------------
     def stop(self, force: bool, done: Callable[[str | None], None]) -> None:
-        connected = self._mode.server.stats.connections
-        if connected and not force:
-            self._loop.call_soon(done, f"{connected} hosts are connected at the partner")
-            return
-        self.are_served = False
-        self._begin(self._stop(done))
+        self._begin(self._stop(force, done))
 
-    async def _stop(self, done: Callable[[str | None], None]) -> None:
-        await self._mode.server.drain(DRAIN_TIMEOUT_S)
+    async def _stop(self, force: bool, done: Callable[[str | None], None]) -> None:
+        async with self._turn:
+            if self.are_served:
+                if self._connected and not force:
+                    done(f"{self._connected} hosts are connected at the partner")
+                    return
+                self._taken_from = True
+                await self._end()
         done(None)
 
     def go_on(self) -> None:
-        if not self.are_served:
-            self.are_served = True
-            self._begin(self._serve())
+        self._begin(self._go_on())
+
+    async def _go_on(self) -> None:
+        async with self._turn:
+            taken_from, self._taken_from = self._taken_from, False
+            if taken_from and not self.are_served:
+                await self._mode.admit()
+                self._become(True)
+
+    # -- both -----------------------------------------------------------------------------------
+    @property
+    def _connected(self) -> int:
+        return self._mode.server.stats.connections
+
+    async def _end(self) -> None:
+        self._become(False)
+        await self._mode.server.drain(DRAIN_TIMEOUT_S)
+
+    def _become(self, are_served: bool) -> None:
+        self.are_served = are_served
+        self._on_change(are_served)
 
     def _begin(self, work: Coroutine[None, None, None]) -> None:
         task = self._loop.create_task(work)

@@ -3,7 +3,8 @@
 `Volume` holds one of these, or none: a single appliance has no line of it on its way.  `pairing`
 joins the volume's parts and the pair; this stands above both.
 
-1. Hosts are let in once, as soon as the pair says that they may be served.
+1. The volume begins once, as soon as the pair says that hosts may be served; they are let in then,
+   or with `serve = on-promote` by a takeover at this node, and not again after `demote` but by one.
 2. What nobody knows is compared: the pass begins when the pair says so, or with the hosts.
 """
 
@@ -26,7 +27,7 @@ class Served(Protocol):
 
     @property
     def serving(self) -> bool:
-        """Whether hosts are let in."""
+        """Whether it works; hosts are let in, unless that needs a takeover."""
 
     @property
     def stopping(self) -> bool: ...
@@ -38,7 +39,7 @@ class Served(Protocol):
     def state(self) -> str: ...
 
     async def begin(self) -> None:
-        """Let hosts in."""
+        """Copy, and let hosts in, unless that needs a takeover."""
 
     async def until(self, condition: Callable[[], bool]) -> None: ...
 
@@ -79,10 +80,12 @@ class Paired:
         if self._entering is not None:
             await asyncio.wait([self._entering])
 
-    def let_in(self) -> None:
-        """Hosts have been let in."""
+    def begun(self, *, are_served: bool) -> None:
+        """The volume works, and hosts have been let in or not."""
         parts = self._parts
-        self._hosts = VolumeHosts(parts.mode, parts.loop, parts.serve_hosts)
+        self._hosts = VolumeHosts(
+            parts.mode, parts.loop, self.pair.let_hosts_in, are_served=are_served
+        )
         self.pair.node.serve(self._hosts)
 
     # -- what has changed ---------------------------------------------------------------------
@@ -135,14 +138,15 @@ class Paired:
     async def reached(self, state: State) -> None:
         await self._volume.until(lambda: self.pair.state is state)
 
-    async def take_over(self, fenced: bool, force: bool) -> dict[str, Any]:
-        """Serve without the partner.  One that is there stops its hosts and gives everything, with
-        `force` also hosts that are connected; one that is not is taken over from by the
-        administrator's word (`fenced`) that it can write no more."""
+    async def take_over(self, fenced: bool, force: bool, *, beside: bool = False) -> dict[str, Any]:
+        """Let hosts in here.  A partner that is there stops its hosts and gives everything, with
+        `force` also hosts that are connected; or with `beside` goes on as it was.  One that is not
+        is taken over from by the administrator's word (`fenced`) that it can write no more."""
         pair, name = self.pair, self._name
         pair.refuse_ended(name)
         if pair.is_paired and not fenced:
-            await pair.take(force)
+            if not beside:
+                await pair.take(force)
         elif not pair.is_alone:
             if not fenced:
                 raise UnreachableError(
@@ -155,6 +159,14 @@ class Paired:
             if not pair.is_alone:
                 raise BitmapdError("that this node goes on alone could not be recorded")
             await self._volume.until(lambda: self._volume.serving)
-        if self._hosts is not None:
-            self._hosts.go_on()
+        if self._hosts is not None and not self._volume.stopping:
+            await self._hosts.admit()
         return {"state": self._volume.state, "partner": pair.status()}
+
+    async def demote(self, force: bool) -> dict[str, Any]:
+        """Let no host in any more, and give everything to the partner, if it is there: `given`.
+        BusyError if hosts are connected, without `force`."""
+        if self._hosts is not None:
+            await self._hosts.dismiss(force=force)
+        given = await self.pair.give()
+        return {"state": self._volume.state, "given": given, "partner": self.pair.status()}

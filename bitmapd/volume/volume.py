@@ -77,7 +77,7 @@ class Volume:
         self._verifying: Verifying | None = None
         self._stopping = False
         self._hurried = False
-        self.serving = False  # hosts are let in
+        self.serving = False  # it works; hosts are let in, unless that needs a takeover
         self.on_outdated: Callable[[], None] | None = None
         self._paired: Paired | None = None  # of a single appliance: None
         self.left = False  # grown, and not served any more: another one takes over
@@ -101,10 +101,11 @@ class Volume:
         self._tick_timer = self._loop.call_later(TICK_S, self._tick)
 
     async def begin(self) -> None:
-        """Let hosts in."""
-        await self._parts.begin()
+        """Copy, and let hosts in, unless that needs a takeover."""
+        admit = self.config.serve == "always"
+        await self._parts.begin(admit=admit)
         if self._paired is not None:
-            self._paired.let_in()
+            self._paired.begun(are_served=admit)
         self.serving = True
         self.changed()
 

@@ -51,7 +51,7 @@ OPTION_KEYS = (
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
     "node", "partner", "partner_listen", "partner_name", "partner_fingerprint",
-    "partner_certificates", "partner_timeout", "partner_wait",
+    "partner_certificates", "partner_timeout", "partner_wait", "serve",
 )  # fmt: skip
 
 

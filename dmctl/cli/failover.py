@@ -1,4 +1,4 @@
-"""takeover and partner: what a node of a pair is asked, and told."""
+"""takeover, demote and partner: what a node of a pair is asked, and told."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATUS = {"paired": 0, "cut": 100, "alone": 100, "waiting": 15, "outdated": 1, "
 def takeover(context: Context, args: Namespace) -> int:
     """Serve without the partner."""
     name, output = args.name, context.output
-    words = {"fenced": args.fenced, "force": args.force}
+    words = {"fenced": args.fenced, "force": args.force, "beside": args.beside}
     try:
         answer = ask(context, name, "takeover", words, TAKEOVER_TIMEOUT_S)
     except (BusyError, UnreachableError):
@@ -33,7 +33,8 @@ def takeover(context: Context, args: Namespace) -> int:
     if args.fenced:
         output.say("this relies on your word that the partner can write neither side any more")
     if partner["state"] == "paired":
-        output.say(f"volume '{name}' is served here; the partner has stopped its hosts")
+        there = "goes on as it was" if args.beside else "has stopped its hosts"
+        output.say(f"volume '{name}' is served here; the partner {there}")
     elif partner["compared_extents_total"]:
         output.say(
             f"volume '{name}' is served here alone; nobody knows what the partner has written, so"
@@ -62,6 +63,18 @@ def _wait(context: Context, name: str, within_s: float) -> None:
         ) from None
 
 
+def demote(context: Context, args: Namespace) -> int:
+    """Let hosts in no more, and give everything to the partner."""
+    name, output = args.name, context.output
+    answer = ask(context, name, "demote", {"force": args.force}, TAKEOVER_TIMEOUT_S)
+    if output.as_json:
+        output.json("demote", {"name": name, **answer})
+        return 0
+    rest = "the partner has everything" if answer["given"] else "what it owns stays in its record"
+    output.say(f"volume '{name}' lets no host in at this node; {rest}")
+    return 0
+
+
 def partner(context: Context, args: Namespace) -> int:
     """Show what the two nodes are to one another."""
     figures: dict[str, Any] = ask(context, args.name, "partner", {})
@@ -85,6 +98,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("node", str(figures["node"])),
         ("state", f"{figures['state']} for {figures['since']:.0f} s"),
+        ("hosts", _hosts(figures["serving"], peer)),
         ("link", link),
         ("lead", "this node" if figures["copier"] else "the partner"),
         ("term", str(figures["term"])),
@@ -114,3 +128,14 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     return found
+
+
+def _hosts(here: bool, peer: dict[str, Any] | None) -> str:
+    """Where they are let in, as far as is known here."""
+    there = peer is not None and peer["serves"]
+    return {
+        (True, True): "let in here and at the partner",
+        (True, False): "let in here",
+        (False, True): "let in at the partner",
+        (False, False): "let in by 'dmctl takeover' only",
+    }[here, there]

@@ -6,6 +6,7 @@ import contextlib
 import select
 import time
 from argparse import Namespace
+from functools import partial
 from typing import Any
 
 from bitmapd.config import (
@@ -47,6 +48,8 @@ def start(context: Context, args: Namespace) -> int:
         if config.node is not None:
             _wait_for_partner(context, config)
         already = " already" if result == "running" else ""
+        if config.serve != "always" and result == "started":
+            context.output.say(f"hosts are let in by 'dmctl takeover {name}'")
         paused = is_paused(context, name)
         stands = f"; copying is paused, 'dmctl resume {name}' ends that" if paused else ""
         context.output.say(f"volume '{name}' runs{already}: {device_of(config)}{stands}")
@@ -193,8 +196,9 @@ def _must_exist(context: Context, name: str) -> VolumeConfig | None:
 def wait(context: Context, args: Namespace) -> int:
     deadline_s = None if args.timeout is None else time.monotonic() + args.timeout
     _must_exist(context, args.name)
-    waiters = {"in-sync": _wait_in_sync, "started": _wait_started, "stopped": _wait_stopped}
-    if not waiters[args.state](context, args.name, deadline_s):
+    waiters = {"started": _wait_started, "stopped": _wait_stopped}
+    wait_for = waiters.get(args.state, partial(_wait_inside, state=args.state))
+    if not wait_for(context, args.name, deadline_s):
         raise TimeOutError(f"volume '{args.name}' was not {args.state} in time")
     if context.output.as_json:
         context.output.json("wait", {"name": args.name, "state": args.state})
@@ -205,10 +209,11 @@ def _left_s(deadline_s: float | None) -> float | None:
     return None if deadline_s is None else max(0.001, deadline_s - time.monotonic())
 
 
-def _wait_in_sync(context: Context, name: str, deadline_s: float | None) -> bool:
+def _wait_inside(context: Context, name: str, deadline_s: float | None, *, state: str) -> bool:
+    """The process knows when it is in this state."""
     with context.control(name) as client:
         try:
-            client.call("wait", {"for": "in-sync"}, within_s=_left_s(deadline_s))
+            client.call("wait", {"for": state}, within_s=_left_s(deadline_s))
         except SilentError:
             raise
         except TimeOutError:
@@ -216,7 +221,7 @@ def _wait_in_sync(context: Context, name: str, deadline_s: float | None) -> bool
         except BitmapdError:
             if is_running(context.paths, name):
                 raise
-            raise WrongStateError(f"volume '{name}' was stopped before it was in sync") from None
+            raise WrongStateError(f"volume '{name}' was stopped before it was {state}") from None
     return True
 
 

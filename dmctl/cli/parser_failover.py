@@ -30,8 +30,25 @@ def add_failover(commands: Commands) -> None:
         "--force", action="store_true", help="also if hosts are connected at the partner"
     )
     takeover.add_argument(
+        "--beside",
+        action="store_true",
+        help="let hosts in here, too: a partner that is there goes on with its own",
+    )
+    takeover.add_argument(
         "--wait", type=duration, metavar="DURATION", help="if the partner is not there, wait for it"
     )
+    demote = add_command(
+        commands,
+        "demote",
+        "failover:demote",
+        "let hosts in no more at this node of two, and give everything to the partner",
+        "The volume goes on running here, and copies what it has left. Hosts are let in again by"
+        " 'dmctl takeover' at this node, or with serve = always by its next start. Without a"
+        " partner what is this node's own stays in its record. Ends with status 12 if hosts are"
+        " connected, unless --force is given; 14 for a volume of a single appliance.",
+    )
+    add_name(demote)
+    demote.add_argument("--force", action="store_true", help="also if hosts are connected")
     partner = add_command(
         commands,
         "partner",
@@ -46,7 +63,6 @@ def add_failover(commands: Commands) -> None:
 def add_later(commands: Commands) -> None:
     for name, text in (
         ("promote", "use the secondary in place of a lost primary"),
-        ("demote", "give the secondary back its place"),
         ("failback", "copy back what changed, and use the primary again"),
     ):
         parser = add_command(

@@ -73,6 +73,8 @@ def add_volumes(commands: Commands) -> None:
         ("--partner-certificates", "DIR", "folder that 'dmctl partner-keys' has made"),
         ("--partner-timeout", "DURATION", "how long a silent partner counts as there (default 2s)"),
         ("--partner-wait", "DURATION", "how long 'dmctl start' waits for it (default 10s)"),
+        ("--serve", "always|on-promote", "let hosts in by itself (default), or by 'dmctl takeover'"
+         " only, for a cluster manager"),
     ):  # fmt: skip
         create.add_argument(option, metavar=metavar, help=text)
     create.add_argument(
@@ -265,8 +267,8 @@ def add_watching(commands: Commands) -> None:
         "--for",
         dest="state",
         required=True,
-        choices=("in-sync", "started", "stopped"),
-        help="the state",
+        choices=("in-sync", "started", "stopped", "paired", "alone"),
+        help="the state; paired and alone: what two appliances are to one another",
     )
     add_timeout(wait, "give up after this time with status 40 (default: wait for ever)")
     events = add_command(

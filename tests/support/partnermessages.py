@@ -92,7 +92,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Free, extents),
     st.builds(Ask, asked, blocks),
     st.builds(Status, asked, st.integers(0, 1), extents, st.booleans()),
-    st.builds(Ping, u64, u32, u64, u64, st.integers(0, 2), u64),
+    st.builds(Ping, u64, u32, u64, u64, st.integers(0, 5), u64),
     st.builds(Pong, u64),
     st.builds(Take, st.booleans()),
     st.builds(Taken, u8, texts),

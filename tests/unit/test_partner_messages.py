@@ -136,7 +136,7 @@ def page(number: int, form: int, index: int, data: bytes) -> bytes:
         (Kind.BYE, 0, 0, b"\2", ErrorCode.RUNS, "2 where 1"),
         (Kind.TAKE, 0, 0, b"\2", ErrorCode.RUNS, "2 where 1"),
         (Kind.RESIZE, 0, 0, bytes(8) + b"\4", ErrorCode.RUNS, "4 where 3"),
-        (Kind.PING, 0, 0, bytes(28) + b"\3" + bytes(8), ErrorCode.RUNS, "3 where 2"),
+        (Kind.PING, 0, 0, bytes(28) + b"\6" + bytes(8), ErrorCode.RUNS, "6 where 5"),
         (Kind.ERROR, 0, 0, b"\5\0\1", ErrorCode.RUNS, "text is cut short"),
         (Kind.ERROR, 0, 0, b"\5\0\2\0a", ErrorCode.RUNS, "2 bytes"),
         (Kind.ERROR, 0, 0, b"\5\0\1\4" + bytes(1025), ErrorCode.RUNS, "1025 bytes"),

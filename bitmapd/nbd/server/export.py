@@ -120,18 +120,19 @@ class NbdServer:
         """Raises a BitmapdError if the path cannot be used."""
         if tls and self._tls is None:
             raise UsageError("TLS was asked for without certificates", hint="set tls-certificates")
-        self._prepare_tls(tls)
+        self._prepare(tls)
         self._listeners.unix(Path(path), mode, tls=tls)
 
     def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen on all addresses of the host, with TLS if there is a context.  Returns addresses
         and ports.  Raises a BitmapdError, also if an address would be open to the network without
         TLS.  Blocks for name resolution: to be called before anything is served."""
-        self._prepare_tls(self._tls is not None)
+        self._prepare(self._tls is not None)
         return self._listeners.tcp(host, port, tls=self._tls is not None)
 
-    def _prepare_tls(self, tls: bool) -> None:
-        if tls and self._tls_worker is None:
+    def _prepare(self, tls: bool) -> None:
+        self._quiet = None  # after `drain`
+        if tls and (self._tls_worker is None or self._tls_worker.closed):
             self._tls_worker = TlsWorker(self.loop)
 
     def tls_worker(self) -> TlsWorker:
@@ -400,7 +401,8 @@ class NbdServer:
 
     async def drain(self, timeout_s: float) -> bool:
         """Accept nobody, finish the requests that were received, answer them, close.  False if
-        requests were still at the disk, or answers not taken, when the time was up."""
+        requests were still at the disk, or answers not taken, when the time was up.  Afterwards it
+        may be listened again."""
         self.close_listeners()
         self._quiet = self.loop.create_future()
         for connection in list(self._connections):

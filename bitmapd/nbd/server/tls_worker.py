@@ -39,13 +39,13 @@ class TlsWorker:
         self._loop = loop
         self._turns: Turns[Step] = Turns()
         self._current: Step | None = None
-        self._closed = False
+        self.closed = False
         self._handed: SimpleQueue[Step | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="tls", daemon=True)
         self._thread.start()
 
     def submit(self, step: Step) -> None:
-        if not self._closed:
+        if not self.closed:
             self._turns.add(step.origin, step)
             self._hand_over()
 
@@ -56,7 +56,7 @@ class TlsWorker:
 
     def close(self) -> None:
         """Returns when no step is being carried out; none begins any more."""
-        self._closed = True
+        self.closed = True
         self._turns = Turns()
         self._handed.put(None)
         self._thread.join()

@@ -107,6 +107,7 @@ def test_builtin_defaults(write: Write) -> None:
         partner_certificates=None,
         partner_timeout_s=2.0,
         partner_wait_s=10.0,
+        serve="always",
         trace=None,
         start_at_boot=True,
     )

@@ -81,6 +81,7 @@ def test_a_single_volume_says_nothing_of_a_pair(nodes: dict[int, Cli]) -> None:
     ("options", "reason"),
     [
         ({"attach": "dm"}, "without asking the partner"),
+        ({"serve": "promoted"}, "not one of always, on-promote"),
         ({"record_on": "partner"}, "records every place on its own device"),
         ({"record_on": "elsewhere"}, "not one of local, partner, both"),
         ({"node": "3"}, "there are 1 and 2"),
@@ -106,7 +107,7 @@ FIGURES: dict[str, Any] = {
     "node": 2, "state": "cut", "link": "down", "copier": False, "term": 4, "since": 12.3,
     "own_extents": 5, "partner_extents": 6, "owed_extents": 1, "waiting_requests": 3,
     "oldest_wait_seconds": 7.25, "rtt_seconds": 0.0005, "messages_total": 40, "handovers_total": 7,
-    "proof": None, "last_error": "no answer for 2 s", "peer": None,
+    "proof": None, "last_error": "no answer for 2 s", "peer": None, "serving": False,
 }  # fmt: skip
 
 
@@ -115,14 +116,17 @@ def test_what_people_see_of_a_partner_that_is_gone() -> None:
     assert shown["state"] == "cut for 12 s"
     assert shown["link"] == "down (no answer for 2 s)"
     assert shown["lead"] == "the partner"
+    assert shown["hosts"] == "let in by 'dmctl takeover' only"
     assert shown["extents"] == "5 here, 6 at the partner, 1 on their way"
     assert shown["waiting"] == "3 requests of hosts, up to 7.2 s"
     assert {"proof", "partner"}.isdisjoint(shown)
 
 
 def test_what_people_see_of_one_that_is_there() -> None:
-    peer = {"version": "0.1", "secondary": "up", "dirty_bytes": 512, "lag_seconds": 1.5}
+    peer = {"version": "0.1", "secondary": "up", "dirty_bytes": 512, "lag_seconds": 1.5,
+            "serves": True}  # fmt: skip
     shown = dict(rows(FIGURES | {"state": "paired", "link": "up", "copier": True, "peer": peer}))
+    assert shown["hosts"] == "let in at the partner"
     assert shown["link"] == "up, 0.50 ms there and back"
     assert shown["lead"] == "this node"
     assert shown["partner"] == "0.1, secondary up, 512 bytes to copy, 1.5 s behind"

@@ -76,7 +76,6 @@ def test_the_main_help_lists_commands_and_exit_codes(cli: Cli) -> None:
     ("words", "feature"),
     [
         (("promote", "v"), "failover feature"),
-        (("demote", "v"), "failover feature"),
         (("failback", "v"), "failover feature"),
     ],
 )

@@ -675,3 +675,88 @@ def test_who_takes_leaves_without_giving() -> None:
     it.one.node.take(False, lambda error: None)
     it.one.node.leave(left.append)
     assert left == [False]
+
+
+# -- a node that serves hosts no longer -------------------------
+def test_everything_is_given_unasked() -> None:
+    it = met()
+    it.own(it.two, 3, 5)
+    it.two.desk.copying = {5}
+    given: list[bool] = []
+    it.two.node.give(given.append)
+    it.carry()
+    assert runs_of(it.one.rights.own) == ((3, 4), (5, 6))
+    assert given == []  # a copy of its own is under way
+    it.two.rights.freed([5])
+    it.carry()
+    assert given == [True]
+    assert it.one.node.state is it.two.node.state is State.PAIRED
+
+
+def test_one_giving_is_the_answer_to_a_takeover_that_comes_meanwhile() -> None:
+    it = met()
+    it.own(it.two, 5)
+    it.two.desk.copying = {5}
+    hosts, outcome, given = Front(), list[Exception | None](), list[bool]()
+    it.two.node.serve(hosts)
+    it.two.node.give(given.append)
+    it.carry()
+    it.one.node.take(False, outcome.append)
+    it.carry()
+    assert hosts.done == []  # they are out already
+    with pytest.raises(BusyError):
+        it.two.node.give(given.append)
+    it.two.rights.freed([5])
+    it.carry()
+    assert (outcome, given) == ([None], [True])
+
+
+def test_a_takeover_under_way_is_the_giving() -> None:
+    it = met()
+    it.own(it.two, 5)
+    hosts, outcome, given = Front(), list[Exception | None](), list[bool]()
+    it.two.node.serve(hosts)
+    it.one.node.take(False, outcome.append)
+    it.carry()
+    it.two.node.give(given.append)
+    it.carry()
+    assert (outcome, given) == ([], [])
+    hosts.stopped()
+    it.carry()
+    assert (outcome, given) == ([None], [True])
+
+
+def test_a_cut_ends_the_giving_and_lets_nobody_in_again() -> None:
+    it = met()
+    it.own(it.two, 5)
+    it.two.desk.copying = {5}
+    hosts, given = Front(), list[bool]()
+    hosts.on = False
+    it.two.node.serve(hosts)
+    it.two.node.give(given.append)
+    it.carry()
+    it.cut()
+    it.two.loop.run_soon()
+    assert given == [False]
+    assert not hosts.on
+    it.two.node.give(given.append)
+    it.two.loop.run_soon()
+    assert given == [False, False]
+    it.pair()
+    it.carry()
+    assert it.two.rights.own[5] != it.one.rights.own[5]  # one of the two has it
+
+
+def test_who_takes_or_leaves_does_not_give() -> None:
+    it = met()
+    it.own(it.two, 5)
+    it.two.desk.copying = {5}
+    given: list[bool] = []
+    it.one.node.take(False, lambda error: None)
+    with pytest.raises(BusyError):
+        it.one.node.give(given.append)
+    it.carry()
+    it.two.node.leave(lambda left: None)
+    with pytest.raises(BusyError):
+        it.two.node.give(given.append)
+    assert given == []
