@@ -33,9 +33,11 @@ and sends it as entries; the receiver has the point when it says so, and not bef
    point the one with the largest stamp counts alone: its mask names every piece that may differ
    from the point before.  A point is committed only if sender and receiver mean the same entries:
    that is what count and digest of END are for.
-5. `Data` costs credit: `cost_bytes`.  `Hello2.credit_bytes` is what may be sent on this connection
+5. `Begin` comes before the first `Data` or `End` of a connection, and once more at the cut: the
+   latest one counts, since time, label and group are those of the cut.
+6. `Data` costs credit: `cost_bytes`.  `Hello2.credit_bytes` is what may be sent on this connection
    before there is more; `Credit` adds to it.
-6. Before point 1 the receiver has nothing that it would lose, and may write entries to the image at
+7. Before point 1 the receiver has nothing that it would lose, and may write entries to the image at
    once.
 
 UUIDs and ids are 16 raw bytes, nil: none.  Runs are half-open: (first, stop), sorted, not touching;
@@ -107,8 +109,8 @@ class Hello2:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """`wall_ns`: Unix time in nanoseconds, for people.  `group`: number of the point of a group, 0:
-    of none.  `label` is empty or what an administrator called the point."""
+    """`wall_ns`: Unix time of the cut in nanoseconds, for people; 0 before it.  `group`: number of
+    the point of a group, 0: of none.  `label`: what an administrator called the point, or empty."""
 
     point: int
     incarnation: bytes
