@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _UNIT_PLUS = "\\x2b"
 _WORD = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
 _HOST_NAME = re.compile(r"[A-Za-z0-9*]([A-Za-z0-9.-]{0,252})", re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_FENCE_OPTION = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_FENCE_ACTIONS = ("off", "reboot")
 _LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}", re.ASCII)
 
 
@@ -131,6 +134,46 @@ def _path(value: Any) -> str:
     if not path.startswith("/"):
         raise UsageError(f"{path!r} is not an absolute path")
     return path
+
+
+def _command(value: Any) -> str:
+    try:
+        return _path(value)
+    except UsageError as error:
+        hint = "name the program from the root, such as /usr/sbin/fence_scsi; options go elsewhere"
+        raise UsageError(error.message, hint) from None
+
+
+def _options(value: Any) -> tuple[tuple[str, str], ...]:
+    """KEY=VALUE words, or a table of them."""
+    if isinstance(value, dict):
+        pairs = [(key, _text(item)) for key, item in value.items()]
+    elif value == "none":
+        return ()
+    else:
+        try:
+            words = shlex.split(_text(value))
+        except ValueError as error:
+            raise UsageError(f"{_quoted(value)}: {error}") from None
+        pairs = [(key, item) for key, _, item in (word.partition("=") for word in words)]
+    found: dict[str, str] = {}
+    for key, item in pairs:
+        if _FENCE_OPTION.fullmatch(key) is None or not item:
+            hint = "write 'ip=10.0.0.9 username=dmctl'"
+            raise UsageError(f"{key!r} with the value {_quoted(item)} is no KEY=VALUE", hint)
+        if key in found:
+            raise UsageError(f"{key!r} is given twice")
+        found[key] = item
+    if found.get("action", "off") not in _FENCE_ACTIONS:
+        raise UsageError(
+            f"action={found['action']} proves nothing of the other node",
+            hint="leave it out, which means off, or use reboot",
+        )
+    return tuple(found.items())
+
+
+def _render_options(pairs: tuple[tuple[str, str], ...]) -> str:
+    return shlex.join(f"{key}={item}" for key, item in pairs) or "none"
 
 
 def _uuid(value: Any) -> UUID:
@@ -238,6 +281,8 @@ def or_word(word: str, kind: Kind) -> Kind:
 
 TEXT_UUID = Kind("UUID", _uuid, str)
 PATH = Kind("path", _path, str)
+COMMAND = Kind("path", _command, str)
+OPTIONS = Kind("KEY=VALUE … | none", _options, _render_options)
 FOLDER = Kind("path", lambda value: Path(_path(value)), str)
 TARGET = Kind("path | NBD URI", _target, str)
 LISTEN = Kind("NBD URI", _listen, str)

@@ -135,6 +135,14 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
                 hint="set attach = nbd",
             ),
         )
+    if config.takeover == "auto" and config.fence_command is None:
+        yield (
+            "takeover",
+            UsageError(
+                "auto needs a fence_command: a partner that is silent may be alive and writing",
+                hint="name one, or leave takeover = manual",
+            ),
+        )
     if config.partner == config.partner_listen:
         yield "partner", UsageError("is where this node itself listens")
     uris = [uri for uri in (config.partner, config.partner_listen) if uri and uri[:3] == "tls"]
@@ -192,7 +200,11 @@ def changed(config: VolumeConfig, changes: Mapping[str, Any]) -> VolumeConfig:
     if problems or found:
         raise ConfigError([*problems, *found])
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return VolumeConfig(**layer(fields, values))
+    after = VolumeConfig(**layer(fields, values))
+    wrong = [Problem(source, key, error.message, error.hint) for key, error in _judge(after)]
+    if wrong:
+        raise ConfigError(wrong)
+    return after
 
 
 def render(config: VolumeConfig, names: Iterable[str]) -> dict[str, str | int | bool]:

@@ -17,6 +17,7 @@ DEFAULT_RECORD_LIMIT_FRACTION = 10
 MIN_RECORD_LIMIT_EXTENTS = 64
 ERA_INTERVAL_NBD_S = 1.0
 ERA_INTERVAL_DM_S = 5.0
+FENCE_DELAYS_S = (1.0, 6.0)  # of node 1 and of node 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +294,92 @@ class VolumeConfig:
             "always",
         ),
     ]
+    fence_command: Annotated[
+        str | None,
+        Key(
+            "fence_command",
+            kinds.or_word("none", kinds.COMMAND),
+            "Program that makes certain that the other appliance can write no more, by the"
+            " convention of fence agents: action=off, plug=NODE and fence_options on standard"
+            " input, a line each; it ends with 0 once that is so.",
+            "none",
+            shared=True,
+            live=True,
+        ),
+    ]
+    fence_options: Annotated[
+        tuple[tuple[str, str], ...],
+        Key(
+            "fence_options",
+            kinds.OPTIONS,
+            "What fence_command is told besides, KEY=VALUE with spaces between, quoted as for a"
+            " shell: 'ip=10.0.0.9 username=dmctl password_script=/etc/dmctl/bmc'. plug is by"
+            " default partner_name, or the host of partner, or node1 or node2.",
+            "none",
+            shared=True,
+            live=True,
+        ),
+    ]
+    fence_delay_s: Annotated[
+        float | None,
+        Key(
+            "fence_delay",
+            kinds.or_word("auto", kinds.PATIENCE),
+            "How long the link has been lost before an automatic takeover begins. auto: 1s at node"
+            " 1 and 6s at node 2, so that two that live do not shoot at once; make the difference"
+            " longer than fence_command takes.",
+            "auto",
+            shared=True,
+            live=True,
+        ),
+    ]
+    fence_timeout_s: Annotated[
+        float,
+        Key(
+            "fence_timeout",
+            kinds.DURATION,
+            "After so long fence_command and what it has started are killed: nothing is proven.",
+            "60s",
+            shared=True,
+            live=True,
+        ),
+    ]
+    fence_aborts_io: Annotated[
+        bool,
+        Key(
+            "fence_aborts_io",
+            kinds.BOOLEAN,
+            "Whether fence_command also ends what the other had on its way to primary and"
+            " secondary, as a reservation that is preempted and aborted does. If not, a primary"
+            " behind a network is not served alone before late_writes is over.",
+            False,
+            shared=True,
+        ),
+    ]
+    takeover: Annotated[
+        str,
+        Key(
+            "takeover",
+            kinds.choice("manual", "auto"),
+            "Whether this node takes over by itself: once the link is lost for fence_delay and a"
+            " host here waits for the other, fence_command is run. manual: 'dmctl takeover' does.",
+            "manual",
+            shared=True,
+            live=True,
+        ),
+    ]
+    cut_patience_s: Annotated[
+        float | None,
+        Key(
+            "cut_patience",
+            kinds.or_word("none", kinds.DURATION),
+            "How long a host's request waits for a partner that is not there, before it ends with"
+            " an error. none: it waits until the partner is back, or taken over from.",
+            "none",
+            shared=True,
+            live=True,
+        ),
+    ]
     trace: Annotated[
         str | None,
         Key(
@@ -348,6 +435,13 @@ def effective_era_interval_s(config: VolumeConfig) -> float:
     if config.era_interval_s is None:
         return ERA_INTERVAL_DM_S if config.attach == "dm" else ERA_INTERVAL_NBD_S
     return config.era_interval_s
+
+
+def effective_fence_delay_s(config: VolumeConfig) -> float:
+    """The delay that `fence_delay` stands for (see its manual)."""
+    if config.fence_delay_s is None:
+        return FENCE_DELAYS_S[config.node == 2]
+    return config.fence_delay_s
 
 
 def effective_record_limit_bytes(config: VolumeConfig, size_bytes: int) -> int:

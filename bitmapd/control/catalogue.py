@@ -565,6 +565,31 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "fence-started",
+        Level.WARNING,
+        ("command", "plug"),
+        "`command` is run, to make certain that the other node, which it calls `plug`, can write no"
+        " more",
+        "nothing; `fenced` or `fence-failed` says what came of it",
+    ),
+    EventKind(
+        "fenced",
+        Level.WARNING,
+        ("seconds", "message"),
+        "the fence command has ended with 0: the other node can write no more, and this one serves"
+        " alone once what was on its way to the primary cannot land any more",
+        "find out why the other node was lost",
+    ),
+    EventKind(
+        "fence-failed",
+        Level.ERROR,
+        ("message",),
+        "the fence command has proven nothing, so hosts go on to wait; `message` has its status and"
+        " the end of what it printed",
+        "mend it; or make certain by hand, then `dmctl takeover NAME --fenced`",
+        is_error=True,
+    ),
+    EventKind(
         "outdated",
         Level.CRITICAL,
         ("message",),

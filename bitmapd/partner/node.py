@@ -84,6 +84,7 @@ class Node:
         self._exchange: Exchange  # of this connection, from the other's HELLO on
         self._last_paired = 0
         self._going_alone = False
+        self._held_off = False  # the other is being fenced
         self._left: Callable[[bool], None] | None = None
         self._handover = Handover(rights, scheduler, self.say)
 
@@ -116,7 +117,7 @@ class Node:
         """The other node is there, and is who it says it is."""
         if self._wire is not None:
             self._hang_up(None)
-        if self._going_alone:  # the word that we are alone is on its way to the disk
+        if self._held_off or self._going_alone:  # that we are alone is on its way to the disk
             wire.close(None)
             return
         self._wire = wire
@@ -276,17 +277,33 @@ class Node:
         )
 
     # -- alone --------------------------------------------------------------------------------
-    def fenced(self, proof: Proof) -> None:
-        """The other can write no more: serve alone, once that is durable."""
+    def hold_off(self) -> None:
+        """The other is being fenced: until `let_in` nothing is agreed with it.  WrongStateError or
+        BusyError if this node could not go alone afterwards."""
         if self.state not in (State.WAITING, State.CUT) or self._going_alone:
-            return
+            raise WrongStateError(f"nothing has to be proven in the state '{self.state.value}'")
+        self._check_alone()
+        self._held_off = True
+
+    def let_in(self) -> None:
+        self._held_off = False
+
+    def _check_alone(self) -> None:
         if self.lasting.never_paired:
             raise WrongStateError(
                 "this node has never met its partner: it knows nothing of the volume",
                 hint="start node 1 first, and let the two meet",
             )
+        if self.phase is Phase.HELLO:  # whoever has said nothing yet may never do so
+            self._hang_up(None)
         if self.phase is not Phase.CLOSED:
             raise BusyError("the nodes are exchanging their records: try again in a moment")
+
+    def fenced(self, proof: Proof) -> None:
+        """The other can write no more: serve alone, once that is durable."""
+        if self.state not in (State.WAITING, State.CUT) or self._going_alone:
+            return
+        self._check_alone()
         self._going_alone = True
         generations = (self._around.new_generation(), *self.lasting.generations)[:4]
         lasting = Lasting(False, self.lasting.term + 1, generations, self.lasting.volume)

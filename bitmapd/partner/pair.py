@@ -28,6 +28,8 @@ from bitarray import bitarray
 from bitmapd import __version__
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.partner.codec import Decoder, encode
+from bitmapd.partner.fence import Fence
+from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, VERSION
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
 from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role, Runs
@@ -78,8 +80,11 @@ class Home(Protocol):
         """Dirty bytes, the age of the oldest in seconds, the secondary ("up", "down", "paused"),
         and bytes copied since the start: for the other node."""
 
-    def other_died(self, extents: Runs) -> None:
-        """These were the other's and are ours: what it had sent there may yet land."""
+    def other_died(self, extents: Runs, *, late: bool) -> None:
+        """These were the other's and are ours; `late`: what it had sent there may yet land."""
+
+    def primary_late_s(self) -> float:
+        """For how long what the other had sent to the primary may go on to land there."""
 
     def outdated(self) -> None:
         """The partner has taken over from this process: it must not go on."""
@@ -129,6 +134,7 @@ class Pair:
         self.rights = Rights(geometry, number, loop, self._hands)
         self.record = PairRecord(store, self.rights)
         self.node = Node(number, lasting, self.rights, loop, self)
+        self.fence = Fence(self.node, loop, home)
         self.peer = Peer()
         self.since_s = loop.time()  # of the state
         self.rtt_s: float | None = None
@@ -157,7 +163,12 @@ class Pair:
         self._transport.start()
         self.node.start()
 
+    def set(self, fence: FenceSettings, cut_patience_s: float | None) -> None:
+        """What may change while it runs."""
+        self.fence.settings, self.rights.cut_patience_s = fence, cut_patience_s
+
     def close(self) -> None:
+        self.fence.close()
         self._transport.close()
         if self._wire is not None:
             wire, self._wire = self._wire, None
@@ -267,6 +278,8 @@ class Pair:
                 f" (state '{self.node.state.value}')",
             )
         self._told_slow = slow
+        is_cut = self.node.state is State.CUT
+        self.fence.tick(self._loop.time() - self.since_s if is_cut else None, waiting)
 
     @property
     def oldest_wait_s(self) -> float:
@@ -314,6 +327,7 @@ class Pair:
             "absorbed_extents_total": node.absorbed_extents,
             "compared_extents_total": self._geometry.extents if node.compares_everything else 0,
             "proof": None if node.proof in (None, Proof.NEVER) else node.proof.value,
+            "fencing": self.fence.step,
             "last_error": self._last_failure or None,
         }
 
@@ -448,7 +462,8 @@ class Pair:
         return self._at_start
 
     def other_died(self, extents: Runs) -> None:
-        self._home.other_died(extents)
+        aborted = self.node.proof is Proof.FENCE and self.fence.settings.aborts_io
+        self._home.other_died(extents, late=not aborted)
 
     def changed(self) -> None:
         state = self.node.state

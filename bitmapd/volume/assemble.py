@@ -292,7 +292,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     )
     copier.on_change = owner.changed
     if pair is not None:
-        home.attach(gate, copier, secondary, geometry.block_bytes)
+        home.attach(gate, copier, primary, secondary, geometry.block_bytes)
         pair.attach(gate, copier)
     note = NoteKeeper(
         config, paths, lambda: session.superblock, lambda: copier.samples.lately, loop, emit

@@ -14,12 +14,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, UnreachableError
 from bitmapd.partner.node import Proof, State
 from bitmapd.partner.pair import Pair
 from bitmapd.volume.assemble import Parts
 from bitmapd.volume.hosts import VolumeHosts
-from bitmapd.volume.pairing import state_of_pair
+from bitmapd.volume.pairing import fence_settings, state_of_pair
 
 
 class Served(Protocol):
@@ -111,6 +112,9 @@ class Paired:
             parts.gate.take_recorded()
         parts.copier.begin_pass(compare=True)
 
+    def reconfigure(self, config: VolumeConfig) -> None:
+        self.pair.set(fence_settings(config), config.cut_patience_s)
+
     @property
     def state(self) -> str | None:
         """The state of the volume where the pair decides it."""
@@ -141,20 +145,24 @@ class Paired:
     async def take_over(self, fenced: bool, force: bool, *, beside: bool = False) -> dict[str, Any]:
         """Let hosts in here.  A partner that is there stops its hosts and gives everything, with
         `force` also hosts that are connected; or with `beside` goes on as it was.  One that is not
-        is taken over from by the administrator's word (`fenced`) that it can write no more."""
+        is taken over from by the administrator's word (`fenced`) that it can write no more, or by
+        that of `fence_command`."""
         pair, name = self.pair, self._name
         pair.refuse_ended(name)
         if pair.is_paired and not fenced:
             if not beside:
                 await pair.take(force)
         elif not pair.is_alone:
-            if not fenced:
+            if fenced:
+                pair.take_over(Proof.WORD)
+            elif pair.fence.is_configured:
+                await pair.fence.run()
+            else:
                 raise UnreachableError(
                     f"nothing proves that the partner of volume '{name}' can write no more",
                     hint="make certain that it cannot (switch it off, or cut it off from the"
                     f" storage), then 'dmctl takeover {name} --fenced'",
                 )
-            pair.take_over(Proof.WORD)
             await self._volume.until(lambda: not pair.node.going_alone)
             if not pair.is_alone:
                 raise BitmapdError("that this node goes on alone could not be recorded")

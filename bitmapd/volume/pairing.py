@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
 
-from bitmapd.config import VolumeConfig
+from bitmapd.config import VolumeConfig, effective_fence_delay_s
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.errors import BusyError, UsageError
 from bitmapd.gate.gate import Gate
@@ -22,6 +22,7 @@ from bitmapd.media.claims import Claim
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside
 from bitmapd.net.uri import parse_partner_uri
+from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import NIL
 from bitmapd.partner.messages import Runs
 from bitmapd.partner.node import Lasting, State
@@ -54,8 +55,16 @@ class VolumeHome:
         self._owner = owner
         self._gate: Gate | None = None
 
-    def attach(self, gate: Gate, copier: Copier, secondary: Target, block_bytes: int) -> None:
-        self._gate, self._copier, self._secondary = gate, copier, secondary
+    def attach(
+        self,
+        gate: Gate,
+        copier: Copier,
+        primary: KernelDevice,
+        secondary: Target,
+        block_bytes: int,
+    ) -> None:
+        self._gate, self._copier = gate, copier
+        self._primary, self._secondary = primary, secondary
         self._block_bytes = block_bytes
 
     def changed(self) -> None:
@@ -80,11 +89,14 @@ class VolumeHome:
             self._copier.copied_bytes,
         )
 
-    def other_died(self, extents: Runs) -> None:
+    def primary_late_s(self) -> float:
+        return self._copier.late.bound_s if self._primary.writes_late else 0.0
+
+    def other_died(self, extents: Runs, *, late: bool) -> None:
         if self._gate is None or not extents:
             return
         self._owner.inherited(sum(stop - first for first, stop in extents))
-        if self._secondary.writes_late:
+        if late and self._secondary.writes_late:
             self._copier.late.other_node_died(extents)
             if self._copier.state is CopyState.RUNNING:
                 self._copier.late.arrived()
@@ -106,7 +118,7 @@ def make_pair(
     superblock, state = session.superblock, session.pair
     if state is None:
         return None
-    return Pair(
+    pair = Pair(
         state.node,
         lasting_of(superblock, state),
         superblock.geometry,
@@ -118,6 +130,8 @@ def make_pair(
         partial(_write, session, aside, media),
         session.loaded.bits.copy(),
     )
+    pair.set(fence_settings(config), config.cut_patience_s)
+    return pair
 
 
 def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
@@ -168,6 +182,20 @@ def link_settings(config: VolumeConfig) -> Settings:
         certificates=config.partner_certificates or config.tls_certificates,
         fingerprint=config.partner_fingerprint,
         timeout_s=config.partner_timeout_s,
+    )
+
+
+def fence_settings(config: VolumeConfig) -> FenceSettings:
+    """Without a name of its own the other node is called node1 or node2."""
+    host = None if config.partner is None else parse_partner_uri(config.partner).host
+    return FenceSettings(
+        command=config.fence_command,
+        plug=config.partner_name or host or f"node{2 if config.node == 1 else 1}",
+        options=config.fence_options,
+        delay_s=effective_fence_delay_s(config),
+        timeout_s=config.fence_timeout_s,
+        aborts_io=config.fence_aborts_io,
+        automatic=config.takeover == "auto",
     )
 
 

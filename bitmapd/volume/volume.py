@@ -451,6 +451,8 @@ class Volume:
         self.copier.rounds.era_interval_s = effective_era_interval_s(config)
         self.copier.late.bound_s = config.late_writes_s
         self._parts.recording.record_to(config.trace)
+        if self._paired is not None:
+            self._paired.reconfigure(config)
         self.gate.limit_extents = limit_extents(
             self.config, self.geometry, self.copier.meter.bytes_per_s
         )

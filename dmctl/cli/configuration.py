@@ -8,6 +8,7 @@ from argparse import Namespace
 from bitmapd.config import (
     ConfigError,
     Key,
+    Problem,
     VolumeConfig,
     keys,
     load_all,
@@ -17,10 +18,20 @@ from bitmapd.config import (
 )
 from bitmapd.config.files import volume_origins
 from dmctl.cli.context import Context, selected, worst
+from dmctl.cli.pair import fence_problem
 
 
 def check(context: Context, _args: Namespace) -> int:
     configs = load_all(context.paths)
+    problems = [
+        Problem(
+            str(context.paths.volume_file(name)), "fence_command", f"{path} {found[0]}", found[1]
+        )
+        for name, config in configs.items()
+        if (path := config.fence_command) and config.node and (found := fence_problem(path))
+    ]
+    if problems:
+        raise ConfigError(problems)
     count = f"{len(configs)} volume{'' if len(configs) == 1 else 's'}"
     context.output.say(f"no errors in {context.paths.config_dir}; {count}")
     if context.output.as_json:

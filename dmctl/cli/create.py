@@ -40,7 +40,7 @@ from bitmapd.units import human_size
 from bitmapd.volume.sides import forget_copies
 from dmctl.cli.checks import Findings, check
 from dmctl.cli.context import Context, combine
-from dmctl.cli.pair import as_node, check_record_on
+from dmctl.cli.pair import as_node, check_fencing, check_record_on
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.record import wipe
@@ -51,7 +51,9 @@ OPTION_KEYS = (
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
     "node", "partner", "partner_listen", "partner_name", "partner_fingerprint",
-    "partner_certificates", "partner_timeout", "partner_wait", "serve",
+    "partner_certificates", "partner_timeout", "partner_wait", "serve", "fence_command",
+    "fence_options",
+    "fence_delay", "fence_timeout", "fence_aborts_io", "takeover", "cut_patience",
 )  # fmt: skip
 
 
@@ -70,6 +72,8 @@ def create(context: Context, args: Namespace) -> int:
         config = found.attempt(partial(_with_attach, config, table))
     with found.collect():
         check_record_on(args.record_on, config)
+    with found.collect():
+        check_fencing(table, config)
     superblock = check(context, found, name, table, config)
     if config is not None and superblock is not None:
         superblock = as_node(config, superblock, found.notes)

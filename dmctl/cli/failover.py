@@ -5,12 +5,17 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from bitmapd.config import load_volume
 from bitmapd.control.client import SilentError
 from bitmapd.errors import BusyError, TimeOutError, UnreachableError
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
 
 TAKEOVER_TIMEOUT_S = 60.0
+FENCING = {
+    "agent": "the fence command is at work",
+    "late-writes": "done; what was on its way to the primary is waited for",
+}
 # Exit status of `dmctl partner`, by state.
 STATUS = {"paired": 0, "cut": 100, "alone": 100, "waiting": 15, "outdated": 1, "split-brain": 16}
 
@@ -19,13 +24,17 @@ def takeover(context: Context, args: Namespace) -> int:
     """Serve without the partner."""
     name, output = args.name, context.output
     words = {"fenced": args.fenced, "force": args.force, "beside": args.beside}
+    within_s = TAKEOVER_TIMEOUT_S
+    config = load_volume(context.paths, name)
+    if config.fence_command is not None:
+        within_s += config.fence_timeout_s + config.late_writes_s
     try:
-        answer = ask(context, name, "takeover", words, TAKEOVER_TIMEOUT_S)
+        answer = ask(context, name, "takeover", words, within_s)
     except (BusyError, UnreachableError):
         if args.wait is None:
             raise
         _wait(context, name, args.wait)
-        answer = ask(context, name, "takeover", words, TAKEOVER_TIMEOUT_S)
+        answer = ask(context, name, "takeover", words, within_s)
     partner = answer["partner"]
     if output.as_json:
         output.json("takeover", {"name": name, **answer})
@@ -117,6 +126,8 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             f"{figures['messages_total']} asked, {figures['handovers_total']} extents given",
         ),
     ]
+    if figures["fencing"] is not None:
+        found.append(("fencing", FENCING[figures["fencing"]]))
     if figures["proof"] is not None:
         found.append(("proof", figures["proof"]))
     if peer is not None:

@@ -9,6 +9,9 @@ it has met node 1.
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
 
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import UsageError
@@ -31,6 +34,30 @@ def check_record_on(value: str | None, config: VolumeConfig | None) -> None:
             "--record-on partner: this version records every place on its own device as well",
             hint="use both, which is the default; it waits for the slower of the two, not the sum",
         )
+
+
+def check_fencing(table: Mapping[str, Any], config: VolumeConfig | None) -> None:
+    """UsageError for what `create` was told of fencing and cannot come true."""
+    if config is None:
+        return
+    for key in ("fence_command", "takeover", "cut_patience"):
+        if config.node is None and key in table:
+            option = "--" + key.replace("_", "-")
+            raise UsageError(f"{option} is for one of two appliances", hint="give --node, too")
+    if config.fence_command is not None and (found := fence_problem(config.fence_command)):
+        raise UsageError(f"--fence-command {config.fence_command} {found[0]}", hint=found[1])
+
+
+def fence_problem(path: str) -> tuple[str, str] | None:
+    """Why it cannot be run as a fence command, and what to do; None if it can, as far as can be
+    seen."""
+    if not os.path.exists(path):
+        return "is not there", "install it on this node, or name another"
+    if not os.path.isfile(path):
+        return "is no file", "name the program itself"
+    if not os.access(path, os.X_OK):
+        return "may not be executed", f"chmod +x {path}"
+    return None
 
 
 def as_node(config: VolumeConfig, superblock: Superblock, notes: list[str]) -> Superblock:

@@ -19,6 +19,7 @@ def add_failover(commands: Commands) -> None:
         " that it can write neither primary nor secondary any more: it was switched off, or cut off"
         " from the storage. Then everything that was its own is taken over: just what its record"
         " names is copied; or everything is compared, if this node has not met it since it started."
+        " Without it the volume's fence_command is run, and its success is the proof."
         " Ends with status 15 without a proof, 14 where there is nothing to take over, 12 while the"
         " nodes exchange their records.",
     )

@@ -75,6 +75,16 @@ def add_volumes(commands: Commands) -> None:
         ("--partner-wait", "DURATION", "how long 'dmctl start' waits for it (default 10s)"),
         ("--serve", "always|on-promote", "let hosts in by itself (default), or by 'dmctl takeover'"
          " only, for a cluster manager"),
+        ("--fence-command", "PATH", "program that makes certain that the other can write no more,"
+         " by the convention of fence agents; see docs/failover.md"),
+        ("--fence-options", "KEY=VALUE …", "what it is told besides, in one word"),
+        ("--fence-delay", "DURATION", "how long the link is lost before an automatic takeover"
+         " (default 1s at node 1, 6s at node 2)"),
+        ("--fence-timeout", "DURATION", "when it is killed, and nothing is proven (default 60s)"),
+        ("--takeover", "manual|auto", "whether this node runs it by itself, once a host here waits"
+         " for the other (default manual)"),
+        ("--cut-patience", "DURATION", "how long a host's request waits for a partner that is not"
+         " there, before it ends with an error (default: for ever)"),
     ):  # fmt: skip
         create.add_argument(option, metavar=metavar, help=text)
     create.add_argument(
@@ -82,6 +92,12 @@ def add_volumes(commands: Commands) -> None:
         action="store_true",
         default=None,
         help="export without TLS on a loopback address",
+    )
+    create.add_argument(
+        "--fence-aborts-io",
+        action="store_true",
+        default=None,
+        help="the fence command also ends what the other has on its way to the storage",
     )
     create.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
     create.add_argument(

@@ -27,6 +27,7 @@ from bitmapd.config import (
     changed,
     check_name,
     create_volume,
+    effective_fence_delay_s,
     effective_record_limit_bytes,
     from_unit_instance,
     keys,
@@ -34,6 +35,7 @@ from bitmapd.config import (
     load_volume,
     parse_metrics_listen,
     remove_volume,
+    render,
     unit_instance,
     volume_names,
 )
@@ -108,6 +110,13 @@ def test_builtin_defaults(write: Write) -> None:
         partner_timeout_s=2.0,
         partner_wait_s=10.0,
         serve="always",
+        fence_command=None,
+        fence_options=(),
+        fence_delay_s=None,
+        fence_timeout_s=60.0,
+        fence_aborts_io=False,
+        takeover="manual",
+        cut_patience_s=None,
         trace=None,
         start_at_boot=True,
     )
@@ -490,7 +499,8 @@ def test_the_manual_is_whole() -> None:
     assert set(keys()) == fields - {"name"}
     assert {key.name for key in keys().values() if key.live} == {
         "copy_rate", "record_limit", "resync_target", "era_interval", "predictor", "trace",
-        "late_writes",
+        "late_writes", "fence_command", "fence_options", "fence_delay", "fence_timeout", "takeover",
+        "cut_patience",
     }  # fmt: skip
     assert all(key.doc.endswith(".") for key in keys().values())
 
@@ -555,6 +565,19 @@ PAIR = {"node": 1, "partner": "tls://b", "partner_listen": "tls://a", "attach": 
         ({"partner_name": "a b"}, "partner_name"),
         ({"partner_fingerprint": "12:34"}, "partner_fingerprint"),
         ({"partner_timeout": "0s"}, "partner_timeout"),
+        ({"takeover": "auto"}, "takeover"),
+        ({"takeover": "always"}, "takeover"),
+        ({"fence_command": "fence_scsi"}, "fence_command"),
+        ({"fence_command": ""}, "fence_command"),
+        ({"fence_options": "ip"}, "fence_options"),
+        ({"fence_options": "ip="}, "fence_options"),
+        ({"fence_options": "i.p=x"}, "fence_options"),
+        ({"fence_options": "ip=1 ip=2"}, "fence_options"),
+        ({"fence_options": "ip='1"}, "fence_options"),
+        ({"fence_options": "action=status"}, "fence_options"),
+        ({"fence_options": 3}, "fence_options"),
+        ({"fence_timeout": "0s"}, "fence_timeout"),
+        ({"cut_patience": "0s"}, "cut_patience"),
     ],
 )
 def test_a_pair_is_refused_with_its_key(write: Write, changes: dict[str, Any], key: str) -> None:
@@ -577,3 +600,48 @@ def test_a_pair_is_complete_with_three_keys(write: Write) -> None:
     config = load_volume(write(vol0=toml_of(**table)), "vol0")
     assert (config.partner, config.partner_fingerprint) == ("tls://b:10820", "ab" * 32)
     assert config.partner_name == "b.x"
+
+
+def test_how_the_other_node_is_fenced(write: Write) -> None:
+    table = {
+        **PAIR,
+        "partner": "unix:///run/b",
+        "partner_listen": "unix:///run/a",
+        "fence_command": "/usr/sbin/fence_ipmilan",
+        "fence_options": "ip=10.0.0.9 password='a b' action=reboot",
+        "takeover": "auto",
+        "cut_patience": "30s",
+    }
+    config = load_volume(write(vol0=toml_of(**table)), "vol0")
+    said = (("ip", "10.0.0.9"), ("password", "a b"), ("action", "reboot"))
+    assert (config.fence_command, config.fence_options) == ("/usr/sbin/fence_ipmilan", said)
+    assert config.cut_patience_s == 30.0
+    written = render(config, ["fence_options", "cut_patience"])
+    assert written == {
+        "fence_options": "ip=10.0.0.9 'password=a b' action=reboot",
+        "cut_patience": "30s",
+    }
+    as_table = toml_of(**{**table, "fence_options": None}) + "[fence_options]\nip = '10.0.0.9'\n"
+    assert load_volume(write(vol0=as_table), "vol0").fence_options == said[:1]
+
+
+def test_automatic_takeover_is_never_without_a_fence_command(write: Write) -> None:
+    """Whichever of the two is set last."""
+    table = {**PAIR, "partner_certificates": "/c", "fence_command": "/bin/true"}
+    config = load_volume(write(vol0=toml_of(**table)), "vol0")
+    config = changed(config, {"takeover": "auto"})
+    assert (config.takeover, config.fence_options) == ("auto", ())
+    with pytest.raises(ConfigError) as caught:
+        changed(config, {"fence_command": "none"})
+    assert [problem.key for problem in caught.value.problems] == ["takeover"]
+
+
+@pytest.mark.parametrize(
+    ("node", "written", "delay_s"), [("1", "auto", 1.0), ("2", "auto", 6.0), ("2", "0s", 0.0)]
+)
+def test_two_that_live_do_not_shoot_at_once(
+    write: Write, node: str, written: str, delay_s: float
+) -> None:
+    table = {**PAIR, "partner_certificates": "/c", "node": node, "fence_delay": written}
+    config = load_volume(write(vol0=toml_of(**table)), "vol0")
+    assert effective_fence_delay_s(config) == delay_s

@@ -107,7 +107,8 @@ FIGURES: dict[str, Any] = {
     "node": 2, "state": "cut", "link": "down", "copier": False, "term": 4, "since": 12.3,
     "own_extents": 5, "partner_extents": 6, "owed_extents": 1, "waiting_requests": 3,
     "oldest_wait_seconds": 7.25, "rtt_seconds": 0.0005, "messages_total": 40, "handovers_total": 7,
-    "proof": None, "last_error": "no answer for 2 s", "peer": None, "serving": False,
+    "proof": None, "fencing": None, "last_error": "no answer for 2 s", "peer": None,
+    "serving": False,
 }  # fmt: skip
 
 
@@ -119,7 +120,9 @@ def test_what_people_see_of_a_partner_that_is_gone() -> None:
     assert shown["hosts"] == "let in by 'dmctl takeover' only"
     assert shown["extents"] == "5 here, 6 at the partner, 1 on their way"
     assert shown["waiting"] == "3 requests of hosts, up to 7.2 s"
-    assert {"proof", "partner"}.isdisjoint(shown)
+    assert {"proof", "partner", "fencing"}.isdisjoint(shown)
+    shown = dict(rows(FIGURES | {"fencing": "agent", "proof": "fence"}))
+    assert shown["fencing"] == "the fence command is at work"
 
 
 def test_what_people_see_of_one_that_is_there() -> None:
@@ -136,3 +139,46 @@ def test_the_exit_status_of_each_state() -> None:
     assert STATUS == {
         "paired": 0, "cut": 100, "alone": 100, "waiting": 15, "outdated": 1, "split-brain": 16,
     }  # fmt: skip
+
+
+# -- fencing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fence_command": "fence_scsi"}, "name the program from the root"),
+        ({"fence_command": "/nowhere/fence"}, "/nowhere/fence is not there"),
+        ({"fence_command": "/etc"}, "/etc is no file"),
+        ({"fence_command": "/etc/passwd"}, "chmod +x /etc/passwd"),
+        ({"fence_command": "/bin/true", "fence_options": "action=on"}, "action=on proves nothing"),
+        ({"takeover": "auto"}, "auto needs a fence_command"),
+    ],
+)
+def test_a_fence_command_that_cannot_prove_anything_is_refused(
+    nodes: dict[int, Cli], options: dict[str, str], said: str
+) -> None:
+    outcome = nodes[1].call(*words(nodes, 1, **options))
+    assert (outcome.status, said in outcome.err) == (2, True), outcome.err
+    assert not nodes[1].paths.volume_file("vol0").exists()
+
+
+def test_a_single_appliance_has_nobody_to_fence(nodes: dict[int, Cli]) -> None:
+    media = [f"--{key}={nodes[1].folder}/{key[0]}" for key in ("primary", "secondary", "record")]
+    for option in ("--fence-command=/bin/true", "--takeover=manual", "--cut-patience=5s"):
+        outcome = nodes[1].call("create", "vol0", *media, "--attach=nbd", option)
+        assert outcome.status == 2
+        assert f"{option.partition('=')[0]} is for one of two appliances" in outcome.err
+
+
+def test_config_check_looks_for_the_fence_command(nodes: dict[int, Cli]) -> None:
+    agent = nodes[1].folder / "agent"
+    agent.write_text("#!/bin/sh\n")
+    agent.chmod(0o755)
+    nodes[1].ok(*words(nodes, 1, fence_command=str(agent), fence_options="ip=1 user='a b'"))
+    config = load_volume(nodes[1].paths, "vol0")
+    assert config.fence_options == (("ip", "1"), ("user", "a b"))
+    nodes[1].ok("config", "check")
+    agent.chmod(0o644)
+    outcome = nodes[1].call("config", "check")
+    assert (outcome.status, f"{agent} may not be executed" in outcome.err) == (2, True)

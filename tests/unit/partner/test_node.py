@@ -349,8 +349,44 @@ def test_nobody_takes_over_in_an_exchange() -> None:
     it = met()
     it.cut()
     it.connect()
-    with pytest.raises(BusyError):
-        it.one.node.fenced(Proof.WORD)
+    it.one.receive(*it.two.sent())  # HELLO
+    for step in (it.one.node.hold_off, lambda: it.one.node.fenced(Proof.WORD)):
+        with pytest.raises(BusyError):
+            step()
+    assert it.one.node.phase is Phase.RECORDS
+
+
+def test_one_that_accepts_a_connection_and_says_nothing_can_be_fenced() -> None:
+    """The kernel of a process that stands still goes on to accept."""
+    it = met()
+    it.cut()
+    it.one.connect()
+    it.one.node.fenced(Proof.FENCE)
+    assert it.one.cable.closed
+    it.one.write()
+    assert (it.one.node.state, it.one.node.proof) == (State.ALONE, Proof.FENCE)
+
+
+def test_while_it_is_being_fenced_nothing_is_agreed_with_the_other() -> None:
+    it = met()
+    it.cut()
+    it.one.node.hold_off()
+    it.connect()
+    assert it.one.cable.closed
+    assert not it.one.sent()
+    it.one.node.let_in()
+    it.cut()
+    it.pair()
+
+
+@pytest.mark.parametrize("state", [State.PAIRED, State.ALONE])
+def test_there_is_nobody_to_fence(state: State) -> None:
+    it = met() if state is State.PAIRED else alone()
+    with pytest.raises(WrongStateError):
+        it.one.node.hold_off()
+    it = Two(Station(1, paired=False), Station(2, paired=False))
+    with pytest.raises(WrongStateError, match="never met"):
+        it.two.node.hold_off()
 
 
 def test_who_is_paired_needs_no_proof() -> None:

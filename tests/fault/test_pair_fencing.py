@@ -1,0 +1,213 @@
+"""Two appliances as processes, and a fence command: what proves that the other can write no more.
+
+The agent is a script that kills by pid, as somebody would write who has nothing better.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pairs import Pair
+from tests.support.volumes import KIB, MIB, noise, wait_gone
+
+WRITE = 1
+
+
+class Agents:
+    """One for each node, which kills the other; `log` names who was shot, a line each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "shots"
+        self._folder = folder
+
+    def path(self, node: int) -> Path:
+        return self._folder / f"fence{node}"
+
+    def write(self, node: int, script: str | None = None) -> None:
+        other = self._folder / f"n{3 - node}" / "run" / "vol0.pid"
+        kill = (
+            f'read -r action; read -r plug; echo "$action $plug" >> {self.log}\n'
+            f"pid=$(cat {other}) || exit 1\n"
+            'kill -9 "$pid" || exit 0\n'
+            'while kill -0 "$pid" 2>/dev/null; do :; done\n'
+        )
+        self.path(node).write_text("#!/bin/sh\n" + (kill if script is None else script))
+        self.path(node).chmod(0o755)
+
+    def shots(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+Make = Callable[..., Pair]
+
+
+@pytest.fixture
+def agents(short_path: Path) -> Agents:
+    return Agents(short_path)
+
+
+@pytest.fixture
+def make(short_path: Path, agents: Agents) -> Iterator[Make]:
+    made: list[Pair] = []
+
+    def pair(*options: str) -> Pair:
+        it = Pair(short_path)
+        made.append(it)
+        for number in (1, 2):
+            agents.write(number)
+            command = ["--fence-command", str(agents.path(number))]
+            it[number].options = [*it[number].options, *command, *options]
+        it.create()
+        it.start()
+        for number in (1, 2):
+            it[number].wait_in_sync()
+        return it
+
+    yield pair
+    for it in made:
+        it.destroy()
+
+
+def taken(pair: Pair, node: int, *words: str) -> dict[str, Any]:
+    answer = json.loads(pair[node].dmctl("--json", "takeover", "vol0", *words))
+    return dict(answer["partner"])
+
+
+def frozen(pair: Pair, node: int) -> int:
+    pid = pair[node].pid
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+@pytest.mark.parametrize("alive", [1, 2])
+def test_a_takeover_shoots_first_and_copies_what_the_record_names(
+    make: Make, agents: Agents, alive: int
+) -> None:
+    pair = make()
+    data = noise(1, MIB)
+    pair[3 - alive].write(20 * MIB, data)
+    pid = frozen(pair, 3 - alive)
+    named = pair.until(alive, "cut")["partner_extents"]
+    partner = taken(pair, alive)
+    assert (partner["state"], partner["proof"], partner["term"]) == ("alone", "fence", 1)
+    assert (partner["absorbed_extents_total"], partner["compared_extents_total"]) == (named, 0)
+    assert agents.shots() == [f"action=off plug=node{3 - alive}"]
+    wait_gone(pid)
+    assert pair[alive].read(20 * MIB, MIB) == data
+    pair[alive].write(30 * MIB, data)
+    pair[alive].wait_in_sync()
+    assert pair.equal()
+    # The other comes back as a new process, which knows nothing and compares nothing.
+    pair[3 - alive].start()
+    assert pair.until(3 - alive, "paired")["compared_extents_total"] == 0
+    assert taken(pair, alive)["state"] == "paired"
+    assert len(agents.shots()) == 1  # nothing is proven of a partner that is there
+
+
+def test_a_node_that_waits_shoots_and_compares_everything(make: Make, agents: Agents) -> None:
+    pair = make("--partner-wait", "200ms")
+    pair[1].write(7 * MIB, noise(3, MIB))
+    pair[2].kill()
+    frozen(pair, 1)
+    assert pair[2].dmctl_process("start", "vol0").returncode == 15
+    partner = taken(pair, 2)
+    assert (partner["proof"], partner["compared_extents_total"]) == ("fence", 64)
+    assert agents.shots() == ["action=off plug=node1"]
+    pair[2].wait_in_sync()
+    assert pair.equal()
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [("echo the BMC is silent; exit 4\n", "ended with status 4: the BMC is silent"),
+     ("sleep 600\n", "did not end within 0.3 s")],
+)  # fmt: skip
+def test_an_agent_that_fails_proves_nothing(
+    make: Make, agents: Agents, script: str, said: str
+) -> None:
+    pair = make("--fence-timeout", "300ms")
+    agents.write(1, script)
+    frozen(pair, 2)
+    pair.until(1, "cut")
+    error = pair[1].refused("takeover", "vol0")
+    assert error["exit_status"] == 15
+    assert said in error["message"]
+    assert "--fenced" in error["hint"]
+    status = pair[1].status()
+    assert status["partner"]["state"] == "cut"
+    assert said in status["last_error"]["message"]
+    os.kill(pair[2].pid, signal.SIGCONT)
+    for node in (1, 2):
+        pair.until(node, "paired")
+
+
+def test_by_itself_once_a_host_waits(make: Make, agents: Agents) -> None:
+    pair = make("--takeover", "auto")
+    frozen(pair, 2)
+    with pair[1].events() as events, pair[1].host() as host:
+        host.submit(WRITE, 33 * MIB, 4 * KIB, noise(7, 4 * KIB))
+        events.wait("fence-started", plug="node2")
+        events.wait("fenced")
+        events.wait("takeover", proof="fence")
+        assert host.reply().error == 0
+        host.disconnect()
+    assert len(agents.shots()) == 1
+    assert pair.partner(1)["state"] == "alone"
+
+
+def test_two_that_shoot_at_once_leave_one(make: Make, agents: Agents) -> None:
+    """The link is lost, both live, and hosts wait at both: the delay decides."""
+    pair = make("--takeover", "auto", "--partner-timeout", "1s")
+    assert [pair.partner(node)["own_extents"] for node in (1, 2)] == [0, 0]
+    loser = pair[2].pid
+    (pair.folder / "p1").unlink()
+    with pair[1].host() as here, pair[2].host() as there:
+        frozen(pair, 2)
+        pair.until(1, "cut")
+        here.submit(WRITE, 33 * MIB, 4 * KIB, noise(7, 4 * KIB))
+        os.kill(loser, signal.SIGCONT)
+        there.submit(WRITE, 50 * MIB, 4 * KIB, noise(8, 4 * KIB))
+        assert here.reply().error == 0
+        with pytest.raises((ConnectionError, EOFError)):
+            there.reply()
+        here.disconnect()
+    wait_gone(loser)
+    assert agents.shots() == ["action=off plug=node2"]
+    assert pair[1].read(33 * MIB, 4 * KIB) == noise(7, 4 * KIB)
+    pair[1].wait_in_sync()
+    assert pair.equal()
+
+
+def test_a_command_that_is_given_twice_shoots_once(make: Make, agents: Agents) -> None:
+    pair = make()
+    held = pair.folder / "held"
+    os.mkfifo(held)
+    agents.write(1, f"echo shot >> {agents.log}; read -r line < {held}; kill -9 {pair[2].pid}\n")
+    frozen(pair, 2)
+    pair.until(1, "cut")
+    with pair[1].control() as first:
+        first.send("takeover", fenced=False, force=False)
+        pair[1].until(lambda status: status["partner"]["fencing"] == "agent")
+        assert pair[1].refused("takeover", "vol0")["exit_status"] == 12
+        held.write_text("go\n")
+        pair.until(1, "alone")
+    assert agents.shots() == ["shot"]
+
+
+def test_a_host_waits_no_longer_than_it_was_told(make: Make) -> None:
+    pair = make("--cut-patience", "1s")
+    pair[1].dmctl("set", "vol0", "cut-patience=500ms")
+    frozen(pair, 2)
+    pair.until(1, "cut")
+    with pair[1].host() as host:
+        host.submit(WRITE, 33 * MIB, 4 * KIB, noise(7, 4 * KIB))
+        assert host.reply().error == 5  # EIO
+        host.disconnect()
+    assert pair.partner(1)["state"] == "cut"
