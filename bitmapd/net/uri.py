@@ -1,4 +1,5 @@
-"""URIs (pure): of NBD, by doc/uri.md of the NetworkBlockDevice project, and of the partner.
+"""URIs (pure): of NBD, by doc/uri.md of the NetworkBlockDevice project, of the partner, and of the
+receiver of consistent points.
 
     nbd://HOST[:PORT]/EXPORT            nbds://…             TCP, without and with TLS
     nbd+unix:///EXPORT?socket=PATH      nbds+unix:///…       unix socket, likewise
@@ -11,6 +12,10 @@ error: a parameter that was silently ignored could be the one that asked for saf
 The other node of a volume is reached by a shorter kind:
 
     tls://HOST[:PORT]    TCP with TLS              unix:///PATH    a node on the same host
+
+A receiver is a secondary with a name of its own, which the sender says when it connects:
+
+    receiver+tls://HOST[:PORT]/NAME                receiver+unix:///NAME?socket=PATH
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from bitmapd.errors import UsageError
 
 DEFAULT_PORT = 10809  # of NBD
 DEFAULT_PARTNER_PORT = 10820
+DEFAULT_RECEIVER_PORT = 10830
 MAX_STRING_BYTES = 4096  # of an export name, by the NBD protocol
 # sun_path of Linux has 108 bytes, one of which ends the string.
 MAX_SOCKET_PATH_BYTES = 107
@@ -170,6 +176,51 @@ def parse_partner_uri(text: str) -> PartnerUri:
     if parts.path not in ("", "/"):
         fail(f"{parts.path!r} means nothing here")
     return PartnerUri(_host(parts.hostname, fail), _port(port, fail, DEFAULT_PARTNER_PORT))
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverUri:
+    """`peer` is how the receiver is reached, or where it listens; `name` is the receiver's."""
+
+    name: str
+    peer: PartnerUri
+
+    def __str__(self) -> str:
+        name, path = quote(self.name, safe=""), self.peer.socket_path
+        if path is not None:
+            return f"receiver+unix:///{name}?socket={quote(path, safe='/')}"
+        return f"receiver+{self.peer}/{name}"
+
+
+def is_receiver(text: str) -> bool:
+    """Whether a target is a receiver; what is wrong with it else says `parse_receiver_uri`."""
+    return text.lower().startswith("receiver+")
+
+
+def parse_receiver_uri(text: str) -> ReceiverUri:
+    """Raises UsageError that names the URI and what is wrong with it."""
+
+    def fail(reason: str, hint: str | None = None) -> NoReturn:
+        usual = "write receiver+tls://HOST[:PORT]/NAME or receiver+unix:///NAME?socket=/PATH"
+        raise UsageError(f"bad receiver URI {text!r}: {reason}", hint or usual)
+
+    parts, port = _split(text, fail)
+    kinds = ("receiver+tls", "receiver+unix")
+    if parts.scheme not in kinds or not text[len(parts.scheme) :].startswith("://"):
+        fail("it does not begin with receiver+tls:// or receiver+unix://")
+    if "#" in text or "@" in parts.netloc:
+        fail("it has a fragment or a user name")
+    name = _decode(parts.path[1:], "the name", fail)
+    if not name:
+        fail("the receiver's name is missing")
+    unix = parts.scheme == "receiver+unix"
+    values = _parameters(parts.query, False, unix, fail)
+    if not unix:
+        port = _port(port, fail, DEFAULT_RECEIVER_PORT)
+        return ReceiverUri(name, PartnerUri(_host(parts.hostname, fail), port))
+    if parts.netloc:
+        fail(f"a unix socket has no host, but {parts.netloc!r} was given")
+    return ReceiverUri(name, PartnerUri(socket_path=_socket_path(values.get("socket"), fail)))
 
 
 class _Fail(Protocol):
