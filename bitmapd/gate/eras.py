@@ -369,17 +369,18 @@ class Eras:
     def prepare_growth(self, done: Done) -> None:
         """Have the last extent recorded if it is short, so that what a larger volume has in it is
         recorded too.  It stays so until `grow`, or the end of the session."""
-        first = self._geometry.size_bytes // self._geometry.extent_bytes
-        if first == self._geometry.extents:
+        first = self._geometry.short_extent
+        if first is None:
             self._scheduler.call_soon(done, None)
             return
         self._unsettled.keep(first)
         self._record(first, first + 1, done)
 
-    def grow(self, geometry: Geometry) -> None:
-        """The volume is larger from now on; the new part is in the record and is to be copied."""
+    def grow(self, geometry: Geometry, *, mine: bool = True) -> None:
+        """The volume is larger from now on; the new part is in the record and is to be copied.
+        Without `mine` whoever calls says of which part of it that is true (`take_over`)."""
         self._geometry = geometry
-        self._unsettled.grow(geometry, self._scheduler.time())
+        self._unsettled.grow(geometry, self._scheduler.time(), mine=mine)
 
     # -- figures --------------------------------------------------------------------------
     def dirty_blocks(self) -> int:

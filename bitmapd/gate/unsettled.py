@@ -196,12 +196,13 @@ class Unsettled:
         """It counts as unsettled until `grow`; only the last one of a volume is ever kept."""
         self._kept = extent
 
-    def grow(self, geometry: Geometry, now_s: float) -> None:
-        """The volume is larger from now on, and its new part is to be copied."""
+    def grow(self, geometry: Geometry, now_s: float, *, mine: bool) -> None:
+        """The volume is larger from now on; with `mine` its new part is to be copied."""
         self._kept = -1
         first = self._geometry.size_bytes // geometry.block_bytes
         self._geometry = geometry
-        self.current_era.mark(first, geometry.blocks, now_s)
+        if mine:
+            self.current_era.mark(first, geometry.blocks, now_s)
 
     # -- between nodes ----------------------------------------------------------------------
     def give(self, extents: Iterable[int]) -> BlockSet:

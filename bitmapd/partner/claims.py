@@ -97,6 +97,13 @@ class Claims:
         # Every read of a host asks, and a member of an enum takes long to be looked up.
         self._knows = stance not in (Stance.NOTHING, Stance.FROZEN)
 
+    def grow(self, geometry: Geometry) -> None:
+        """The volume is larger from now on; what has come is nobody's yet."""
+        more = zeros(geometry.extents - self.geometry.extents)
+        self.geometry = geometry
+        for bits in (self.own, self.held, self.other, self.owed):
+            bits.extend(more)
+
     def gain(self, runs: Iterable[Run]) -> None:
         """These are ours from now on."""
         for first, stop in runs:

@@ -74,7 +74,7 @@ def check(mine: Hello, theirs: Hello) -> None:
         ("volume name", mine.name, theirs.name),
         ("extent size", mine.extent_bytes, theirs.extent_bytes),
         ("block size", mine.block_bytes, theirs.block_bytes),
-        ("volume size", mine.size_bytes, theirs.size_bytes),
+        *((("volume size", mine.size_bytes, theirs.size_bytes),) if nil else ()),
         ("primary", mine.primary, theirs.primary),
         ("secondary", mine.secondary, theirs.secondary),
     ):

@@ -41,6 +41,7 @@ from bitmapd.partner import messages
 from bitmapd.partner.exchange import Exchange
 from bitmapd.partner.extents import runs_of
 from bitmapd.partner.greeting import Standing, check, standing
+from bitmapd.partner.growth import Growth
 from bitmapd.partner.handover import Handover, Hosts, Outcome
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
 from bitmapd.partner.rights import Rights
@@ -87,6 +88,7 @@ class Node:
         self._held_off = False  # the other is being fenced
         self._left: Callable[[bool], None] | None = None
         self._handover = Handover(rights, scheduler, self.say)
+        self.growth = Growth(rights, scheduler, self)
 
     # -- how it begins ------------------------------------------------------------------------
     def start(self) -> None:
@@ -168,6 +170,7 @@ class Node:
     def _lose(self) -> None:
         had_said_ready = self.phase is Phase.READY and self._exchange.has_said_ready
         self._handover.lost()
+        self.growth.lost()
         self._phase(Phase.CLOSED)
         if self._left is not None:
             left, self._left = self._left, None
@@ -229,6 +232,10 @@ class Node:
             return
         if found is Standing.AHEAD and not other_fresh:
             raise PeerError(ErrorCode.OLD_TERM, f"term {theirs.term} is over: it is {mine.term}")
+        if theirs.size_bytes > mine.size_bytes:
+            raise self.growth.catch_up(theirs.size_bytes)
+        if theirs.size_bytes < mine.size_bytes:
+            return  # it ends this connection, and comes back when it has grown
         if other_fresh and self._known and self.state is not State.ALONE:
             self._absorb()
         self.rights.most_requests = theirs.most_requests
@@ -246,6 +253,11 @@ class Node:
         """These were the other's, or may have been, and are ours."""
         self.absorbed_extents += taken.count()
         self._around.other_died(runs_of(taken))
+
+    def end(self) -> None:
+        """End the connection, if there is one; another may come."""
+        if self._wire is not None:
+            self._hang_up(None)
 
     def say(self, message: Message) -> None:
         if self._wire is not None:
@@ -449,6 +461,8 @@ _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = 
     (Phase.UP, messages.Status): _to_rights(Rights.status),
     (Phase.UP, messages.Take): Node._take_asked,
     (Phase.UP, messages.Taken): lambda node, message, _: node._handover.taken(message),
+    (Phase.UP, messages.Resize): lambda node, message, _: node.growth.asked(message),
+    (Phase.UP, messages.Resized): lambda node, message, _: node.growth.answered(message),
     (Phase.UP, messages.Bye): Node._bye,
     **{(phase, messages.Bye): Node._closed for phase in (Phase.HELLO, Phase.RECORDS, Phase.READY)},
     **{(phase, messages.Error): Node._error for phase in Phase},

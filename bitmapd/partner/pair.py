@@ -28,6 +28,7 @@ from bitarray import bitarray
 from bitmapd import __version__
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.partner.codec import Decoder, encode
+from bitmapd.partner.extents import zeros
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, VERSION
@@ -166,6 +167,19 @@ class Pair:
     def set(self, fence: FenceSettings, cut_patience_s: float | None) -> None:
         """What may change while it runs."""
         self.fence.settings, self.rights.cut_patience_s = fence, cut_patience_s
+
+    def grow(self, geometry: Geometry) -> None:
+        """The volume is larger from now on.  A process that has met nobody has not written in what
+        has come, but the extent of the old end counts as recorded."""
+        if (short := self._geometry.short_extent) is not None:
+            self._at_start[short] = True
+        self._at_start.extend(zeros(geometry.extents - self._geometry.extents))
+        self._geometry = geometry
+        if self._wire is not None and self._wire.decoder.extents:
+            self._bound(self._wire.decoder)
+
+    def _bound(self, decoder: Decoder) -> None:
+        decoder.extents, decoder.blocks = self._geometry.extents, self._geometry.blocks
 
     def close(self) -> None:
         self.fence.close()
@@ -363,8 +377,7 @@ class Pair:
             elif message is not None:
                 self.node.received(message, frame.sequence)
             if isinstance(message, Hello) and self.node.phase is Phase.RECORDS:
-                wire.decoder.extents = self._geometry.extents
-                wire.decoder.blocks = self._geometry.blocks
+                self._bound(wire.decoder)
                 connection.link.greeted(message.timeout_ms / 1000)
                 self.send_ping()
             if self._wire is not wire:

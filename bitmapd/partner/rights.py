@@ -28,6 +28,7 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from bitarray import bitarray
 
@@ -218,6 +219,43 @@ class Rights:
         if self.stance in (Stance.UP, Stance.FROZEN):
             self._outbox.free(extent for extent in gone if not self.own[extent])
         self._look_whether_given()
+
+    # -- growing --------------------------------------------------------------------------------
+    @property
+    def size_bytes(self) -> int:
+        return self._claims.geometry.size_bytes
+
+    @property
+    def short_extent(self) -> int | None:
+        """The extent in which the volume ends, if it does not end with it."""
+        return self._claims.geometry.short_extent
+
+    def reserve(self, extent: int) -> bool:
+        """Keep it here until `release`; false if it is not ours, or is being given."""
+        if not self.held[extent]:
+            return False
+        self._wants.reserved[extent] = self._wants.reserved.get(extent, 0) + 1
+        return True
+
+    def grow(self, size_bytes: int, *, mine: bool) -> None:
+        """The volume is larger from now on; the gate and the stored record are already.  What has
+        come belongs to this node, dirty, if it is `mine` or there is nobody else; else it counts as
+        the other's.  So does the extent of the old end, unless it is ours; of a process that has
+        met nobody the stored record says that (`Surroundings.stored`)."""
+        claims, old, short = self._claims, self._claims.geometry, self.short_extent
+        claims.grow(replace(old, size_bytes=size_bytes))
+        first, stop = old.extents if short is None else short, claims.geometry.extents
+        if self.stance is Stance.NOTHING:
+            self._home.forget(((old.extents, stop),))
+        elif mine or self.stance is Stance.ALONE:
+            claims.gain([(first, stop)])
+            self._home.keep(((first, stop),))
+        else:
+            self._home.keep(claims.know(((first, stop),), self.other))
+        ours = tuple((first + start, first + end) for start, end in runs_of(self.own[first:]))
+        new = old.size_bytes // old.block_bytes  # the first block that has something new
+        dirt = tuple((max(start, new), end) for start, end in claims.blocks(ours))
+        self._home.take_over(dirt, ())
 
     def tick(self) -> None:
         """Once a second: what the other has asked about is dropped once it is clean, and who has

@@ -57,6 +57,11 @@ class Geometry:
         return -(-self.size_bytes // self.block_bytes)
 
     @property
+    def short_extent(self) -> int | None:
+        """The extent in which the volume ends, unless it ends with that."""
+        return None if self.size_bytes % self.extent_bytes == 0 else self.extents - 1
+
+    @property
     def blocks_per_extent(self) -> int:
         return self.extent_bytes // self.block_bytes
 

@@ -14,11 +14,14 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from bitmapd.attach.dm_mode import DmMode
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, UnreachableError
 from bitmapd.partner.node import Proof, State
 from bitmapd.partner.pair import Pair
+from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import Parts
+from bitmapd.volume.growing import PairGrowth
 from bitmapd.volume.hosts import VolumeHosts
 from bitmapd.volume.pairing import fence_settings, state_of_pair
 
@@ -39,6 +42,12 @@ class Served(Protocol):
     @property
     def state(self) -> str: ...
 
+    def grown(self, geometry: Geometry) -> None:
+        """The parts have taken up a larger size."""
+
+    @property
+    def geometry(self) -> Geometry: ...
+
     async def begin(self) -> None:
         """Copy, and let hosts in, unless that needs a takeover."""
 
@@ -55,6 +64,9 @@ class Paired:
         self._volume = volume
         self._hosts: VolumeHosts | None = None
         self._entering: asyncio.Task[None] | None = None
+        self._growing = PairGrowth(parts, pair, volume)
+        if not isinstance(parts.mode, DmMode):
+            pair.node.growth.media = self._growing
 
     # -- start and stop -----------------------------------------------------------------------
     async def start(self) -> None:
@@ -81,6 +93,10 @@ class Paired:
         if self._entering is not None:
             await asyncio.wait([self._entering])
 
+    async def end(self) -> None:
+        """Return when nothing of it writes the record any more."""
+        await self._growing.end()
+
     def begun(self, *, are_served: bool) -> None:
         """The volume works, and hosts have been let in or not."""
         parts = self._parts
@@ -98,7 +114,7 @@ class Paired:
     async def _compare_everything(self) -> None:
         """Nobody knows what the partner has written: every place may differ."""
         parts = self._parts
-        everything = (0, parts.session.superblock.geometry.extents)
+        everything = (0, self._volume.geometry.extents)
         recorded, error = asyncio.Event(), None
 
         def added(failed: OSError | None) -> None:
@@ -141,6 +157,19 @@ class Paired:
 
     async def reached(self, state: State) -> None:
         await self._volume.until(lambda: self.pair.state is state)
+
+    async def resize(self, size_bytes: int) -> None:
+        """Have both nodes take up that size."""
+        grown: asyncio.Future[None] = self._parts.loop.create_future()
+
+        def over(error: BitmapdError | None) -> None:
+            if error is None:
+                grown.set_result(None)
+            else:
+                grown.set_exception(error)
+
+        self.pair.node.growth.begin(size_bytes, over)
+        await grown
 
     async def take_over(self, fenced: bool, force: bool, *, beside: bool = False) -> dict[str, Any]:
         """Let hosts in here.  A partner that is there stops its hosts and gives everything, with

@@ -24,18 +24,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import NoSpaceError, WrongStateError
-from bitmapd.gate.gate import Gate
-from bitmapd.media.base import Target
+from bitmapd.media.base import Done, Target
 from bitmapd.media.identity import identify
 from bitmapd.media.waiting import Aside, completion
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import PageState, Verdict, page_count, record_size_bytes
-from bitmapd.record.store import RecordStore
 from bitmapd.volume.secondary import present_size
 
 if TYPE_CHECKING:
@@ -112,12 +111,12 @@ def new_page_states(old: Geometry, new: Geometry) -> list[PageState]:
 
 
 async def prepare_growth(
-    session: RecordSession, store: RecordStore, gate: Gate, geometry: Geometry, aside: Aside
+    parts: Parts, geometry: Geometry, record_end: Callable[[Done], None] | None = None
 ) -> None:
-    """Steps 1 to 3 of the module docstring."""
-    await aside(session.prepare_growth, geometry)
-    await completion(gate.prepare_growth)
-    await completion(partial(store.prepare_growth, geometry))
+    """Steps 1 to 3 of the module docstring; `record_end` in the place of step 2."""
+    await parts.aside(parts.session.prepare_growth, geometry)
+    await completion(record_end or parts.gate.prepare_growth)
+    await completion(partial(parts.store.prepare_growth, geometry))
 
 
 async def commit_growth(session: RecordSession, geometry: Geometry, aside: Aside) -> None:
@@ -130,12 +129,17 @@ async def commit_growth(session: RecordSession, geometry: Geometry, aside: Aside
     )
 
 
-async def grow(parts: Parts, geometry: Geometry) -> None:
-    """All steps; what the volume itself has of its size is its own."""
-    old = parts.session.superblock.geometry
+async def enlarge(
+    parts: Parts, geometry: Geometry, record_end: Callable[[Done], None] | None = None
+) -> None:
+    """Steps 1 to 4."""
     await parts.primary.present_size_bytes()
-    await prepare_growth(parts.session, parts.store, parts.gate, geometry, parts.aside)
+    await prepare_growth(parts, geometry, record_end)
     await commit_growth(parts.session, geometry, parts.aside)
+
+
+def take_up(parts: Parts, old: Geometry, geometry: Geometry, *, mine: bool = True) -> None:
+    """Step 5; what the volume itself has of its size is its own."""
     parts.store.grow(geometry, new_page_states(old, geometry))
     parts.copier.grow(geometry)
-    parts.gate.grow(geometry)
+    parts.gate.grow(geometry, mine=mine)

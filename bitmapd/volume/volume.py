@@ -44,9 +44,10 @@ from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
 from bitmapd.volume.paired import Paired
 from bitmapd.volume.resize import (
     commit_growth,
-    grow,
+    enlarge,
     prepare_growth,
     present_geometry,
+    take_up,
 )
 from bitmapd.volume.secondary import leave_at_once
 from bitmapd.volume.status import describe, state_of
@@ -236,6 +237,8 @@ class Volume:
         return {"clean": False, "record_extents": extents, "paused": paused}
 
     async def _end_copying(self) -> None:
+        if self._paired is not None:
+            await self._paired.end()
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         await stopped.wait()
@@ -381,27 +384,29 @@ class Volume:
 
         If this volume is `left` afterwards, another `Volume` has to be started in its place.
         """
-        if self._paired is not None:
-            raise WrongStateError(
-                f"volume '{self.config.name}' is one of a pair, which this version cannot resize"
-            )
         geometry = await present_geometry(
             self.config, self.geometry, self._parts.secondary, self._loop
         )
         if geometry is None:
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
-        if isinstance(self._parts.mode, DmMode):
+        if self._paired is not None:
+            await self._paired.resize(geometry.size_bytes)
+        elif isinstance(self._parts.mode, DmMode):
             await self._leave(self._parts.mode, geometry)
         else:
             await self._grow(geometry)
         return {"size_bytes": geometry.size_bytes, "changed": True}
 
     async def _grow(self, geometry: Geometry) -> None:
-        parts = self._parts
-        await grow(parts, geometry)
+        await enlarge(self._parts, geometry)
+        take_up(self._parts, self.geometry, geometry)
+        self.grown(geometry)
+
+    def grown(self, geometry: Geometry) -> None:
+        """The parts have taken up a larger size."""
         self.geometry = geometry
         self._exchange_policy(self.config.predictor)
-        if not isinstance(parts.secondary, KernelDevice):
+        if not isinstance(self._parts.secondary, KernelDevice):
             # A server tells its size when a connection begins.
             self.copier.reconnect()
         self.emit("resized", size_bytes=geometry.size_bytes)
@@ -412,7 +417,7 @@ class Volume:
         Up to the end of the server an error leaves everything as it was.
         """
         parts = self._parts
-        await prepare_growth(parts.session, parts.store, self.gate, geometry, parts.aside)
+        await prepare_growth(parts, geometry)
         await mode.close_direct(self._end_eras)
         if self._verifying is not None:
             self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")

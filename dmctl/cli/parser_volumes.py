@@ -152,6 +152,8 @@ def add_volumes(commands: Commands) -> None:
         "resize",
         "copying:resize",
         "take up a new size of primary and secondary, while running",
+        "Of two appliances either node takes the command, and both grow, or neither. If it was cut"
+        " off, give it again.",
     )
     add_name(resize)
     plan = add_command(

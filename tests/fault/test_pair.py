@@ -55,6 +55,16 @@ def paused(pair: Pair) -> None:
         pair[node].dmctl("pause", "vol0")
 
 
+def enlarged(pair: Pair, size_bytes: int) -> None:
+    """Both media have so many bytes, and differ in what is new."""
+    old = pair.primary.stat().st_size
+    for path in (pair.primary, pair.secondary):
+        os.truncate(path, size_bytes)
+    with pair.primary.open("r+b") as file:
+        file.seek(old)
+        file.write(noise(9, size_bytes - old))
+
+
 # -- together ---------------------------------------------------------------------------------
 
 
@@ -455,3 +465,58 @@ def test_forced_a_planned_takeover_cuts_hosts_off(pair: Pair) -> None:
         pair[2].dmctl("takeover", "vol0", "--force")
         with pytest.raises(ConnectionError):
             host.call(1, 0, 4 * KIB, noise(1, 4 * KIB))
+
+
+# -- a larger size ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_both_take_up_a_larger_size(short_path: Path, first: int) -> None:
+    with Pair(short_path, 64 * MIB - 64 * KIB) as pair:
+        pair.create()
+        pair.start()
+        pair[first].wait_in_sync()
+        size = 70 * MIB + 64 * KIB
+        enlarged(pair, size)
+        answer = json.loads(pair[first].dmctl("--json", "resize", "vol0"))
+        assert answer["changed"]
+        assert [pair[node].status()["size_bytes"] for node in (1, 2)] == [size, size]
+        data = noise(1, MIB)
+        pair[3 - first].write(size - MIB, data)
+        assert pair[first].read(size - MIB, MIB) == data
+        for node in (1, 2):
+            pair[node].wait_in_sync()
+        assert pair.equal()
+        assert not json.loads(pair[3 - first].dmctl("--json", "resize", "vol0"))["changed"]
+
+
+def test_a_partner_that_was_away_grows_when_it_comes_back(pair: Pair) -> None:
+    pair.start()
+    pair[2].dmctl("stop", "vol0")
+    pair.until(1, "alone")
+    enlarged(pair, 72 * MIB)
+    pair[1].dmctl("resize", "vol0")
+    pair[1].wait_in_sync()
+    pair[2].start()
+    pair.until(2, "paired")
+    assert pair[2].status()["size_bytes"] == 72 * MIB
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    assert pair.equal()
+
+
+def test_a_size_that_only_one_node_sees_changes_nothing(pair: Pair) -> None:
+    pair.start()
+    os.truncate(pair.primary, 72 * MIB)
+    assert pair[1].refused("resize", "vol0")["code"] == "no-space"  # on the secondary
+    os.truncate(pair.secondary, 72 * MIB)
+    pair[2].kill()
+    pair.until(1, "cut")
+    assert "both nodes have to grow" in pair[1].refused("resize", "vol0")["message"]
+    pair[2].start()
+    pair.until(1, "paired")
+    assert [pair[node].status()["size_bytes"] for node in (1, 2)] == [64 * MIB, 64 * MIB]
+    pair[1].dmctl("resize", "vol0")
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+    assert pair[2].status()["size_bytes"] == 72 * MIB

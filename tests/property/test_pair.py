@@ -26,7 +26,8 @@ TROUBLES = {
     "stops": ("cut", "stop"),
     "planned": ("cut", "take"),
     "errors": ("cut", "errors", "hand-over"),
-    "everything": ("cut", "crash", "takeover", "hand-over", "stop", "take", "errors"),
+    "growth": ("cut", "resize", "crash"),
+    "everything": (*("cut", "crash", "takeover", "hand-over", "stop", "take", "errors", "resize"),),
 }
 
 

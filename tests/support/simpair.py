@@ -25,28 +25,32 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from bitarray import bitarray
 
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
-from bitmapd.errors import BusyError
+from bitmapd.errors import BitmapdError, BusyError, UnreachableError
 from bitmapd.gate.gate import Gate
+from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.partner import codec
-from bitmapd.partner.extents import zeros
+from bitmapd.partner.extents import each, runs_of, zeros
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED
+from bitmapd.partner.growth import Answer
 from bitmapd.partner.holder import Hands, PairRecord
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer import frames
 from bitmapd.peer.frames import PeerError
+from bitmapd.record import layout
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from tests.support.policies import MischievousPolicy
-from tests.support.records import VOLUME, blank_image, load_image
+from tests.support.records import VOLUME, blank_image, load_image, superblock
 from tests.support.sim import LATE_S, SECTOR, SimDisk, SimLoop, SimOp
 
 BLOCK = 4096
@@ -55,6 +59,7 @@ EXTENT = PER_EXTENT * BLOCK
 EXTENTS = 5
 SIZE = EXTENTS * EXTENT - BLOCK
 GEOMETRY = Geometry(SIZE, EXTENT, BLOCK)
+LARGEST = 9 * EXTENT  # that a volume grows to
 
 
 class Shared:
@@ -166,17 +171,19 @@ class Side:
         self.secondary = Path("secondary", world.secondary, lambda offset, data: None)
         self.secondary.writes_late = "errors" in world.troubles
         loaded = load_image(self.record_image)
+        self.geometry = geometry = loaded.superblock.geometry
+        self.durable_blocks = geometry.blocks  # of the size that is in the superblock
         self.at_start = loaded.bits.copy()
-        self.store = RecordStore(GEOMETRY, loaded, self.record, self.loop, lambda *a, **k: None)
+        self.store = RecordStore(geometry, loaded, self.record, self.loop, lambda *a, **k: None)
         hands = Hands(self.store, self._send)
-        self.rights = Rights(GEOMETRY, self.number, self.loop, hands)
+        self.rights = Rights(geometry, self.number, self.loop, hands)
         self.rights.cut_patience_s = 2.0 if world.impatient else None
         self.pair_record = PairRecord(self.store, self.rights)
         self.gate = Gate(
-            GEOMETRY,
+            geometry,
             self.primary,
             self.pair_record,
-            MischievousPolicy(EXTENTS, world.rng),
+            MischievousPolicy(geometry.extents, world.rng),
             self.loop,
             limit_extents=3,
             asks=self.rights,
@@ -184,7 +191,7 @@ class Side:
             owns=self.rights.owns,
         )
         self.copier = Copier(
-            GEOMETRY,
+            geometry,
             self.gate,
             self.primary,
             self.secondary,
@@ -200,10 +207,11 @@ class Side:
         )
         hands.attach(self.gate, self.copier, self.rights)
         self.end: End | None = None
-        self.superblocks: list[tuple[Lasting, Callable[[OSError | None], None]]] = []
+        self.superblocks: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
         self.events: list[tuple[str, dict[str, object]]] = []
         self.node = Node(self.number, self.lasting, self.rights, self.loop, _Around(self))
         self.node.serve(self)
+        self.node.growth.media = _Media(self)
         self.leaving = self.gone = False
         self.stopping: Callable[[str | None], None] | None = None  # hosts, for a planned takeover
         self.stopped = False
@@ -219,12 +227,13 @@ class Side:
         world = self.world
         self.alive = False
         for path in (self.primary, self.secondary):
-            self.ghosts += [(path, op) for op in path.to_come]
+            if not self.shut_out:  # else the storage refuses them
+                self.ghosts += [(path, op) for op in path.to_come]
             path.pending, path.ghosts = [], []
-        self.record_image = self.record.crash(world.rng)
-        for lasting, _ in self.superblocks[:1]:
+        for write, _ in self.superblocks[:1]:
             if world.rng.random() < 0.5:
-                self.lasting = lasting
+                write()
+        self.record_image = self.record.crash(world.rng)
         world.answers_lost(self)
         if self.end is not None:
             self.end.closed = True
@@ -257,13 +266,30 @@ class Side:
             volume=NIL, node=self.number, lowest=1, highest=1, role=Role.PAIR, flags=HelloFlag(0),
             required=REQUIRED, offered=OFFERED, term=0,
             incarnation=self.number * 1000 + self.incarnations, session=self.session,
-            boot=b"\7" * 16, generations=(NIL,) * 4, size_bytes=SIZE, extent_bytes=EXTENT,
-            block_bytes=BLOCK, last_paired=0, machine=bytes([self.number]) * 16, timeout_ms=2000,
+            boot=b"\7" * 16, generations=(NIL,) * 4, size_bytes=self.geometry.size_bytes,
+            extent_bytes=EXTENT, block_bytes=BLOCK, last_paired=0,
+            machine=bytes([self.number]) * 16, timeout_ms=2000,
             most_requests=MOST_REQUESTS, name="vol0", primary="p", secondary="s", program="sim",
         )  # fmt: skip
 
     def known(self) -> bitarray:
         return self.rights.own | self.rights.other | self.rights.owed
+
+    def names(self, block: int) -> bool:
+        """Whether its records in memory do; what lies beyond its size counts as the other's."""
+        extent = block // PER_EXTENT
+        return block >= self.geometry.blocks or bool(self.known()[extent])
+
+    def unnamed(self, blocks: set[int]) -> set[int]:
+        """Those that its stored record does not name; what lies beyond its size will be new."""
+        bits = self.store._durable if self.alive else load_image(self.record_image).bits
+        return {
+            block
+            for block in blocks
+            if block < self.durable_blocks
+            and block // PER_EXTENT < len(bits)
+            and not bits[block // PER_EXTENT]
+        }
 
     @property
     def takes_hosts(self) -> bool:
@@ -287,7 +313,12 @@ class _Around:
         self._side = side
 
     def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
-        self._side.superblocks.append((lasting, done))
+        side = self._side
+
+        def write() -> None:
+            side.lasting = lasting
+
+        side.superblocks.append((write, done))
 
     def new_generation(self) -> bytes:
         return self._side.world.rng.randbytes(16)
@@ -308,18 +339,75 @@ class _Around:
         self._side.events.append((event, fields))
 
 
+class _Media:
+    """`growth.Media` of a side; everything fits on one page of the record."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+
+    def look(self, size_bytes: int, answer: Answer) -> None:
+        fits = size_bytes <= self._side.world.size_bytes
+        self._side.loop.call_soon(answer, None if fits else "too small")
+
+    def record_end(self, done: Done) -> None:
+        self._side.gate.prepare_growth(done)
+
+    def enlarge(self, size_bytes: int, answer: Answer) -> None:
+        side, geometry = self._side, replace(self._side.geometry, size_bytes=size_bytes)
+
+        def stored(error: OSError | None) -> None:
+            if error is not None:
+                answer(str(error))
+            else:
+                side.store.prepare_growth(geometry, prepared)
+
+        def prepared(error: OSError | None) -> None:
+            if error is not None:
+                answer(str(error))
+            else:
+                side.superblocks.append((write, lambda _: answer(None)))
+
+        def write() -> None:
+            raw = layout.encode_superblock(replace(superblock(GEOMETRY), geometry=geometry))
+            for offset in layout.SUPERBLOCK_OFFSETS:
+                side.record.carry_out(offset, raw, fua=True)
+            side.durable_blocks = geometry.blocks
+
+        short = side.geometry.short_extent
+        if short is None or not side.store.add([(short, short + 1)], (), stored):
+            side.loop.call_soon(stored, None)
+
+    def grow(self, size_bytes: int) -> None:
+        side, old = self._side, self._side.geometry
+        side.geometry = geometry = replace(old, size_bytes=size_bytes)
+        side.store.grow(geometry, ())
+        side.copier.grow(geometry)
+        side.gate.grow(geometry, mine=False)
+        side.gate.set_policy(MischievousPolicy(geometry.extents, side.world.rng))
+        if old.short_extent is not None:
+            side.at_start[old.short_extent] = True
+        side.at_start.extend(zeros(geometry.extents - old.extents))
+
+
 class World:
     """See the module docstring.  `troubles` are the names of what may go wrong."""
 
     def __init__(self, seed: int, troubles: frozenset[str]) -> None:
         self.rng = Random(seed)
         self.troubles = troubles
-        self.primary, self.secondary = Shared(SIZE), Shared(SIZE)
+        self.primary, self.secondary = Shared(LARGEST), Shared(LARGEST)
+        for shared, old in ((self.primary, b"\xaa"), (self.secondary, b"\xbb")):
+            for content in (shared.durable, shared.visible):
+                content[SIZE:] = old * (LARGEST - SIZE)  # what is there before the volume grows
+        self.size_bytes = SIZE  # of the media
+        self.healing = False
         self.connection: Connection | None = None
         self._serial = 0
         self._landings = 0
-        self._number: list[dict[bytes, int]] = [{bytes(8): 0} for _ in range(SIZE // SECTOR)]
-        self._floor = [0] * (SIZE // SECTOR)  # what every later read has to show at least
+        self._number: list[dict[bytes, int]] = [
+            {bytes(8): 0, b"\xaa" * 8: 0} for _ in range(LARGEST // SECTOR)
+        ]
+        self._floor = [0] * (LARGEST // SECTOR)  # what every later read has to show at least
         self._stalls: dict[tuple[int, str], bool] = {}  # what does not move for a while
         self._stalls_end = self.rng.choice((0.01, 0.003))
         self.impatient = self.rng.random() < 0.3  # hosts' requests do not wait for ever in a cut
@@ -343,8 +431,9 @@ class World:
         side.requests = 0
 
     def host(self, side: Side) -> None:
-        first = self.rng.randrange(SIZE // SECTOR)
-        length = min(self.rng.choice((1, 4, 8, 16, 24)) * SECTOR, SIZE - first * SECTOR)
+        size_bytes = side.gate.size_bytes
+        first = self.rng.randrange(size_bytes // SECTOR)
+        length = min(self.rng.choice((1, 4, 8, 16, 24)) * SECTOR, size_bytes - first * SECTOR)
         kind = self.rng.choice(("write",) * 6 + ("read",) * 4 + ("zero", "trim", "flush"))
         sectors = range(first, first + length // SECTOR)
         incarnation = side.incarnations
@@ -521,8 +610,8 @@ class World:
     def superblock(self, side: Side) -> bool:
         if not side.alive or not side.superblocks:
             return False
-        lasting, done = side.superblocks.pop(0)
-        side.lasting = lasting
+        write, done = side.superblocks.pop(0)
+        write()
         done(None)
         side.loop.run_soon()
         return True
@@ -546,7 +635,8 @@ class World:
                     side.node.received(message, frame.sequence)
                 if side.node.phase is not Phase.HELLO:
                     end.reader.limit_bytes = frames.MAX_PAYLOAD_BYTES
-                    end.decoder.extents, end.decoder.blocks = EXTENTS, GEOMETRY.blocks
+                    end.decoder.extents = side.geometry.extents
+                    end.decoder.blocks = side.geometry.blocks
         side.loop.run_soon()
         return True
 
@@ -624,9 +714,34 @@ class World:
             elif side.takes_hosts and self.rng.random() < 0.3:
                 side.leaving = True
         elif what == "hand-over" and side.alive and side.node.serves:
-            own = [e for e in range(EXTENTS) if side.rights.own[e]]
+            own = [e for e in range(side.geometry.extents) if side.rights.own[e]]
             if own:
                 side.rights.hand_over([self.rng.choice(own)])
+        elif what == "resize":
+            self.resize(side)
+
+    def resize(self, side: Side) -> None:
+        """The media have grown, or had grown before; `dmctl resize` at this side."""
+        if not self.healing and self.size_bytes == side.geometry.size_bytes:
+            more = self.rng.choice((1, 2, 3)) * BLOCK
+            self.size_bytes = min(self.size_bytes + more, LARGEST)
+        size_bytes = self.size_bytes
+        if not side.takes_hosts or size_bytes <= side.geometry.size_bytes:
+            return
+        incarnation = side.incarnations
+
+        def over(error: BitmapdError | None) -> None:
+            self.log.append(f"{side.number}: has grown, {error!r}")
+            same = side.alive and side.incarnations == incarnation
+            if error is None and same and side.geometry.size_bytes < size_bytes:
+                raise AssertionError("the command ended and the volume has not grown")
+
+        self.log.append(f"{side.number}: grows to {size_bytes // BLOCK} blocks")
+        try:
+            side.node.growth.begin(size_bytes, over)
+        except (BusyError, UnreachableError):
+            return
+        side.loop.run_soon()
 
     def error(self, side: Side) -> None:
         """Something that is this side's fails, and comes back."""
@@ -678,29 +793,31 @@ class World:
     def check(self) -> None:
         one, two = self.sides
         live = [side for side in self.sides if side.knows]
-        if one.counts and two.counts and (one.rights.own & two.rights.own).any():
-            raise AssertionError("both own the same extent")
+        if one.counts and two.counts:
+            both = min(one.geometry.extents, two.geometry.extents)
+            if (one.rights.own[:both] & two.rights.own[:both]).any():
+                raise AssertionError("both own the same extent")
         for side, other in ((one, two), (two, one)):
             if side.counts and other.knows:
-                unknown = side.rights.own & ~(other.rights.other | other.rights.owed)
-                if unknown.any():
+                unknown = [
+                    e
+                    for e in each(runs_of(side.rights.own))
+                    if e < other.geometry.extents
+                    and not (other.rights.other[e] or other.rights.owed[e])
+                ]
+                if unknown:
                     raise AssertionError(f"node {other.number} does not know of {unknown}")
         flying = [self._flying(side) for side in self.sides]
         if flying[0] & flying[1]:
             raise AssertionError("writes of both nodes to the same block are on their way")
-        may_differ = zeros(EXTENTS)
-        for block in flying[0] | flying[1] | self._different():
-            may_differ[block // PER_EXTENT] = True
+        may_differ = flying[0] | flying[1] | self._different()
         for side in live:
-            if (may_differ & ~side.known()).any():
-                raise AssertionError(
-                    f"node {side.number} does not name {may_differ}: {side.known()}"
-                )
-        stored = zeros(EXTENTS)
-        for side in self.sides:
-            stored |= side.store._durable if side.alive else load_image(side.record_image).bits
-        if (may_differ & ~stored).any():
-            raise AssertionError(f"no stored record names all of {may_differ}: {stored}")
+            for block in may_differ:
+                if not side.names(block):
+                    raise AssertionError(f"node {side.number} does not name block {block}")
+        unnamed = one.unnamed(may_differ) & two.unnamed(may_differ)
+        if unnamed:
+            raise AssertionError(f"no stored record names blocks {unnamed}")
         for side in self.sides:
             if side.alive:
                 self._check_side(side)
@@ -719,8 +836,9 @@ class World:
 
     def _different(self) -> set[int]:
         found = set()
-        for block in range(GEOMETRY.blocks):
-            at, length = GEOMETRY.block_bytes_range(block, block + 1)
+        largest = max((side.geometry for side in self.sides), key=lambda one: one.size_bytes)
+        for block in range(largest.blocks):
+            at, length = largest.block_bytes_range(block, block + 1)
             here = self.primary.visible[at : at + length]
             if (
                 here != self.secondary.durable[at : at + length]
@@ -755,14 +873,15 @@ class World:
             for one in self.sides:
                 one.alarmed = True
         gate = side.gate
-        for extent in range(EXTENTS):
-            first, stop = GEOMETRY.extent_blocks(extent, extent + 1)
+        for extent in range(side.geometry.extents):
+            first, stop = side.geometry.extent_blocks(extent, extent + 1)
             if gate.is_dirty(first, stop) and not rights.own[extent]:
                 raise AssertionError(f"extent {extent} is dirty and not ours")
 
     # -- the end ------------------------------------------------------------------------------
     def heal(self) -> None:
         """Nothing goes wrong any more: everything has to come to rest."""
+        self.healing = True
         for _ in range(400):
             for side in self.sides:
                 stopped = side.alive and side.node.state in (State.OUTDATED, State.SPLIT_BRAIN)
@@ -786,6 +905,7 @@ class World:
                 for path in (side.record, side.primary, side.secondary):
                     path.fail_next = {}
                 side.go_on()
+                side.leaving = False
                 side.loop.advance(1.1)
                 side.gate.policy.generous = False
                 side.gate.tick()
@@ -793,12 +913,15 @@ class World:
             self.check()
             if self.at_rest:
                 return
+            if all(side.node.state is State.PAIRED for side in self.sides):
+                self.resize(self.rng.choice(self.sides))  # what has come to nothing is done again
         raise AssertionError(f"it does not come to rest: {self.state()}")
 
     @property
     def at_rest(self) -> bool:
         return (
             all(side.node.state is State.PAIRED for side in self.sides)
+            and all(side.geometry.size_bytes == self.size_bytes for side in self.sides)
             and not any(side.requests or side.rights.own.any() for side in self.sides)
             and not any(side.rights.other.any() or side.rights.owed.any() for side in self.sides)
             and not self._different()
@@ -812,7 +935,7 @@ class World:
             f" requests {side.requests} waiting {side.rights.waiting}"
             f" dirty {side.gate.dirty_blocks()} held {side.rights.held.to01()}"
             f" covered {list(side.pair_record.covered_runs())}"
-            f" clean {[e for e in range(EXTENTS) if side.gate.is_clean(e)]}"
+            f" clean {[e for e in range(side.geometry.extents) if side.gate.is_clean(e)]}"
             f" unfree {side.rights._giving.unfree} embargo {side.gate._unsettled._embargoed}"
             for side in self.sides
             if side.alive

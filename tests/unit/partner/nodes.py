@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from bitarray import bitarray
 
@@ -14,7 +15,7 @@ from bitmapd.partner.rights import Rights
 from bitmapd.peer.frames import PeerError
 from tests.support.sim import SimLoop
 from tests.unit.partner.hellos import VOLUME, generations, hello
-from tests.unit.partner.homes import EXTENTS, GEOMETRY, Desk
+from tests.unit.partner.homes import GEOMETRY, Desk
 
 
 class Cable:
@@ -38,18 +39,26 @@ class Cable:
 class Station:
     """One node, its desk and its superblock."""
 
-    def __init__(self, number: int, *, paired: bool = True, stored: Runs = ()) -> None:
+    def __init__(
+        self,
+        number: int,
+        *,
+        paired: bool = True,
+        stored: Runs = (),
+        size_bytes: int = GEOMETRY.size_bytes,
+    ) -> None:
+        geometry = replace(GEOMETRY, size_bytes=size_bytes)
         self.number = number
         self.loop = SimLoop()
         self.desk = Desk()
-        self.was_stored = bits_of(stored, EXTENTS)
+        self.was_stored = bits_of(stored, geometry.extents)
         self.flags = HelloFlag(0)
         self.events: list[tuple[str, dict[str, object]]] = []
         self.died: list[Runs] = []
         self.writes: deque[tuple[Lasting, Callable[[OSError | None], None]]] = deque()
         self.on_change: Callable[[], None] = lambda: None
         self.cable = Cable()
-        self.rights = Rights(GEOMETRY, number, self.loop, self.desk)
+        self.rights = Rights(geometry, number, self.loop, self.desk)
         self.desk.drop = self.rights.drop
         lasting = Lasting(not paired, 3, generations("a"), VOLUME)
         self.node = Node(number, lasting, self.rights, self.loop, self)
@@ -66,7 +75,7 @@ class Station:
         return b"n" * 16
 
     def hello(self) -> Hello:
-        return hello(self.number, flags=self.flags)
+        return hello(self.number, flags=self.flags, size_bytes=self.rights.size_bytes)
 
     def stored(self) -> bitarray:
         return self.was_stored

@@ -31,7 +31,7 @@ def test_two_that_fit() -> None:
         ({"name": "vol1"}, ErrorCode.OTHER, "volume name: 'vol0' here, 'vol1' at the partner"),
         ({"extent_bytes": 4096}, ErrorCode.OTHER, "extent size"),
         ({"block_bytes": 512}, ErrorCode.OTHER, "block size"),
-        ({"size_bytes": 4096}, ErrorCode.OTHER, "volume size"),
+        ({"size_bytes": 4096, "volume": NIL}, ErrorCode.OTHER, "volume size"),  # who joins
         ({"primary": "q"}, ErrorCode.OTHER, "primary"),
         ({"secondary": "q"}, ErrorCode.OTHER, "secondary"),
         ({"required": 1 << 40}, ErrorCode.VERSION, "required feature"),

@@ -1,0 +1,100 @@
+"""How a volume of a pair takes up a larger size, as `partner/growth` has it do so (edge).
+
+The steps are those of `resize`, but for the extent of the old end: at the node that grows first it
+is in the record as in a volume of one node, and at the other it counts as recorded, so it is stored
+there before the superblock says the new size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, Protocol
+
+from bitmapd.errors import BitmapdError
+from bitmapd.media.base import Done
+from bitmapd.partner.growth import Answer
+from bitmapd.partner.pair import Pair
+from bitmapd.record.geometry import Geometry
+from bitmapd.volume.assemble import Parts
+from bitmapd.volume.resize import enlarge, present_geometry, take_up
+
+
+class Grown(Protocol):
+    """The volume."""
+
+    @property
+    def geometry(self) -> Geometry: ...
+
+    def grown(self, geometry: Geometry) -> None:
+        """The parts have taken up a larger size."""
+
+
+class PairGrowth:
+    """`partner.growth.Media`."""
+
+    def __init__(self, parts: Parts, pair: Pair, volume: Grown) -> None:
+        self._parts = parts
+        self._pair = pair
+        self._volume = volume
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def look(self, size_bytes: int, answer: Answer) -> None:
+        self._begin(self._look(size_bytes), answer)
+
+    async def _look(self, size_bytes: int) -> str | None:
+        parts = self._parts
+        found = await present_geometry(
+            parts.config, self._volume.geometry, parts.secondary, parts.loop
+        )
+        if found is None or found.size_bytes < size_bytes:
+            there = self._volume.geometry.size_bytes if found is None else found.size_bytes
+            return f"primary {parts.config.primary} has {there} bytes here, not {size_bytes}"
+        return None
+
+    def record_end(self, done: Done) -> None:
+        self._parts.gate.prepare_growth(done)
+
+    def enlarge(self, size_bytes: int, answer: Answer) -> None:
+        self._begin(self._enlarge(self._larger(size_bytes)), answer)
+
+    async def _enlarge(self, geometry: Geometry) -> None:
+        await enlarge(self._parts, geometry, self._store_end)
+
+    def _store_end(self, done: Done) -> None:
+        store, short = self._parts.store, self._volume.geometry.short_extent
+        if short is None or not store.add([(short, short + 1)], (), done):
+            self._parts.loop.call_soon(done, None)
+
+    def _larger(self, size_bytes: int) -> Geometry:
+        return replace(self._volume.geometry, size_bytes=size_bytes)
+
+    def grow(self, size_bytes: int) -> None:
+        geometry = self._larger(size_bytes)
+        take_up(self._parts, self._volume.geometry, geometry, mine=False)
+        self._pair.grow(geometry)
+        self._volume.grown(geometry)
+
+    async def end(self) -> None:
+        """Return when nothing is under way."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _begin(
+        self, work: Coroutine[Any, Any, str | None], answer: Callable[[str | None], None]
+    ) -> None:
+        task = self._parts.loop.create_task(self._run(work, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(
+        self, work: Coroutine[Any, Any, str | None], answer: Callable[[str | None], None]
+    ) -> None:
+        try:
+            why_not = await work
+        except BitmapdError as error:
+            why_not = error.message
+        except OSError as error:
+            why_not = f"cannot write the record: {error.strerror or error}"
+        answer(why_not)
