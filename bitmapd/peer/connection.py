@@ -84,6 +84,7 @@ class Connection(asyncio.Protocol):
         self._established = False
         self._over = False  # the owner hears nothing any more
         self._paused = False
+        self._reading = True
         self._flush_due = False
         self._was_full = False
         self._timer: asyncio.TimerHandle | None = None
@@ -98,6 +99,17 @@ class Connection(asyncio.Protocol):
             self._flush_due = True
             self._loop.call_soon(self._flush)
         return number
+
+    def read(self, on: bool) -> None:
+        """Whether what the other sends is taken in; meanwhile the other has to wait."""
+        if on is self._reading or self._over or self._transport is None:
+            return
+        self._reading = on
+        if on:
+            self.link.unread(self._loop.time())
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
 
     def close(self, error: PeerError | None = None) -> None:
         """After what was sent has left, and ERROR, if there is one."""
@@ -203,6 +215,8 @@ class Connection(asyncio.Protocol):
             self._timer = None
 
     def _judge(self) -> None:
+        if not self._reading:
+            self.link.unread(self._loop.time())
         verdict = self.link.check(self._loop.time())
         for_long = f"for {self.link.timeout_s:g} s"
         if verdict is Verdict.SILENT:

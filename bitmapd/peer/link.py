@@ -104,6 +104,10 @@ class Link:
         self.frames_received += len(frames)
         return frames
 
+    def unread(self, now_s: float) -> None:
+        """Nothing is read from the other, on purpose: so far its silence says nothing."""
+        self._heard_s = now_s
+
     def check(self, now_s: float) -> Verdict:
         """What has to be done now; see 4 and 5 above."""
         stood_still = now_s > self._checked_s + self.timeout_s / 2

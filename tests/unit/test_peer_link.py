@@ -205,3 +205,11 @@ def test_five_errors_in_a_minute_slow_the_dialling_down() -> None:
     assert backoff.next_s(59.0) == 30.0
     assert not backoff.slow(60.0)
     assert backoff.next_s(60.0) == 0.2
+
+
+def test_what_is_not_read_on_purpose_is_no_silence() -> None:
+    link = greeted()
+    for step in range(1, 9):
+        link.unread(step * 0.5)
+        assert link.check(step * 0.5) is not Verdict.SILENT
+    assert run_until(link, 4.0, 99.0) == (6.0, Verdict.SILENT)
