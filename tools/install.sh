@@ -26,6 +26,7 @@ man=$DESTDIR$PREFIX/share/man
 bash_completion=$DESTDIR$PREFIX/share/bash-completion/completions
 zsh_completion=$DESTDIR$PREFIX/share/zsh/site-functions
 doc=$DESTDIR$PREFIX/share/doc/dmctl
+agents=$DESTDIR/usr/lib/ocf/resource.d/dmctl # where Pacemaker looks, whatever the prefix
 
 # Have what runs on this machine look at what has changed.
 reload() {
@@ -35,7 +36,7 @@ reload() {
 }
 
 if [ "${1:-}" = --remove ]; then
-    rm -rf "$home" "$doc"
+    rm -rf "$home" "$doc" "$agents"
     rm -f "$bin/dmctl" "$bin/bitmapd" "$modules/dmctl.conf" \
         "$bash_completion/dmctl" "$zsh_completion/_dmctl" \
         "$man/man8/dmctl.8" "$man/man8/bitmapd.8" "$man/man5/dmctl.toml.5" "$man/man7/dmctl-events.7"
@@ -76,6 +77,7 @@ place() {
 
 place 644 "$units" examples/*.service examples/*.timer
 place 644 "$rules" udev/*.rules
+place 755 "$agents" examples/ocf/volume
 place 644 "$modules" examples/dmctl.modules
 mv -f "$modules/dmctl.modules" "$modules/dmctl.conf"
 place 644 "$doc/examples" examples/dmctl-resync.cron examples/dmctl.toml examples/volumes/*.toml

@@ -67,6 +67,7 @@ def test_everything_is_where_the_manual_says(stage: Path) -> None:
         *(f"{lib}/systemd/system/{path.name}" for path in (ROOT / "examples").glob("*.service")),
         f"{lib}/systemd/system/dmctl-resync.timer",
         f"{lib}/modules-load.d/dmctl.conf",
+        "usr/lib/ocf/resource.d/dmctl/volume",
         f"{share}/man/man8/dmctl.8",
         f"{share}/man/man8/bitmapd.8",
         f"{share}/man/man5/dmctl.toml.5",
@@ -78,7 +79,9 @@ def test_everything_is_where_the_manual_says(stage: Path) -> None:
     }  # fmt: skip
     found = listing(stage)
     assert set(found) == wanted
-    assert {mode for name, mode in found.items() if "/bin/" not in name} == {0o644}
+    programs = {name for name in found if "/bin/" in name or "/ocf/" in name}
+    assert {found[name] for name in found.keys() - programs} == {0o644}
+    assert found["usr/lib/ocf/resource.d/dmctl/volume"] == 0o755
     assert (stage / "etc/dmctl/volumes").is_dir()
     manual = (ROOT / "docs/boot.md").read_text()
     for name in wanted:
