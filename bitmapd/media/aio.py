@@ -12,8 +12,9 @@ latter off, and rather than threads because of the measurement in docs/decisions
    kernel has no memory for (EAGAIN) waits there too and is submitted again.
 4. A short transfer is carried on where it stopped; no progress at all is EIO, which names the file
    and where it ends.
-5. A `done` or a hook that raises costs nobody else anything: the exception goes to the loop's
-   exception handler (which in bitmapd ends the process) and the rest of the batch is completed.
+5. A `done`, a hook or a call of `call_soon` that raises costs nobody else anything: the exception
+   goes to the loop's exception handler (which in bitmapd ends the process), and the rest of the
+   batch is completed.
 
 There are files on which AIO does all the work inside `io_submit` (those in memory, and those that
 are not open for direct I/O).  For them there are `read_now` and `write_now`, plain calls at a
@@ -124,6 +125,7 @@ class AioEngine:
             )
         self.loop = loop
         self.depth = depth
+        self.time, self.call_later = loop.time, loop.call_later
         self.before_submit: list[Callable[[], None]] = []
         self.after_reap: list[Callable[[], None]] = []
         self._context = ctypes.c_ulong(context.value)
@@ -153,6 +155,7 @@ class AioEngine:
         self._free = list(range(depth - 1, -1, -1))
         self._slots: list[Operation | None] = [None] * depth
         self._queue: deque[Operation] = deque()
+        self._due: list[Callable[[], None]] = []  # of `call_soon`
         self._kick_scheduled = False
         self._inside = False
         self._no_memory = False  # of the kernel, for what is in the queue
@@ -282,6 +285,12 @@ class AioEngine:
         self._outside += 1
         self._copiers.submit(lambda: (operation, transfer(operation)))
 
+    def call_soon(self, callback: Callable[..., Any], *args: Any) -> None:
+        """As the loop's, but at the end of this batch, before what is queued is submitted."""
+        self._due.append(partial(callback, *args) if args else callback)
+        if not self._inside:
+            self._schedule_kick()
+
     def _schedule_kick(self) -> None:
         if not self._kick_scheduled:
             self._kick_scheduled = True
@@ -303,6 +312,11 @@ class AioEngine:
         ring = self._ring
         try:
             for _ in range(_ROUNDS):
+                if self._due:
+                    due, self._due = self._due, []
+                    for call in due:
+                        self._guarded(call)
+                    continue
                 for hook in self.before_submit:
                     self._guarded(hook)
                 if self._queue and self._free and not self._no_memory:
@@ -316,7 +330,7 @@ class AioEngine:
         finally:
             self._inside = False
         submits = self._queue and self._free and not self._no_memory
-        if submits or self._finished or self._returned:
+        if submits or self._due or self._finished or self._returned:
             self._schedule_kick()
         elif self._idle_waiters and not self.in_flight:
             waiting, self._idle_waiters = self._idle_waiters, []

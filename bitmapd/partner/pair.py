@@ -27,6 +27,7 @@ from bitarray import bitarray
 
 from bitmapd import __version__
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
+from bitmapd.media.base import Scheduler
 from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.extents import zeros
 from bitmapd.partner.fence import Fence
@@ -91,6 +92,16 @@ class Home(Protocol):
         """The partner has taken over from this process: it must not go on."""
 
 
+class Batches(Scheduler, Protocol):
+    """Where `call_soon` is the end of this batch of requests, which comes before the next turn of
+    the loop."""
+
+    def cork(self) -> None:
+        """A batch begins; `kick` ends it."""
+
+    def kick(self) -> None: ...
+
+
 @dataclass(slots=True)
 class _Wire:
     """One connection, as `Node` sees it."""
@@ -119,6 +130,7 @@ class Pair:
         names: Names,
         settings: Settings,
         loop: asyncio.AbstractEventLoop,
+        batches: Batches,
         home: Home,
         write: Callable[[Lasting], Awaitable[None]],
         at_start: bitarray,
@@ -128,11 +140,12 @@ class Pair:
         self._geometry = geometry
         self._names = names
         self._loop = loop
+        self._batches = batches
         self._home = home
         self._write = write
         self._at_start = at_start
         self._hands = Hands(store, self._send)
-        self.rights = Rights(geometry, number, loop, self._hands)
+        self.rights = Rights(geometry, number, batches, self._hands)
         self.record = PairRecord(store, self.rights)
         self.node = Node(number, lasting, self.rights, loop, self)
         self.fence = Fence(self.node, loop, home)
@@ -141,7 +154,7 @@ class Pair:
         self.rtt_s: float | None = None
         self.incarnation = secrets.randbits(63) | 1
         self._timeout_s = settings.timeout_s
-        self._transport = PeerTransport(loop, settings, self)
+        self._transport = PeerTransport(loop, settings, self, batches.call_soon)
         self._wire: _Wire | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_failure = ""
@@ -359,6 +372,14 @@ class Pair:
         self.node.connected(self._wire)
 
     def frames(self, connection: Connection, frames: list[Frame]) -> None:
+        # What they lead to is answered and submitted before the next turn of the loop.
+        self._batches.cork()
+        try:
+            self._frames(connection, frames)
+        finally:
+            self._batches.kick()
+
+    def _frames(self, connection: Connection, frames: list[Frame]) -> None:
         wire = self._wire
         if wire is None or wire.connection is not connection:
             return

@@ -57,6 +57,10 @@ class Reads:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unasked)
+
     # -- ours -----------------------------------------------------------------------------------
     def wait(self, read: Read) -> None:
         self._waiting[read] = None
@@ -77,8 +81,6 @@ class Reads:
     def status(self, message: Status) -> None:
         """What was asked about may be read."""
         self._let(self.due.pop(message.request))
-        if self._unasked:
-            self._outbox.soon()
 
     def check(self, message: Status) -> None:
         if message.request not in self.due:

@@ -309,7 +309,9 @@ class Rights:
         """The other has answered, or gives unasked."""
         self._wants.answered(message)
         granted = list(each(message.granted))
-        self._outbox.got(sequence)
+        # What was nobody's is not owed to us, and the other waits for no GOT.
+        if any(self._claims.is_others(extent) for extent in granted):
+            self._outbox.got(sequence)
         guesses = self._wants.over(granted)
         self._claims.gain(message.granted)
         if message.request:
@@ -325,6 +327,7 @@ class Rights:
             self._home.guessed(joined(guesses))
         self._wants.refused(each(message.refused))
         self._reads.look()
+        self._request_ended()
         if message.request or self._claims.node == 1:  # if both give all, node 1's goes first
             self._give_on()
 
@@ -358,6 +361,12 @@ class Rights:
         self._claims.check_removal(message.given_up)
         self._remove(message.given_up)
         self._reads.status(message)
+        self._request_ended()
+
+    def _request_ended(self) -> None:
+        """The other may take what had to wait for that."""
+        if self._wants.has_unsent or self._reads.has_unsent:
+            self._outbox.soon()
 
     # -- what we are to one another (called by `node`) ------------------------------------------
     def cut(self) -> None:

@@ -99,9 +99,13 @@ class Wants:
             found.extend(joined(ours))
         return found
 
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._out_need or self._out_guess)
+
     def send(self) -> None:
         """The ADD of this turn, if there is one."""
-        if self._out_need or self._out_guess:
+        if self.has_unsent:
             need, self._out_need = self._out_need, set()
             guess, self._out_guess = self._out_guess, set()
             self.open[self._outbox.add(joined(need), joined(guess))] = need | guess

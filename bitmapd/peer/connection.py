@@ -1,6 +1,7 @@
 """One connection on a socket of asyncio: what `Link` decides is carried out.
 
-1. What is sent in one turn of the loop leaves in one `send`, at its end.
+1. What is sent in one turn of the loop leaves in one `send`, at its end; in one batch of requests,
+   if `soon` is the end of a batch.
 2. Little waits in the transport (128 KiB); the rest waits in the link, which is bounded.
 3. The owner hears nothing after `close`, and `lost` once without it.
 4. What is wrong ends the connection with ERROR, as far as the other still reads.
@@ -12,7 +13,7 @@ know of it.  So a client that connects and says nothing disturbs nobody.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol, cast
 
 from bitmapd.peer.frames import Frame, Kind, Part, PeerError, refusal
@@ -69,6 +70,7 @@ class Connection(asyncio.Protocol):
         supervisor: Supervisor,
         peer: str,
         timeout_s: float,
+        soon: Callable[[Callable[[], None]], object],
         *,
         dialled: bool,
     ) -> None:
@@ -77,6 +79,7 @@ class Connection(asyncio.Protocol):
         self.error: PeerError | None = None
         self.failed = False  # ERROR went one way or the other
         self._loop = loop
+        self._soon = soon
         self._owner = owner
         self._supervisor = supervisor
         self._dialled = dialled
@@ -97,7 +100,7 @@ class Connection(asyncio.Protocol):
         self._was_full |= not self.link.has_room
         if not self._flush_due:
             self._flush_due = True
-            self._loop.call_soon(self._flush)
+            self._soon(self._flush)
         return number
 
     def read(self, on: bool) -> None:

@@ -24,6 +24,7 @@ import os
 import random
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -65,11 +66,19 @@ class _Arrival:
 class PeerTransport:
     """See the module docstring.  `start` raises a BitmapdError that says what is wrong."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, settings: Settings, owner: Owner) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        settings: Settings,
+        owner: Owner,
+        soon: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
+        """`soon` calls back when what is sent is to leave; else the loop does, in its next turn."""
         self.listening: tuple[str, int] | None = None  # where over TCP
         self._loop = loop
         self._settings = settings
         self._owner = owner
+        self._soon = soon or loop.call_soon
         self._arriving: dict[Connection, _Arrival] = {}  # oldest first
         self._established: set[Connection] = set()
         self._backoff = Backoff(random.random)
@@ -195,7 +204,9 @@ class PeerTransport:
 
     def _connection(self, peer: str, *, dialled: bool) -> Connection:
         timeout_s = self._settings.timeout_s
-        return Connection(self._loop, self._owner, self, peer, timeout_s, dialled=dialled)
+        return Connection(
+            self._loop, self._owner, self, peer, timeout_s, self._soon, dialled=dialled
+        )
 
     def _tune(self, sock: socket.socket) -> str | None:
         """Why the other end of a unix socket may not be there, None if it may."""

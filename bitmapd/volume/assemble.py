@@ -256,7 +256,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     engine.before_submit.append(store.commit)
     home = VolumeHome(owner)
     media = [medium for medium in (primary, record, secondary) if isinstance(medium, KernelDevice)]
-    pair = make_pair(config, session, store, loop, aside, home, media)
+    pair = make_pair(config, session, store, loop, engine, aside, home, media)
     names: Record = store if pair is None else pair.record
     if pair is not None:
         opened.append(pair.close)

@@ -26,7 +26,7 @@ from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import NIL
 from bitmapd.partner.messages import Runs
 from bitmapd.partner.node import Lasting, State
-from bitmapd.partner.pair import Names, Pair
+from bitmapd.partner.pair import Batches, Names, Pair
 from bitmapd.peer.transport import Settings
 from bitmapd.record.pair_state import PairState
 from bitmapd.record.store import RecordStore
@@ -110,6 +110,7 @@ def make_pair(
     session: RecordSession,
     store: RecordStore,
     loop: asyncio.AbstractEventLoop,
+    batches: Batches,
     aside: Aside,
     home: VolumeHome,
     media: Sequence[KernelDevice],
@@ -126,6 +127,7 @@ def make_pair(
         Names(config.name, superblock.primary, superblock.secondary, superblock.session),
         link_settings(config),
         loop,
+        batches,
         home,
         partial(_write, session, aside, media),
         session.loaded.bits.copy(),

@@ -391,15 +391,17 @@ proctype Node(bit n) {
 #endif
        fi }
   :: atomic { alive[n] && up[n] == 2 && q[n]?[GRANT] -> q[n]?GRANT(a, b, _, _);
-       vain[n] = want[n] && wait[n]; own[n] = 1; oth[n] = 0; want[n] = 0; pwant[n] = 0; emb[n] = b;
+       c = oth[n] || owed[n]; vain[n] = want[n] && wait[n]; own[n] = 1; oth[n] = 0; want[n] = 0; pwant[n] = 0; emb[n] = b;
        if :: a -> dirty[n] = 1 :: else fi;
-       SEND(m, GOT, 0, 0, 0, 0);
+#ifndef BUG_NO_GOT
+       if :: c -> SEND(m, GOT, 0, 0, 0, 0) :: else fi;             /* else the giver had nothing to give */
+#endif
 #ifdef BUG_GRANTED_IS_GIVEN_FIRST
        skip;
 #else
        if :: wait[n] && !wrote[n] -> submit(n) :: else fi;         /* whoever waited goes first */
 #endif
-       a = 0; b = 0 }
+       a = 0; b = 0; c = 0 }
   :: atomic { alive[n] && up[n] == 2 && q[n]?[REFUSE] -> q[n]?REFUSE(_, _, _, _); pwant[n] = 0 }
   :: atomic { alive[n] && up[n] == 2 && q[n]?[GOT] -> q[n]?GOT(_, _, _, _); owed[n] = 0; odirt[n] = 0 }
   :: atomic { alive[n] && up[n] == 2 && q[n]?[REMOVE] -> q[n]?REMOVE(_, _, _, _);

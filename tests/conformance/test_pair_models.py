@@ -105,6 +105,7 @@ MISTAKES = {
     "BUG_NO_EMBARGO": [MEETS],
     "BUG_NO_FENCE": [pair()],
     "BUG_NO_FLAG": [pair()],
+    "BUG_NO_GOT": [STOP],
     "BUG_OLD_DIRT": [coherence("CUTS=2", "WRITES=2", "WRITES1=2")],
     "BUG_OWED_IS_NOT_KNOWN": [CUT],
     "BUG_OWN_COPY_FORGOTTEN": [MEETS],
