@@ -51,6 +51,7 @@ from bitmapd.hardening import keep_standard_descriptors, protect_memory
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.medium import RecordMedium
+from bitmapd.volume.conversion import become_single
 from bitmapd.volume.requestlog import check_log
 from bitmapd.volume.stall import Stall, StalledError
 from bitmapd.volume.volume import Volume
@@ -213,6 +214,7 @@ class Daemon:
             "partner": self._partner,
             "takeover": self._takeover,
             "demote": self._demote,
+            "dissolve": self._dissolve,
             "events": events_handler(self._log),
         }
 
@@ -307,6 +309,31 @@ class Daemon:
 
     async def _demote(self, args: dict[str, Any], progress: Progress) -> Any:
         return await self._to_its_end(self.volume.paired.demote(bool(args.get("force"))), progress)
+
+    async def _dissolve(self, args: dict[str, Any], progress: Progress) -> Any:
+        return await self._to_its_end(self._become_single(), progress)
+
+    async def _become_single(self) -> dict[str, Any]:
+        async with self._turn:
+            volume = self.volume
+            volume.paired.refuse_unless_complete()
+            await volume.stop(now=True)
+            try:
+                loop = asyncio.get_running_loop()
+
+                def emit(event: str, **fields: Any) -> None:
+                    loop.call_soon_threadsafe(partial(self._log.emit, event, **fields))
+
+                make = partial(become_single, volume.config, self._paths, emit)
+                await loop.run_in_executor(None, make)
+                next_volume = self._make_volume()
+                await next_volume.start()
+                self.volume = next_volume
+            except BaseException as error:
+                self._failure = error
+                self._ended.set()
+                raise
+        return {"state": self.volume.state}
 
     async def _take_up_size(self) -> dict[str, Any]:
         async with self._turn:

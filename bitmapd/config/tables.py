@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from bitmapd.config.kinds import is_loopback
@@ -180,9 +180,12 @@ def _no_certificates() -> UsageError:
     return UsageError("needs TLS certificates", hint="set tls_certificates to their folder")
 
 
-def changed(config: VolumeConfig, changes: Mapping[str, Any]) -> VolumeConfig:
-    """A configuration with the live keys in `changes` (TOML name -> raw value) replaced."""
-    live = [key.name for key in keys().values() if key.live]
+def changed(
+    config: VolumeConfig, changes: Mapping[str, Any], also: Collection[str] = ()
+) -> VolumeConfig:
+    """A configuration with the live keys in `changes` (TOML name -> raw value) replaced, and those
+    that are named in `also`."""
+    live = [key.name for key in keys().values() if key.live or key.name in also]
     source = f"volume '{config.name}'"
     problems = [
         Problem(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from bitmapd.attach.dm_mode import DmMode
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import BitmapdError, UnreachableError
+from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
 from bitmapd.partner.node import Proof, State
 from bitmapd.partner.pair import Pair
 from bitmapd.record.geometry import Geometry
@@ -157,6 +157,26 @@ class Paired:
 
     async def reached(self, state: State) -> None:
         await self._volume.until(lambda: self.pair.state is state)
+
+    def refuse_unless_complete(self) -> None:
+        """WrongStateError unless the record of this node names all that the partner may have
+        written, and the partner can write no more."""
+        pair, name = self.pair, self._name
+        pair.refuse_ended(name)
+        if not pair.is_alone:
+            raise WrongStateError(
+                f"volume '{name}' cannot do without its partner in the state '{pair.state.value}':"
+                " what the partner has written would be lost sight of",
+                hint="stop the partner cleanly; if it is dead for certain:"
+                f" 'dmctl takeover {name} --fenced'",
+            )
+        store = self._parts.store
+        if not all(store.covers(*run) for run in self._parts.names.recorded_runs()):
+            raise WrongStateError(
+                f"the record of volume '{name}' does not name everything yet",
+                hint=f"try again in a moment; 'dmctl events {name} --now' says if it cannot be"
+                " written",
+            )
 
     async def resize(self, size_bytes: int) -> None:
         """Have both nodes take up that size."""

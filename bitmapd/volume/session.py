@@ -238,6 +238,14 @@ class RecordSession:
         pair = dataclasses.replace(pair, volume=volume, flags=flags, term=term, **changes)
         self.update(pair=pair, generations=generations)
 
+    def convert(self, pair: PairState | None) -> None:
+        """Of a volume that is not served: one of a pair's from now on, or of a single appliance."""
+        found = self.superblock.with_pair(pair)
+        self.update(pair=found.pair, incompatible=found.incompatible)
+        self._begun = True
+        self._write_state()
+        self.seal()
+
     def prepare_growth(self, geometry: Geometry) -> None:
         """Write the pages that a larger volume needs in addition, as ones; not in force yet."""
         tool.add_pages(self._medium, self.superblock, geometry)

@@ -162,6 +162,11 @@ def change(context: Context, args: Namespace) -> int:
         if changes.setdefault(key.replace("-", "_"), value) != value:
             raise UsageError(f"{key} is given twice")
     said = ", ".join(f"{key.replace('_', '-')} = {value}" for key, value in changes.items())
+    if "node" in changes and not is_running(context.paths, args.name):
+        from dmctl.cli.joining import become_pair  # noqa: PLC0415  (imports the whole format)
+
+        result = {"changed": sorted(changes), "notes": become_pair(context, args.name, changes)}
+        return _tell(context, args.name, "set", result, said)
     try:
         return _simple(context, args.name, "set", dict(changes), said)
     except WrongStateError:

@@ -56,9 +56,13 @@ def add_failover(commands: Commands) -> None:
         "failover:partner",
         "show what two appliances are to one another",
         "Shows the link, the state, which extents either node may write, and what waits. Exit"
-        " status: 0 paired, 100 cut or alone, 15 waiting for the partner, 16 split brain.",
+        " status: 0 paired, 100 cut or alone, 15 waiting for the partner, 16 split brain. With"
+        " --dissolve this node goes on as a single appliance: 14 unless it is alone, since only"
+        " then it knows all that the partner has written. Its hosts have to connect again.",
     )
     add_name(partner)
+    partner.add_argument("--dissolve", action="store_true", help="do without the partner, for good")
+    partner.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def add_later(commands: Commands) -> None:

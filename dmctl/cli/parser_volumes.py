@@ -263,7 +263,9 @@ def add_copying(commands: Commands) -> None:
         "change settings of a running volume",
         "Keys: copy-rate, record-limit, resync-target, era-interval, predictor, late-writes, and"
         " trace=FILE, which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that."
-        " The new values are also written to the volume's configuration.",
+        " The new values are also written to the volume's configuration."
+        " node=1 partner=URI partner-listen=URI, and what else a pair needs, make a stopped volume"
+        " node 1 of two appliances; node 2 is then created.",
     )
     add_name(change)
     change.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="what to change")

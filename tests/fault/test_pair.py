@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.support.pairs import Pair
-from tests.support.volumes import KIB, MIB, noise
+from tests.support.volumes import KIB, MIB, Volume, noise
 
 PARTNER_KEYS = {
     "node", "state", "link", "copier", "term", "generation", "since", "peer", "own_extents",
@@ -520,3 +520,102 @@ def test_a_size_that_only_one_node_sees_changes_nothing(pair: Pair) -> None:
     for node in (1, 2):
         pair[node].wait_in_sync()
     assert pair[2].status()["size_bytes"] == 72 * MIB
+
+
+# -- single volume and pair -------------------------------------------------------------------
+
+
+def of_the_record(node: Volume) -> dict[str, Any]:
+    return dict(json.loads(node.dmctl("--json", "record", "dump", str(node.record)))["superblock"])
+
+
+def test_a_single_volume_becomes_node_1_and_goes_on(short_path: Path) -> None:
+    with Pair(short_path) as pair:
+        one, link = pair[1], pair[1].options
+        one.options = []
+        one.dmctl(*one.create_command())
+        one.start()
+        one.dmctl("pause", "vol0")
+        one.write(3 * MIB, noise(1, MIB))
+        words = ["node=1", f"partner={link[3]}", f"partner-listen={link[5]}"]
+        assert one.refused("set", "vol0", *words)["exit_status"] == 2, "it runs"
+        one.dmctl("stop", "vol0")
+        before = of_the_record(one)
+        assert "node 1" in one.refused("set", "vol0", "node=2", *words[1:])["message"]
+        assert "partner_listen" in one.refused("set", "vol0", *words[:2])["message"]
+        assert of_the_record(one) == before
+        one.dmctl("set", "vol0", *words)
+        after = of_the_record(one)
+        assert after["pair"]["never_paired"]
+        assert after["generations"] == before["generations"]
+        assert "already" in one.refused("set", "vol0", *words)["message"]
+        pair[2].dmctl(*pair[2].create_command())
+        pair.start()
+        assert pair[2].read(3 * MIB, MIB) == noise(1, MIB)
+        one.dmctl("resume", "vol0")
+        for node in (1, 2):
+            pair[node].wait_in_sync()
+        assert pair.equal()
+
+
+def test_who_was_written_at_rest_does_not_become_a_pair(short_path: Path) -> None:
+    with Pair(short_path) as pair:
+        one, link = pair[1], pair[1].options
+        one.options = []
+        one.dmctl(*one.create_command())
+        one.start()
+        one.wait_in_sync()
+        one.dmctl("stop", "vol0")
+        with one.primary.open("r+b") as file:
+            file.write(noise(5, MIB))
+        words = ["node=1", f"partner={link[3]}", f"partner-listen={link[5]}"]
+        assert "was written while" in one.refused("set", "vol0", *words)["message"]
+        assert of_the_record(one)["pair"] is None
+
+
+@pytest.mark.parametrize("node", [1, 2])
+def test_a_node_that_is_alone_becomes_a_single_volume(pair: Pair, node: int) -> None:
+    pair.start()
+    one, other = pair[node], pair[3 - node]
+    one.write(2 * MIB, noise(2, MIB))
+    assert "state 'paired'" in one.refused("partner", "vol0", "--dissolve", "--yes")["message"]
+    paused(pair)
+    other.write(7 * MIB, noise(3, MIB))
+    other.kill()
+    pair.until(node, "cut")
+    assert "state 'cut'" in one.refused("partner", "vol0", "--dissolve", "--yes")["message"]
+    one.dmctl("takeover", "vol0", "--fenced")
+    generations = of_the_record(one)["generations"]
+    one.dmctl("partner", "vol0", "--dissolve", "--yes")
+    assert one.status()["partner"] is None
+    found = of_the_record(one)
+    assert found["pair"] is None
+    assert found["generations"] == generations
+    assert one.read(7 * MIB, MIB) == noise(3, MIB)
+    one.dmctl("resume", "vol0")
+    one.wait_in_sync()
+    assert pair.equal()
+    one.dmctl("stop", "vol0")
+    one.start()
+    assert "no partner" in one.refused("partner", "vol0", "--dissolve", "--yes")["message"]
+
+
+def test_what_has_stopped_is_not_dissolved_unless_that_had_begun(pair: Pair) -> None:
+    pair.start()
+    pair[2].dmctl("stop", "vol0")
+    pair.until(1, "alone")
+    one = pair[1]
+    file = one.folder / "etc" / "volumes" / "vol0.toml"
+    before = file.read_text()
+    one.dmctl("stop", "vol0")
+    assert "only its process" in one.refused("partner", "vol0", "--dissolve", "--yes")["message"]
+    assert file.read_text() == before
+    one.dmctl("start", "vol0", check=False)
+    one.dmctl("takeover", "vol0", "--fenced")
+    one.dmctl("partner", "vol0", "--dissolve", "--yes")
+    one.dmctl("stop", "vol0")
+    file.write_text(before)  # as a crash in between would have left it
+    assert one.refused("start", "vol0")["code"] == "foreign-record"
+    one.dmctl("partner", "vol0", "--dissolve", "--yes")
+    one.start()
+    one.wait_in_sync()
