@@ -119,6 +119,8 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
                     hint="a pair needs node, partner and partner_listen",
                 ),
             )
+        if config.record_on != "both":
+            yield "record_on", UsageError(f"{config.record_on} is for one of two appliances")
         return
     if missing:
         yield (

@@ -25,7 +25,8 @@ class Key:
     """What the manual says of one field: its name in TOML, kind, explanation, default.
 
     Without a default the key is required, unless `derived`: then it follows from the others.
-    `shared` keys may stand in dmctl.toml; `live` ones may be changed with `dmctl set`.
+    `shared` keys may stand in dmctl.toml; `live` ones may be changed with `dmctl set`, `idle` ones
+    while the volume is stopped.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Key:
     derived: bool = False
     shared: bool = False
     live: bool = False
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,19 @@ class VolumeConfig:
             kinds.or_word("none", kinds.PARTNER),
             "Where the other appliance reaches this one.",
             "none",
+        ),
+    ]
+    record_on: Annotated[
+        str,
+        Key(
+            "record_on",
+            kinds.RECORD_ON,
+            "What a write to a new place waits for: this node's record and the partner, or the"
+            " partner alone, which is quicker where the record is slow; if both nodes then lose"
+            " power, everything is compared. local is for a volume without a partner, and else the"
+            " same as both.",
+            "both",
+            idle=True,
         ),
     ]
     partner_name: Annotated[

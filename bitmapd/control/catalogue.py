@@ -540,6 +540,14 @@ _EVENTS = (
         "nothing",
     ),
     EventKind(
+        "record-destaged",
+        Level.NOTICE,
+        (),
+        "all that was recorded at the partner only is in this node's record, too: a power cut of"
+        " both nodes leads to no comparison any more",
+        "nothing",
+    ),
+    EventKind(
         "requests-waiting",
         Level.WARNING,
         ("requests", "message"),

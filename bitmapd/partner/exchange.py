@@ -6,9 +6,10 @@ own from now on.  Rights change (`share`) only on the other's READY: it knows by
 
 Invariants:
 1. Knowledge grows before READY is sent; rights change after READY has come (rule 11).
-2. The superblock is durable before READY is sent, and node 2's first one is not written before
-   node 1's READY has come: a node 1 that was never paired serves without asking anybody, so it
-   has to know durably that there is a partner before node 2 counts as one.
+2. The superblock, with the flag VOLATILE where one of the two counts on memory, is durable before
+   READY is sent, and node 2's first one is not written before node 1's READY has come: a node 1
+   that was never paired serves without asking anybody, so it has to know durably that there is a
+   partner before node 2 counts as one.
 3. FREE may come before the other's READY, and counts (`BUG_FREE_MEANS_NOW`).
 
 An exchange belongs to its link and ends with it.  What it has added to what is known stays.
@@ -21,7 +22,8 @@ from functools import partial
 from typing import Protocol
 
 from bitmapd.partner.extents import bits_of, each, joined, runs_of
-from bitmapd.partner.greeting import adopted
+from bitmapd.partner.greeting import adopted, in_memory
+from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record, Runs
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares, View, share
@@ -33,7 +35,7 @@ class Ends(Protocol):
     """The node that exchanges; its link is the one on which the exchange has begun."""
 
     number: int
-    lasting: Lasting
+    ledger: Ledger
     rights: Rights
 
     def say(self, message: Message) -> None: ...
@@ -41,10 +43,11 @@ class Ends(Protocol):
     def refuse(self, error: PeerError) -> None: ...
 
     def come_together(
-        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool
+        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool, in_memory: bool
     ) -> None:
         """Both know what both know: rights change.  `copying`: where a copy of the other's is under
-        way; `incarnation`: of the other; `inherits`: what of `shares` is dirty was not ours."""
+        way; `incarnation`: of the other; `inherits`: what of `shares` is dirty was not ours;
+        `in_memory`: one of them counts on the other's memory."""
 
 
 class Exchange:
@@ -102,8 +105,12 @@ class Exchange:
             rights.owe(record.stored)
         generations, term = adopted(mine, theirs)
         volume = mine.volume if any(mine.volume) else theirs.volume
-        lasting = Lasting(False, term, generations, volume)
+        volatile = in_memory(mine, theirs)
         agree = partial(self._agreed, shares, not view.fresh or their_view.fresh)
+
+        def edit(now: Lasting) -> Lasting:
+            # A flag that is set stays: only `reliance` takes it back.
+            return Lasting(False, term, generations, volume, volatile or now.volatile)
 
         def stored(error: OSError | None) -> None:
             if not self._is_current():
@@ -111,15 +118,12 @@ class Exchange:
             if error is not None:
                 node.refuse(PeerError(ErrorCode.INTERNAL, f"cannot write the record: {error}"))
                 return
-            node.lasting = lasting
             self._say_ready(shares, agree)
 
-        if lasting == node.lasting:
-            self._say_ready(shares, agree)
-        elif node.number == 2 and node.lasting.never_paired:
-            self._first_pairing = partial(self._around.store, lasting, stored)
+        if node.number == 2 and node.ledger.lasting.never_paired:
+            self._first_pairing = partial(node.ledger.change, edit, stored)
         else:
-            self._around.store(lasting, stored)
+            node.ledger.change(edit, stored)
 
     def _say_ready(self, shares: Shares, agree: Callable[[int], None]) -> None:
         self._agree = agree
@@ -141,7 +145,11 @@ class Exchange:
     def _agreed(self, shares: Shares, inherits: bool, digest: int) -> None:
         if digest == shares.digest(self._node.number):
             self._node.come_together(
-                shares, joined(self._copying), self._theirs.incarnation, inherits=inherits
+                shares,
+                joined(self._copying),
+                self._theirs.incarnation,
+                inherits=inherits,
+                in_memory=in_memory(self._mine, self._theirs),
             )
         else:
             own, other = shares.own.count(), shares.other.count()

@@ -32,8 +32,9 @@ from bitmapd.peer.frames import ErrorCode, PeerError
 
 NIL = bytes(16)
 VERSION = 1
-DIRT_AS_BLOCKS, EMBARGO, GIVES_UP = 1, 2, 4
-REQUIRED, OFFERED = DIRT_AS_BLOCKS | EMBARGO, DIRT_AS_BLOCKS | EMBARGO | GIVES_UP
+DIRT_AS_BLOCKS, EMBARGO, GIVES_UP, SAYS_VOLATILE = 1, 2, 4, 8
+REQUIRED = DIRT_AS_BLOCKS | EMBARGO
+OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE
 
 
 class Standing(Enum):
@@ -103,6 +104,11 @@ def standing(mine: Hello, theirs: Hello) -> Standing:
     if alone == other_alone:
         raise SplitBrain
     return Standing.AHEAD if alone else Standing.BEHIND
+
+
+def in_memory(mine: Hello, theirs: Hello) -> bool:
+    """Whether what one of both owns may stand in the other's memory only, while they are paired."""
+    return _is(mine, HelloFlag.RELIES) or _is(theirs, HelloFlag.RELIES)
 
 
 def _is(hello: Hello, flag: HelloFlag) -> bool:

@@ -4,6 +4,10 @@ To the gate it is a record like any other (`record/holder`).  An extent is cover
 the right to write it and its own stored record names it, so a hit asks two bits and sends nothing.
 A miss asks the partner and writes its own page in the same event; the slower of the two counts.
 
+While this node *relies* on the partner (`reliance`) the second bit does not count: what is ours is
+in the partner's record, and a miss waits for that alone.  Our own pages follow lazily.  When the
+link is lost the rule changes back for all extents at once, and all pages are written at once.
+
 The stored record holds more than what is ours: also what is the other's and what is owed to it.
 So after a failure of both each node's record names what either may have written since.
 
@@ -16,6 +20,7 @@ Invariants:
 4. A write that was granted and waits only for its own page holds the extent here until it has been
    submitted (`reserved` of `Rights`).  One that still waits for another extent holds nothing, so no
    circle of waiting arises.
+5. What is not relied on any more is not covered before it is stored, whenever it was granted.
 
 What a crash leaves is in `record/store` and `partner/node`.
 """
@@ -88,26 +93,27 @@ class PairRecord(Record):
 
     def __init__(self, store: RecordStore, rights: Rights) -> None:
         self._store = store
-        self._rights = rights
+        self.rights = rights
         self._held = rights.held
+        self._relies = False
 
     # -- questions ------------------------------------------------------------------------
     def covers(self, first: int, stop: int) -> bool:
         held = self._held
         may = held[first] if stop - first == 1 else held.find(False, first, stop) < 0
-        return bool(may) and self._store.covers(first, stop)
+        return bool(may) and (self._relies or self._store.covers(first, stop))
 
     @property
     def recorded_extents(self) -> int:
-        return self._rights.own_extents + self._rights.pending_extents
+        return self.rights.own_extents + self.rights.pending_extents
 
     def missing(self, first: int, stop: int) -> int:
-        own = self._rights.own
-        pending = sum(1 for e in range(first, stop) if not own[e] and self._rights.is_pending(e))
+        own = self.rights.own
+        pending = sum(1 for e in range(first, stop) if not own[e] and self.rights.is_pending(e))
         return stop - first - own.count(True, first, stop) - pending
 
     def recorded_runs(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-        own = self._rights.own
+        own = self.rights.own
         limit = len(own) if end is None else end
         stop = start
         while (first := own.find(True, stop, limit)) >= 0:
@@ -117,9 +123,9 @@ class PairRecord(Record):
             yield first, stop
 
     def covered_runs(self) -> Iterator[tuple[int, int]]:
-        for first, stop in runs_of(self._rights.held):
+        for first, stop in runs_of(self.rights.held):
             for extent in range(first, stop):
-                if self._store.covers(extent, extent + 1):
+                if self.covers(extent, extent + 1):
                     yield extent, extent + 1
 
     @property
@@ -128,13 +134,16 @@ class PairRecord(Record):
 
     # -- changes --------------------------------------------------------------------------
     def add(self, needed: Ranges, extra: Ranges, done: Done) -> bool:
-        rights, batch = self._rights, _Batch(done)
+        rights, batch = self.rights, _Batch(done)
         for first, stop in needed:
             for extent in rights.obtain(first, stop):
                 batch.rights += 1
                 rights.want(extent, partial(self._granted, batch, extent))
         guessed = rights.guess(extra) if batch.rights or not extra else self._ours(extra)
-        if self._store.add(needed, guessed, lambda error: self._stored(batch, error)):
+        if self._relies:
+            self._store.note(needed)
+            self._store.note(guessed)
+        elif self._store.add(needed, guessed, partial(self._stored, batch)):
             batch.stored = False
         return bool(batch.rights) or not batch.stored
 
@@ -165,12 +174,31 @@ class PairRecord(Record):
             elif not batch.rights:
                 batch.done(None)
         for extent in batch.reserved:
-            self._rights.release(extent)
+            self.rights.release(extent)
 
     def drop(self, extents: Iterable[int]) -> None:
-        gone = self._rights.drop(extents)
-        self._store.drop(extent for extent in gone if not self._rights.other[extent])
+        gone = self.rights.drop(extents)
+        self._store.drop(extent for extent in gone if not self.rights.other[extent])
 
+    # -- for the other node, and with it ---------------------------------------------------
+    def keep(self, runs: Runs) -> None:
+        """They belong into the stored record; nobody waits for it."""
+        if self._relies:
+            self._store.note(runs)
+        elif runs:
+            self._store.add(runs, (), _no_matter)
+
+    def rely(self, on: bool) -> None:
+        """Whether what the other node holds of this record counts, stored here or not.  Whoever has
+        waited for rights alone finds out by asking `covers` again, as all who are called back do.
+        """
+        self._relies = on
+
+    def destage(self, done: Done) -> bool:
+        """Have the stored record name all that is recorded, in one batch (`RecordStore`)."""
+        return self._store.destage(done)
+
+    # -- what is cleared --------------------------------------------------------------------
     def destage_clears(self, done: Done) -> None:
         self._store.destage_clears(done)
 
@@ -192,9 +220,9 @@ class Hands(Home):
     def embargoed_extents(self) -> int:
         return self._gate.embargoed_extents
 
-    def attach(self, gate: Mirror, copies: Copies, rights: Rights) -> None:
+    def attach(self, gate: Mirror, copies: Copies, record: PairRecord) -> None:
         """They need one another, so this comes last."""
-        self._gate, self._copies, self._rights = gate, copies, rights
+        self._gate, self._copies, self._record = gate, copies, record
 
     def send(self, message: Message) -> int:
         return self._send(message)
@@ -203,15 +231,14 @@ class Hands(Home):
         self._gate.when_landed(call)
 
     def keep(self, runs: Runs) -> None:
-        if runs:
-            self._store.add(runs, (), _no_matter)
+        self._record.keep(runs)
 
     def forget(self, runs: Runs) -> None:
         self._store.drop(extent for first, stop in runs for extent in range(first, stop))
 
     def give(self, extents: Sequence[int]) -> tuple[Runs, set[int]]:
         dirt = self._gate.give(extents)
-        return tuple(dirt), self._copies.given(extents, self._rights.freed)
+        return tuple(dirt), self._copies.given(extents, self._record.rights.freed)
 
     def take_over(self, dirt: Runs, embargoed: Iterable[int]) -> None:
         self._gate.take_over(dirt, embargoed)

@@ -47,6 +47,7 @@ class HelloFlag(enum.IntFlag):
     LEAD = 16  # takes what belongs to nobody
     GO_ON = 32  # would take new places in a cut
     GONE_ON = 64  # has done so since the last pairing
+    RELIES = 128  # on the other's copy of its record, while the link is up
 
 
 class Goodbye(enum.IntEnum):

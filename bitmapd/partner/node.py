@@ -43,7 +43,9 @@ from bitmapd.partner.extents import runs_of
 from bitmapd.partner.greeting import Standing, check, standing
 from bitmapd.partner.growth import Growth
 from bitmapd.partner.handover import Handover, Hosts, Outcome
+from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
+from bitmapd.partner.reliance import Reliance
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares, SplitRights
 from bitmapd.partner.states import Lasting, Phase, Proof, State, Surroundings, Wire
@@ -67,7 +69,7 @@ class Node:
         around: Surroundings,
     ) -> None:
         self.number = number
-        self.lasting = lasting
+        self.ledger = Ledger(lasting, around.store)
         self.rights = rights
         self._scheduler = scheduler
         self._around = around
@@ -86,9 +88,16 @@ class Node:
         self._last_paired = 0
         self._going_alone = False
         self._held_off = False  # the other is being fenced
+        self._over = False  # nothing is said any more
         self._left: Callable[[bool], None] | None = None
         self._handover = Handover(rights, scheduler, self.say)
+        self._reliance = Reliance(self.ledger, around)
         self.growth = Growth(rights, scheduler, self)
+
+    @property
+    def lasting(self) -> Lasting:
+        """What the superblock says for certain."""
+        return self.ledger.lasting
 
     # -- how it begins ------------------------------------------------------------------------
     def start(self) -> None:
@@ -119,7 +128,8 @@ class Node:
         """The other node is there, and is who it says it is."""
         if self._wire is not None:
             self._hang_up(None)
-        if self._held_off or self._going_alone:  # that we are alone is on its way to the disk
+        # That we are alone is on its way to the disk, or this process ends.
+        if self._held_off or self._going_alone or self._over:
             wire.close(None)
             return
         self._wire = wire
@@ -140,6 +150,8 @@ class Node:
             flags |= HelloFlag.ALONE
         if self.serves:
             flags |= HelloFlag.SERVES
+        if self.lasting.volatile:
+            flags |= HelloFlag.VOLATILE
         return replace(
             hello,
             volume=self.lasting.volume,
@@ -169,6 +181,8 @@ class Node:
 
     def _lose(self) -> None:
         had_said_ready = self.phase is Phase.READY and self._exchange.has_said_ready
+        if self._known:
+            self._reliance.end()
         self._handover.lost()
         self.growth.lost()
         self._phase(Phase.CLOSED)
@@ -238,6 +252,7 @@ class Node:
             return  # it ends this connection, and comes back when it has grown
         if other_fresh and self._known and self.state is not State.ALONE:
             self._absorb()
+        self._reliance.hold()
         self.rights.most_requests = theirs.most_requests
         self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
         wire = self._wire
@@ -268,7 +283,7 @@ class Node:
         self._exchange.heard(message)
 
     def come_together(
-        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool
+        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool, in_memory: bool
     ) -> None:
         """Both know what both know: rights change (called by the exchange)."""
         self.compares_everything |= shares.everything and shares.own.any()
@@ -278,7 +293,10 @@ class Node:
         self.exchanges += 1
         if inherits:
             self.absorbed_extents += shares.dirty.count()
+        self._reliance.begin(relies=bool(self._mine.flags & HelloFlag.RELIES))
         self.rights.thaw(shares, copying)
+        if not in_memory:
+            self._reliance.settle()
         self._phase(Phase.UP)
         self._become(State.PAIRED)
         self._around.emit(
@@ -317,8 +335,11 @@ class Node:
             return
         self._check_alone()
         self._going_alone = True
-        generations = (self._around.new_generation(), *self.lasting.generations)[:4]
-        lasting = Lasting(False, self.lasting.term + 1, generations, self.lasting.volume)
+        generation = self._around.new_generation()
+
+        def edit(now: Lasting) -> Lasting:
+            generations = (generation, *now.generations)[:4]
+            return replace(now, never_paired=False, term=now.term + 1, generations=generations)
 
         def stored(error: OSError | None) -> None:
             self._going_alone = False
@@ -326,11 +347,10 @@ class Node:
             if error is not None:
                 self._around.emit("takeover-failed", message=f"cannot write the record: {error}")
                 return
-            self.lasting = lasting
             if self.state in (State.WAITING, State.CUT):
                 self._be_alone(proof)
 
-        self._around.store(lasting, stored)
+        self.ledger.change(edit, stored)
 
     def _be_alone(self, proof: Proof) -> None:
         self.proof = proof
@@ -342,6 +362,7 @@ class Node:
         # Not what hosts have waited for besides: nobody has written there.
         taken = self.rights.other | self.rights.owed
         self.rights.alone()
+        self._reliance.end()
         self._inherited(taken)
         self._become(State.ALONE)
         self._around.emit(
@@ -386,7 +407,7 @@ class Node:
         """End: no host is served any more.  Give everything to the other, and say so last; `done`
         with whether it has all of it.  Without a link what is ours stays in the record."""
         if self.state is not State.PAIRED or self._handover.is_taking:
-            done(False)
+            self._reliance.when_over(partial(done, False))
             return
         self._handover.give_up("the partner is stopping")
         self._left = done
@@ -396,10 +417,22 @@ class Node:
         self._left = None
         self.rights.flush()
         self.say(messages.Bye(messages.Goodbye.STOPPED))
-        self._known = False
+        self._reliance.end()
+        self._over, self._known = True, False
         self.state = State.WAITING
         self._hang_up(None)
-        done(True)
+        self._reliance.when_over(partial(done, True))
+
+    def finish(self, done: Callable[[], None]) -> None:
+        """Nothing is said or heard any more.  Call back when the stored record stands for itself,
+        or cannot."""
+        self._over = True
+        self._hang_up(None)
+        self._reliance.when_over(done)
+
+    def tick(self) -> None:
+        """Once a second."""
+        self._reliance.tick()
 
     def _bye(self, message: messages.Bye, _: int) -> None:
         """The other has given everything, and nothing of its is in flight anywhere."""

@@ -27,12 +27,12 @@ from bitarray import bitarray
 
 from bitmapd import __version__
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
-from bitmapd.media.base import Scheduler
+from bitmapd.media.base import Done, Scheduler
 from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.extents import zeros
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
-from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, VERSION
+from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, SAYS_VOLATILE, VERSION
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
 from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
@@ -56,6 +56,7 @@ class Names:
     primary: str
     secondary: str
     session: int
+    relies: bool = False  # record_on = partner
 
 
 @dataclass(slots=True)
@@ -170,7 +171,7 @@ class Pair:
 
     def attach(self, gate: Mirror, copier: Copies) -> None:
         """They are made with `record` and `rights`, so this comes after them."""
-        self._hands.attach(gate, copier, self.rights)
+        self._hands.attach(gate, copier, self.record)
 
     def start(self) -> None:
         """Look for the partner.  Raises a BitmapdError if it cannot be listened for."""
@@ -272,6 +273,12 @@ class Pair:
         self.node.leave(given.set_result)
         return await given
 
+    async def end(self) -> None:
+        """The volume stops: what is stored has to stand for itself, as far as that can be."""
+        over = asyncio.Event()
+        self.node.finish(over.set)
+        await over.wait()
+
     def refuse_waiting(self, name: str) -> NoReturn:
         """UnreachableError: this node may not serve yet."""
         raise UnreachableError(
@@ -297,6 +304,7 @@ class Pair:
     def tick(self) -> None:
         """Once a second."""
         self.rights.tick()
+        self.node.tick()
         waiting = self.rights.waiting
         if not waiting:
             self._waiting_since_s = None
@@ -344,6 +352,7 @@ class Pair:
                 "serves": self.peer.lets_hosts_in,
             },
             "serving": self.lets_hosts_in,
+            "volatile": node.lasting.volatile,
             "own_extents": rights.own_extents,
             "partner_extents": rights.other.count(),
             "owed_extents": rights.owed.count(),
@@ -453,18 +462,24 @@ class Pair:
             self._home.changed()
 
     # -- Surroundings of the node -------------------------------------------------------------
-    def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+    def store(self, lasting: Lasting, done: Done) -> None:
         task = self._loop.create_task(self._store(lasting, done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+    async def _store(self, lasting: Lasting, done: Done) -> None:
         try:
             await self._write(lasting)
         except OSError as error:
             done(error)
         else:
             done(None)
+
+    def rely(self, on: bool) -> None:
+        self.record.rely(on)
+
+    def destage(self, done: Done) -> bool:
+        return self.record.destage(done)
 
     def new_generation(self) -> bytes:
         return uuid4().bytes
@@ -477,8 +492,8 @@ class Pair:
             lowest=VERSION,
             highest=VERSION,
             role=Role.PAIR,
-            flags=HelloFlag(0),
-            required=REQUIRED,
+            flags=HelloFlag.RELIES if names.relies else HelloFlag(0),
+            required=REQUIRED | SAYS_VOLATILE if names.relies else REQUIRED,
             offered=OFFERED,
             term=0,
             incarnation=self.incarnation,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 from bitarray import bitarray
 
+from bitmapd.media.base import Done
 from bitmapd.partner.messages import Hello, Message, Runs
 from bitmapd.peer.frames import PeerError
 
@@ -50,6 +50,7 @@ class Lasting:
     term: int
     generations: tuple[bytes, ...]
     volume: bytes  # UUID; nil while this node waits to join
+    volatile: bool = False  # what counts may be in the memory of a node only (`reliance`)
 
 
 class Wire(Protocol):
@@ -64,8 +65,15 @@ class Wire(Protocol):
 class Surroundings(Protocol):
     """What a node asks of the appliance it is in."""
 
-    def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
+    def store(self, lasting: Lasting, done: Done) -> None:
         """Write the superblock; call back, later, when it is durable."""
+
+    def rely(self, on: bool) -> None:
+        """Whether what the other holds of this node's record counts, stored here or not."""
+
+    def destage(self, done: Done) -> bool:
+        """Have the stored record name all that is known, and call back when it does; with an error
+        if it may not.  False, and no call, if it does so already."""
 
     def new_generation(self) -> bytes: ...
 

@@ -7,7 +7,8 @@ may know more than stored bits (who may write an extent, say), but keeps to thes
 Invariants:
 1. An extent that is covered is found by whoever recovers, whatever happens next: a write to it
    needs nothing more.  It stays covered until it is dropped, or leaves with all its dirt by a
-   call of the gate; neither an error nor a later page write takes that away.
+   call of the gate; neither an error nor a later page write takes that away.  Where another node's
+   copy has counted, it ends with that node's link: the next write waits for the copy here.
 2. `add` returns False and never calls back, and then all that was needed is covered; or it returns
    True and calls back exactly once, never inside the call.  Called back without error, what was
    needed is covered except for what was dropped meanwhile, so the caller asks `covers` again.

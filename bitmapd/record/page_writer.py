@@ -186,7 +186,7 @@ class PageWriter:
         self._make_ready(page)
 
     def outdated(self, index: int) -> None:
-        """A page holds more than it should; nobody waits for it."""
+        """A page is not as it should be; nobody waits for it."""
         self._pages[index].lazy = True
 
     def flush_clears(self) -> None:

@@ -13,7 +13,8 @@ Invariants:
    copy, unless it was dropped meanwhile: whoever relies on it asks `covers` again.
 2. `drop` takes `covered` away at once, so no later write to the extent passes as a hit; the stored
    copy follows lazily, with the next write of that page or with `flush_clears`.  Until then
-   an `add` of the extent costs nothing: the stored copy never lost it.
+   an `add` of the extent costs nothing: the stored copy never lost it.  With `note` it follows in
+   the same way the other way round; what was noted is covered once it is there.
 3. When the write of a page begins, `durable` loses what is not on it; when it ends well, it gains
    what is.  What was added or dropped in between is neither.
 
@@ -117,6 +118,26 @@ class RecordStore:
                     self._want(low, high)
         return bool(asked)
 
+    def note(self, runs: Ranges) -> None:
+        """Put extents into the record; the stored copy follows lazily, as after `drop`."""
+        for first, stop in runs:
+            for index, low, high in _by_page(first, stop):
+                self._want(low, high)
+                if self._durable.find(False, low, high) < 0:
+                    self._covered[low:high] = True
+                else:
+                    self._pages.outdated(index)
+
+    def destage(self, done: Done) -> bool:
+        """Write all pages that lack something of the record, at once; call back when none does,
+        with the first error there was.  Returns False, and never calls back, if none does now."""
+        batch, lacking, at = Batch(done), self._wanted & ~self._durable, 0
+        while (at := lacking.find(True, at)) >= 0:
+            self._pages.ask(at // EXTENTS_PER_PAGE, batch)
+            at = (at // EXTENTS_PER_PAGE + 1) * EXTENTS_PER_PAGE
+        self._pages.commit()
+        return bool(batch.pages)
+
     def drop(self, extents: Iterable[int]) -> None:
         """Take extents out of the record; the stored copy follows lazily.
 
@@ -172,7 +193,7 @@ class RecordStore:
         self._pages.commit()
 
     def flush_clears(self) -> None:
-        """Begin to write the pages whose stored copy holds more than it should."""
+        """Begin to write the pages whose stored copy is not as it should be."""
         self._pages.flush_clears()
 
     def destage_clears(self, done: Done) -> None:
@@ -212,7 +233,7 @@ class RecordStore:
 
     @property
     def clears(self) -> int:
-        """Writes of pages that only took something out."""
+        """Writes of pages that nobody waited for."""
         return self._pages.clears
 
     @property

@@ -180,6 +180,8 @@ class Parts(_Base):
         await self.hints.save()
         await self.note.end()
         self.presence.end()
+        if self.pair is not None:
+            await self.pair.end()
         await self._until_idle()
 
     async def close(self) -> None:

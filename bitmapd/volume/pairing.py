@@ -28,7 +28,7 @@ from bitmapd.partner.messages import Runs
 from bitmapd.partner.node import Lasting, State
 from bitmapd.partner.pair import Batches, Names, Pair
 from bitmapd.peer.transport import Settings
-from bitmapd.record.pair_state import PairState
+from bitmapd.record.pair_state import PairFlag, PairState, RecordOn
 from bitmapd.record.store import RecordStore
 from bitmapd.record.superblock import MAX_GENERATIONS, Superblock
 from bitmapd.volume.session import RecordSession
@@ -124,12 +124,18 @@ def make_pair(
         lasting_of(superblock, state),
         superblock.geometry,
         store,
-        Names(config.name, superblock.primary, superblock.secondary, superblock.session),
+        Names(
+            config.name,
+            superblock.primary,
+            superblock.secondary,
+            superblock.session,
+            relies=config.record_on == "partner",
+        ),
         link_settings(config),
         loop,
         batches,
         home,
-        partial(_write, session, aside, media),
+        partial(_write, config, session, aside, media),
         session.loaded.bits.copy(),
     )
     pair.set(fence_settings(config), config.cut_patience_s)
@@ -144,6 +150,7 @@ def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
         term=state.term,
         generations=tuple(generations),
         volume=NIL if state.volume is None else state.volume.bytes,
+        volatile=PairFlag.VOLATILE in state.flags,
     )
 
 
@@ -152,7 +159,11 @@ def claim_of(state: PairState | None) -> Claim:
 
 
 async def _write(
-    session: RecordSession, aside: Aside, media: Sequence[KernelDevice], lasting: Lasting
+    config: VolumeConfig,
+    session: RecordSession,
+    aside: Aside,
+    media: Sequence[KernelDevice],
+    lasting: Lasting,
 ) -> None:
     if lasting.volume == NIL:
         raise OSError("a node that has not joined has nothing to record")
@@ -169,6 +180,8 @@ async def _write(
         never_paired=lasting.never_paired,
         term=lasting.term,
         generations=tuple(UUID(bytes=value) for value in lasting.generations if value != NIL),
+        volatile=lasting.volatile,
+        record_on=RecordOn[config.record_on.upper()],
     )
 
 

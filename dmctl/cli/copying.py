@@ -5,11 +5,11 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import changed, load_volume
+from bitmapd.config import change_volume, changed, keys, load_volume
 from bitmapd.errors import BitmapdError, DifferencesError, UsageError, WrongStateError
 from bitmapd.units import human_size
 from dmctl.cli.context import Context, each, selected
-from dmctl.cli.processes import is_running
+from dmctl.cli.processes import is_running, start_lock
 
 VERB_TIMEOUT_S = 60.0
 # What a state in which nothing can be copied waits for.
@@ -167,12 +167,27 @@ def change(context: Context, args: Namespace) -> int:
 
         result = {"changed": sorted(changes), "notes": become_pair(context, args.name, changes)}
         return _tell(context, args.name, "set", result, said)
+    if set(changes) <= {key.name for key in keys().values() if key.idle}:
+        return _change_stopped(context, args.name, changes, said)
     try:
         return _simple(context, args.name, "set", dict(changes), said)
     except WrongStateError:
         # A mistake in what was asked for is there whether or not the volume runs.
         changed(load_volume(context.paths, args.name), changes)
         raise
+
+
+def _change_stopped(context: Context, name: str, changes: dict[str, str], said: str) -> int:
+    """Settings that a volume takes up when it starts."""
+    config = changed(load_volume(context.paths, name), changes, also=set(changes))
+    with start_lock(context.paths, name):
+        if is_running(context.paths, name):
+            raise WrongStateError(
+                f"volume '{name}' runs: {', '.join(changes)} can be changed while it is stopped",
+                hint=f"'dmctl stop {name}' first; the partner goes on to serve",
+            )
+        change_volume(context.paths, config, changes)
+    return _tell(context, name, "set", dict(changes), said)
 
 
 def resize(context: Context, args: Namespace) -> int:

@@ -40,7 +40,7 @@ from bitmapd.units import human_size
 from bitmapd.volume.sides import forget_copies
 from dmctl.cli.checks import Findings, check
 from dmctl.cli.context import Context, combine
-from dmctl.cli.pair import as_node, check_fencing, check_record_on
+from dmctl.cli.pair import as_node, check_fencing
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.record import wipe
@@ -50,7 +50,7 @@ OPTION_KEYS = (
     "primary", "secondary", "record", "attach", "listen", "extent_size", "block_size",
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
-    "node", "partner", "partner_listen", "partner_name", "partner_fingerprint",
+    "node", "partner", "partner_listen", "record_on", "partner_name", "partner_fingerprint",
     "partner_certificates", "partner_timeout", "partner_wait", "serve", "fence_command",
     "fence_options",
     "fence_delay", "fence_timeout", "fence_aborts_io", "takeover", "cut_patience",
@@ -70,8 +70,6 @@ def create(context: Context, args: Namespace) -> int:
         found.errors.append(ConfigError(problems))
     if config is not None:
         config = found.attempt(partial(_with_attach, config, table))
-    with found.collect():
-        check_record_on(args.record_on, config)
     with found.collect():
         check_fencing(table, config)
     superblock = check(context, found, name, table, config)

@@ -16,24 +16,7 @@ from typing import Any
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import UsageError
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock
-from bitmapd.record.pair_state import PairFlag, PairState
-
-RECORD_ON = ("local", "partner", "both")
-
-
-def check_record_on(value: str | None, config: VolumeConfig | None) -> None:
-    """UsageError for what this version does not do."""
-    if value is None:
-        return
-    if value not in RECORD_ON:
-        raise UsageError(f"--record-on {value!r} is not one of {', '.join(RECORD_ON)}")
-    if config is not None and config.node is None:
-        raise UsageError("--record-on is for one of two appliances", hint="give --node, too")
-    if value == "partner":
-        raise UsageError(
-            "--record-on partner: this version records every place on its own device as well",
-            hint="use both, which is the default; it waits for the slower of the two, not the sum",
-        )
+from bitmapd.record.pair_state import PairFlag, PairState, RecordOn
 
 
 def check_fencing(table: Mapping[str, Any], config: VolumeConfig | None) -> None:
@@ -65,7 +48,12 @@ def as_node(config: VolumeConfig, superblock: Superblock, notes: list[str]) -> S
     if config.node is None:
         return superblock
     volume = superblock.volume_uuid if config.node == 1 else None
-    state = PairState(node=config.node, volume=volume, flags=PairFlag.NEVER_PAIRED)
+    state = PairState(
+        node=config.node,
+        volume=volume,
+        flags=PairFlag.NEVER_PAIRED,
+        record_on=RecordOn[config.record_on.upper()],
+    )
     if config.node == 2:
         notes.append("node 2 copies nothing at first: node 1 makes the secondary equal")
         superblock = dataclasses.replace(

@@ -65,8 +65,9 @@ def add_volumes(commands: Commands) -> None:
         ("--partner", "URI", "where the other appliance is reached: tls://HOST[:PORT] or"
          " unix:///PATH"),
         ("--partner-listen", "URI", "where the other appliance reaches this one"),
-        ("--record-on", "local|partner|both", "where a write to a new place is recorded before it"
-         " is answered; this version always does so on both (default both)"),
+        ("--record-on", "both|partner", "what a write to a new place waits for: this node's"
+         " record and the partner (default), or the partner alone, quicker where the record"
+         " is slow; if both nodes then lose power, everything is compared"),
         ("--partner-name", "NAME", "the name in the other's certificate (default: the host of"
          " --partner)"),
         ("--partner-fingerprint", "SHA-256", "of the other's certificate, if no other may do"),
@@ -265,7 +266,8 @@ def add_copying(commands: Commands) -> None:
         " trace=FILE, which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that."
         " The new values are also written to the volume's configuration."
         " node=1 partner=URI partner-listen=URI, and what else a pair needs, make a stopped volume"
-        " node 1 of two appliances; node 2 is then created.",
+        " node 1 of two appliances; node 2 is then created. record-on may be changed while the"
+        " volume is stopped.",
     )
     add_name(change)
     change.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="what to change")

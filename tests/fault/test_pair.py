@@ -373,7 +373,7 @@ def test_a_partner_of_another_name_is_refused(short_path: Path) -> None:
         (("--node", "3"), 2, "not a node of a pair"),
         (("--node", "1"), 2, "partner"),
         (("--partner", "nbd://x"), 2, "tls://"),
-        (("--record-on", "partner"), 2, "give --node"),
+        (("--record-on", "partner"), 2, "is for one of two appliances"),
         (("--node", "1", "--partner", "tls://b", "--partner-listen", "tls://a"), 2, "certificates"),
     ],
 )

@@ -13,7 +13,8 @@ What is checked:
 1. No extent is both nodes' own, and what one owns the other knows of (rule 1).
 2. Two nodes never have writes to the same block on their way at once.
 3. Where primary and secondary differ, or a write is on its way, each live node that knows anything
-   has the extent in its records, and one of the stored records names it.
+   has the extent in its records, and one of the stored records names it, or the flag VOLATILE
+   stands in one of the superblocks.  A node that writes has either in its own.
 4. Reads are those of one disk with two doors.
 5. No message is refused, and nobody sees a split brain, since every proof of death is true.
 6. A node that has said BYE or TAKEN owns nothing, and nothing of its is on its way.
@@ -165,6 +166,9 @@ class Side:
         self.alive = True
         self.incarnations += 1
         self.session += 1
+        self.relies = world.record_on == "partner"  # what the configuration says
+        if world.record_on == "either":
+            self.relies = world.rng.random() < 0.5
         self.loop = SimLoop()
         self.record = SimDisk("record", len(self.record_image), self.record_image)
         self.primary = Path("primary", world.primary, world.primary_landed)
@@ -205,7 +209,7 @@ class Side:
             piece_bytes=2 * BLOCK,
             late_writes_s=LATE_S if "errors" in world.troubles else 0.0,
         )
-        hands.attach(self.gate, self.copier, self.rights)
+        hands.attach(self.gate, self.copier, self.pair_record)
         self.end: End | None = None
         self.superblocks: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
         self.events: list[tuple[str, dict[str, object]]] = []
@@ -223,7 +227,7 @@ class Side:
         self.loop.run_soon()
 
     def die(self) -> None:
-        """`kill -9`: what was on its way to the media may land yet."""
+        """`kill -9`: what was on its way to the media may land yet, unless it is shut out."""
         world = self.world
         self.alive = False
         for path in (self.primary, self.secondary):
@@ -263,7 +267,8 @@ class Side:
 
     def hello(self) -> Hello:
         return Hello(
-            volume=NIL, node=self.number, lowest=1, highest=1, role=Role.PAIR, flags=HelloFlag(0),
+            volume=NIL, node=self.number, lowest=1, highest=1, role=Role.PAIR,
+            flags=HelloFlag.RELIES if self.relies else HelloFlag(0),
             required=REQUIRED, offered=OFFERED, term=0,
             incarnation=self.number * 1000 + self.incarnations, session=self.session,
             boot=b"\7" * 16, generations=(NIL,) * 4, size_bytes=self.geometry.size_bytes,
@@ -319,6 +324,12 @@ class _Around:
             side.lasting = lasting
 
         side.superblocks.append((write, done))
+
+    def rely(self, on: bool) -> None:
+        self._side.pair_record.rely(on)
+
+    def destage(self, done: Done) -> bool:
+        return self._side.pair_record.destage(done)
 
     def new_generation(self) -> bytes:
         return self._side.world.rng.randbytes(16)
@@ -413,10 +424,15 @@ class World:
         self.impatient = self.rng.random() < 0.3  # hosts' requests do not wait for ever in a cut
         self._trouble = self.rng.choice((2, 2, 6))  # so many steps in a hundred
         self._flaps = "cut" in troubles and self.rng.random() < 0.3  # the link does, while greeting
+        self.record_on = self.rng.choice(("both", "partner", "either"))  # the latter: at each start
+        self._swift = self.rng.random() < 0.5  # a link that is lost comes back soon
+        self._writes_superblocks = self.rng.choice((0.05, 0.5))  # how soon they are written
         self.log: list[str] = []
         self.sides = (Side(self, 1), Side(self, 2))
         for side in self.sides:
             side.boot()
+        if self.rng.random() < 0.5:
+            self._meet()
 
     # -- hosts --------------------------------------------------------------------------------
     def primary_landed(self, offset: int, data: bytes) -> None:
@@ -510,12 +526,18 @@ class World:
             if side.alive:
                 side.gate.tick()
                 side.rights.tick()
+                side.node.tick()
         elif dice < 95:
             self.superblock(side)
         elif dice < 96.5:
             self.connect()
         else:
             self.notice(side)
+        if self.rng.random() < self._writes_superblocks:
+            self.superblock(side)
+        if self._swift and self.rng.random() < 0.05:
+            self.notice(side)
+            self.connect()
         if self._flaps and side.alive:
             if side.node.phase in (Phase.RECORDS, Phase.READY) and self.rng.random() < 0.05:
                 self.cut()
@@ -526,6 +548,14 @@ class World:
             side.loop.run_soon()
             self.leave(side)
             self.yield_hosts(side)
+
+    def _meet(self) -> None:
+        """Both are paired before anything else happens."""
+        self.connect()
+        while any(side.node.state is not State.PAIRED for side in self.sides):
+            for side in self.sides:
+                self.deliver(side)
+                self.superblock(side)
 
     def yield_hosts(self, side: Side) -> None:
         """Hosts are off for a planned takeover once they have been answered."""
@@ -815,8 +845,11 @@ class World:
                 if not side.names(block):
                     raise AssertionError(f"node {side.number} does not name block {block}")
         unnamed = one.unnamed(may_differ) & two.unnamed(may_differ)
-        if unnamed:
+        if unnamed and not any(side.lasting.volatile for side in self.sides):
             raise AssertionError(f"no stored record names blocks {unnamed}")
+        for side, blocks in zip(self.sides, flying, strict=True):
+            if side.counts and not side.lasting.volatile and (lacking := side.unnamed(blocks)):
+                raise AssertionError(f"node {side.number} writes to {lacking}, stored nowhere")
         for side in self.sides:
             if side.alive:
                 self._check_side(side)
@@ -884,7 +917,7 @@ class World:
         for _ in range(400):
             for side in self.sides:
                 stopped = side.alive and side.node.state in (State.OUTDATED, State.SPLIT_BRAIN)
-                if stopped or (side.alive and side.shut_out):
+                if stopped or (side.alive and (side.shut_out or side.gone)):
                     self.crash(side)
                 if not side.alive:
                     self.restart(side)
@@ -909,6 +942,7 @@ class World:
                 side.gate.policy.generous = False
                 side.gate.tick()
                 side.rights.tick()
+                side.node.tick()
             self.check()
             if self.at_rest:
                 return

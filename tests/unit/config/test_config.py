@@ -104,6 +104,7 @@ def test_builtin_defaults(write: Write) -> None:
         node=None,
         partner=None,
         partner_listen=None,
+        record_on="both",
         partner_name=None,
         partner_fingerprint=None,
         partner_certificates=None,

@@ -82,8 +82,7 @@ def test_a_single_volume_says_nothing_of_a_pair(nodes: dict[int, Cli]) -> None:
     [
         ({"attach": "dm"}, "without asking the partner"),
         ({"serve": "promoted"}, "not one of always, on-promote"),
-        ({"record_on": "partner"}, "records every place on its own device"),
-        ({"record_on": "elsewhere"}, "not one of local, partner, both"),
+        ({"record_on": "elsewhere"}, "not one of both, partner, local"),
         ({"node": "3"}, "there are 1 and 2"),
         ({"partner_listen": "unix:///run/2"}, "where this node itself listens"),
     ],
@@ -97,10 +96,35 @@ def test_what_cannot_be_one_of_two(
     assert not nodes[1].paths.volume_file("vol0").exists()
 
 
-@pytest.mark.parametrize("where", ["local", "both"])
-def test_a_place_is_recorded_here_whatever_is_chosen(nodes: dict[int, Cli], where: str) -> None:
+@pytest.mark.parametrize("where", ["local", "partner", "both"])
+def test_where_a_place_is_recorded_is_chosen_when_it_is_created(
+    nodes: dict[int, Cli], where: str
+) -> None:
     nodes[1].ok(*words(nodes, 1, record_on=where))
-    assert record(nodes[1])["superblock"]["pair"]["record_on"] == "both"
+    assert record(nodes[1])["superblock"]["pair"]["record_on"] == where
+
+
+def test_where_a_place_is_recorded_is_set_while_the_volume_is_stopped(
+    nodes: dict[int, Cli],
+) -> None:
+    nodes[1].ok(*words(nodes, 1))
+    done = nodes[1].ok("--json", "set", "vol0", "record-on=partner")
+    assert (done.json["name"], done.json["record_on"]) == ("vol0", "partner")
+    assert 'record_on = "partner"' in nodes[1].paths.volume_file("vol0").read_text()
+    for word, reason in (
+        ("record-on=elsewhere", "not one of both, partner, local"),
+        ("record-on=local", None),
+    ):
+        outcome = nodes[1].call("set", "vol0", word)
+        assert outcome.status == (0 if reason is None else 2)
+        assert (reason or "") in outcome.err
+
+
+def test_a_volume_without_a_partner_is_recorded_here(nodes: dict[int, Cli]) -> None:
+    line = [word for word in words(nodes, 1) if not word.startswith(("--node", "--partner"))]
+    nodes[1].ok(*line)
+    outcome = nodes[1].call("set", "vol0", "record-on=partner")
+    assert (outcome.status, "is for one of two appliances" in outcome.err) == (2, True)
 
 
 FIGURES: dict[str, Any] = {

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from bitarray import bitarray
 
+from bitmapd.media.base import Done
 from bitmapd.partner.extents import bits_of
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
@@ -55,6 +56,8 @@ class Station:
         self.flags = HelloFlag(0)
         self.events: list[tuple[str, dict[str, object]]] = []
         self.died: list[Runs] = []
+        self.relies, self.destage_waits = False, False
+        self.destages: list[Done] = []
         self.writes: deque[tuple[Lasting, Callable[[OSError | None], None]]] = deque()
         self.on_change: Callable[[], None] = lambda: None
         self.cable = Cable()
@@ -70,6 +73,13 @@ class Station:
     # -- Surroundings -----------------------------------------------
     def store(self, lasting: Lasting, done: Callable[[OSError | None], None]) -> None:
         self.writes.append((lasting, done))
+
+    def rely(self, on: bool) -> None:
+        self.relies = on
+
+    def destage(self, done: Done) -> bool:
+        self.destages.append(done)
+        return self.destage_waits
 
     def new_generation(self) -> bytes:
         return b"n" * 16

@@ -72,8 +72,8 @@ class Holder:
         self.hands = Hands(self.store, self._send)
         self.rights = Rights(GEOMETRY, 1, self.loop, self.hands)
         self.rights.most_requests = 9
-        self.hands.attach(self.parts, self.parts, self.rights)
         self.record = PairRecord(self.store, self.rights)
+        self.hands.attach(self.parts, self.parts, self.record)
         self.pair()
         self.done: list[OSError | None] = []
 
@@ -227,3 +227,53 @@ def test_the_gate_hears_what_rights_ask_for() -> None:
         ("drop clean", [1]),
     ]  # fmt: skip
     assert it.rights.owns(1) is False
+
+
+# -- counting on the partner -----------------------------------------------------------------
+
+
+def relying() -> Holder:
+    it = Holder()
+    it.record.rely(True)
+    return it
+
+
+def test_what_is_granted_is_covered_while_the_partner_is_relied_on() -> None:
+    it = relying()
+    assert it.add((1, 2), extra=((4, 6),))
+    assert it.sent == [Add(1, ((1, 2),), ((4, 6),), ())]
+    assert not it.record.covers(1, 2)
+    it.rights.granted(Grant(1, ((1, 2), (4, 5)), ((5, 6),), (), (), True), 1)
+    assert it.done == [None]
+    assert it.record.covers(1, 2)
+    assert list(it.record.covered_runs()) == [(1, 2), (4, 5)]
+    assert not it.disk.pending, "nothing has been written here"
+    assert not it.record.settled
+
+
+def test_what_was_not_stored_is_not_covered_once_nobody_is_relied_on() -> None:
+    it = relying()
+    it.add((1, 2))
+    it.grant((1, 2))
+    it.record.rely(False)
+    assert not it.record.covers(1, 2)
+    stored: list[OSError | None] = []
+    assert it.record.destage(stored.append)
+    assert not it.add((1, 2)) or it.done == [None]
+    it.store_all()
+    assert stored == [None]
+    assert it.record.covers(1, 2)
+    assert it.done == [None, None]
+    assert not it.record.destage(stored.append)
+
+
+def test_what_is_noted_is_stored_lazily_and_what_is_stored_is_covered_at_once() -> None:
+    it = relying()
+    it.hands.keep(((3, 5),))
+    assert not it.disk.pending
+    it.record.flush_clears()
+    it.store_all()
+    assert it.store.covers(3, 5)
+    it.store.drop([3])
+    it.hands.keep(((3, 4),))
+    assert it.store.covers(3, 4), "the stored copy never lost it"

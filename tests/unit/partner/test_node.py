@@ -143,7 +143,7 @@ def test_results_that_differ_end_the_connection() -> None:
 
 def test_results_that_differ_once_ours_is_stored() -> None:
     it = Two()
-    it.one.node.lasting = Lasting(False, 2, generations("a"), it.one.node.lasting.volume)
+    it.one.node.ledger.lasting = Lasting(False, 2, generations("a"), it.one.node.lasting.volume)
     it.connect()
     it.one.receive(hello(2, flags=HelloFlag.FRESH), Record((), (), (), ()), Ready(1))
     it.one.write()
@@ -502,6 +502,7 @@ def test_who_has_left_may_come_back() -> None:
     it = met()
     it.two.node.leave(lambda _: None)
     it.carry()
+    it.two = Station(2)
     it.pair()
 
 

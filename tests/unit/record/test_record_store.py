@@ -658,3 +658,42 @@ def test_a_read_that_brings_nothing_is_no_proof(rig: Rig) -> None:
     read.done(None)
     assert rig.store.failing
     assert isinstance(rig.answers[1], OSError)
+
+
+# -- without waiting --------------------------------------------------------------------------
+
+
+def test_what_is_noted_counts_and_is_written_when_somebody_asks(rig: Rig) -> None:
+    rig.store.note([(EDGE - 2, EDGE + 2)])
+    rig.loop.run_soon()
+    assert rig.places == []
+    assert rig.recorded() == {EDGE - 2, EDGE - 1, EDGE, EDGE + 1}
+    assert not rig.store.covers(EDGE, EDGE + 1)
+    assert rig.store.destage(rig.answers.append)
+    assert len(rig.places) == 2, "each page once, at once"
+    rig.finish()
+    assert rig.answers == []
+    rig.finish()
+    assert rig.answers == [None]
+    assert rig.store.covers(EDGE - 2, EDGE + 2)
+    assert rig.stored() == rig.recorded()
+    assert not rig.store.destage(rig.answers.append)
+    assert rig.answers == [None]
+
+
+def test_a_destage_tells_of_its_error(rig: Rig) -> None:
+    rig.store.note([(1, 2), (EDGE, EDGE + 1)])
+    rig.store.destage(rig.answers.append)
+    rig.fail()
+    rig.finish()
+    assert [error.errno for error in rig.answers if error] == [errno.EIO]
+    assert rig.store.destage(rig.answers.append), "one page still lacks something"
+
+
+def test_what_is_noted_rides_along_and_is_covered_at_once_if_it_never_left(rig: Rig) -> None:
+    rig.store.note([(1, 2)])
+    rig.put((2, 3))
+    assert rig.store.covers(1, 3)
+    rig.store.drop([1])
+    rig.store.note([(1, 2)])
+    assert rig.store.covers(1, 2)

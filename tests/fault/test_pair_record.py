@@ -1,0 +1,130 @@
+"""Where a pair records, as processes: what waits for what, what a loss of power costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.pairs import Pair
+from tests.support.volumes import KIB, MIB, noise
+
+
+@pytest.fixture
+def pair(short_path: Path) -> Iterator[Pair]:
+    """Both nodes rely on the other's memory."""
+    with Pair(short_path, 64 * MIB, "--record-on", "partner") as made:
+        made.create()
+        yield made
+
+
+def in_sync(pair: Pair) -> None:
+    for node in (1, 2):
+        pair[node].wait_in_sync()
+
+
+def superblock(pair: Pair, node: int) -> dict[str, Any]:
+    """What the stored record says of the pair."""
+    dump = json.loads(pair[node].dmctl("--json", "record", "dump", str(pair[node].media["record"])))
+    return dict(dump["superblock"]["pair"])
+
+
+def both_die(pair: Pair) -> None:
+    for node in (1, 2):
+        pair[node].kill()
+
+
+def both_start(pair: Pair) -> dict[int, dict[str, Any]]:
+    for node in (1, 2):
+        pair[node].dmctl_process("start", "vol0")
+    return {node: pair.until(node, "paired") for node in (1, 2)}
+
+
+def test_the_flag_says_what_a_loss_of_both_would_cost(pair: Pair) -> None:
+    pair.start()
+    for node in (1, 2):
+        assert pair.partner(node)["volatile"]
+        assert superblock(pair, node)["volatile"]
+        assert superblock(pair, node)["record_on"] == "partner"
+    in_sync(pair)
+    here, there = noise(1, MIB), noise(2, MIB)
+    pair[1].write(10 * MIB, here)
+    pair[2].write(30 * MIB, there)
+    both_die(pair)
+    partners = both_start(pair)
+    assert partners[1]["compared_extents_total"] == 64, "nobody can know"
+    in_sync(pair)
+    assert pair.equal()
+    assert pair[2].read(10 * MIB, MIB) == here
+    assert pair[1].read(30 * MIB, MIB) == there
+
+
+def test_alone_a_node_stores_what_the_partner_held_and_the_flag_goes(pair: Pair) -> None:
+    pair.start()
+    in_sync(pair)
+    for node in (1, 2):
+        pair[node].dmctl("pause", "vol0")
+    with pair[1].events() as events:
+        pair[1].write(10 * MIB, noise(3, MIB))
+        pair[2].kill()
+        events.wait("record-destaged")
+    assert pair.until(1, "cut")["volatile"] is False
+    assert not superblock(pair, 1)["volatile"]
+    assert set(range(10, 11)) <= pair[1].recorded()
+    pair[1].write(10 * MIB, noise(4, 64 * KIB))  # ours, and stored by now
+    pair[2].start()
+    assert pair.until(1, "paired")["volatile"], "set again before anything counts in memory"
+    for node in (1, 2):
+        pair[node].dmctl("resume", "vol0")
+    in_sync(pair)
+    assert pair.equal()
+
+
+@pytest.mark.parametrize("dead", [1, 2])
+def test_the_partner_takes_over_what_only_it_has_recorded(pair: Pair, dead: int) -> None:
+    pair.start()
+    in_sync(pair)
+    data = noise(11, 3 * MIB)
+    pair[dead].write(20 * MIB, data)
+    pair[dead].kill()
+    alive = 3 - dead
+    pair.until(alive, "cut")
+    answer = json.loads(pair[alive].dmctl("--json", "takeover", "vol0", "--fenced"))
+    assert answer["partner"]["compared_extents_total"] == 0
+    assert pair[alive].read(20 * MIB, 3 * MIB) == data
+    pair[alive].wait_in_sync()
+    assert pair.equal()
+    pair[dead].start()
+    assert pair.until(dead, "paired")["compared_extents_total"] == 0
+
+
+@pytest.mark.parametrize("words", [(), ("--now",)], ids=["clean", "now"])
+def test_after_stops_nothing_is_compared(pair: Pair, words: tuple[str, ...]) -> None:
+    pair.start()
+    in_sync(pair)
+    pair[1].write(10 * MIB, noise(5, MIB))
+    pair[2].write(40 * MIB, noise(6, MIB))
+    for node in (1, 2):
+        pair[node].stop(*words)
+        assert not superblock(pair, node)["volatile"]
+    partners = both_start(pair)
+    assert [partners[node]["compared_extents_total"] for node in (1, 2)] == [0, 0]
+    in_sync(pair)
+    assert pair.equal()
+
+
+def test_what_is_relied_on_may_be_set_anew_while_a_node_is_stopped(pair: Pair) -> None:
+    pair.start()
+    assert pair[1].refused("set", "vol0", "record-on=both")["exit_status"] == 14
+    for node in (1, 2):
+        pair[node].stop()
+        pair[node].dmctl("set", "vol0", "record-on=both")
+        pair[node].start()
+        pair.until(node, "paired")
+    assert not pair[1].until(lambda status: not status["partner"]["volatile"])["partner"][
+        "volatile"
+    ]
+    assert superblock(pair, 1)["record_on"] == "both"
