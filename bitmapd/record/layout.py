@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from bitarray import bitarray
 
 from bitmapd.errors import BitmapdError, RecordDamagedError
+from bitmapd.record.copies import SUPERBLOCK_BYTES, SUPERBLOCK_OFFSETS
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pages import (
     EXTENTS_PER_PAGE,
@@ -40,8 +41,6 @@ from bitmapd.record.pages import (
 from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
 from bitmapd.record.superblock import (
     NO_FLAGS,
-    SUPERBLOCK_BYTES,
-    SUPERBLOCK_OFFSETS,
     Incompatible,
     InitialSync,
     RecordFlag,

@@ -2,11 +2,8 @@
 
 It stands in two copies, written one after the other; docs/format.md has the offsets.
 
-1. Magic, version, feature bits and the checksum keep their places in every version of the format,
-   so a newer format is told from damage; it is refused, never guessed at.
-2. A copy with a valid checksum that contradicts itself is damaged.  Two valid copies that
-   contradict one another are refused; one bad copy is a warning; no copy and no trace of one means
-   that there is no record here.
+1. A newer format is told from damage, and refused; of two copies one counts (`copies`).
+2. A copy with a valid checksum that contradicts itself is damaged.
 3. `sequence` grows with every update, and an update is complete only when both copies are
    durable.  A crash in between leaves the old or the new superblock, so nothing may rely on
    a change before its update is complete (`updates.py` has the order).
@@ -28,12 +25,15 @@ from uuid import UUID
 from crc32c import crc32c
 
 from bitmapd.errors import FormatTooNewError, RecordDamagedError, UsageError
+from bitmapd.record.copies import (
+    SUPERBLOCK_BYTES,
+    Choice,
+    Seal,
+    choose_copy,
+)
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pages import MAX_SEQUENCE, PAGES_OFFSET, Raw, page_count
 from bitmapd.record.pair_state import NO_STATE, STATE_BYTES, PairState, decode_pair, encode_pair
-
-SUPERBLOCK_BYTES: Final = 4096
-SUPERBLOCK_OFFSETS: Final = (0, 65536)
 
 MAGIC: Final = b"\x93bitmapd-record\n"
 FORMAT_VERSION: Final = 1
@@ -56,9 +56,7 @@ MAX_IDENTITY_BYTES: Final = 255
 
 _SUPERBLOCK: Final = struct.Struct("<16sIIQQQ16sQQ16s16s16s16sQIIIIQQQQQBBB5x64s256s256s")
 _PAIR_OFFSET: Final = _SUPERBLOCK.size
-_PREFIX: Final = struct.Struct("<16sIIQQQ")
-_CRC: Final = struct.Struct("<I")
-_SEED: Final = int(crc32c(b"bitmapd superblock"))
+_SEAL: Final = Seal("the record", MAGIC, int(crc32c(b"bitmapd superblock")), FORMAT_VERSION)
 _U32: Final = (1 << 32) - 1
 _U63: Final = (1 << 63) - 1
 _U64: Final = (1 << 64) - 1
@@ -172,12 +170,7 @@ class Superblock:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class SuperblockChoice:
-    superblock: Superblock
-    warnings: tuple[str, ...]  # something is damaged
-    notes: tuple[str, ...] = ()  # what a crash leaves behind
-    stale_copy: int = 0  # the copy to be written first: the other one holds what counts
+SuperblockChoice = Choice[Superblock]
 
 
 def encode_superblock(superblock: Superblock) -> bytes:
@@ -218,42 +211,18 @@ def encode_superblock(superblock: Superblock) -> bytes:
         secondary,
     )
     raw[_PAIR_OFFSET : _PAIR_OFFSET + STATE_BYTES] = encode_pair(superblock.pair)
-    _CRC.pack_into(raw, SUPERBLOCK_BYTES - 4, crc32c(raw[:-4], _SEED))
+    _SEAL.close(raw)
     return bytes(raw)
 
 
 def has_magic(raw: Raw) -> bool:
-    return raw is not None and bytes(raw[: len(MAGIC)]) == MAGIC
+    return _SEAL.has_magic(raw)
 
 
 def decode_superblock(raw: Raw) -> Superblock:
     """RecordDamagedError for what is not a superblock, FormatTooNewError for one of a newer
-    program: magic, version, feature bits and the checksum keep their places in every version."""
-    if raw is None:
-        raise RecordDamagedError("the superblock cannot be read")
-    if len(raw) != SUPERBLOCK_BYTES:
-        raise RecordDamagedError(f"the superblock is cut short after {len(raw)} bytes")
-    if not has_magic(raw):
-        raise RecordDamagedError("there is no superblock")
-    (stored,) = _CRC.unpack_from(raw, SUPERBLOCK_BYTES - 4)
-    actual = crc32c(raw[:-4], _SEED)
-    if stored != actual:
-        raise RecordDamagedError(
-            f"the superblock's checksum is {stored:08x} and should be {actual:08x}"
-        )
-    _, version, _, incompatible, _, _ = _PREFIX.unpack_from(raw)
-    if version > FORMAT_VERSION:
-        raise FormatTooNewError(
-            f"the record has format version {version}; this program knows {FORMAT_VERSION}",
-            hint="use the program that wrote it, or a newer one",
-        )
-    unknown = incompatible & ~KNOWN_INCOMPATIBLE
-    if unknown:
-        raise FormatTooNewError(
-            f"the record uses features {unknown:#x} that this program does not know",
-            hint="use the program that wrote it, or a newer one",
-        )
-    return _parse_superblock(raw)
+    program."""
+    return _parse_superblock(_SEAL.opened(raw, KNOWN_INCOMPATIBLE)[1])
 
 
 def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
@@ -288,8 +257,6 @@ def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
         primary,
         secondary,
     ) = rest[MAX_GENERATIONS:]
-    if version < 1:
-        raise RecordDamagedError(f"the superblock contradicts itself: format version {version}")
     if name_length > MAX_NAME_BYTES:
         raise RecordDamagedError(f"the superblock contradicts itself: name of {name_length} bytes")
     pair = bytes(raw[_PAIR_OFFSET : _PAIR_OFFSET + STATE_BYTES])
@@ -331,46 +298,13 @@ def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
 def choose_superblock(first: Raw, second: Raw) -> SuperblockChoice | None:
     """The superblock that counts; None if there never was a record here (both copies readable,
     neither has the magic)."""
-    valid: list[Superblock] = []
-    faults: list[str] = []
-    bad = 0
-    for number, (label, raw) in enumerate((("A", first), ("B", second))):
-        try:
-            valid.append(decode_superblock(raw))
-        except RecordDamagedError as error:
-            faults.append(f"superblock copy {label}: {error.message}")
-            bad = number
-    if not valid:
-        if not (first is None or second is None or has_magic(first) or has_magic(second)):
-            return None
-        raise RecordDamagedError(
-            "both copies of the superblock are bad: " + "; ".join(faults),
-            hint="the record cannot be trusted: create it anew with a full or checksum sync",
-        )
-    if len(valid) == 1:
-        return SuperblockChoice(valid[0], tuple(faults), stale_copy=bad)
-    one, other = valid
-    if one.volume_uuid != other.volume_uuid:
-        raise RecordDamagedError(
-            f"the two copies of the superblock belong to different volumes, {one.name!r} (uuid"
-            f" {one.volume_uuid}) and {other.name!r} (uuid {other.volume_uuid})"
-        )
-    if one == other:
-        return SuperblockChoice(one, ())
-    if one.sequence == other.sequence:
-        raise RecordDamagedError(
-            f"the two copies of the superblock differ at the same sequence {one.sequence}"
-        )
-    newest = max(one, other, key=lambda copy: copy.sequence)
-    oldest = min(one.sequence, other.sequence)
-    return SuperblockChoice(
-        newest,
-        (),
-        (
-            f"superblock copies are at sequences {newest.sequence} and {oldest}: an update was"
-            " interrupted; the newer one is used",
-        ),
-        stale_copy=int(newest is one),
+    return choose_copy(
+        _SEAL,
+        first,
+        second,
+        decode_superblock,
+        lambda superblock: ("volumes", superblock.volume_uuid),
+        "the record cannot be trusted: create it anew with a full or checksum sync",
     )
 
 

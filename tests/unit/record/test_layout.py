@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from bitmapd.errors import BitmapdError, FormatTooNewError, RecordDamagedError
 from bitmapd.record import layout
+from bitmapd.record.copies import Choice
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import (
     EXTENTS_PER_PAGE,
@@ -26,7 +27,6 @@ from bitmapd.record.layout import (
     Loaded,
     RecordFlag,
     Superblock,
-    SuperblockChoice,
     assemble,
     choose_superblock,
     encode_page,
@@ -148,7 +148,7 @@ def test_bits_beyond_the_last_extent_do_not_exist() -> None:
 
 def test_a_missing_page_is_a_mistake_of_the_caller() -> None:
     image = image_of(bits_of())
-    choice = SuperblockChoice(superblock(), ())
+    choice = Choice(superblock(), ())
     with pytest.raises(BitmapdError, match="2 pages of 3 were given"):
         assemble(choice, slots_of(image, 2))
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from bitmapd.errors import FormatTooNewError, RecordDamagedError, UsageError
 from bitmapd.record import superblock as module
+from bitmapd.record.copies import SUPERBLOCK_BYTES
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.superblock import (
     MAX_GENERATIONS,
-    SUPERBLOCK_BYTES,
     InitialSync,
     RecordFlag,
     Superblock,
