@@ -1,0 +1,68 @@
+"""Where things are in a journal (pure); docs/format.md has the tables.
+
+The superblocks, the commit pages and the directory have fixed places.  The change maps follow,
+sized by the volume's extents, and from the next whole MiB on there are segments to the end of the
+journal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from bitmapd.errors import NoSpaceError
+from bitmapd.record.geometry import MIB, Geometry
+
+PAGE_BYTES: Final = 4096
+COMMIT_OFFSETS: Final = (131072, 135168)
+DIRECTORY_OFFSET: Final = 139264
+MAPS_OFFSET: Final = 143360
+MOST_KEPT: Final = 64
+SEGMENT_BYTES: Final = 4 * MIB
+MIN_JOURNAL_BYTES: Final = 64 * MIB
+MIN_SEGMENTS: Final = 8
+
+
+def padded(length_bytes: int) -> int:
+    """In whole pages."""
+    return -(-length_bytes // PAGE_BYTES) * PAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Of a journal of `journal_bytes` for a volume of this geometry."""
+
+    geometry: Geometry
+    journal_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.journal_bytes < MIN_JOURNAL_BYTES or self.segments < MIN_SEGMENTS:
+            least = max(MIN_JOURNAL_BYTES, self.segments_offset + MIN_SEGMENTS * self.segment_bytes)
+            raise NoSpaceError(
+                f"a journal of {self.journal_bytes} bytes is too small for a volume of"
+                f" {self.geometry.size_bytes} bytes",
+                hint=f"it needs {least} bytes at least; a tenth of the volume is a good size",
+            )
+
+    @property
+    def map_bytes(self) -> int:
+        """Of one change map."""
+        return padded(-(-self.geometry.extents // 8))
+
+    def map_offset(self, slot: int) -> int:
+        return MAPS_OFFSET + slot * self.map_bytes
+
+    @property
+    def segments_offset(self) -> int:
+        return -(-self.map_offset(MOST_KEPT) // MIB) * MIB
+
+    @property
+    def segments(self) -> int:
+        return max(0, self.journal_bytes - self.segments_offset) // self.segment_bytes
+
+    @property
+    def segment_bytes(self) -> int:
+        return SEGMENT_BYTES
+
+    def segment_offset(self, index: int) -> int:
+        return self.segments_offset + index * self.segment_bytes
