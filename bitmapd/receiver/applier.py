@@ -1,0 +1,151 @@
+"""Points that are committed become the image, one after the other.
+
+For each: all of its entries are verified, it is written to the image, the image is flushed, the
+commit page says that it is applied, its space is free.
+
+Invariants:
+1. Nothing of a point is written before all of it was verified.
+2. A point is in the image as a whole or not at all, but for a crash while it is being written: then
+   it is still queued, and is written again.
+3. A point with an entry that is wrong waits.  `missing` are the blocks of such entries, less those
+   that a later point of the queue has as a whole; when none is left, all points up to that one are
+   written in one go.  A point whose count or digest is wrong lacks entries that nobody knows: it
+   misses every block.
+4. Only if a part of a point that waits may be in the image the commit page says that the image is
+   inconsistent until the next point.  After a start nobody knows, so then it may.
+5. An error of the image ends nothing: what was written is written again after `RETRY_S`.
+
+A crash leaves a queue, which is applied again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Final, Protocol
+
+from bitarray import bitarray
+from bitarray.util import zeros
+
+from bitmapd.media.base import Device, Done, Scheduler
+from bitmapd.peer.payloads import Runs
+from bitmapd.points.pieces import whole_mask
+from bitmapd.receiver.commit import Queued
+from bitmapd.receiver.image import Redo
+from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.steps import Steps, run
+from bitmapd.receiver.superblock import Line
+
+RETRY_S: Final = 10.0  # after an error of the image
+
+
+class Owner(Protocol):
+    """Who hears of it."""
+
+    def applied(self, point: int) -> None:
+        """All points up to this one, durably."""
+
+    def damaged(self, missing: Runs) -> None:
+        """These blocks have to come once more, with the next point."""
+
+    def image_failed(self, error: OSError) -> None: ...
+
+
+class Applier:
+    """See the module docstring."""
+
+    def __init__(
+        self, journal: Journal, image: Device, line: Line, scheduler: Scheduler, owner: Owner
+    ) -> None:
+        self.missing: Runs = ()
+        self.is_at_work = False
+        self._journal = journal
+        self._image = image
+        self._geometry = line.geometry
+        self._redo = Redo(line.geometry, line.volume.bytes, journal.device, image)
+        self._scheduler = scheduler
+        self._owner = owner
+        self._partly = bool(journal.page.queue)  # some of it may be in the image
+        self._when_applied: list[Done] = []
+
+    def go_on(self) -> None:
+        """There may be something in the queue."""
+        if self._journal.page.queue and not self.is_at_work and self._journal.failure is None:
+            self.is_at_work = True
+            run(self._apply(), lambda error, _: self._ended(error))
+
+    def when_applied(self, done: Done) -> None:
+        """Call it when the queue has become shorter."""
+        self._when_applied.append(done)
+
+    def _ended(self, error: OSError | None) -> None:
+        self.is_at_work = False
+        if error is not None and self._journal.failure is None:
+            self._owner.image_failed(error)
+            self._scheduler.call_later(RETRY_S, self.go_on)
+
+    def _apply(self) -> Steps[None]:
+        """Until nothing is queued, or what is first in the queue has to wait for a later point."""
+        journal = self._journal
+        while queue := journal.page.queue:
+            wrong, missing = yield from self._examine(queue)
+            if missing is None:
+                yield from self._write(wrong)
+            elif queue == journal.page.queue:
+                if self._partly and not journal.page.inconsistent_until:
+                    yield from journal.inconsistent(journal.open_point)
+                self.missing = missing
+                self._owner.damaged(missing)
+                return
+
+    def _examine(
+        self, queue: tuple[Queued, ...]
+    ) -> Steps[tuple[dict[int, Collection[int]], Runs | None]]:
+        """The first points of the queue that can be applied together: the wrong blocks of each; and
+        those that no point of the whole queue makes good, if there are such."""
+        blocks = self._geometry.blocks
+        wrong: dict[int, Collection[int]] = {}
+        missing = zeros(blocks, "little")
+        for queued in queue:
+            entries = self._journal.points[queued.point]
+            if (queued.entries, queued.digest) != (entries.count, entries.digest()):
+                wrong[queued.point] = range(blocks)  # nobody knows what is lost
+                missing.setall(True)
+                continue
+            bad = yield from self._redo.verify(entries)
+            if missing.any():
+                for kept in entries:
+                    if kept.mask == whole_mask(self._geometry, kept.block):
+                        missing[kept.block] = False
+            for block in bad:
+                missing[block] = True
+            wrong[queued.point] = frozenset(bad)
+            if not missing.any():
+                return wrong, None
+        return wrong, _runs(missing)
+
+    def _write(self, wrong: dict[int, Collection[int]]) -> Steps[None]:
+        journal = self._journal
+        self._partly = True
+        for point, blocks in wrong.items():
+            if (yield from self._redo.apply(journal.points[point], blocks)):
+                return  # it rots under our hands: examine it again
+        yield self._image.flush
+        yield from journal.applied(max(wrong))
+        self._partly = False
+        self.missing = ()
+        self._owner.applied(journal.page.applied)
+        waiting, self._when_applied = self._when_applied, []
+        for call in waiting:
+            call(None)
+
+
+def _runs(blocks: bitarray) -> Runs:
+    """Where they are, half-open."""
+    runs = []
+    stop = 0
+    while (first := blocks.find(True, stop)) >= 0:
+        stop = blocks.find(False, first)
+        if stop < 0:
+            stop = len(blocks)
+        runs.append((first, stop))
+    return tuple(runs)

@@ -1,0 +1,515 @@
+"""The receiver's half of consistent points: what it answers a sender, and what it does meanwhile.
+
+| state | message | next | does |
+| --- | --- | --- | --- |
+| waiting | HELLO2 that fits | greeting | leftovers of another incarnation are dropped, durably |
+| greeting | (done) | receiving | HELLO2, HAVE, and NEED if something rots |
+| greeting | (does not follow) | refused | HELLO2, from which the sender concludes the same |
+| receiving | BEGIN, DATA | receiving | into the journal; before point 1 into the image |
+| receiving | END, sets equal | committing | flush, commit page, COMMITTED |
+| receiving | END, not equal | receiving | HAVE |
+| any | PING | | PONG |
+| any | anything else | waiting | ERROR; nothing was changed |
+
+Points that are committed are applied beside this, whoever is connected (`applier`).
+
+Invariants:
+1. What HELLO2 and COMMITTED say of points is what the commit page on the medium says.  So a HELLO2
+   is answered when no commit is under way.
+2. A point is committed only if the sender's END has the count and digest of the entries that are
+   here, each with its stamp.
+3. What is wrong ends the connection.  Whoever is refused changes nothing.
+4. A sender may send as much as there is room for in the journal: `credit`.  What is received and
+   not yet written is bounded besides, by not reading.
+
+A crash loses what was said, never what was promised; see `journal` and `applier`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from uuid import UUID
+
+from bitmapd.errors import BitmapdError, UsageError, WrongStateError
+from bitmapd.media.base import Device, Scheduler
+from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Runs
+from bitmapd.points.codec import cost_bytes, haves
+from bitmapd.points.lineage import Verdict, judge
+from bitmapd.points.messages import (
+    NIL,
+    Applied,
+    Begin,
+    Bye,
+    Committed,
+    Credit,
+    Data,
+    End,
+    Error,
+    Feature,
+    Hello2,
+    Message,
+    Need,
+    Ping,
+    Pong,
+    Received,
+    Role,
+)
+from bitmapd.points.pieces import Unpacker
+from bitmapd.receiver.applier import Applier
+from bitmapd.receiver.commit import MOST_QUEUED, NEVER, PageFlag, Queued
+from bitmapd.receiver.entries import IN_IMAGE, Entries, Kept
+from bitmapd.receiver.image import InPlace
+from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.places import Places
+from bitmapd.receiver.steps import Steps, run
+from bitmapd.receiver.superblock import Line
+from bitmapd.record.geometry import MIB, Geometry
+
+MOST_UNWRITTEN_BYTES: Final = 16 * MIB  # received; then the connection is not read
+CREDIT_BYTES: Final = MIB  # that are worth a message
+RECEIVED_BYTES: Final = 8 * MIB  # between two RECEIVED
+
+
+class State(enum.Enum):
+    WAITING = "waiting"
+    GREETING = "greeting"
+    REFUSED = "refused"
+    RECEIVING = "receiving"
+    COMMITTING = "committing"
+    FAILED = "failed"
+
+
+_GREETED: Final = (State.RECEIVING, State.COMMITTING)
+_FOLLOWS: Final = (Verdict.GO_ON, Verdict.NEW_RECEIVER)
+
+
+class Wire(Protocol):
+    """One connection of a sender."""
+
+    def send(self, message: Message) -> None: ...
+
+    def greeted(self, geometry: Geometry) -> None:
+        """Its HELLO2 fits: blocks are those of this volume from now on."""
+
+    def read(self, on: bool) -> None:
+        """Whether more is to be received."""
+
+    def close(self, error: PeerError | None = None) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Of this process."""
+
+    name: str
+    incarnation: bytes
+    program: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Volume:
+    """What a receiver works with once it belongs to a volume."""
+
+    unpacker: Unpacker
+    in_place: InPlace
+    applier: Applier
+
+
+class Receiver:
+    """See the module docstring.  `now_s` is Unix time.  The journal's failure is its owner's
+    business: nothing is answered any more after `fail`."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        image: Device,
+        scheduler: Scheduler,
+        identity: Identity,
+        now_s: Callable[[], int],
+        emit: Callable[..., None],
+    ) -> None:
+        self.state = State.WAITING
+        self.journal = journal
+        self._image = image
+        self._identity = identity
+        self._now_s = now_s
+        self._emit = emit
+        self._wire: Wire | None = None
+        self._hello: Hello2 | None = None
+        self._begin: Begin | None = None
+        self._busy = False  # greeting or committing, for this connection or one before
+        self._credit_bytes = 0  # that the sender has left
+        self._unwritten_bytes = 0
+        self._in_place_bytes = 0  # of these, on their way to the image
+        self._unsaid_bytes = 0  # since the last RECEIVED
+        self._reading = True
+        self._scheduler = scheduler
+        self._volume = self._follow()
+        self._allowed: dict[tuple[State, type], Callable[[Any], None]] = {
+            (State.WAITING, Hello2): self._take_hello,
+            (State.RECEIVING, Begin): self._take_begin,
+            (State.RECEIVING, Data): self._take_data,
+            (State.RECEIVING, End): self._take_end,
+        }
+
+    # -- its life -------------------------------------------------------------------------------
+    def start(self) -> None:
+        """Apply what is queued."""
+        if self._volume is not None:
+            self._volume.applier.go_on()
+
+    def fail(self) -> None:
+        """The journal can no longer be written."""
+        self.state = State.FAILED
+        if self._wire is not None:
+            wire, self._wire = self._wire, None
+            wire.close(PeerError(ErrorCode.INTERNAL, "the journal of the receiver has failed"))
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is in flight: the devices may be closed."""
+        applies = self._volume is not None and self._volume.applier.is_at_work
+        return not (self._busy or applies or self._unwritten_bytes)
+
+    def _follow(self) -> _Volume | None:
+        """What depends on the volume, once it is known."""
+        line = self.journal.superblock.line
+        if line is None:
+            return None
+        volume = line.volume.bytes
+        return _Volume(
+            Unpacker(line.geometry, volume),
+            InPlace(line.geometry, volume, self._image),
+            Applier(self.journal, self._image, line, self._scheduler, self),
+        )
+
+    # -- connections ----------------------------------------------------------------------------
+    def connected(self, wire: Wire) -> None:
+        """A sender is there; one before it is gone."""
+        if self.state is State.FAILED:
+            wire.close()
+            return
+        before = self._wire
+        self._wire, self._hello, self._begin, self._reading = wire, None, None, True
+        self.state = State.WAITING
+        if before is not None:
+            before.close()
+
+    def lost(self, wire: Wire) -> None:
+        if wire is self._wire:
+            self._wire, self._hello = None, None
+            self.state = State.WAITING
+
+    def received(self, wire: Wire, message: Message) -> None:
+        if wire is not self._wire:
+            return
+        try:
+            self._take(message)
+        except PeerError as error:
+            self.lost(wire)
+            wire.close(error)
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Ping):
+            self._send(Pong(message.time_us))
+        elif isinstance(message, Pong | Bye | Error):
+            pass  # the connection's end follows by itself
+        else:
+            take = self._allowed.get((self.state, type(message)))
+            if take is None:
+                raise PeerError(
+                    ErrorCode.KIND, f"{type(message).__name__} came while {self.state.value}"
+                )
+            take(message)
+
+    def _send(self, message: Message) -> None:
+        if self._wire is not None:
+            self._wire.send(message)
+
+    # -- the greeting ---------------------------------------------------------------------------
+    def _take_hello(self, hello: Hello2) -> None:
+        self._check_hello(hello)
+        self._hello = hello
+        self.state = State.GREETING
+        self._greet()
+
+    def _check_hello(self, hello: Hello2) -> None:
+        if hello.role is not Role.SENDER or hello.generations[0] == NIL:
+            raise PeerError(ErrorCode.OTHER, f"{hello.role.name} has nothing to send to a receiver")
+        if hello.name != self._identity.name:
+            raise PeerError(
+                ErrorCode.OTHER,
+                f"this is the receiver of '{self._identity.name}', not of '{hello.name}'",
+            )
+        geometry = _geometry(hello)
+        line = self.journal.superblock.line
+        if line is not None and (line.volume.bytes, line.geometry) != (hello.volume, geometry):
+            raise PeerError(
+                ErrorCode.OTHER,
+                f"this is the receiver of volume {line.volume}, of {line.geometry.size_bytes} bytes"
+                f" in blocks of {line.geometry.block_bytes} and extents of"
+                f" {line.geometry.extent_bytes}",
+            )
+        if geometry.size_bytes > self._image.size_bytes:
+            raise PeerError(
+                ErrorCode.SIZE,
+                f"the image has {self._image.size_bytes} bytes, the volume {geometry.size_bytes}",
+            )
+        if geometry.size_bytes % self._image.block_size_bytes:
+            raise PeerError(
+                ErrorCode.SIZE,
+                f"the image has blocks of {self._image.block_size_bytes} bytes, of which"
+                f" {geometry.size_bytes} is no multiple",
+            )
+        try:
+            Places(geometry, self.journal.superblock.journal_bytes)
+        except BitmapdError as error:
+            raise PeerError(ErrorCode.SIZE, error.message) from None
+
+    def _greet(self) -> None:
+        """Answer a HELLO2 as soon as nothing else is being done for a sender."""
+        hello = self._hello
+        if hello is None or self.state is not State.GREETING or self._busy:
+            return
+        verdict = judge(hello, self._greeting())
+        if verdict not in _FOLLOWS:
+            self.state = State.REFUSED
+            self._emit("sender-refused", message=verdict.value)
+            self._send(self._greeting())
+            return
+        self._busy = True
+        run(self._preparing(hello), lambda error, _: self._prepared(hello, error))
+
+    def _preparing(self, hello: Hello2) -> Steps[None]:
+        journal = self.journal
+        if journal.superblock.line is None:
+            generations = tuple(UUID(bytes=value) for value in hello.generations if value != NIL)
+            line = Line(UUID(bytes=hello.volume), _geometry(hello), generations, hello.term)
+            yield from journal.adopt(line, self._now_s())
+            self._volume = self._follow()
+        lost = yield from self._known.in_place.settle()
+        if journal.page.incarnation != hello.incarnation:
+            yield from journal.drop(hello.incarnation)
+        elif lost:
+            journal.open = Entries()
+
+    def _prepared(self, hello: Hello2, error: OSError | None) -> None:
+        self._busy = False
+        if error is not None:
+            return  # of the journal: `fail` has been called
+        wire = self._wire
+        if self._hello is not hello or wire is None:
+            self._greet()  # of another connection
+            return
+        self.state = State.RECEIVING
+        self._credit_bytes = self._room_bytes
+        self._unsaid_bytes = 0
+        wire.greeted(_geometry(hello))
+        self._send(self._greeting())
+        self._say_what_is_here()
+        self._ask_again()
+
+    def _greeting(self) -> Hello2:
+        page, line = self.journal.page, self.journal.superblock.line
+        geometry = None if line is None else line.geometry
+        generations = () if line is None else tuple(value.bytes for value in line.generations)
+        promoted = page.flags & (PageFlag.PROMOTED | PageFlag.PROMOTING)
+        return Hello2(
+            volume=NIL if line is None else line.volume.bytes,
+            incarnation=self._identity.incarnation,
+            generations=(*generations, *(NIL,) * (4 - len(generations))),
+            size_bytes=self._image.size_bytes if geometry is None else geometry.size_bytes,
+            block_bytes=0 if geometry is None else geometry.block_bytes,
+            extent_bytes=0 if geometry is None else geometry.extent_bytes,
+            committed=page.committed,
+            applied=page.applied,
+            oldest_kept=0,
+            role=Role.PROMOTED if promoted else Role.RECEIVER,
+            features=Feature.ZSTD,
+            credit_bytes=self._room_bytes,
+            term=0 if line is None else line.term,
+            name=self._identity.name,
+            program=self._identity.program,
+        )
+
+    def _say_what_is_here(self) -> None:
+        journal = self.journal
+        point = journal.open_point if journal.open.count else 0
+        for have in haves(point, journal.page.incarnation, journal.open.stamps()):
+            self._send(have)
+
+    # -- the open point -------------------------------------------------------------------------
+    def _take_begin(self, begin: Begin) -> None:
+        journal, line = self.journal, self.journal.superblock.line
+        wanted = (journal.open_point, journal.page.committed, journal.page.incarnation)
+        if (begin.point, begin.base, begin.incarnation) != wanted:
+            raise PeerError(
+                ErrorCode.ANSWER,
+                f"point {begin.point} on {begin.base} does not follow {journal.page.committed}",
+            )
+        if line is None or begin.size_bytes != line.geometry.size_bytes:
+            raise PeerError(ErrorCode.SIZE, f"point {begin.point} has {begin.size_bytes} bytes")
+        self._begin = begin
+
+    def _take_data(self, data: Data) -> None:
+        cost = cost_bytes(data)
+        if self._begin is None:
+            raise PeerError(ErrorCode.KIND, "Data came before Begin")
+        if cost > self._credit_bytes:
+            raise PeerError(
+                ErrorCode.BUSY, f"Data costs {cost} bytes; {self._credit_bytes} were granted"
+            )
+        if self.journal.page.committed:
+            for entry in data.entries:
+                self._known.unpacker.unpack(entry)
+            self.journal.append(data.entries, lambda error: self._written(cost))
+        else:
+            self._known.in_place.write(data, lambda error: self._in_image(cost, error))
+            self._in_place_bytes += cost
+            for entry in data.entries:
+                self.journal.open.add(
+                    Kept(
+                        entry.block,
+                        entry.stamp,
+                        entry.mask,
+                        entry.sum64,
+                        IN_IMAGE,
+                        len(entry.payload),
+                        entry.encoding,
+                    )
+                )
+        self._credit_bytes -= cost
+        self._unwritten_bytes += cost
+        self._unsaid_bytes += cost
+        if self._unsaid_bytes >= RECEIVED_BYTES:
+            self._unsaid_bytes = 0
+            self._send(Received(data.entries[-1].stamp))
+        self._read_on()
+
+    def _written(self, cost_bytes: int) -> None:
+        self._unwritten_bytes -= cost_bytes
+        self._read_on()
+
+    def _in_image(self, cost_bytes: int, error: OSError | None) -> None:
+        self._in_place_bytes -= cost_bytes
+        self._written(cost_bytes)
+        if error is not None:
+            self._image_failed(error)
+        self._grant()
+
+    def _image_failed(self, error: OSError) -> None:
+        """What was written in place may be lost: the sender has to come again."""
+        self._emit("image-error", message=error.strerror or str(error))
+        if not self.journal.page.committed and self._wire is not None:
+            wire = self._wire
+            self.lost(wire)
+            wire.close(PeerError(ErrorCode.INTERNAL, "the image of the receiver has failed"))
+
+    def _read_on(self) -> None:
+        """Receive no more than can be written."""
+        reading = self._unwritten_bytes < MOST_UNWRITTEN_BYTES
+        if reading != self._reading and self._wire is not None:
+            self._reading = reading
+            self._wire.read(reading)
+
+    @property
+    def _room_bytes(self) -> int:
+        return max(0, self.journal.room_bytes - self._in_place_bytes)
+
+    def _grant(self) -> None:
+        more = self._room_bytes - self._credit_bytes
+        if self.state in _GREETED and more >= CREDIT_BYTES:
+            self._credit_bytes += more
+            self._send(Credit(more))
+
+    # -- committing -----------------------------------------------------------------------------
+    def _take_end(self, end: End) -> None:
+        begin, here = self._begin, self.journal.open
+        if begin is None or (end.point, end.incarnation) != (begin.point, begin.incarnation):
+            raise PeerError(ErrorCode.KIND, f"the end of point {end.point}, which was not begun")
+        if (end.entries, end.digest16) != (here.count, here.digest()):
+            self._say_what_is_here()
+            return
+        self.state = State.COMMITTING
+        self._busy = True
+        queued = Queued(end.point, end.incarnation, end.entries, end.digest16, begin.wall_ns)
+        run(self._committing(queued), lambda error, _: self._committed(queued, error))
+
+    def _committing(self, queued: Queued) -> Steps[None]:
+        journal = self.journal
+        if not journal.page.committed:
+            yield from self._known.in_place.flush()
+            yield from journal.commit_in_image(queued)
+            return
+        while len(journal.page.queue) >= MOST_QUEUED:
+            yield self._known.applier.when_applied
+        yield from journal.commit(queued)
+
+    def _committed(self, queued: Queued, error: OSError | None) -> None:
+        self._busy = False
+        if error is not None:
+            if self.journal.failure is None:
+                self._image_failed(error)
+            return
+        self._begin = None
+        self._emit("point-committed", point=queued.point)
+        if self.state is State.COMMITTING:
+            self.state = State.RECEIVING
+            self._send(Committed(queued.point, queued.incarnation))
+            if self.journal.page.applied == queued.point:
+                self._send(Applied(queued.point))
+            self._grant()
+        self._known.applier.go_on()
+        self._greet()
+
+    # -- applying -------------------------------------------------------------------------------
+    def applied(self, point: int) -> None:
+        if self.state in _GREETED:
+            self._send(Applied(point))
+        self._grant()
+
+    def damaged(self, missing: Runs) -> None:
+        self._emit("point-damaged", blocks=sum(stop - first for first, stop in missing))
+        self._ask_again()
+
+    def image_failed(self, error: OSError) -> None:
+        self._image_failed(error)
+
+    def _ask_again(self) -> None:
+        missing = self._known.applier.missing
+        if missing and self.state in _GREETED:
+            self._send(Need(missing))
+
+    # -- status ---------------------------------------------------------------------------------
+    def figures(self) -> dict[str, Any]:
+        """The keys of `receiver` in the status."""
+        journal, page = self.journal, self.journal.page
+        until = page.inconsistent_until
+        return {
+            "role": "promoted" if page.flags & PageFlag.PROMOTED else "receiver",
+            "committed": page.committed,
+            "applied": page.applied,
+            "queued_bytes": journal.queued_bytes,
+            "journal_bytes": journal.used_bytes,
+            "journal_limit_bytes": journal.limit_bytes,
+            "consistent": "never" if until == NEVER else "no" if until else "yes",
+            "kept": [],
+            "view": None,
+        }
+
+    @property
+    def _known(self) -> _Volume:
+        if self._volume is None:
+            raise WrongStateError("no sender has come yet")
+        return self._volume
+
+
+def _geometry(hello: Hello2) -> Geometry:
+    try:
+        return Geometry(hello.size_bytes, hello.extent_bytes, hello.block_bytes)
+    except UsageError as error:
+        raise PeerError(ErrorCode.OTHER, error.message) from None
