@@ -44,6 +44,9 @@ class Home(Protocol):
     def send(self, message: Message) -> int:
         """Returns the sequence of its (last) frame."""
 
+    def push(self) -> None:
+        """What was sent leaves now, before whatever else this turn has to do."""
+
     def when_landed(self, call: Callable[[], None]) -> None:
         """Call back when every write of hosts that was submitted until now has ended."""
 

@@ -212,9 +212,12 @@ class PairRecord(Record):
 class Hands(Home):
     """What `Rights` asks of the appliance: gate, copier and stored record."""
 
-    def __init__(self, store: RecordStore, send: Callable[[Message], int]) -> None:
+    def __init__(
+        self, store: RecordStore, send: Callable[[Message], int], push: Callable[[], None]
+    ) -> None:
         self._store = store
         self._send = send
+        self._push = push
 
     @property
     def embargoed_extents(self) -> int:
@@ -226,6 +229,9 @@ class Hands(Home):
 
     def send(self, message: Message) -> int:
         return self._send(message)
+
+    def push(self) -> None:
+        self._push()
 
     def when_landed(self, call: Callable[[], None]) -> None:
         self._gate.when_landed(call)

@@ -45,6 +45,7 @@ class Outbox:
     def _turn_ends(self) -> None:
         self._due = False
         self._flush()
+        self._home.push()
 
     def got(self, sequence: int) -> None:
         """GRANTs up to this one have been processed."""

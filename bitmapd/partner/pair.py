@@ -145,7 +145,7 @@ class Pair:
         self._home = home
         self._write = write
         self._at_start = at_start
-        self._hands = Hands(store, self._send)
+        self._hands = Hands(store, self._send, self._push)
         self.rights = Rights(geometry, number, batches, self._hands)
         self.record = PairRecord(store, self.rights)
         self.node = Node(number, lasting, self.rights, loop, self)
@@ -201,12 +201,6 @@ class Pair:
         if self._wire is not None:
             wire, self._wire = self._wire, None
             wire.connection.close()
-
-    def shut_out(self) -> None:
-        """A medium has answered with a reservation conflict: a fence agent has shut this node out.
-        One that never met a partner has nobody who would fence it, and another error."""
-        if not self.node.lasting.never_paired:
-            self.node.shut_out("the storage refuses this node: a reservation shuts it out")
 
     # -- what the volume asks -----------------------------------------------------------------
     @property
@@ -441,6 +435,10 @@ class Pair:
 
     def _send(self, message: Message) -> int:
         return 0 if self._wire is None else self._wire.send(message)
+
+    def _push(self) -> None:
+        if self._wire is not None:
+            self._wire.connection.flush()
 
     def send_ping(self) -> None:
         """Tell the other node how this one is."""

@@ -60,7 +60,7 @@ class Supervisor(Protocol):
         """It carries nothing any more, whoever ended it."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """See the module docstring.  `peer` names the other end for messages."""
 
     def __init__(
@@ -84,6 +84,8 @@ class Connection(asyncio.Protocol):
         self._supervisor = supervisor
         self._dialled = dialled
         self._transport: asyncio.Transport | None = None
+        # Of one size: asyncio.Protocol has a new one of 256 KiB for each read.
+        self._input = memoryview(bytearray(CHUNK_BYTES))
         self._established = False
         self._over = False  # the owner hears nothing any more
         self._paused = False
@@ -100,7 +102,7 @@ class Connection(asyncio.Protocol):
         self._was_full |= not self.link.has_room
         if not self._flush_due:
             self._flush_due = True
-            self._soon(self._flush)
+            self._soon(self.flush)
         return number
 
     def read(self, on: bool) -> None:
@@ -164,7 +166,11 @@ class Connection(asyncio.Protocol):
         self._supervisor.established(self)
         self._owner.connected(self)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._input
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(self._input[:nbytes])
         try:
             while not self._over and (frames := self.link.receive(data, self._loop.time())):
                 data = b""
@@ -183,9 +189,10 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._flush()
+        self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """What was sent leaves, as far as the socket takes it; else that comes by itself."""
         self._flush_due = False
         transport = self._transport
         if self._over or transport is None or transport.is_closing():

@@ -136,9 +136,7 @@ class Parts(_Base):
         """Copy, and `admit` hosts."""
         self.recording.record_to(self.config.trace)
         self.recovery.begin()
-        await self.mode.begin(
-            self.engine, self.gate, self.names, lambda: self.copier.idle, self.opened
-        )
+        await self.mode.begin(self.engine, self.gate, self.names, self._may_spin, self.opened)
         if admit:
             await self.mode.admit()
         if self.session.secondary_was_written:
@@ -147,6 +145,10 @@ class Parts(_Base):
             paused=self.pausing.paused,
             guarded=self.session.both_left_equal and not self.session.secondary_was_written,
         )
+
+    def _may_spin(self) -> bool:
+        """Neither copies nor the partner's answers, which come by the loop, have to wait for it."""
+        return self.copier.idle and (self.pair is None or not self.pair.rights.waiting)
 
     def forget_everything(self) -> None:
         """The partner has all of it: the stored record need not name it any longer."""
@@ -253,9 +255,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
 
     await aside(session.begin)
     _warn_of_other_sizes(config, geometry, emit)
-    store = RecordStore(geometry, session.loaded, record, loop, emit)
     # Misses of one batch share a record write; it leaves with the batch, not a turn later.
-    engine.before_submit.append(store.commit)
+    store = RecordStore(geometry, session.loaded, record, engine, emit)
     home = VolumeHome(owner)
     media = [medium for medium in (primary, record, secondary) if isinstance(medium, KernelDevice)]
     pair = make_pair(config, session, store, loop, engine, aside, home, media)
@@ -296,7 +297,6 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     if pair is not None:
         home.attach(gate, copier, primary, secondary, geometry.block_bytes)
         pair.attach(gate, copier)
-        engine.on_shut_out = pair.shut_out
     note = NoteKeeper(
         config, paths, lambda: session.superblock, lambda: copier.samples.lately, loop, emit
     )

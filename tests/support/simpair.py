@@ -179,7 +179,7 @@ class Side:
         self.durable_blocks = geometry.blocks  # of the size that is in the superblock
         self.at_start = loaded.bits.copy()
         self.store = RecordStore(geometry, loaded, self.record, self.loop, lambda *a, **k: None)
-        hands = Hands(self.store, self._send)
+        hands = Hands(self.store, self._send, lambda: None)
         self.rights = Rights(geometry, self.number, self.loop, hands)
         self.rights.cut_patience_s = 2.0 if world.impatient else None
         self.pair_record = PairRecord(self.store, self.rights)
@@ -627,7 +627,8 @@ class World:
         index = self.rng.randrange(len(disk.pending))
         if side.shut_out and disk is not side.record:
             disk.pending.pop(index).done(OSError(errno.EBADE, "reservation conflict"))
-            side.node.shut_out("reservation conflict")
+            if side.node.state is not State.OUTDATED:
+                side.node.shut_out()
         else:
             kind = disk.pending[index].kind
             disk.finish(index)

@@ -327,7 +327,7 @@ class NbdServer:
             finally:
                 self._settle()
             self._spin.worked()
-            if time() > end:
+            if time() > end or (connection.in_flight and not self._may_spin()):
                 return
 
     # -- memory -------------------------------------------------------------------------

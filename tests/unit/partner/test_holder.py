@@ -69,7 +69,7 @@ class Holder:
         self.store = RecordStore(GEOMETRY, loaded, self.disk, self.loop, lambda *a, **k: None)
         self.sent: list[Message] = []
         self.parts = Parts()
-        self.hands = Hands(self.store, self._send)
+        self.hands = Hands(self.store, self._send, lambda: None)
         self.rights = Rights(GEOMETRY, 1, self.loop, self.hands)
         self.rights.most_requests = 9
         self.record = PairRecord(self.store, self.rights)
