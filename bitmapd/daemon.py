@@ -299,7 +299,12 @@ class Daemon:
         return await self._to_its_end(self._take_up_size(), progress)
 
     async def _partner(self, args: dict[str, Any], progress: Progress) -> Any:
-        return self.volume.paired.pair.status()
+        paired, count = self.volume.paired, int(args.get("ping", 0))
+        if args.get("lead"):
+            paired.pair.node.take_lead()
+        if count:
+            return await self._while_asked(paired.ping(count), progress)
+        return paired.pair.status()
 
     async def _takeover(self, args: dict[str, Any], progress: Progress) -> Any:
         fenced, force, beside = (bool(args.get(word)) for word in ("fenced", "force", "beside"))

@@ -25,6 +25,7 @@ from bitmapd.partner.messages import (
     Grant,
     Hello,
     HelloFlag,
+    Lead,
     Message,
     Ping,
     Pong,
@@ -78,6 +79,7 @@ _SHAPES: Final[dict[type, Shape[Message]]] = {
     Taken: Shape(Kind.TAKEN, Taken, struct.Struct("<B"), text=True),
     Resize: Shape(Kind.RESIZE, Resize, struct.Struct("<QB"), limits=(-1, 3)),
     Resized: Shape(Kind.RESIZED, Resized, struct.Struct("<B"), text=True),
+    Lead: Shape(Kind.LEAD, Lead, struct.Struct("<Q")),
     Bye: Shape(
         Kind.BYE, lambda reason: Bye(Goodbye(reason)), struct.Struct("<B"), limits=(1,)
     ),

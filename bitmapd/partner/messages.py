@@ -15,6 +15,7 @@
 | `Ping` | I am alive, and how I am | `Pong` |
 | `Take` | stop serving, give me everything | `Taken` |
 | `Resize` | grow, in three steps | `Resized` |
+| `Lead` | I take what belongs to nobody from now on | |
 | `Bye` | the connection ends, and in which way | |
 | `Error` | the connection ends: you are wrong | |
 
@@ -196,6 +197,11 @@ class Resized:
 
 
 @dataclass(frozen=True, slots=True)
+class Lead:
+    claim: int  # the higher one counts
+
+
+@dataclass(frozen=True, slots=True)
 class Bye:
     reason: Goodbye
 
@@ -225,6 +231,7 @@ Message = (
     | Taken
     | Resize
     | Resized
+    | Lead
     | Bye
     | Error
 )

@@ -35,7 +35,7 @@ from typing import Any
 
 from bitarray import bitarray
 
-from bitmapd.errors import BusyError, WrongStateError
+from bitmapd.errors import BusyError, UnreachableError, WrongStateError
 from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
 from bitmapd.partner.exchange import Exchange
@@ -43,6 +43,7 @@ from bitmapd.partner.extents import runs_of
 from bitmapd.partner.greeting import Standing, check, standing
 from bitmapd.partner.growth import Growth
 from bitmapd.partner.handover import Handover, Hosts, Outcome
+from bitmapd.partner.lead import Lead
 from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
 from bitmapd.partner.reliance import Reliance
@@ -85,6 +86,7 @@ class Node:
         self._timer: Timer | None = None
         self._mine: Hello  # of this connection
         self._exchange: Exchange  # of this connection, from the other's HELLO on
+        self._hellos = HelloFlag(0), HelloFlag(0)  # what both have said on this connection
         self._last_paired = 0
         self._going_alone = False
         self._held_off = False  # the other is being fenced
@@ -93,6 +95,7 @@ class Node:
         self._handover = Handover(rights, scheduler, self.say)
         self._reliance = Reliance(self.ledger, around)
         self.growth = Growth(rights, scheduler, self)
+        self.lead = Lead(number)
 
     @property
     def lasting(self) -> Lasting:
@@ -148,6 +151,8 @@ class Node:
             flags |= HelloFlag.FRESH
         if self.state is State.ALONE:
             flags |= HelloFlag.ALONE
+        if self.lead.is_claimed:
+            flags |= HelloFlag.LEAD
         if self.serves:
             flags |= HelloFlag.SERVES
         if self.lasting.volatile:
@@ -254,6 +259,7 @@ class Node:
             self._absorb()
         self._reliance.hold()
         self.rights.most_requests = theirs.most_requests
+        self._hellos = mine.flags, theirs.flags
         self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
         wire = self._wire
         self._exchange = Exchange(mine, theirs, self, self._around, lambda: wire is self._wire)
@@ -291,6 +297,8 @@ class Node:
         self.proof = None
         self._last_paired = incarnation
         self.exchanges += 1
+        mine, theirs = (bool(flags & HelloFlag.LEAD) for flags in self._hellos)
+        self.lead.met(claimed=mine, claimed_there=theirs)
         if inherits:
             self.absorbed_extents += shares.dirty.count()
         self._reliance.begin(relies=bool(self._mine.flags & HelloFlag.RELIES))
@@ -353,6 +361,7 @@ class Node:
         self.ledger.change(edit, stored)
 
     def _be_alone(self, proof: Proof) -> None:
+        self.lead.take()
         self.proof = proof
         if not self._known:
             # What the other has done is known to nobody: all of it may differ.
@@ -377,6 +386,19 @@ class Node:
         """These take the requests of hosts at this node."""
         self._handover.hosts = hosts
 
+    def take_lead(self) -> None:
+        """What belongs to nobody is ours from now on.  UnreachableError if the partner cannot hear
+        of it."""
+        if self.state is State.ALONE:
+            return
+        if self.state is not State.PAIRED:
+            raise UnreachableError(
+                f"the partner cannot hear of it in the state '{self.state.value}'",
+                hint="let the nodes meet; a takeover moves the lead, too",
+            )
+        self.lead.take()
+        self.say(messages.Lead(self.lead.claim))
+
     def take(self, force: bool, done: Outcome) -> None:
         """A planned takeover: the other stops its hosts and gives everything.  Calls back, without
         error, when that is done; at once if there is nobody to take from.  `force`: even if hosts
@@ -391,7 +413,14 @@ class Node:
             )
         if self._left is not None:
             raise BusyError("this node is stopping")
-        self._handover.take(force, done)
+
+        def over(error: Exception | None) -> None:
+            if error is None:
+                self.lead.take()
+                self.say(messages.Lead(self.lead.claim))
+            done(error)
+
+        self._handover.take(force, over)
 
     def give(self, done: Callable[[bool], None]) -> None:
         """No host is served here, until the next `take`: give everything to the other.  Calls back
@@ -494,6 +523,7 @@ _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = 
     (Phase.UP, messages.Status): _to_rights(Rights.status),
     (Phase.UP, messages.Take): Node._take_asked,
     (Phase.UP, messages.Taken): lambda node, message, _: node._handover.taken(message),
+    (Phase.UP, messages.Lead): lambda node, message, _: node.lead.heard(message.claim),
     (Phase.UP, messages.Resize): lambda node, message, _: node.growth.asked(message),
     (Phase.UP, messages.Resized): lambda node, message, _: node.growth.answered(message),
     (Phase.UP, messages.Bye): Node._bye,

@@ -157,6 +157,7 @@ class Pair:
         self._timeout_s = settings.timeout_s
         self._transport = PeerTransport(loop, settings, self, batches.call_soon)
         self._wire: _Wire | None = None
+        self._pings: dict[int, asyncio.Future[float]] = {}  # by number: `ping` waits for PONG
         self._tasks: set[asyncio.Task[None]] = set()
         self._last_failure = ""
         self._frames_before = 0
@@ -330,7 +331,7 @@ class Pair:
             "node": node.number,
             "state": node.state.value,
             "link": link,
-            "copier": self.is_lead,
+            "copier": node.lead.is_here,
             "term": node.lasting.term,
             "generation": node.lasting.generations[0].hex(),
             "since": round(self._loop.time() - self.since_s, 3),
@@ -367,11 +368,6 @@ class Pair:
             "last_error": self._last_failure or None,
         }
 
-    @property
-    def is_lead(self) -> bool:
-        """Whether this node takes what belongs to nobody."""
-        return self.node.state is State.ALONE or self.node.number == 1
-
     # -- Owner of the transport ---------------------------------------------------------------
     def connected(self, connection: Connection) -> None:
         old, self._wire = self._wire, _Wire(connection)
@@ -404,6 +400,9 @@ class Pair:
             elif isinstance(message, Pong):
                 self.rtt_s = max(0.0, self._loop.time() - message.time_us / 1e6)
                 self.rights.round_trip(self.rtt_s)
+                answered = self._pings.pop(message.time_us, None)
+                if answered is not None and not answered.done():
+                    answered.set_result(self.rtt_s)
             elif message is not None:
                 self.node.received(message, frame.sequence)
             if isinstance(message, Hello) and self.node.phase is Phase.RECORDS:
@@ -440,14 +439,25 @@ class Pair:
         if self._wire is not None:
             self._wire.connection.flush()
 
-    def send_ping(self) -> None:
-        """Tell the other node how this one is."""
+    async def ping(self) -> float:
+        """Seconds that a message and its answer take now.  UnreachableError if the link is not
+        there, or goes first."""
+        if self.node.phase is not Phase.UP:
+            raise UnreachableError(f"the partner cannot be reached: {self._last_failure}")
+        answered: asyncio.Future[float] = self._loop.create_future()
+        self._pings[self.send_ping()] = answered
+        return await answered
+
+    def send_ping(self) -> int:
+        """Tell the other node how this one is, if there is a link; returns the number of the PING,
+        its time in microseconds."""
         if self._wire is None or not self._wire.connection.link.is_greeted:
-            return
+            return 0
         dirty_bytes, age_s, secondary, copied_bytes = self._home.figures()
         now_us = int(self._loop.time() * 1e6)
         state = _SECONDARY.index(secondary) + (0 if self.lets_hosts_in else IDLE)
         self._wire.send(Ping(now_us, 0, dirty_bytes, int(age_s * 1000), state, copied_bytes))
+        return now_us
 
     def _heard(self, ping: Ping) -> None:
         was = self.peer.dirty_bytes
@@ -520,6 +530,11 @@ class Pair:
 
     def changed(self) -> None:
         state = self.node.state
+        if self.node.phase is Phase.CLOSED and self._pings:
+            pings, self._pings = self._pings, {}
+            for answered in pings.values():
+                if not answered.done():
+                    answered.set_exception(UnreachableError("the link to the partner was lost"))
         if state is not self._state:
             before, self._state, self.since_s = self._state, state, self._loop.time()
             if state is State.PAIRED:

@@ -70,6 +70,7 @@ class Kind(enum.IntEnum):
     RESIZED = 51
     BYE = 62
     ERROR = 63
+    LEAD = 128  # who does not know it passes it over
 
 
 class Flag(enum.IntFlag):

@@ -178,6 +178,10 @@ class Paired:
                 " written",
             )
 
+    async def ping(self, count: int) -> list[float]:
+        """So many round trips one after the other, in seconds."""
+        return [await self.pair.ping() for _ in range(count)]
+
     async def resize(self, size_bytes: int) -> None:
         """Have both nodes take up that size."""
         grown: asyncio.Future[None] = self._parts.loop.create_future()

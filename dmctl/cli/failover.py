@@ -92,7 +92,10 @@ def partner(context: Context, args: Namespace) -> int:
     if args.dissolve:
         dissolve(context, args)
         return 0
-    figures: dict[str, Any] = ask(context, args.name, "partner", {})
+    if args.ping is not None:
+        ping(context, args)
+        return 0
+    figures: dict[str, Any] = ask(context, args.name, "partner", {"lead": args.lead})
     status = STATUS.get(figures["state"], 1)
     if context.output.as_json:
         context.output.json("partner", {"name": args.name, "partner": figures})
@@ -100,6 +103,21 @@ def partner(context: Context, args: Namespace) -> int:
     for label, value in rows(figures):
         context.output.line(f"{label:<16} {value}")
     return status
+
+
+def ping(context: Context, args: Namespace) -> None:
+    """Round trips to the partner."""
+    trips: list[float] = ask(context, args.name, "partner", {"ping": args.ping})
+    least, mean, most = min(trips), sum(trips) / len(trips), max(trips)
+    if context.output.as_json:
+        found = {"min_seconds": least, "mean_seconds": mean, "max_seconds": most}
+        context.output.json(
+            "partner", {"name": args.name, "ping": {"round_trips_seconds": trips, **found}}
+        )
+        return
+    least, mean, most = (value * 1000 for value in (least, mean, most))
+    context.output.line(f"{len(trips)} there and back: {least:.3f}/{mean:.3f}/{most:.3f} ms")
+    context.output.detail("the least, the mean and the most")
 
 
 def dissolve(context: Context, args: Namespace) -> None:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+
 from dmctl.cli.options import Commands, add_command, add_name, duration
+
+MOST_TRIPS = 1000
+
+
+def round_trips(text: str) -> int:
+    """How many, for argparse."""
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_TRIPS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_TRIPS}")
+    return int(text)
 
 
 def add_failover(commands: Commands) -> None:
@@ -61,7 +72,20 @@ def add_failover(commands: Commands) -> None:
         " then it knows all that the partner has written. Its hosts have to connect again.",
     )
     add_name(partner)
-    partner.add_argument("--dissolve", action="store_true", help="do without the partner, for good")
+    act = partner.add_mutually_exclusive_group()
+    act.add_argument(
+        "--ping",
+        type=round_trips,
+        metavar="N",
+        help="show the least, the mean and the most of N round trips instead; 15 without a link",
+    )
+    act.add_argument(
+        "--lead",
+        action="store_true",
+        help="have this node take what belongs to nobody, until the other one does by this or by a"
+        " takeover, or this process ends; then it is node 1",
+    )
+    act.add_argument("--dissolve", action="store_true", help="do without the partner, for good")
     partner.add_argument("--yes", action="store_true", help="do not ask")
 
 

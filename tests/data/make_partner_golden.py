@@ -20,6 +20,7 @@ from bitmapd.partner.messages import (
     Grant,
     Hello,
     HelloFlag,
+    Lead,
     Message,
     Ping,
     Pong,
@@ -88,6 +89,7 @@ MESSAGES: dict[str, Message] = {
     "taken": Taken(0, ""),
     "resize": Resize(1 << 44, 2),
     "resized": Resized(13, "the record is too small for 16 TiB"),
+    "lead": Lead(2),
     "bye": Bye(Goodbye.STOPPED),
     "error": Error(5, "a run ends at 7, outside the volume, which ends at 4"),
 }

@@ -619,3 +619,39 @@ def test_what_has_stopped_is_not_dissolved_unless_that_had_begun(pair: Pair) -> 
     one.dmctl("partner", "vol0", "--dissolve", "--yes")
     one.start()
     one.wait_in_sync()
+
+
+# -- lead and round trips ---------------------------------------------------------------------
+
+
+def test_the_lead_moves_by_command_and_by_takeover_and_stays(pair: Pair) -> None:
+    pair.start()
+
+    def leads() -> list[bool]:
+        return [pair.partner(node)["copier"] for node in (1, 2)]
+
+    assert leads() == [True, False]
+    pair[2].dmctl("partner", "vol0", "--lead")
+    pair[1].until(lambda status: not status["partner"]["copier"])
+    assert leads() == [False, True]
+    pair[1].dmctl("takeover", "vol0")
+    pair[2].until(lambda status: not status["partner"]["copier"])
+    pair[1].kill()
+    pair.until(2, "cut")
+    assert "state 'cut'" in pair[2].refused("partner", "vol0", "--lead")["message"]
+    pair[2].dmctl("takeover", "vol0", "--fenced")
+    pair[1].start()
+    pair.until(1, "paired")
+    assert leads() == [False, True]
+
+
+def test_round_trips(pair: Pair) -> None:
+    pair.start()
+    found = json.loads(pair[1].dmctl("--json", "partner", "vol0", "--ping", "7"))["ping"]
+    trips = found["round_trips_seconds"]
+    assert len(trips) == 7
+    assert found["min_seconds"] == min(trips) <= found["mean_seconds"] <= found["max_seconds"]
+    assert pair[2].dmctl("partner", "vol0", "--ping", "1").startswith("1 there and back")
+    pair[2].kill()
+    pair.until(1, "cut")
+    assert pair[1].refused("partner", "vol0", "--ping", "2")["exit_status"] == 15

@@ -18,6 +18,7 @@ from bitmapd.partner.messages import (
     Grant,
     Hello,
     HelloFlag,
+    Lead,
     Message,
     Ping,
     Pong,
@@ -98,6 +99,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Taken, u8, texts),
     st.builds(Resize, u64, st.integers(0, 3)),
     st.builds(Resized, u8, texts),
+    st.builds(Lead, u64),
     st.builds(Bye, st.sampled_from(Goodbye)),
     st.builds(Error, u16, texts),
 )

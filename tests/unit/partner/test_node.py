@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from bitmapd.errors import BusyError, WrongStateError
+from bitmapd.errors import BusyError, UnreachableError, WrongStateError
 from bitmapd.partner import messages
 from bitmapd.partner.extents import each, runs_of
 from bitmapd.partner.messages import Bye, Error, Free, Goodbye, HelloFlag, Ready, Record, Take
@@ -797,3 +797,67 @@ def test_who_takes_or_leaves_does_not_give() -> None:
     with pytest.raises(BusyError):
         it.two.node.give(given.append)
     assert given == []
+
+
+# -- the lead ---------------------------------------------------
+
+
+def leads(it: Two) -> tuple[bool, bool]:
+    return it.one.node.lead.is_here, it.two.node.lead.is_here
+
+
+def test_node_1_leads_until_another_does_and_both_agree() -> None:
+    it = Two()
+    it.pair()
+    assert leads(it) == (True, False)
+    it.one.node.take_lead()
+    it.carry()
+    assert leads(it) == (True, False)
+    it.two.node.take_lead()
+    it.carry()
+    assert leads(it) == (False, True)
+    it.cut()
+    it.pair()  # the claim goes with HELLO
+    assert leads(it) == (False, True)
+    it.one.node.take_lead()
+    it.carry()
+    assert leads(it) == (True, False)
+
+
+def test_leads_that_cross_leave_it_with_node_1() -> None:
+    it = Two()
+    it.pair()
+    it.two.node.take_lead()
+    it.one.node.take_lead()
+    it.carry()
+    assert leads(it) == (True, False)
+    it.two.node.take_lead()
+    it.carry()
+    assert leads(it) == (False, True)
+
+
+def test_a_takeover_moves_the_lead_and_it_stays() -> None:
+    it = Two()
+    it.pair()
+    outcome: list[Exception | None] = []
+    it.two.node.take(False, outcome.append)
+    it.carry()
+    assert outcome == [None]
+    assert leads(it) == (False, True)
+    it.cut()
+    it.one.node.fenced(Proof.WORD)
+    it.one.write()
+    assert it.one.node.lead.is_here
+    it.one.node.take_lead()  # it has it
+    it.two = Station(2)
+    it.pair()
+    assert leads(it) == (True, False)
+
+
+def test_the_lead_is_not_moved_behind_the_other_ones_back() -> None:
+    it = Two()
+    it.pair()
+    it.cut()
+    with pytest.raises(UnreachableError):
+        it.two.node.take_lead()
+    assert leads(it) == (True, False)
