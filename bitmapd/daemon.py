@@ -359,7 +359,10 @@ class Daemon:
 
 def _start_anew() -> None:
     """The partner has taken over: whatever this process believes to own is no longer its own.  The
-    kernel ends its I/O before the next program begins, and every descriptor is closed by that."""
+    kernel ends its I/O before the next program begins, and every descriptor is closed by that but
+    the standard ones, without which the next one would not become a daemon."""
+    for number in range(3):
+        os.set_inheritable(number, True)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 

@@ -601,9 +601,10 @@ _EVENTS = (
         "outdated",
         Level.CRITICAL,
         ("message",),
-        "the partner was given the proof that this node is dead, and took over: this process ends"
-        " and starts anew",
-        "find out why the proof was false, or why this node was cut off",
+        "the partner was given the proof that this node is dead, and took over, or the storage"
+        " refuses this node by a reservation: hosts get errors, and the process starts anew",
+        "find out why the proof was false, or why this node was cut off; after a reservation the"
+        " fence agent's `on` lets it in again",
         is_error=True,
     ),
     EventKind(

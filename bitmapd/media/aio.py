@@ -127,6 +127,7 @@ class AioEngine:
         self.depth = depth
         self.time, self.call_later = loop.time, loop.call_later
         self.after_reap: list[Callable[[], None]] = []
+        self.on_shut_out: Callable[[], None] | None = None  # told after each EBADE
         self._context = ctypes.c_ulong(context.value)
         self._iocbs = mmap.mmap(-1, depth * _IOCB_BYTES)
         self._iocbs_at = address_of(memoryview(self._iocbs))
@@ -477,6 +478,8 @@ class AioEngine:
             if problem is not None and not isinstance(problem, OSError):
                 self._mistake(problem)
                 problem = OSError(errno.EIO, f"a mistake of the program: {problem!r}")
+            if problem is not None:
+                self._look(problem.errno)
             self._guarded(partial(done, problem, value))
         for hook in self.after_reap:
             self._guarded(hook)
@@ -498,12 +501,19 @@ class AioEngine:
                 self._fdsync_works = False
                 self.flush(fd, done)
                 return
+            self._look(-result)
             done(OSError(-result, os.strerror(-result)))
         elif result == 0 or buffer is None:
             done(OSError(errno.EIO, _no_progress(fd, offset)))
         else:
             rest = buffer[result:]
             self._enqueue((opcode, fd, rest, length - result, offset + result, flags, done))
+
+    def _look(self, number: int | None) -> None:
+        """EBADE is the kernel's word for a reservation conflict (BLK_STS_RESV_CONFLICT), of SCSI
+        and of NVMe: the storage takes nothing from this machine any more."""
+        if number == errno.EBADE and self.on_shut_out is not None:
+            self.loop.call_soon(self.on_shut_out)
 
     def close(self) -> None:
         """Free the context; blocks until the kernel has finished what is in flight."""

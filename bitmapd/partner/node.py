@@ -247,7 +247,7 @@ class Node:
         fresh, other_fresh = mine.flags & HelloFlag.FRESH, theirs.flags & HelloFlag.FRESH
         found = standing(mine, theirs)
         if found is Standing.BEHIND and not fresh:
-            self.shut_out()
+            self.shut_out("the partner has taken over while this node lived")
             return
         if found is Standing.AHEAD and not other_fresh:
             raise PeerError(ErrorCode.OLD_TERM, f"term {theirs.term} is over: it is {mine.term}")
@@ -470,9 +470,10 @@ class Node:
             self.fenced(Proof.BYE)
 
     # -- neither ------------------------------------------------------------------------------
-    def shut_out(self) -> None:
+    def shut_out(self, why: str) -> None:
         """Nothing that this node writes counts any more: the other has taken over, or will."""
-        why = "the partner has taken over while this node lived"
+        if self.state is State.OUTDATED:
+            return
         self._hang_up(PeerError(ErrorCode.OLD_TERM, why))
         self.rights.stop(why)
         self._become(State.OUTDATED)

@@ -203,6 +203,12 @@ class Pair:
             wire, self._wire = self._wire, None
             wire.connection.close()
 
+    def shut_out(self) -> None:
+        """A medium has answered with a reservation conflict: a fence agent has shut this node out.
+        One that never met a partner has nobody who would fence it, and another error."""
+        if not self.node.lasting.never_paired:
+            self.node.shut_out("the storage refuses this node: a reservation shuts it out")
+
     # -- what the volume asks -----------------------------------------------------------------
     @property
     def serves(self) -> bool:

@@ -297,6 +297,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     if pair is not None:
         home.attach(gate, copier, primary, secondary, geometry.block_bytes)
         pair.attach(gate, copier)
+        engine.on_shut_out = pair.shut_out
     note = NoteKeeper(
         config, paths, lambda: session.superblock, lambda: copier.samples.lately, loop, emit
     )

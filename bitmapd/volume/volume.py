@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from bitmapd.attach.dm_mode import DmMode
+from bitmapd.attach.mode import DRAIN_TIMEOUT_S
 from bitmapd.config import (
     Paths,
     VolumeConfig,
@@ -79,6 +80,7 @@ class Volume:
         self._stopping = False
         self._hurried = False
         self.serving = False  # it works; hosts are let in, unless that needs a takeover
+        self._ending: asyncio.Task[None] | None = None  # of a process that is outdated
         self.on_outdated: Callable[[], None] | None = None
         self._paired: Paired | None = None  # of a single appliance: None
         self.left = False  # grown, and not served any more: another one takes over
@@ -121,6 +123,12 @@ class Volume:
         self._emit_event(event, **fields)
 
     def outdated(self) -> None:
+        self._ending = self._loop.create_task(self._end_outdated())
+
+    async def _end_outdated(self) -> None:
+        """Hosts that wait have been refused; the process begins anew once they know."""
+        if self.serving:
+            await self._parts.mode.server.drain(DRAIN_TIMEOUT_S)
         if self.on_outdated is not None:
             self.on_outdated()
 

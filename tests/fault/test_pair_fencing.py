@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import support
 from tests.support.pairs import Pair
 from tests.support.volumes import KIB, MIB, noise, wait_gone
 
@@ -84,6 +85,19 @@ def frozen(pair: Pair, node: int) -> int:
     pid = pair[node].pid
     os.kill(pid, signal.SIGSTOP)
     return pid
+
+
+def paused(pair: Pair) -> None:
+    """Nothing is copied, so that what is written stays the writer's."""
+    for node in (1, 2):
+        pair[node].dmctl("pause", "vol0")
+
+
+def copied(pair: Pair) -> None:
+    for node in (1, 2):
+        pair[node].dmctl("resume", "vol0")
+    for node in (1, 2):
+        pair[node].wait_in_sync()
 
 
 @pytest.mark.parametrize("alive", [1, 2])
@@ -211,3 +225,89 @@ def test_a_host_waits_no_longer_than_it_was_told(make: Make) -> None:
         assert host.reply().error == 5  # EIO
         host.disconnect()
     assert pair.partner(1)["state"] == "cut"
+
+
+# -- shut out by the storage ------------------------------------------------------------------
+
+
+class ShutOut:
+    """Node 2's way to primary and secondary is cut by `close`, as by a reservation, and no sooner
+    than that: what it has submitted may land before."""
+
+    def __init__(self, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flag = pair.folder / "shut-out"
+        self._pair = pair
+        pair[2].stop()
+        pair.until(1, "alone")
+        with monkeypatch.context() as patch:
+            patch.setenv("PYTHONPATH", str(Path(support.__file__).parent / "shutout"))
+            patch.setenv("SHUT_OUT_BY", str(self.flag))
+            pair[2].start()
+        for node in (1, 2):
+            pair.until(node, "paired")
+            pair[node].wait_in_sync()
+        self.incarnation = self._incarnation(pair[1].status())
+
+    @staticmethod
+    def _incarnation(status: dict[str, Any]) -> str:
+        peer = status["partner"]["peer"]
+        return str(peer["incarnation"]) if peer is not None else ""
+
+    def until_anew(self) -> None:
+        """Node 2 has executed itself anew, and joined as a fresh process."""
+
+        def joined(status: dict[str, Any]) -> bool:
+            anew = self._incarnation(status) != self.incarnation
+            return anew and status["partner"]["state"] == "paired"
+
+        self._pair[1].until(joined)
+
+
+def test_a_node_that_the_storage_refuses_begins_anew(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hosts get an error, its partner takes over what it had, and nothing is lost."""
+    pair = make()
+    out = ShutOut(pair, monkeypatch)
+    paused(pair)
+    kept = noise(1, 64 * KIB)
+    pair[2].write(20 * MIB, kept)
+    with pair[2].events() as events, pair[2].host() as host:
+        out.flag.touch()
+        host.submit(WRITE, 20 * MIB, 4 * KIB, noise(2, 4 * KIB))
+        assert host.reply().error == 5  # EIO
+        assert "reservation" in events.wait("outdated")["message"]
+        with pytest.raises(ConnectionError):
+            host.reply()
+    out.until_anew()
+    assert pair[1].read(20 * MIB, 64 * KIB) == kept
+    out.flag.unlink()  # the agent's `on`
+    pair[2].write(21 * MIB, kept)
+    copied(pair)
+    assert pair.equal()
+
+
+def test_a_node_that_stood_still_while_it_was_fenced_writes_nothing_any_more(
+    make: Make, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wakes with a write of its own extent, which the storage refuses."""
+    pair = make()
+    out = ShutOut(pair, monkeypatch)
+    agents.write(1, f"touch {out.flag}\n")
+    paused(pair)
+    pair[2].write(20 * MIB, noise(1, 64 * KIB))
+    new = noise(2, 64 * KIB)
+    with pair[2].host() as host:
+        pid = frozen(pair, 2)
+        host.submit(WRITE, 20 * MIB, 4 * KIB, noise(3, 4 * KIB))
+        pair.until(1, "cut")
+        assert taken(pair, 1)["proof"] == "fence"
+        pair[1].write(20 * MIB, new)
+        os.kill(pid, signal.SIGCONT)
+        assert host.reply().error == 5  # EIO
+    out.until_anew()
+    assert pair[1].read(20 * MIB, 64 * KIB) == new
+    out.flag.unlink()
+    assert pair[2].read(20 * MIB, 64 * KIB) == new
+    copied(pair)
+    assert pair.equal()

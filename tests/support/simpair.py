@@ -627,8 +627,7 @@ class World:
         index = self.rng.randrange(len(disk.pending))
         if side.shut_out and disk is not side.record:
             disk.pending.pop(index).done(OSError(errno.EBADE, "reservation conflict"))
-            if side.node.state is not State.OUTDATED:
-                side.node.shut_out()
+            side.node.shut_out("reservation conflict")
         else:
             kind = disk.pending[index].kind
             disk.finish(index)

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,34 @@ def test_a_completion_may_submit_the_next(loop: asyncio.AbstractEventLoop, folde
     assert order == [0] * 90
     device.close()
     engine.close()
+
+
+def test_a_reservation_conflict_is_told_whichever_way_it_comes(
+    loop: asyncio.AbstractEventLoop, engine: AioEngine
+) -> None:
+    """And no other error."""
+    told: list[str] = []
+    errors: list[OSError | None] = []
+    ended = loop.create_future()
+
+    def over(error: OSError | None, _: object = None) -> None:
+        errors.append(error)
+        if len(errors) == 4:
+            ended.set_result(None)
+
+    def refuse(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    engine.on_shut_out = lambda: told.append("shut out")
+    for number in (errno.EIO, errno.EBADE):
+        engine._called((aio.PWRITE, -1, aligned(4096), 4096, 0, 0, over), -number)
+        engine.offload(partial(refuse, number), over)
+    loop.run_until_complete(ended)
+    loop.run_until_complete(asyncio.sleep(0))
+    assert sorted(error.errno or 0 for error in errors if error) == [
+        errno.EIO, errno.EIO, errno.EBADE, errno.EBADE,
+    ]  # fmt: skip
+    assert told == ["shut out"] * 2
 
 
 def test_closing_waits_for_threads(loop: asyncio.AbstractEventLoop) -> None:

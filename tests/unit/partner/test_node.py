@@ -326,7 +326,7 @@ def test_alone_is_not_begun_when_it_cannot_be_stored() -> None:
     assert it.one.node.state is State.CUT
     assert len(it.one.told("takeover-failed")) == 1
     it.one.node.fenced(Proof.WORD)
-    it.one.node.shut_out()
+    it.one.node.shut_out("simulated")
     it.one.write()
     assert it.one.node.state is State.OUTDATED
 
@@ -446,7 +446,9 @@ def test_who_has_gone_on_refuses_who_lived() -> None:
 
 def test_who_is_shut_out_hangs_up() -> None:
     it = met()
-    it.one.node.shut_out()
+    it.one.node.shut_out("simulated")
+    it.one.node.shut_out("again")
+    assert it.one.told("outdated") == [{"message": "simulated"}]
     assert it.one.cable.closed
     assert it.one.node.state is State.OUTDATED
     assert not it.one.node.serves
