@@ -64,7 +64,8 @@ def check(mine: Hello, theirs: Hello) -> None:
         )
     nil = NIL in (mine.volume, theirs.volume)
     if not nil and mine.volume != theirs.volume:
-        raise PeerError(ErrorCode.OTHER, "the partner serves another volume")
+        twice = f": both were created as node {mine.node}" if mine.node == theirs.node else ""
+        raise PeerError(ErrorCode.OTHER, f"the partner serves another volume{twice}")
     if mine.volume == theirs.volume == NIL:
         raise PeerError(ErrorCode.OTHER, "both nodes wait to join: node 1 has to be created first")
     if mine.node == theirs.node:

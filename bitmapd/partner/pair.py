@@ -550,6 +550,8 @@ class Pair:
         self._home.changed()
 
     def emit(self, event: str, **fields: object) -> None:
+        if event in ("partner-refused", "partner-protocol-error"):
+            self._last_failure = str(fields["message"])
         self._home.emit(event, **fields)
 
 

@@ -11,7 +11,8 @@
 2. One connection is accepted in a turn of the loop, so that hosts have the rest of it.
 3. A second connection of the other is handed to the owner like the first: who comes in is the
    partner, and only the owner knows which of two is alive.
-4. It is dialled only while there is no connection, and later and later (`backoff`).
+4. It is dialled only while there is no connection, and later and later (`backoff`); or sought, which
+   ends with the first connection.
 
 A crash leaves the file of a unix socket, which the next process replaces.
 """  # noqa: E501
@@ -19,6 +20,7 @@ A crash leaves the file of a unix socket, which the next process replaces.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
@@ -41,13 +43,16 @@ MOST_ARRIVING: Final = 4
 ARRIVAL_S: Final = 5.0
 CONNECT_S: Final = 2.0
 TLS_S: Final = 5.0
+SEEK_S: Final = 5.0
 _ACCEPT_PAUSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`dial`: only one of two nodes does.  `name`: of the other, in its certificate; needed with
-    TLS, as is the folder of `certificates`.  `fingerprint`: SHA-256 of the certificate, or None."""
+    """`dial`: only one of two nodes does.  `seek`: the other one does so now and then until it has
+    met somebody, for two that both wait to be dialled would never find out.  `name`: of the other,
+    in its certificate; needed with TLS, as is the folder of `certificates`.  `fingerprint`: SHA-256
+    of the certificate, or None."""
 
     dial: PartnerUri | None
     listen: PartnerUri | None
@@ -55,6 +60,8 @@ class Settings:
     certificates: Path | None = None
     fingerprint: str | None = None
     timeout_s: float = TIMEOUT_S
+    seek: PartnerUri | None = None
+    seek_s: float = SEEK_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class PeerTransport:
         self._backoff = Backoff(random.random)
         self._nobody = asyncio.Event()
         self._nobody.set()
+        self._has_met = False
         self._dialling: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
         self._unix: UnixListener | None = None
@@ -91,7 +99,8 @@ class PeerTransport:
 
     def start(self) -> None:
         settings = self._settings
-        for uri, accepts in ((settings.listen, True), (settings.dial, False)):
+        dialled = settings.dial or settings.seek
+        for uri, accepts in ((settings.listen, True), (dialled, False)):
             if uri is None or uri.socket_path is not None:
                 continue
             if settings.certificates is None or settings.name is None:
@@ -111,6 +120,8 @@ class PeerTransport:
             self._dialling = None
         if on and self._settings.dial is not None:
             self._dialling = self._loop.create_task(self._dial(self._settings.dial))
+        elif on and self._settings.seek is not None:
+            self._dialling = self._loop.create_task(self._seek(self._settings.seek))
 
     def close(self) -> None:
         """Nobody comes in any more; connections that the owner has are its own to close."""
@@ -136,6 +147,7 @@ class PeerTransport:
         self._forget_arrival(connection)
         self._established.add(connection)
         self._nobody.clear()
+        self._has_met = True
 
     def ended(self, connection: Connection, reason: str) -> None:
         if connection.link.is_greeted:
@@ -160,6 +172,14 @@ class PeerTransport:
                 self._owner.failed(f"cannot reach {uri}: {_reason(error)}")
             await self._nobody.wait()
             await asyncio.sleep(self._backoff.next_s(self._loop.time()))
+
+    async def _seek(self, uri: PartnerUri) -> None:
+        """Nobody is missed: who cannot be reached is reported to nobody."""
+        while not self._has_met:
+            await asyncio.sleep(self._settings.seek_s)
+            if self._nobody.is_set():
+                with contextlib.suppress(OSError, UnicodeError):
+                    await self._connect(uri)
 
     async def _connect(self, uri: PartnerUri) -> None:
         try:

@@ -131,7 +131,7 @@ def make_pair(
             superblock.session,
             relies=config.record_on == "partner",
         ),
-        link_settings(config),
+        link_settings(config, seeks=state.node == 1 and state.never_paired),
         loop,
         batches,
         home,
@@ -185,13 +185,15 @@ async def _write(
     )
 
 
-def link_settings(config: VolumeConfig) -> Settings:
-    """Node 2 dials, both listen."""
+def link_settings(config: VolumeConfig, *, seeks: bool) -> Settings:
+    """Node 2 dials, both listen.  A node 1 that waits for its first partner `seeks` it: if that was
+    made as node 1, too, nobody would dial."""
     if config.partner is None or config.partner_listen is None:
         raise UsageError("a pair needs partner and partner_listen")
     partner = parse_partner_uri(config.partner)
     return Settings(
         dial=partner if config.node == 2 else None,
+        seek=partner if seeks else None,
         listen=parse_partner_uri(config.partner_listen),
         name=config.partner_name or partner.host,
         certificates=config.partner_certificates or config.tls_certificates,

@@ -674,3 +674,21 @@ def test_a_listener_without_descriptors_looks_away_for_a_while(
         one.close()
 
     run(scenario)
+
+
+def test_who_seeks_dials_until_it_has_met_somebody(short_path: Path) -> None:
+    """Two that both only listen would never meet; one that nobody misses is sought quietly."""
+    there = PartnerUri(socket_path=str(short_path / "peer"))
+
+    async def scenario() -> None:
+        with nodes(Settings(None, None, seek=there, seek_s=0.01)) as (seeks,):
+            with nodes(Settings(None, there)) as (listens,):
+                await seeks.greeted()
+                await listens.greeted()
+            await seeks.until(lambda: not seeks.connections)
+            assert not seeks.failures
+            task = seeks.transport._dialling
+            assert task is not None
+            await task  # nobody is dialled any more
+
+    run(scenario)

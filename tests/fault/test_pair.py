@@ -655,3 +655,34 @@ def test_round_trips(pair: Pair) -> None:
     pair[2].kill()
     pair.until(1, "cut")
     assert pair[1].refused("partner", "vol0", "--ping", "2")["exit_status"] == 15
+
+
+# -- the same number twice --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_two_nodes_with_the_same_number_find_out_and_change_nothing(
+    short_path: Path, number: int
+) -> None:
+    """Each has media of its own: on one machine the claims would refuse the second one before."""
+    nodes = []
+    for here, there in (("a", "b"), ("b", "a")):
+        (short_path / here).mkdir()
+        link = ["--partner", f"unix://{short_path}/p{there}"]
+        link += ["--partner-listen", f"unix://{short_path}/p{here}", "--node", str(number)]
+        link += ["--partner-wait", "0s"]
+        nodes.append(Volume(short_path / here, options=link))
+    try:
+        for node in nodes:
+            node.make_media()
+            node.dmctl(*node.create_command())
+            node.dmctl("start", "vol0", check=False)  # a node 2 waits
+        before = [of_the_record(node)["pair"] for node in nodes]
+        why = {1: "both were created as node 1", 2: "node 1 has to be created first"}[number]
+        for node in nodes:
+            node.until(lambda status: why in (status["partner"]["last_error"] or ""))
+            assert why in node.status()["last_error"]["message"]
+        assert [of_the_record(node)["pair"] for node in nodes] == before
+    finally:
+        for node in nodes:
+            node.destroy()

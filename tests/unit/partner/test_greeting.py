@@ -26,6 +26,7 @@ def test_two_that_fit() -> None:
         ({"lowest": 2, "highest": 3}, ErrorCode.VERSION, "no common version"),
         ({"lowest": 0, "highest": 0}, ErrorCode.VERSION, "no common version"),
         ({"volume": b"w" * 16}, ErrorCode.OTHER, "another volume"),
+        ({"volume": b"w" * 16, "node": 1}, ErrorCode.OTHER, "both were created as node 1"),
         ({"node": 1}, ErrorCode.OTHER, "both nodes are node 1"),
         ({"machine": b"\1" * 16, "incarnation": 100}, ErrorCode.OTHER, "this node itself"),
         ({"name": "vol1"}, ErrorCode.OTHER, "volume name: 'vol0' here, 'vol1' at the partner"),
