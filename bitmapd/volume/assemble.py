@@ -251,7 +251,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     _warn_if_buffered((primary, record), emit)
     secondary = make_secondary(config, loop, engine, session.secondary_mismatch, claim)
     opened.append(secondary.close)
-    await open_secondary(secondary, loop, session.secondary_mismatch, emit)
+    shared = session.pair is not None
+    await open_secondary(secondary, loop, session.secondary_mismatch, emit, shared=shared)
 
     await aside(session.begin)
     _warn_of_other_sizes(config, geometry, emit)
@@ -288,7 +289,9 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         Throttle(config.copy_rate_bytes_per_s),
         Backoff(),
         emit,
-        check_secondary=partial(wrong_secondary, secondary, session.secondary_mismatch),
+        check_secondary=partial(
+            wrong_secondary, secondary, session.secondary_mismatch, shared=shared
+        ),
         era_interval_s=effective_era_interval_s(config),
         late_writes_s=config.late_writes_s,
         read_primary=primary.read_aside,

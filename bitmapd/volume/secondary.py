@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import ForeignRecordError, UnreachableError
+from bitmapd.errors import ForeignRecordError, UnreachableError, WrongStateError
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Target
 from bitmapd.media.claims import Claim
@@ -23,6 +23,11 @@ from bitmapd.net.uri import is_uri, parse_uri
 
 OPEN_PATIENCE_S = 5.0  # for a server that does not answer while hosts wait to be served
 CONNECTIONS = 4  # as nbdcopy opens; full copies: 0.61 to 0.68, 1.10 to 1.21 of its speed
+
+_UNSHARED = (
+    "its server does not say that several clients may use it at a time: a flush of one node would"
+    " not cover what the other has copied"
+)
 
 Emit = Callable[..., None]
 Mismatch = Callable[[int], str | None]  # by size: why it is not the volume's secondary
@@ -50,9 +55,15 @@ def _make_client(config: VolumeConfig, loop: asyncio.AbstractEventLoop) -> NbdTa
 
 
 async def open_secondary(
-    secondary: Target, loop: asyncio.AbstractEventLoop, mismatch: Mismatch, emit: Emit
+    secondary: Target,
+    loop: asyncio.AbstractEventLoop,
+    mismatch: Mismatch,
+    emit: Emit,
+    *,
+    shared: bool,
 ) -> None:
-    """One that is away does not keep hosts from working; a wrong one does."""
+    """One that is away does not keep hosts from working; a wrong one does, and one that a pair
+    cannot share."""
     patience: asyncio.TimerHandle | None = None
     if isinstance(secondary, NbdTarget):
         # Closing ends the attempt; the copier makes the next one, while hosts are served.
@@ -71,8 +82,18 @@ async def open_secondary(
     finally:
         if patience is not None:
             patience.cancel()
-    if (wrong := wrong_secondary(secondary, mismatch)) is not None:
+    if (wrong := wrong_secondary(secondary, mismatch, shared=False)) is not None:
         raise _foreign(wrong)
+    if shared and isinstance(secondary, NbdTarget) and not secondary.takes_many:
+        raise unshared(secondary.name)
+
+
+def unshared(name: str) -> WrongStateError:
+    return WrongStateError(
+        f"secondary {name}: {_UNSHARED}",
+        hint="let it offer multi-connection, such as by 'qemu-nbd --shared=0' from version 7.1 on;"
+        " one server process has to serve both nodes",
+    )
 
 
 def _foreign(wrong: OSError) -> ForeignRecordError:
@@ -82,8 +103,10 @@ def _foreign(wrong: OSError) -> ForeignRecordError:
     )
 
 
-def wrong_secondary(secondary: Target, mismatch: Mismatch) -> OSError | None:
+def wrong_secondary(secondary: Target, mismatch: Mismatch, *, shared: bool) -> OSError | None:
     """What the copier is told of a secondary that it has opened again; does not block."""
+    if shared and isinstance(secondary, NbdTarget) and not secondary.takes_many:
+        return OSError(errno.ENOTSUP, _UNSHARED)
     if isinstance(secondary, KernelDevice):  # it would not have been opened
         return None
     reason = mismatch(secondary.size_bytes)

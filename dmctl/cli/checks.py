@@ -40,6 +40,7 @@ from bitmapd.predict.predictors import make_policy
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
+from bitmapd.volume.secondary import unshared
 from bitmapd.volume.sides import good_copies
 from dmctl.cli.context import Context
 from dmctl.cli.media import first_difference, open_export, open_file
@@ -262,6 +263,8 @@ def _check_secondary(
     if identity.kind == "nbd":
         with found.collect(), open_export(target, config.tls_certificates) as export:
             _check_size(found, config, need, export.size_bytes, export.block_size_bytes)
+            if config.node is not None and not export.takes_many:
+                found.errors.append(unshared(target))
             if config.initial_sync == "skip" and export.size_bytes >= need and config.node != 2:
                 with open_file(config.primary) as read:
                     _check_samples(config, first_difference(read, export.read, need))

@@ -30,6 +30,7 @@ class Medium:
     size_bytes: int
     block_size_bytes: int
     read: Read
+    takes_many: bool  # clients at a time
 
 
 def present(path: str) -> bool:
@@ -96,7 +97,7 @@ def open_export(uri: str, tls_certificates: Path | None) -> Iterator[Medium]:
 
         complete(target.open)
         try:
-            yield Medium(target.size_bytes, target.block_size_bytes, read)
+            yield Medium(target.size_bytes, target.block_size_bytes, read, target.takes_many)
         finally:
             target.close()
             loop.run_until_complete(asyncio.sleep(0))

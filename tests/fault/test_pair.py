@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.nbdpeers import nbdkit
+from tests.support.needs import need
 from tests.support.pairs import Pair
 from tests.support.volumes import KIB, MIB, Volume, noise
 
@@ -686,3 +688,34 @@ def test_two_nodes_with_the_same_number_find_out_and_change_nothing(
     finally:
         for node in nodes:
             node.destroy()
+
+
+# -- a secondary behind a server --------------------------------------------------------------
+
+
+def test_a_server_that_takes_one_client_is_refused(short_path: Path) -> None:
+    """A flush of one node has to cover what the other has copied (section "What both nodes share"
+    in docs/failover.md)."""
+    need("nbdkit")
+    one_client = ("--filter=multi-conn", "multi-conn-mode=disable")
+    with Pair(short_path) as pair:
+        command = ["file", f"file={pair.secondary}"]
+        with nbdkit(short_path, one_client[0], *command, one_client[1]) as server:
+            for node in pair.nodes.values():
+                node.secondary_target = str(server.uri())
+            refused = pair[1].refused(*pair[1].create_command())
+            assert "several clients" in refused["message"]
+            assert "--shared" in refused["hint"]
+        with nbdkit(short_path, *command):
+            pair.create()
+            pair.start()
+            pair[1].write(MIB, noise(1, MIB))
+            for node in (1, 2):
+                pair[node].wait_in_sync()
+            assert pair.equal()
+            for node in (1, 2):
+                pair[node].dmctl("stop", "vol0")
+        with nbdkit(short_path, one_client[0], *command, one_client[1]):
+            refused = pair[1].refused("start", "vol0")
+            assert "several clients" in refused["message"]
+            assert refused["exit_status"] == 14

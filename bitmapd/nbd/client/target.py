@@ -106,6 +106,12 @@ class NbdTarget:
         return isinstance(error, Unanswered)
 
     @property
+    def takes_many(self) -> bool:
+        """Whether several clients may use the export at a time: a flush of one then covers what was
+        completed for any of them."""
+        return self._can_many
+
+    @property
     def connected(self) -> bool:
         return bool(self._pipelines)
 
@@ -192,6 +198,7 @@ class NbdTarget:
         self._can_zero = export.has(ExportFlag.SEND_WRITE_ZEROES)
         self._can_fast_zero = export.has(ExportFlag.SEND_FAST_ZERO)
         self._can_trim = export.has(ExportFlag.SEND_TRIM)
+        self._can_many = export.has(ExportFlag.CAN_MULTI_CONN)
         self._can_tell_allocation = export.allocation_id is not None
 
     def close(self) -> None:
