@@ -51,6 +51,7 @@ def dump(loaded: Loaded) -> dict[str, Any]:
                 "compatible": superblock.compatible,
             },
             "pair": None if superblock.pair is None else superblock.pair.to_json(),
+            "points": None if superblock.points is None else superblock.points.to_json(),
         },
         "extents": {
             "total": geometry.extents,

@@ -10,7 +10,8 @@ It stands in two copies, written one after the other; docs/format.md has the off
 4. `session` grows with every start of the volume: a record that was restored from a copy is known
    by its lower number.
 5. A pause is an incompatible feature and not a flag: a program that does not know of it would copy
-   over the secondary that the pause protects, so it has to refuse the record.  A pair is one, too.
+   over the secondary that the pause protects, so it has to refuse the record.  A pair is one, too,
+   and so are consistent points: it would clear what the last committed point lacks.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from bitmapd.record.copies import (
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pages import MAX_SEQUENCE, PAGES_OFFSET, Raw, page_count
 from bitmapd.record.pair_state import NO_STATE, STATE_BYTES, PairState, decode_pair, encode_pair
+from bitmapd.record.points_state import NO_STATE as NO_POINTS
+from bitmapd.record.points_state import STATE_BYTES as POINTS_BYTES
+from bitmapd.record.points_state import PointsState, decode_points, encode_points
 
 MAGIC: Final = b"\x93bitmapd-record\n"
 FORMAT_VERSION: Final = 1
@@ -44,10 +48,11 @@ class Incompatible(enum.IntFlag):
 
     PAUSED = 1  # nothing is copied to the secondary until `dmctl resume`
     PAIR = 2  # a partner writes the same media; the superblock has a `PairState`
+    POINTS = 4  # the secondary is a receiver; the superblock has a `PointsState`
 
 
 # A bit that is not in these masks is unknown.
-KNOWN_INCOMPATIBLE: Final = int(Incompatible.PAUSED | Incompatible.PAIR)
+KNOWN_INCOMPATIBLE: Final = int(Incompatible.PAUSED | Incompatible.PAIR | Incompatible.POINTS)
 KNOWN_COMPATIBLE_READ_ONLY: Final = 0
 KNOWN_COMPATIBLE: Final = 0
 MAX_GENERATIONS: Final = 4
@@ -56,6 +61,7 @@ MAX_IDENTITY_BYTES: Final = 255
 
 _SUPERBLOCK: Final = struct.Struct("<16sIIQQQ16sQQ16s16s16s16sQIIIIQQQQQBBB5x64s256s256s")
 _PAIR_OFFSET: Final = _SUPERBLOCK.size
+_POINTS_OFFSET: Final = _PAIR_OFFSET + STATE_BYTES
 _SEAL: Final = Seal("the record", MAGIC, int(crc32c(b"bitmapd superblock")), FORMAT_VERSION)
 _U32: Final = (1 << 32) - 1
 _U63: Final = (1 << 63) - 1
@@ -102,6 +108,7 @@ class Superblock:
     compatible_read_only: int = 0
     compatible: int = 0
     pair: PairState | None = None  # see `with_pair`
+    points: PointsState | None = None  # see `with_points`
 
     def __post_init__(self) -> None:
         _fits_text("volume name", self.name, MAX_NAME_BYTES)
@@ -134,6 +141,8 @@ class Superblock:
         pair = self.pair
         if (pair is not None) is not bool(self.incompatible & Incompatible.PAIR):
             raise UsageError("the state of a pair goes with the feature that says that it is one")
+        if (self.points is not None) is not bool(self.incompatible & Incompatible.POINTS):
+            raise UsageError("the state of points goes with the feature that says there are some")
         if pair is not None and pair.node == 1 and pair.volume != self.volume_uuid:
             raise UsageError(f"node 1 has the volume's UUID for the pair's, not {pair.volume}")
 
@@ -154,6 +163,12 @@ class Superblock:
         rest = self.incompatible & ~Incompatible.PAIR
         feature = 0 if pair is None else Incompatible.PAIR
         return dataclasses.replace(self, pair=pair, incompatible=int(rest | feature))
+
+    def with_points(self, points: PointsState | None) -> Superblock:
+        """The same for a volume with a receiver, or without."""
+        rest = self.incompatible & ~Incompatible.POINTS
+        feature = 0 if points is None else Incompatible.POINTS
+        return dataclasses.replace(self, points=points, incompatible=int(rest | feature))
 
     def updated(self, now_s: int, above: int = 0, **changes: Any) -> Superblock:
         """The superblock that follows this one, and whatever was tried with a sequence up to
@@ -211,6 +226,7 @@ def encode_superblock(superblock: Superblock) -> bytes:
         secondary,
     )
     raw[_PAIR_OFFSET : _PAIR_OFFSET + STATE_BYTES] = encode_pair(superblock.pair)
+    raw[_POINTS_OFFSET : _POINTS_OFFSET + POINTS_BYTES] = encode_points(superblock.points)
     _SEAL.close(raw)
     return bytes(raw)
 
@@ -263,6 +279,10 @@ def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
     is_pair = bool(incompatible & Incompatible.PAIR)
     if not is_pair and pair != NO_STATE:
         raise RecordDamagedError("the superblock contradicts itself: a pair's state without a pair")
+    points = bytes(raw[_POINTS_OFFSET : _POINTS_OFFSET + POINTS_BYTES])
+    has_points = bool(incompatible & Incompatible.POINTS)
+    if not has_points and points != NO_POINTS:
+        raise RecordDamagedError("the superblock contradicts itself: a state of points without any")
     try:
         superblock = Superblock(
             volume_uuid=UUID(bytes=volume),
@@ -284,6 +304,7 @@ def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
             compatible_read_only=compatible_read_only,
             compatible=compatible,
             pair=decode_pair(pair) if is_pair else None,
+            points=decode_points(points) if has_points else None,
         )
     except (UsageError, ValueError) as error:
         raise RecordDamagedError(f"the superblock contradicts itself: {error}") from error

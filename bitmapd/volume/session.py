@@ -36,7 +36,7 @@ from uuid import UUID
 from bitmapd.config import Paths, VolumeConfig, atomic_write
 from bitmapd.errors import ForeignRecordError, UsageError
 from bitmapd.media.fingerprint import fingerprint
-from bitmapd.net.uri import is_uri
+from bitmapd.net.uri import is_receiver, is_uri
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.hints import Hints, decode_hints, encode_hints
@@ -101,6 +101,7 @@ class RecordSession:
                 hint=f"check 'record' in the configuration of '{config.name}'",
             )
         self._check_pair(superblock)
+        self._check_points(superblock)
         check_primary(config, self._paths, superblock, self.loaded.bits.count())
         state = self._known_state()
         known = int(state.get("session", 0))
@@ -138,6 +139,19 @@ class RecordSession:
             f"record {config.record} {of}, but the configuration of '{config.name}' {says}",
             hint=f"make 'node' and 'partner' in {self._paths.volume_file(config.name)} what they"
             " were when the record was made; a record of the other node is not this one's",
+        )
+
+    def _check_points(self, superblock: Superblock) -> None:
+        """Whether record and configuration agree on what the secondary is."""
+        config = self._config
+        if (superblock.points is not None) is is_receiver(config.secondary):
+            return
+        of, says = ("", "a plain secondary") if superblock.points else ("out", "a receiver")
+        raise ForeignRecordError(
+            f"record {config.record} is of a volume with{of} a receiver, but the configuration of"
+            f" '{config.name}' names {says}",
+            hint="a plain secondary and a receiver cannot take one another's place: create the"
+            " volume anew",
         )
 
     def _check_at_rest(self, superblock: Superblock, state: dict[str, Any]) -> None:

@@ -215,7 +215,7 @@ def test_what_is_not_a_superblock_is_refused(raw: bytes | None, message: str | N
     ("raw", "message"),
     [
         (patched(RAW, 16, "<I", 2), "format version 2; this program knows 1"),
-        (patched(RAW, 24, "<Q", 0b100), "uses features 0x4"),
+        (patched(RAW, 24, "<Q", 0b1000), "uses features 0x8"),
         (patched(patched(RAW, 16, "<I", 9), 144, "<Q", 0), "format version 9"),
     ],
 )
