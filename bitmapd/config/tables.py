@@ -119,8 +119,9 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
                     hint="a pair needs node, partner and partner_listen",
                 ),
             )
-        if config.record_on != "both":
-            yield "record_on", UsageError(f"{config.record_on} is for one of two appliances")
+        for name, usual in (("record_on", "both"), ("partner_ack", "memory")):
+            if (value := getattr(config, name)) != usual:
+                yield name, UsageError(f"{value} is for one of two appliances")
         return
     if missing:
         yield (

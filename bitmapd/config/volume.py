@@ -252,6 +252,17 @@ class VolumeConfig:
             idle=True,
         ),
     ]
+    partner_ack: Annotated[
+        str,
+        Key(
+            "partner_ack",
+            kinds.PARTNER_ACK,
+            "When the partner counts as having recorded a place: as soon as it is in its memory, or"
+            " in its stored record, too. With stored at either node it is so at both.",
+            "memory",
+            idle=True,
+        ),
+    ]
     partner_name: Annotated[
         str | None,
         Key(

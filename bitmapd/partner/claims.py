@@ -22,6 +22,7 @@ from typing import Protocol
 
 from bitarray import bitarray
 
+from bitmapd.media.base import Done
 from bitmapd.partner.extents import unset, zeros
 from bitmapd.partner.messages import Message, Run, Runs
 from bitmapd.peer.frames import ErrorCode, PeerError
@@ -52,6 +53,13 @@ class Home(Protocol):
 
     def keep(self, runs: Runs) -> None:
         """They have become ours or the other's: they belong into the stored record."""
+
+    def store(self, runs: Runs, done: Done) -> bool:
+        """Have them in the stored record, and call back when they are; or with an error.  False,
+        and no call, if they are."""
+
+    def unstored(self) -> None:
+        """The stored record does not take what has to be in there before it is granted."""
 
     def forget(self, runs: Runs) -> None:
         """They are in nobody's record any more."""

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Protocol
 
 from bitmapd.partner.extents import bits_of, each, joined, runs_of
-from bitmapd.partner.greeting import adopted, in_memory
+from bitmapd.partner.greeting import adopted, in_memory, stores_first
 from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record, Runs
 from bitmapd.partner.rights import Rights
@@ -43,11 +43,10 @@ class Ends(Protocol):
     def refuse(self, error: PeerError) -> None: ...
 
     def come_together(
-        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool, in_memory: bool
+        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool
     ) -> None:
         """Both know what both know: rights change.  `copying`: where a copy of the other's is under
-        way; `incarnation`: of the other; `inherits`: what of `shares` is dirty was not ours;
-        `in_memory`: one of them counts on the other's memory."""
+        way; `incarnation`: of the other; `inherits`: what of `shares` is dirty was not ours."""
 
 
 class Exchange:
@@ -105,7 +104,7 @@ class Exchange:
             rights.owe(record.stored)
         generations, term = adopted(mine, theirs)
         volume = mine.volume if any(mine.volume) else theirs.volume
-        volatile = in_memory(mine, theirs)
+        volatile = in_memory(mine, theirs) and not mine.flags & HelloFlag.UNSTORED
         agree = partial(self._agreed, shares, not view.fresh or their_view.fresh)
 
         def edit(now: Lasting) -> Lasting:
@@ -120,10 +119,20 @@ class Exchange:
                 return
             self._say_ready(shares, agree)
 
-        if node.number == 2 and node.ledger.lasting.never_paired:
-            self._first_pairing = partial(node.ledger.change, edit, stored)
-        else:
-            node.ledger.change(edit, stored)
+        def named(error: OSError | None) -> None:
+            if not self._is_current():
+                return
+            if error is not None:
+                stored(error)
+            elif node.number == 2 and node.ledger.lasting.never_paired:
+                self._first_pairing = partial(node.ledger.change, edit, stored)
+                self._look_for_ready()
+            else:
+                node.ledger.change(edit, stored)
+
+        # READY says what GRANT says: where that has to be stored first, this has, too.
+        if not (stores_first(mine, theirs) and self._around.destage(named)):
+            named(None)
 
     def _say_ready(self, shares: Shares, agree: Callable[[int], None]) -> None:
         self._agree = agree
@@ -133,11 +142,16 @@ class Exchange:
 
     def ready(self, message: Ready) -> None:
         self._their_ready = message.digest
+        self._look_for_ready()
+
+    def _look_for_ready(self) -> None:
+        if self._their_ready is None:
+            return
         first_pairing, self._first_pairing = self._first_pairing, None
         if first_pairing is not None:
             first_pairing()
         elif self._agree is not None:
-            self._agree(message.digest)
+            self._agree(self._their_ready)
 
     def freed(self, message: Free) -> None:
         self._copying.difference_update(each(message.runs))
@@ -149,7 +163,6 @@ class Exchange:
                 joined(self._copying),
                 self._theirs.incarnation,
                 inherits=inherits,
-                in_memory=in_memory(self._mine, self._theirs),
             )
         else:
             own, other = shares.own.count(), shares.other.count()

@@ -9,7 +9,10 @@ Invariants:
    before every write that waited for it has been submitted (rule 6).
 2. Two ADDs that cross: node 1 keeps the other's until its own has been answered (rule 8).
 3. A guess takes nothing that this node owns, wants or guesses (rule 9).
-4. A right that was given unasked is not given again for an ADD that has crossed it (rule 15).
+4. With `stores_first` nothing is granted before this node's stored record names it.  What waits
+   for that is the other's already (`other`), and what has become ours meanwhile is given as
+   anything of ours is.
+5. A right that was given unasked is not given again for an ADD that has crossed it (rule 15).
 
 Against ping-pong: an extent that has changed hands more than `MOST_CHANGES` times within a second
 stays with its new owner for `KEEP_S`, or two round trips if that is shorter, so that it serves more
@@ -51,6 +54,7 @@ class Giving:
         self.coveted: set[int] = set()  # the other has asked about them: dropped when clean
         self.handovers = 0
         self.round_trip_s = KEEP_S
+        self.stores_first = False
         self._changes: dict[int, deque[float]] = {}  # extent -> when it has changed hands
         self.forget()
 
@@ -61,6 +65,7 @@ class Giving:
         self._request_of: dict[int, int] = {}  # extent of such a request -> its number
         self._draining: dict[int, object] = {}  # extent -> token of the drain that it waits for
         self._later: set[int] = set()  # asked for, and not to be given yet
+        self._storing: set[int] = set()  # asked for, nobody's, and not in the stored record yet
         self._grants: deque[tuple[int, list[int]]] = deque()  # sequence, extents: GOT is to come
 
     def next_request(self, request: int) -> None:
@@ -106,15 +111,62 @@ class Giving:
             else:
                 granted.append(extent)
         self._asked[request] = unanswered
+        if self.stores_first and granted and self._store(message, granted):
+            granted = []
         if granted or refused or not unanswered:
             self._answer(request, granted, refused)
         self.give_later(unanswered)
 
+    def _store(self, message: Add, extents: list[int]) -> bool:
+        """Have them stored first; False if they are."""
+        request, connection = message.request, self._asked
+        runs = joined(extents)
+        needed = set(each(message.needed)).intersection(extents)
+
+        def stored(error: OSError | None) -> None:
+            if connection is not self._asked:
+                return
+            if error is not None:
+                self._home.unstored()
+            else:
+                self._stored(request, needed, set(extents) - needed)
+
+        if not self._home.store(runs, stored):
+            return False
+        self._know(runs)
+        self._asked[request].update(extents)
+        self._storing.update(extents)
+        self._later.update(needed)
+        self._request_of.update(dict.fromkeys(needed, request))
+        return True
+
+    def _stored(self, request: int, needed: set[int], predicted: set[int]) -> None:
+        """Answer for them, as things are now."""
+        wants, first = self._wants, self._claims.node == 1
+        # What has become ours, or will before it goes to the other, is given later.
+        ready = {e for e in needed & self._storing if not (first and e in wants.needed)}
+        free = {e for e in predicted & self._storing if not wants.asks_for(e)}
+        self._storing -= needed | predicted
+        self._later -= ready
+        for extent in ready:
+            del self._request_of[extent]
+        if ready or predicted:
+            self._asked[request] -= ready | predicted
+            self._answer(request, sorted(ready | free), sorted(predicted - free))
+
+    def gained(self, extents: Iterable[int]) -> None:
+        """They have become ours."""
+        self._storing.difference_update(extents)
+
+    def _know(self, runs: Runs) -> None:
+        """They are the other's, or will be."""
+        for first, stop in runs:
+            self._claims.other[first:stop] = True
+
     def _answer(self, request: int, granted: list[int], refused: list[int]) -> None:
         """These are nobody's, or the other's already: into its record, then GRANT."""
         runs = joined(granted)
-        for first, stop in runs:
-            self._claims.other[first:stop] = True
+        self._know(runs)
         self._outbox.unremove(granted)
         self._home.keep(runs)
         self._send(request, runs, joined(refused), (), ())
@@ -148,7 +200,19 @@ class Giving:
         for extent in extents:
             self._claims.held[extent] = False
             self._draining[extent] = token
-        self._home.when_landed(lambda: self._landed(extents, token))
+        self._home.when_landed(lambda: self._at_rest(extents, token))
+
+    def _at_rest(self, extents: list[int], token: object) -> None:
+        """No write is in flight there: given once it is stored here, too, if it has to be."""
+
+        def stored(error: OSError | None) -> None:
+            if error is None:
+                self._landed(extents, token)
+            elif any(self._draining.get(extent) is token for extent in extents):
+                self._home.unstored()
+
+        if not (self.stores_first and self._home.store(joined(extents), stored)):
+            self._landed(extents, token)
 
     def _landed(self, extents: Iterable[int], token: object) -> None:
         ready = [extent for extent in extents if self._draining.get(extent) is token]

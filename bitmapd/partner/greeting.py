@@ -32,9 +32,9 @@ from bitmapd.peer.frames import ErrorCode, PeerError
 
 NIL = bytes(16)
 VERSION = 1
-DIRT_AS_BLOCKS, EMBARGO, GIVES_UP, SAYS_VOLATILE = 1, 2, 4, 8
+DIRT_AS_BLOCKS, EMBARGO, GIVES_UP, SAYS_VOLATILE, STORES_FIRST = 1, 2, 4, 8, 16
 REQUIRED = DIRT_AS_BLOCKS | EMBARGO
-OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE
+OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE | STORES_FIRST
 
 
 class Standing(Enum):
@@ -107,9 +107,23 @@ def standing(mine: Hello, theirs: Hello) -> Standing:
     return Standing.AHEAD if alone else Standing.BEHIND
 
 
+def relies(mine: Hello, theirs: Hello) -> bool:
+    """Whether I count on the other's copy of my record while we are paired."""
+    return _is(mine, HelloFlag.RELIES) and not _is(theirs, HelloFlag.UNSTORED)
+
+
+def stores_first(mine: Hello, theirs: Hello) -> bool:
+    """Whether I grant what is in my stored record only: one of both wants that, and I can."""
+    wanted = _is(mine, HelloFlag.STORED) or _is(theirs, HelloFlag.STORED)
+    return wanted and not _is(mine, HelloFlag.UNSTORED)
+
+
 def in_memory(mine: Hello, theirs: Hello) -> bool:
     """Whether what one of both owns may stand in the other's memory only, while they are paired."""
-    return _is(mine, HelloFlag.RELIES) or _is(theirs, HelloFlag.RELIES)
+    return any(
+        relies(one, other) and not stores_first(other, one)
+        for one, other in ((mine, theirs), (theirs, mine))
+    )
 
 
 def _is(hello: Hello, flag: HelloFlag) -> bool:

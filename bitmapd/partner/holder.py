@@ -218,6 +218,7 @@ class Hands(Home):
         self._store = store
         self._send = send
         self._push = push
+        self.on_unstored: Callable[[], object] = _nothing
 
     @property
     def embargoed_extents(self) -> int:
@@ -238,6 +239,12 @@ class Hands(Home):
 
     def keep(self, runs: Runs) -> None:
         self._record.keep(runs)
+
+    def store(self, runs: Runs, done: Done) -> bool:
+        return self._store.add(runs, (), done)
+
+    def unstored(self) -> None:
+        self.on_unstored()
 
     def forget(self, runs: Runs) -> None:
         self._store.drop(extent for first, stop in runs for extent in range(first, stop))
@@ -263,6 +270,10 @@ class Hands(Home):
 
     def drop_clean(self, extents: Iterable[int]) -> None:
         self._gate.drop_clean(extents)
+
+
+def _nothing() -> None:
+    """Nobody is to hear of it."""
 
 
 def _no_matter(error: OSError | None) -> None:

@@ -49,6 +49,8 @@ class HelloFlag(enum.IntFlag):
     GO_ON = 32  # would take new places in a cut
     GONE_ON = 64  # has done so since the last pairing
     RELIES = 128  # on the other's copy of its record, while the link is up
+    STORED = 256  # what is granted to it has to be in the other's stored record by then
+    UNSTORED = 512  # its own record cannot be written
 
 
 class Goodbye(enum.IntEnum):

@@ -40,7 +40,7 @@ from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
 from bitmapd.partner.exchange import Exchange
 from bitmapd.partner.extents import runs_of
-from bitmapd.partner.greeting import Standing, check, standing
+from bitmapd.partner.greeting import Standing, check, in_memory, relies, standing, stores_first
 from bitmapd.partner.growth import Growth
 from bitmapd.partner.handover import Handover, Hosts, Outcome
 from bitmapd.partner.lead import Lead
@@ -85,8 +85,8 @@ class Node:
         self._wire: Wire | None = None
         self._timer: Timer | None = None
         self._mine: Hello  # of this connection
+        self._theirs: Hello  # likewise, once it has come
         self._exchange: Exchange  # of this connection, from the other's HELLO on
-        self._hellos = HelloFlag(0), HelloFlag(0)  # what both have said on this connection
         self._last_paired = 0
         self._going_alone = False
         self._held_off = False  # the other is being fenced
@@ -243,7 +243,7 @@ class Node:
     def _greeted(self, theirs: Hello, _: int) -> None:
         mine = self._mine
         check(mine, theirs)
-        self.peer = theirs
+        self.peer = self._theirs = theirs
         fresh, other_fresh = mine.flags & HelloFlag.FRESH, theirs.flags & HelloFlag.FRESH
         found = standing(mine, theirs)
         if found is Standing.BEHIND and not fresh:
@@ -259,7 +259,6 @@ class Node:
             self._absorb()
         self._reliance.hold()
         self.rights.most_requests = theirs.most_requests
-        self._hellos = mine.flags, theirs.flags
         self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
         wire = self._wire
         self._exchange = Exchange(mine, theirs, self, self._around, lambda: wire is self._wire)
@@ -289,7 +288,7 @@ class Node:
         self._exchange.heard(message)
 
     def come_together(
-        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool, in_memory: bool
+        self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool
     ) -> None:
         """Both know what both know: rights change (called by the exchange)."""
         self.compares_everything |= shares.everything and shares.own.any()
@@ -297,13 +296,15 @@ class Node:
         self.proof = None
         self._last_paired = incarnation
         self.exchanges += 1
-        mine, theirs = (bool(flags & HelloFlag.LEAD) for flags in self._hellos)
-        self.lead.met(claimed=mine, claimed_there=theirs)
+        mine, theirs = self._mine, self._theirs
+        claimed, claimed_there = (bool(one.flags & HelloFlag.LEAD) for one in (mine, theirs))
+        self.lead.met(claimed=claimed, claimed_there=claimed_there)
         if inherits:
             self.absorbed_extents += shares.dirty.count()
-        self._reliance.begin(relies=bool(self._mine.flags & HelloFlag.RELIES))
+        self._reliance.begin(relies=relies(mine, theirs))
+        self.rights.store_first(stores_first(mine, theirs))
         self.rights.thaw(shares, copying)
-        if not in_memory:
+        if not in_memory(mine, theirs):
             self._reliance.settle()
         self._phase(Phase.UP)
         self._become(State.PAIRED)
@@ -462,6 +463,18 @@ class Node:
     def tick(self) -> None:
         """Once a second."""
         self._reliance.tick()
+
+    def record_is(self, *, failing: bool) -> None:
+        """Whether the stored record cannot be written now.  HELLO says so, and both nodes count on
+        that."""
+        if self.phase is Phase.UP and failing is not bool(self._mine.flags & HelloFlag.UNSTORED):
+            self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """End the connection, for what was said on it is not so; another one comes."""
+        if self.phase is Phase.UP:
+            self.say(messages.Bye(messages.Goodbye.RECONNECTING))
+            self._hang_up(None)
 
     def _bye(self, message: messages.Bye, _: int) -> None:
         """The other has given everything, and nothing of its is in flight anywhere."""

@@ -32,7 +32,7 @@ from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.extents import zeros
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
-from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, SAYS_VOLATILE, VERSION
+from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, SAYS_VOLATILE, STORES_FIRST, VERSION
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
 from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
@@ -57,6 +57,7 @@ class Names:
     secondary: str
     session: int
     relies: bool = False  # record_on = partner
+    stored: bool = False  # partner_ack = stored
 
 
 @dataclass(slots=True)
@@ -145,7 +146,9 @@ class Pair:
         self._home = home
         self._write = write
         self._at_start = at_start
+        self._stored_record = store
         self._hands = Hands(store, self._send, self._push)
+        self._hands.on_unstored = lambda: loop.call_soon(self.node.begin_anew)
         self.rights = Rights(geometry, number, batches, self._hands)
         self.record = PairRecord(store, self.rights)
         self.node = Node(number, lasting, self.rights, loop, self)
@@ -274,6 +277,10 @@ class Pair:
         self.node.leave(given.set_result)
         return await given
 
+    def look_at_record(self) -> None:
+        """Whether it can be written; the partner counts on what was said of that."""
+        self.node.record_is(failing=self._stored_record.failing)
+
     async def end(self) -> None:
         """The volume stops: what is stored has to stand for itself, as far as that can be."""
         over = asyncio.Event()
@@ -306,6 +313,7 @@ class Pair:
         """Once a second."""
         self.rights.tick()
         self.node.tick()
+        self.look_at_record()
         waiting = self.rights.waiting
         if not waiting:
             self._waiting_since_s = None
@@ -500,14 +508,21 @@ class Pair:
 
     def hello(self) -> Hello:
         geometry, names = self._geometry, self._names
+        flags, required = HelloFlag(0), REQUIRED
+        if names.relies:
+            flags, required = flags | HelloFlag.RELIES, required | SAYS_VOLATILE
+        if names.stored:
+            flags, required = flags | HelloFlag.STORED, required | STORES_FIRST
+        if self._stored_record.failing:
+            flags |= HelloFlag.UNSTORED
         return Hello(
             volume=NIL,
             node=self.node.number,
             lowest=VERSION,
             highest=VERSION,
             role=Role.PAIR,
-            flags=HelloFlag.RELIES if names.relies else HelloFlag(0),
-            required=REQUIRED | SAYS_VOLATILE if names.relies else REQUIRED,
+            flags=flags,
+            required=required,
             offered=OFFERED,
             term=0,
             incarnation=self.incarnation,

@@ -127,6 +127,10 @@ class Rights:
         """How long a message and its answer take just now."""
         self._giving.round_trip_s = seconds
 
+    def store_first(self, on: bool) -> None:
+        """Whether what is granted has to be in this node's stored record before."""
+        self._giving.stores_first = on
+
     # -- what this node wants -------------------------------------------------------------------
     def obtain(self, first: int, stop: int) -> list[int]:
         """Those of extents [first, stop) that have to be waited for; alone nobody is asked."""
@@ -313,6 +317,7 @@ class Rights:
         if any(self._claims.is_others(extent) for extent in granted):
             self._outbox.got(sequence)
         guesses = self._wants.over(granted)
+        self._giving.gained(granted)
         self._claims.gain(message.granted)
         if message.request:
             self._giving.came(set(granted).difference(guesses))

@@ -28,7 +28,7 @@ from bitmapd.partner.messages import Runs
 from bitmapd.partner.node import Lasting, State
 from bitmapd.partner.pair import Batches, Names, Pair
 from bitmapd.peer.transport import Settings
-from bitmapd.record.pair_state import PairFlag, PairState, RecordOn
+from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
 from bitmapd.record.store import RecordStore
 from bitmapd.record.superblock import MAX_GENERATIONS, Superblock
 from bitmapd.volume.session import RecordSession
@@ -130,6 +130,7 @@ def make_pair(
             superblock.secondary,
             superblock.session,
             relies=config.record_on == "partner",
+            stored=config.partner_ack == "stored",
         ),
         link_settings(config, seeks=state.node == 1 and state.never_paired),
         loop,
@@ -182,6 +183,7 @@ async def _write(
         generations=tuple(UUID(bytes=value) for value in lasting.generations if value != NIL),
         volatile=lasting.volatile,
         record_on=RecordOn[config.record_on.upper()],
+        partner_ack=PartnerAck[config.partner_ack.upper()],
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import UsageError
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock
-from bitmapd.record.pair_state import PairFlag, PairState, RecordOn
+from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
 
 
 def check_fencing(table: Mapping[str, Any], config: VolumeConfig | None) -> None:
@@ -53,6 +53,7 @@ def as_node(config: VolumeConfig, superblock: Superblock, notes: list[str]) -> S
         volume=volume,
         flags=PairFlag.NEVER_PAIRED,
         record_on=RecordOn[config.record_on.upper()],
+        partner_ack=PartnerAck[config.partner_ack.upper()],
     )
     if config.node == 2:
         notes.append("node 2 copies nothing at first: node 1 makes the secondary equal")

@@ -128,3 +128,40 @@ def test_what_is_relied_on_may_be_set_anew_while_a_node_is_stopped(pair: Pair) -
         "volatile"
     ]
     assert superblock(pair, 1)["record_on"] == "both"
+
+
+# -- the partner stores -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def storing(short_path: Path) -> Iterator[Pair]:
+    """Both nodes rely on the other's stored record."""
+    words = ("--record-on", "partner", "--partner-ack", "stored")
+    with Pair(short_path, 64 * MIB, *words) as made:
+        made.create()
+        yield made
+
+
+def test_what_the_partner_has_stored_needs_no_flag_and_no_comparison(storing: Pair) -> None:
+    pair = storing
+    pair.start()
+    for node in (1, 2):
+        assert not pair.partner(node)["volatile"]
+        assert superblock(pair, node)["partner_ack"] == "stored"
+    in_sync(pair)
+    for node in (1, 2):
+        pair[node].dmctl("pause", "vol0")
+    here, there = noise(21, MIB), noise(22, MIB)
+    pair[1].write(10 * MIB, here)
+    pair[2].write(30 * MIB, there)
+    both_die(pair)
+    assert 10 in pair[2].recorded(), "the write was answered, so it is stored there"
+    assert 30 in pair[1].recorded()
+    partners = both_start(pair)
+    assert [partners[node]["compared_extents_total"] for node in (1, 2)] == [0, 0]
+    for node in (1, 2):
+        pair[node].dmctl("resume", "vol0")
+    in_sync(pair)
+    assert pair.equal()
+    assert pair[2].read(10 * MIB, MIB) == here
+    assert pair[1].read(30 * MIB, MIB) == there

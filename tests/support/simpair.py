@@ -14,7 +14,8 @@ What is checked:
 2. Two nodes never have writes to the same block on their way at once.
 3. Where primary and secondary differ, or a write is on its way, each live node that knows anything
    has the extent in its records, and one of the stored records names it, or the flag VOLATILE
-   stands in one of the superblocks.  A node that writes has either in its own.
+   stands in one of the superblocks.  A node that writes has either in its own, or what it writes
+   is in the other's stored record (partner_ack = stored).
 4. Reads are those of one disk with two doors.
 5. No message is refused, and nobody sees a split brain, since every proof of death is true.
 6. A node that has said BYE or TAKEN owns nothing, and nothing of its is on its way.
@@ -169,6 +170,7 @@ class Side:
         self.relies = world.record_on == "partner"  # what the configuration says
         if world.record_on == "either":
             self.relies = world.rng.random() < 0.5
+        self.stored = world.rng.random() < world.stored_often
         self.loop = SimLoop()
         self.record = SimDisk("record", len(self.record_image), self.record_image)
         self.primary = Path("primary", world.primary, world.primary_landed)
@@ -215,6 +217,7 @@ class Side:
         self.events: list[tuple[str, dict[str, object]]] = []
         self.node = Node(self.number, self.lasting, self.rights, self.loop, _Around(self))
         self.node.serve(self)
+        hands.on_unstored = lambda: self.loop.call_soon(self.node.begin_anew)
         self.node.growth.media = _Media(self)
         self.leaving = self.gone = False
         self.stopping: Callable[[str | None], None] | None = None  # hosts, for a planned takeover
@@ -268,7 +271,7 @@ class Side:
     def hello(self) -> Hello:
         return Hello(
             volume=NIL, node=self.number, lowest=1, highest=1, role=Role.PAIR,
-            flags=HelloFlag.RELIES if self.relies else HelloFlag(0),
+            flags=self._flags(),
             required=REQUIRED, offered=OFFERED, term=0,
             incarnation=self.number * 1000 + self.incarnations, session=self.session,
             boot=b"\7" * 16, generations=(NIL,) * 4, size_bytes=self.geometry.size_bytes,
@@ -276,6 +279,17 @@ class Side:
             machine=bytes([self.number]) * 16, timeout_ms=2000,
             most_requests=MOST_REQUESTS, name="vol0", primary="p", secondary="s", program="sim",
         )  # fmt: skip
+
+    def _flags(self) -> HelloFlag:
+        flags = HelloFlag.RELIES if self.relies else HelloFlag(0)
+        if self.stored:
+            flags |= HelloFlag.STORED
+        if self.store.failing:
+            flags |= HelloFlag.UNSTORED
+        return flags
+
+    def look_at_record(self) -> None:
+        self.node.record_is(failing=self.store.failing)
 
     def known(self) -> bitarray:
         return self.rights.own | self.rights.other | self.rights.owed
@@ -425,6 +439,7 @@ class World:
         self._trouble = self.rng.choice((2, 2, 6))  # so many steps in a hundred
         self._flaps = "cut" in troubles and self.rng.random() < 0.3  # the link does, while greeting
         self.record_on = self.rng.choice(("both", "partner", "either"))  # the latter: at each start
+        self.stored_often = self.rng.choice((0.0, 0.5, 1.0))  # partner_ack, at each start
         self._swift = self.rng.random() < 0.5  # a link that is lost comes back soon
         self._writes_superblocks = self.rng.choice((0.05, 0.5))  # how soon they are written
         self.log: list[str] = []
@@ -527,6 +542,7 @@ class World:
                 side.gate.tick()
                 side.rights.tick()
                 side.node.tick()
+                side.look_at_record()
         elif dice < 95:
             self.superblock(side)
         elif dice < 96.5:
@@ -786,7 +802,8 @@ class World:
             disk, kind = self.rng.choice(
                 ((side.record, "write"), (side.primary, "write"), (side.primary, "read"))
             )
-            disk.fail_next.setdefault(kind, []).append(errno.EIO)
+            errors = 12 if disk is side.record and self.rng.random() < 0.5 else 1
+            disk.fail_next.setdefault(kind, []).extend([errno.EIO] * errors)
         side.loop.run_soon()
 
     def crash(self, side: Side) -> None:
@@ -848,8 +865,16 @@ class World:
         if unnamed and not any(side.lasting.volatile for side in self.sides):
             raise AssertionError(f"no stored record names blocks {unnamed}")
         for side, blocks in zip(self.sides, flying, strict=True):
-            if side.counts and not side.lasting.volatile and (lacking := side.unnamed(blocks)):
+            lacking = side.unnamed(blocks)
+            if self.stored_often:
+                lacking &= self.sides[2 - side.number].unnamed(blocks)
+            if side.counts and not side.lasting.volatile and lacking:
                 raise AssertionError(f"node {side.number} writes to {lacking}, stored nowhere")
+        for side, other in ((one, two), (two, one)):
+            if side.counts and side.pair_record._relies and not side.lasting.volatile:
+                held = {e * PER_EXTENT for e in range(len(side.rights.held)) if side.rights.held[e]}
+                if lacking := other.unnamed(held):
+                    raise AssertionError(f"node {other.number} has not stored {lacking}")
         for side in self.sides:
             if side.alive:
                 self._check_side(side)
@@ -943,6 +968,7 @@ class World:
                 side.gate.tick()
                 side.rights.tick()
                 side.node.tick()
+                side.look_at_record()
             self.check()
             if self.at_rest:
                 return

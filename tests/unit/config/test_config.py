@@ -105,6 +105,7 @@ def test_builtin_defaults(write: Write) -> None:
         partner=None,
         partner_listen=None,
         record_on="both",
+        partner_ack="memory",
         partner_name=None,
         partner_fingerprint=None,
         partner_certificates=None,

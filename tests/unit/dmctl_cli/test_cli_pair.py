@@ -108,9 +108,11 @@ def test_where_a_place_is_recorded_is_set_while_the_volume_is_stopped(
     nodes: dict[int, Cli],
 ) -> None:
     nodes[1].ok(*words(nodes, 1))
-    done = nodes[1].ok("--json", "set", "vol0", "record-on=partner")
+    done = nodes[1].ok("--json", "set", "vol0", "record-on=partner", "partner-ack=stored")
     assert (done.json["name"], done.json["record_on"]) == ("vol0", "partner")
-    assert 'record_on = "partner"' in nodes[1].paths.volume_file("vol0").read_text()
+    text = nodes[1].paths.volume_file("vol0").read_text()
+    assert 'record_on = "partner"' in text
+    assert 'partner_ack = "stored"' in text
     for word, reason in (
         ("record-on=elsewhere", "not one of both, partner, local"),
         ("record-on=local", None),

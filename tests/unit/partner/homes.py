@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from bitmapd.media.base import Done
 from bitmapd.partner.extents import each, joined
 from bitmapd.partner.messages import Add, Grant, Message, Runs
 from bitmapd.partner.rights import Home, Rights, Stance
@@ -25,6 +26,8 @@ class Desk(Home):
         self.landing: list[Callable[[], None]] = []
         self.dirt: dict[int, Runs] = {}  # of blocks, by extent
         self.copying: set[int] = set()
+        self.storing: list[tuple[Runs, Done]] = []
+        self.store_waits = True
         self.clean: set[int] = set()
         self.drop: Callable[[list[int]], object] = lambda extents: None
 
@@ -37,6 +40,13 @@ class Desk(Home):
 
     def keep(self, runs: Runs) -> None:
         self.calls.append(("keep", runs))
+
+    def store(self, runs: Runs, done: Done) -> bool:
+        self.storing.append((runs, done))
+        return self.store_waits
+
+    def unstored(self) -> None:
+        self.calls.append(("unstored", None))
 
     def forget(self, runs: Runs) -> None:
         self.calls.append(("forget", runs))

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from bitmapd.partner.greeting import SplitBrain, Standing, adopted, check, standing
+from bitmapd.partner.greeting import (
+    SplitBrain,
+    Standing,
+    adopted,
+    check,
+    in_memory,
+    relies,
+    standing,
+    stores_first,
+)
 from bitmapd.partner.messages import HelloFlag
 from bitmapd.peer.frames import ErrorCode, PeerError
 from tests.unit.partner.hellos import NIL, generations, hello
@@ -122,3 +131,35 @@ def test_both_go_on_with_the_same(
     one, two = made(1, mine), made(2, theirs)
     assert adopted(one, two) == adopted(two, one)
     assert adopted(one, two) == (generations(result), max(one.term, two.term))
+
+
+# -- what counts as recorded ------------------------------------------------------------------
+RELIES, STORED, UNSTORED = HelloFlag.RELIES, HelloFlag.STORED, HelloFlag.UNSTORED
+NONE = HelloFlag(0)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "i_rely", "i_store", "memory"),
+    [
+        (NONE, NONE, False, False, False),
+        (RELIES, NONE, True, False, True),
+        (NONE, RELIES, False, False, True),
+        (RELIES, STORED, True, True, False),
+        (RELIES | STORED, NONE, True, True, False),
+        (NONE, RELIES | STORED, False, True, False),
+        (STORED, NONE, False, True, False),
+        # Whose record cannot be written stores nothing, and is not relied on.
+        (RELIES, UNSTORED, False, False, False),
+        (RELIES | STORED, UNSTORED, False, True, False),
+        (STORED | UNSTORED, RELIES, False, False, False),
+        (UNSTORED | RELIES, STORED, True, False, False),
+        (UNSTORED | RELIES, NONE, True, False, True),
+    ],
+)
+def test_what_a_node_counts_on(
+    mine: HelloFlag, theirs: HelloFlag, i_rely: bool, i_store: bool, memory: bool
+) -> None:
+    here, there = hello(1, flags=mine), hello(2, flags=theirs)
+    assert relies(here, there) is i_rely
+    assert stores_first(here, there) is i_store
+    assert in_memory(here, there) is in_memory(there, here) is memory

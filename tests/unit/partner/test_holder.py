@@ -277,3 +277,16 @@ def test_what_is_noted_is_stored_lazily_and_what_is_stored_is_covered_at_once() 
     it.store.drop([3])
     it.hands.keep(((3, 4),))
     assert it.store.covers(3, 4), "the stored copy never lost it"
+
+
+def test_what_has_to_be_stored_before_it_is_granted() -> None:
+    it, stored = Holder(), list[OSError | None]()
+    assert it.hands.store(((1, 2),), stored.append)
+    it.store_all()
+    assert stored == [None]
+    assert not it.hands.store(((1, 2),), stored.append)
+    it.hands.unstored()  # nobody listens
+    told: list[None] = []
+    it.hands.on_unstored = lambda: told.append(None)
+    it.hands.unstored()
+    assert told == [None]
