@@ -294,7 +294,7 @@ class Gate(Eras):
             per, end = self._geometry.extent_bytes, offset_bytes + length_bytes
             borders = [offset_bytes, *range((first + 1) * per, end, per), end]
             pieces = [(at, border - at) for at, border in pairwise(borders)]
-            done = _after_all(len(pieces), done)
+            done = after_all(len(pieces), done)
         for at, count in pieces:
             self._bring(verb, at, count, submit, done, fua)
 
@@ -386,7 +386,7 @@ def _once_asked(go: Callable[[], None], no: Done) -> Done:
     return lambda error: go() if error is None else no(error)
 
 
-def _after_all(pieces: int, done: Done) -> Done:
+def after_all(pieces: int, done: Done) -> Done:
     """Answer once so many pieces have ended, with the first error."""
     failed: OSError | None = None
 
