@@ -44,7 +44,7 @@ from bitmapd.copier.refusals import Refusal, judge, may_do_without
 from bitmapd.copier.throttle import SpeedMeter, Throttle
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
-from bitmapd.media.base import Done, Scheduler, Target
+from bitmapd.media.base import Done, Scheduler
 from bitmapd.media.buffers import BufferPool
 from bitmapd.record.geometry import Geometry
 
@@ -70,6 +70,21 @@ class TransfersOwner(Protocol):
 
     def proceed(self) -> None:
         """Something has happened that may allow the next transfer."""
+
+
+class Sink(Protocol):
+    """Where runs go: the part of a `Target` that is needed here."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def lands_late(self, error: OSError) -> bool: ...
+
+    def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None: ...
+
+    def write(self, offset_bytes: int, buffer: memoryview, done: Done) -> None: ...
+
+    def zero(self, offset_bytes: int, length_bytes: int, done: Done) -> None: ...
 
 
 class Trouble(Enum):
@@ -107,7 +122,7 @@ class Transfers:
         geometry: Geometry,
         gate: Gate,
         read_primary: Callable[[int, memoryview, Done], None],
-        secondary: Target,
+        secondary: Sink,
         scheduler: Scheduler,
         pool: BufferPool,
         throttle: Throttle,
@@ -162,6 +177,10 @@ class Transfers:
     def new_round(self) -> None:
         """`gate.taken` has been replenished."""
         self._plan.new_round(self._gate.taken, self._scheduler.time())
+
+    def carries(self, first: int, stop: int) -> bool:
+        """Whether a run that is in flight has some of blocks [first, stop)."""
+        return any(run.first < stop and first < run.stop for run in self._under_way)
 
     def revoke(self) -> None:
         """What is in flight does not count, even if it succeeds: it is copied again."""

@@ -1,0 +1,562 @@
+"""The sender: brings a volume to its receiver, one consistent point after another.
+
+It stands where `copier.engine` does for a plain secondary, reads the primary through the same
+`Transfers`, and is treated by the volume like a `Copier`.  What was read goes to the spool, from
+there to the receiver; what a flush of the secondary is to a copier, END and COMMITTED are here.
+
+| phase | on | goes to | does |
+| --- | --- | --- | --- |
+| open | the cut is due | cutting | the era ends; what is dirty is pending |
+| open | much is dirty | open | copies ahead, round after round, into the same open point |
+| cutting | writes of before have landed | reading | |
+| reading | everything was read | sending | hosts no longer wait for anything |
+| sending | the spool is empty | ended | END; the primary is flushed |
+| ended | `Closing` is done | open | what was sent is settled: it may leave the record |
+| cutting, reading | `CutGate` gives the cut up | open | what was read goes on as if copied ahead |
+| cutting … ended | the receiver lacks what was sent | open | that is dirty again |
+
+Invariants:
+1. An era ends, at a cut or in a round, only while nothing is being read (the gate's condition).
+2. Something is in flight only in the phases *open* and *reading*: so nothing that is read later
+   than the cut, and was not pending, gets into its point, and nothing at all from the last read
+   until the point is closed.
+3. No host waits for the receiver, the link, or the superblock.
+
+A crash loses spool and phase.  The record names all that is not settled, the next process has
+another incarnation, and its first point has all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from bitmapd.copier.engine import CopyState
+from bitmapd.copier.passes import Passes
+from bitmapd.copier.reports import Reports
+from bitmapd.copier.throttle import SpeedMeter, Throttle
+from bitmapd.copier.transfers import Transfers
+from bitmapd.gate.cycle import CutGate, Void
+from bitmapd.gate.elsewhere import Run
+from bitmapd.media.base import Device, Scheduler, Timer
+from bitmapd.media.buffers import BufferPool
+from bitmapd.peer.payloads import Runs
+from bitmapd.points.closing import Closing, Ledger
+from bitmapd.points.lineage import Verdict
+from bitmapd.points.messages import Hello2, Message
+from bitmapd.points.reading import Reading, ReadPrimary
+from bitmapd.points.schedule import Next, Schedule
+from bitmapd.points.spool import Spool
+from bitmapd.points.uplink import Identity, Uplink, Wire
+from bitmapd.record.geometry import Geometry
+
+Emit = Callable[..., None]
+
+LOOK_S: Final = 1.0
+AHEAD_BYTES: Final = 8 << 20  # that are read ahead of the link without a cut
+SPOOL_BYTES: Final = 256 << 20
+INTERVAL_S: Final = 30.0
+
+
+class Phase(Enum):
+    OPEN = "open"
+    CUTTING = "cutting"
+    READING = "reading"
+    SENDING = "sending"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    interval_s: float = INTERVAL_S
+    spool_bytes: int = SPOOL_BYTES
+    compress: bool = True
+
+
+class Sender:
+    """See the module docstring.  `wall_ns` is Unix time, which only people look at."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        gate: CutGate,
+        primary: Device,
+        scheduler: Scheduler,
+        pool: BufferPool,
+        throttle: Throttle,
+        identity: Identity,
+        ledger: Ledger,
+        settings: Settings,
+        emit: Emit,
+        wall_ns: Callable[[], int],
+        *,
+        secondary: str,
+        piece_bytes: int = 1 << 20,
+        read_primary: ReadPrimary | None = None,
+    ) -> None:
+        """`secondary` names the receiver in events; `read_primary` is used instead of
+        `primary.read`: a way that leaves hosts the loop."""
+        self._geometry = geometry
+        self._gate = gate
+        self._scheduler = scheduler
+        self._emit = emit
+        self._wall_ns = wall_ns
+        self._secondary = secondary
+        self._reports = Reports(emit, primary.name, secondary)
+        self.throttle = throttle
+        self.meter = SpeedMeter()
+        self.passes = Passes(geometry)
+        self.spool = Spool(settings.spool_bytes)
+        self.schedule = Schedule(settings.interval_s, settings.spool_bytes)
+        self.uplink = Uplink(
+            geometry,
+            identity,
+            self.spool,
+            throttle,
+            self.meter,
+            self,
+            compress=settings.compress,
+        )
+        self.reading = Reading(
+            geometry,
+            gate,
+            read_primary or primary.read,
+            scheduler,
+            pool,
+            self.spool,
+            self,
+            piece_bytes=piece_bytes,
+        )
+        self.closing = Closing(gate, primary, ledger, self.passes, self._closed)
+        gate.reader = self
+        gate.on_flush_error = self._primary_not_flushed
+        self.state = CopyState.STOPPED
+        self.phase = Phase.OPEN
+        self.on_change: Callable[[], None] | None = None
+        self.on_other: Callable[[Message], None] | None = None
+        self.copied_bytes = 0
+        self.read_errors = 0
+        self.primary_failed_s = float("-inf")
+        self.voids = dict.fromkeys(Void, 0)
+        self.points = 0  # committed by this process
+        self.cut_s: float | None = None  # of the newest committed point
+        self._point_cut_s = 0.0
+        self._point_wall_ns = 0
+        self._label = ""
+        self._wanted = False  # a point, changed or not
+        self._barrier = False
+        self._told_slow = False
+        self._told_full = False
+        self._stepping = False
+        self._timer: Timer | None = None
+        self._wake: Timer | None = None
+        self._draining: list[Callable[[], None]] = []
+
+    # -- control --------------------------------------------------------------------------
+    def start(self, *, paused: bool = False) -> None:
+        self._set_state(CopyState.PAUSED if paused else self._linked_state)
+        self._on_timer()
+
+    def pause(self) -> None:
+        """Send nothing more; a cut that is open is given up."""
+        if self.state is not CopyState.STOPPED:
+            self._set_state(CopyState.PAUSED)
+            self._gate.give_up_cut(Void.ASKED)
+            self._soon()
+
+    def resume(self) -> None:
+        if self.state is CopyState.PAUSED:
+            self._set_state(self._linked_state)
+            self.proceed()
+
+    def stop(self, done: Callable[[], None]) -> None:
+        """Send nothing more and call back when nothing is in flight."""
+        self._set_state(CopyState.STOPPED)
+        self._gate.give_up_cut(Void.ASKED)
+        for timer in (self._timer, self._wake):
+            if timer is not None:
+                timer.cancel()
+        self._timer = self._wake = None
+        self._draining.append(done)
+        self._check_stopped()
+
+    def reconnect(self) -> None:
+        """Give the connection to the receiver up; who dials makes a new one."""
+        self.uplink.close()
+
+    def wake(self) -> None:
+        """The next cut need not wait for its time: used while draining."""
+        self.schedule.hurry()
+        self._soon()
+
+    def cut(self, label: str = "") -> None:
+        """Have a point cut as soon as may be, whether anything changed or not."""
+        self._wanted, self._label = True, label
+        self.wake()
+
+    def begin_pass(self, *, compare: bool, predecessor: bool = False) -> None:
+        """Follow what is in `gate.taken` now until all of it is in a committed point.  Nothing is
+        compared, since nobody reads the image past the receiver; nor does anything land late."""
+        self.passes.begin(self._gate.taken)
+        self._soon()
+
+    def grow(self, geometry: Geometry) -> None:
+        """The volume is larger from now on, as the receiver is already."""
+        self._geometry = geometry
+        self.passes.grow(geometry)
+        self.reading.grow(geometry)
+        self.uplink.resized(geometry)
+
+    @property
+    def _linked_state(self) -> CopyState:
+        return CopyState.RUNNING if self.uplink.is_ready else CopyState.LINK_DOWN
+
+    def _set_state(self, state: CopyState) -> None:
+        if state is not self.state:
+            self.state = state
+            self._changed()
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
+
+    # -- what it says of itself -------------------------------------------------------------
+    @property
+    def now_s(self) -> float:
+        return self._scheduler.time()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight here, whatever the receiver does."""
+        return not self._barrier and self.reading.idle and self.closing.idle
+
+    @property
+    def stuck(self) -> bool:
+        """Whether all that is left waits to be read again after an error of its own."""
+        return self.phase is Phase.OPEN and self.idle and self.reading.is_blocked
+
+    @property
+    def last_error(self) -> OSError | None:
+        return self._reports.last_error
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether the newest committed point has everything."""
+        return self._gate.in_sync and not self.passes.under_way
+
+    @property
+    def oldest_content_s(self) -> float | None:
+        """When the oldest content was written that no committed point has, or earlier."""
+        return self._gate.oldest_dirty_s()
+
+    @property
+    def left_bytes(self) -> int:
+        """What is dirty and not in the open point."""
+        blocks = self._gate.dirty_blocks()
+        return min(blocks * self._geometry.block_bytes, self._geometry.size_bytes)
+
+    @property
+    def transfers(self) -> Transfers:
+        return self.reading.transfers
+
+    # -- what may have to be done -----------------------------------------------------------
+    def _on_timer(self) -> None:
+        self._timer = self._scheduler.call_later(LOOK_S, self._on_timer)
+        self.proceed()
+
+    def _soon(self) -> None:
+        if not self._stepping:
+            self._stepping = True
+            self._scheduler.call_soon(self._step)
+
+    def _step(self) -> None:
+        self._stepping = False
+        self.proceed()
+
+    def _wake_in(self, delay_s: float) -> None:
+        if self._wake is not None:
+            self._wake.cancel()
+        self._wake = self._scheduler.call_later(delay_s, self.proceed)
+
+    def proceed(self) -> None:
+        """Do whatever can be done now; called after every event that may allow something."""
+        if self.state is CopyState.STOPPED:
+            self._check_stopped()
+            return
+        if self.state is CopyState.PAUSED:
+            if self.idle:
+                self._changed()  # whoever asked for the pause waits for this
+            return
+        now = self._scheduler.time()
+        if self.phase is Phase.OPEN and self.state is CopyState.RUNNING:
+            self._go_on(now)
+        elif self.phase is Phase.READING:
+            self._read_cut(now)
+        self._send(now)
+
+    def _check_stopped(self) -> None:
+        if self.idle and self._draining:
+            waiting, self._draining = self._draining, []
+            for done in waiting:
+                self._scheduler.call_soon(done)
+
+    # -- before the cut -----------------------------------------------------------------------
+    def _go_on(self, now: float) -> None:
+        """No cut is open: cut, or copy ahead, or wait."""
+        if self._barrier or self.reading.is_revoked:
+            return
+        if self.schedule.copies_ahead or self.reading.is_blocked:
+            self._copy_ahead(now)
+        elif not self.reading.idle or not self._has_something:
+            return
+        elif self.schedule.is_much(self.left_bytes, self.meter.bytes_per_s):
+            self._next_round()
+        elif self.schedule.due_s <= now:
+            self._cut(now)
+        else:
+            self._wake_in(min(self.schedule.due_s - now, LOOK_S))
+
+    @property
+    def _has_something(self) -> bool:
+        gate = self._gate
+        return bool(self._wanted or gate.wants_era or gate.taken or gate.has_copied)
+
+    def _next_round(self) -> None:
+        self.schedule.begin_round(self.left_bytes)
+        self._barrier = True
+        self._gate.take_era(self._round_began)
+
+    def _round_began(self) -> None:
+        self._barrier = False
+        self.reading.new_round()
+        self.proceed()
+
+    def _copy_ahead(self, now: float) -> None:
+        wait_s = self.reading.begin(now, min(AHEAD_BYTES, self.spool.limit_bytes // 2))
+        if wait_s:
+            self._wake_in(wait_s)
+        over = wait_s is None and self.reading.idle and not len(self.spool)
+        if not over or self.reading.is_blocked or not self.schedule.copies_ahead:
+            return
+        following = self.schedule.after_round(self.left_bytes, self.meter.bytes_per_s)
+        if following is Next.CANNOT_KEEP_UP and not self._told_slow:
+            self._told_slow = True
+            self._emit(
+                "cannot-keep-up",
+                left_bytes=self.left_bytes,
+                bytes_per_second=round(self.meter.bytes_per_s or 0),
+                message="hosts write as fast as the link carries; points wait until it is less",
+            )
+        if following is not Next.CUT:
+            self._next_round()
+        else:
+            self.schedule.end_rounds()
+            self._soon()
+
+    # -- the cut ------------------------------------------------------------------------------
+    def _cut(self, now: float) -> None:
+        self.phase = Phase.CUTTING
+        self.schedule.cut(now)
+        self._wanted = False
+        self._point_cut_s, self._point_wall_ns = now, max(1, self._wall_ns())
+        self._barrier = True
+        self._gate.begin_cut(self._landed)
+
+    def _landed(self) -> None:
+        self._barrier = False
+        if self.phase is Phase.CUTTING:
+            self.phase = Phase.READING
+            self.reading.new_round()
+            self.reading.landed()
+        self.proceed()
+
+    def _read_cut(self, now: float) -> None:
+        if self._gate.taken:
+            wait_s = self.reading.begin(now, self.spool.limit_bytes // 2)
+            if wait_s:
+                self._wake_in(wait_s)
+        elif self.reading.idle:
+            self._gate.end_cut()
+            self.reading.end_cut()
+            self.phase = Phase.SENDING
+
+    def read_first(self, runs: Iterable[Run]) -> bool:
+        """As `gate.cycle.Reader`."""
+        return self.reading.read_first(runs)
+
+    def gave_up(self, reason: Void) -> None:
+        """As `gate.cycle.Reader`: the cut is over.  What was read is not lost."""
+        self.reading.end_cut()
+        self._void(reason)
+
+    def _void(self, reason: Void) -> None:
+        self.phase = Phase.OPEN
+        self.closing.give_up()
+        self.voids[reason] += 1
+        self.schedule.gave_up(self._scheduler.time())
+        if reason is not Void.ASKED:
+            self._emit("point-void", point=self.uplink.point, reason=reason.value)
+        self._soon()
+
+    # -- what was read (`ReadingOwner`) -------------------------------------------------------
+    def has_read(self, first: int, stop: int) -> None:
+        self.passes.copied(first, stop)
+        self.copied_bytes += self._geometry.block_bytes_range(first, stop)[1]
+
+    def not_read(self, first: int, stop: int, error: OSError) -> None:
+        self.read_errors += 1
+        self._reports.not_read(self._geometry.block_bytes_range(first, stop), error)
+        self._gate.give_up_cut(Void.READ_ERROR)
+
+    # -- sending, and the end of a point ----------------------------------------------------
+    def _send(self, now: float) -> None:
+        wait_s = self.uplink.step(now)
+        if wait_s is not None:
+            if wait_s:
+                self._wake_in(wait_s)
+            else:
+                self._soon()
+        elif self.uplink.lacks_credit and not self._told_full:
+            self._told_full = True
+            self._emit("journal-full", message="the receiver's journal has no room for this point")
+        elif (
+            self.phase is Phase.SENDING
+            and not len(self.spool)
+            and self.uplink.is_ready
+            and self.state is CopyState.RUNNING
+        ):
+            self._end()
+
+    def _end(self) -> None:
+        self.phase = Phase.ENDED
+        self.uplink.end(self._point_wall_ns, self._label)
+        self.closing.begin(self.uplink.point)
+
+    def _closed(self, error: OSError | None) -> None:
+        if error is not None:
+            self._reports.last_error = error
+        self.phase = Phase.OPEN
+        self.points += 1
+        self.cut_s = self._point_cut_s
+        self._emit("point-committed", point=self.uplink.point)
+        self._label = ""
+        self._told_slow = self._told_full = False
+        self.uplink.next_point()
+        self.schedule.committed()
+        if self.passes.ended(nothing_copied=not self._gate.has_copied) and self.passes.on_done:
+            self.passes.on_done()
+        self._changed()
+        self.proceed()
+
+    def _primary_not_flushed(self, error: OSError) -> None:
+        """What was read from its cache may be gone: nothing that was read counts."""
+        self.primary_failed_s = self._scheduler.time()
+        self._reports.not_flushed(error)
+        self.closing.not_flushed()
+        self.reading.revoke()
+        self.passes.again(self._gate.forget_copied())
+        if self.phase is Phase.SENDING:
+            self._void(Void.FLUSH_ERROR)
+
+    # -- connections (`points.wire.PointEnd`) -------------------------------------------------
+    def connected(self, wire: Wire) -> None:
+        """Somebody who may come in is there; a connection of before is given up."""
+        self.uplink.connected(wire)
+
+    def received(self, wire: Wire, message: Message) -> None:
+        self.uplink.received(wire, message)
+        self._soon()
+
+    def drained(self, wire: Wire) -> None:
+        """There is room again for what is to be sent."""
+        self._soon()
+
+    def lost(self, wire: Wire, reason: str) -> None:
+        self.uplink.lost(wire, reason)
+
+    def failed(self, reason: str) -> None:
+        """The receiver could not be reached, or somebody was refused."""
+        self._reports.not_opened(OSError(reason))
+
+    # -- the receiver (`UplinkOwner`) ---------------------------------------------------------
+    def linked(self, lost: list[int]) -> None:
+        per = self._geometry.blocks_per_extent
+        self.passes.again({block // per for block in lost})
+        for block in lost:
+            self._gate.send_again(block)
+        if lost and self.phase in (Phase.CUTTING, Phase.READING):
+            self._gate.give_up_cut(Void.LINK)
+        elif lost and self.phase in (Phase.SENDING, Phase.ENDED):
+            self._void(Void.LINK)
+        if self.phase is Phase.ENDED:
+            self.uplink.end(self._point_wall_ns, self._label)
+        self._link_is_up()
+        self._soon()
+
+    def _link_is_up(self) -> None:
+        if self.state is CopyState.LINK_DOWN:
+            self._reports.link_up()
+            self._set_state(CopyState.RUNNING)
+
+    def committed(self) -> None:
+        self._link_is_up()
+        self.closing.committed()
+        self._soon()
+
+    def needed(self, runs: Runs) -> None:
+        for run in runs:
+            self._gate.mark(*run, self._marked)
+
+    def _marked(self, error: OSError | None) -> None:
+        if error is not None:  # the receiver asks again with the next connection
+            self._reports.last_error = error
+        self._soon()
+
+    def not_followed(self, verdict: Verdict, receiver: Hello2) -> None:
+        if verdict is Verdict.WENT_BACK:
+            self._emit(
+                "receiver-went-back",
+                secondary=self._secondary,
+                committed=self.uplink.known_committed,
+                theirs=receiver.committed,
+            )
+        else:
+            self._emit("receiver-refused", secondary=self._secondary, message=verdict.value)
+
+    def unlinked(self, reason: str) -> None:
+        if self.state is CopyState.RUNNING:
+            self._reports.link_down(OSError(reason))
+            self._set_state(CopyState.LINK_DOWN)
+
+    def other(self, message: Message) -> None:
+        if self.on_other is not None:
+            self.on_other(message)
+
+    # -- status -------------------------------------------------------------------------------
+    def figures(self) -> dict[str, Any]:
+        """`points` of the status."""
+        speed = self.meter.bytes_per_s
+        phase = "none" if self.phase is Phase.OPEN else self.phase.value
+        in_sync = self.in_sync
+        return {
+            "number": max(0, self.uplink.point - 1),
+            "state": "blocked" if self.reading.is_blocked else phase,
+            "age_seconds": 0.0 if in_sync else self._age_s,
+            "interval_seconds": self.schedule.interval_s,
+            "committed_total": self.points,
+            "void_total": {reason.value: count for reason, count in self.voids.items()},
+            "sent_bytes_total": self.uplink.sent_bytes,
+            "wire_bytes_total": self.uplink.wire_bytes,
+            "cbw_total": self.reading.copies_before_write,
+            "cbw_wait_seconds_total": round(self._gate.wait_s, 3),
+            "cbw_wait_seconds_max": round(self._gate.longest_wait_s, 3),
+            "spool_bytes": self.spool.held_bytes,
+            "spool_limit_bytes": self.spool.limit_bytes,
+            "eta_seconds": None if not speed else round(self.left_bytes / speed, 1),
+        }
+
+    @property
+    def _age_s(self) -> float | None:
+        return None if self.cut_s is None else round(self._scheduler.time() - self.cut_s, 3)

@@ -1,0 +1,375 @@
+"""The sender's side of one connection after another: greeting, what is there, credit (pure).
+
+| state | message | next | does |
+| --- | --- | --- | --- |
+| away | (connection) | greeting | HELLO2 |
+| greeting | HELLO2 that is followed | comparing | takes credit, features, the number of the point |
+| greeting | HELLO2 that is not | away | ERROR; the owner hears of the verdict |
+| comparing, ready | HAVE, last | ready | tells the owner what is lost, or of the commit |
+| ready | COMMITTED of the point that was ended | ready | tells the owner |
+| any | anything else, or anything wrong | away | ERROR |
+
+Invariants:
+1. Stamps grow over all connections of this process.
+2. What was sent counts as sent as long as the receiver does not say otherwise: the latest entry of
+   each block is in `sent`.  After each HAVE that is what both have; the rest is lost, and the owner
+   has it sent again.
+3. No more is sent than the receiver has given credit for, the rate allows, and the link takes.
+4. Only a receiver that `lineage.judge` lets us follow is sent anything but HELLO2.
+
+A crash ends the incarnation: the receiver drops what it has of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Protocol
+
+from bitmapd.copier.throttle import SpeedMeter, Throttle
+from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Runs
+from bitmapd.points.codec import MAX_ENTRIES, PAGE_BYTES, cost_bytes
+from bitmapd.points.lineage import Generations, Verdict, judge
+from bitmapd.points.messages import (
+    Applied,
+    Begin,
+    Bye,
+    Committed,
+    Credit,
+    Data,
+    Encoding,
+    End,
+    Error,
+    Feature,
+    Have,
+    Hello2,
+    Message,
+    Need,
+    Ping,
+    Pong,
+    Received,
+    Role,
+)
+from bitmapd.points.pieces import Packer, digest
+from bitmapd.points.sent import Sent
+from bitmapd.points.spool import Spool
+from bitmapd.record.geometry import Geometry
+
+FRAME_BYTES: Final = 256 << 10  # raw; packing it takes a millisecond of the loop
+_FOLLOWED: Final = (Verdict.GO_ON, Verdict.NEW_RECEIVER)
+
+
+class Wire(Protocol):
+    """One connection to the receiver.  It never calls back from inside."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be sent."""
+
+    def send(self, message: Message) -> int:
+        """Returns the bytes on the wire."""
+
+    def greeted(self, geometry: Geometry) -> None:
+        """The other's HELLO2 fits: blocks are those of this volume from now on."""
+
+    def close(self, error: PeerError | None = None) -> None:
+        """Nothing of it is heard any more."""
+
+
+class UplinkOwner(Protocol):
+    """What the owner hears; it may call `end` and `send` from inside."""
+
+    def linked(self, lost: list[int]) -> None:
+        """The receiver has all of the open point but these blocks."""
+
+    def committed(self) -> None:
+        """The point that was ended is the receiver's."""
+
+    def needed(self, runs: Runs) -> None:
+        """These blocks have to be sent with the next point, changed or not."""
+
+    def not_followed(self, verdict: Verdict, receiver: Hello2) -> None:
+        """The receiver was found to be another one than it has to be."""
+
+    def unlinked(self, reason: str) -> None:
+        """The connection is gone."""
+
+    def other(self, message: Message) -> None:
+        """What has to do with no point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Of the sender: `committed` is the newest point that the record knows to be."""
+
+    volume: bytes
+    incarnation: bytes  # random, of this process
+    generations: Generations  # four
+    term: int
+    committed: int
+    name: str
+    program: str
+
+
+class _State(Enum):
+    AWAY = "away"
+    GREETING = "greeting"
+    COMPARING = "comparing"
+    READY = "ready"
+
+
+class Uplink:
+    """See the module docstring."""
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        identity: Identity,
+        spool: Spool,
+        throttle: Throttle,
+        meter: SpeedMeter,
+        owner: UplinkOwner,
+        *,
+        compress: bool,
+    ) -> None:
+        self._geometry = geometry
+        self._identity = identity
+        self._spool = spool
+        self._throttle = throttle
+        self._meter = meter
+        self._resting = True  # nothing was left to send, or nobody was there
+        self._owner = owner
+        self._compress = compress
+        self._state = _State.AWAY
+        self._wire: Wire | None = None
+        self._packer = Packer(geometry, identity.volume, compress=False)
+        self._sent = Sent()
+        self._kept = Sent()  # of `_sent`: what HAVE has named so far
+        self._stamp = 0
+        self._begun = False  # BEGIN of this point was sent over this connection
+        self._ended = False  # END was sent, over whichever
+        self._committed = False  # and the receiver has it
+        self.point = 0  # the open one; 0: not known before the first greeting
+        self.credit_bytes = 0
+        self.lacks_credit = False
+        self.receiver: Hello2 | None = None  # as it said last
+        self.applied = 0
+        self.sent_bytes = 0  # raw
+        self.zero_bytes = 0
+        self.wire_bytes = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether entries may be sent."""
+        return self._state is _State.READY
+
+    @property
+    def entries(self) -> int:
+        """How many blocks of the open point have been sent."""
+        return len(self._sent)
+
+    @property
+    def known_committed(self) -> int:
+        newest = self.point if self._committed else self.point - 1
+        return max(self._identity.committed, newest)
+
+    def resized(self, geometry: Geometry) -> None:
+        self._geometry = geometry
+        self._packer.geometry = geometry
+
+    # -- the connection ---------------------------------------------------------------------
+    def connected(self, wire: Wire) -> None:
+        """A new connection; an older one is given up."""
+        if self._wire is not None:
+            self._wire.close()
+        self._wire, self._state = wire, _State.GREETING
+        self._begun, self.credit_bytes, self._resting = False, 0, True
+        wire.send(self._hello())
+
+    def _hello(self) -> Hello2:
+        identity, geometry = self._identity, self._geometry
+        return Hello2(
+            volume=identity.volume,
+            incarnation=identity.incarnation,
+            generations=identity.generations,
+            size_bytes=geometry.size_bytes,
+            block_bytes=geometry.block_bytes,
+            extent_bytes=geometry.extent_bytes,
+            committed=self.known_committed,
+            applied=0,
+            oldest_kept=0,
+            role=Role.SENDER,
+            features=Feature.ZSTD if self._compress else Feature(0),
+            credit_bytes=0,
+            term=identity.term,
+            name=identity.name,
+            program=identity.program,
+        )
+
+    def lost(self, wire: Wire, reason: str) -> None:
+        """The connection is gone."""
+        if wire is self._wire:
+            self._wire, self._state = None, _State.AWAY
+            self._owner.unlinked(reason)
+
+    def close(self, error: PeerError | None = None, reason: str = "closed") -> None:
+        """Give the connection up."""
+        wire = self._wire
+        if wire is not None:
+            wire.close(error)
+            self.lost(wire, reason if error is None else error.text)
+
+    def received(self, wire: Wire, message: Message) -> None:
+        if wire is not self._wire:
+            return
+        try:
+            self._take(wire, message)
+        except PeerError as error:
+            self.close(error)
+
+    def _take(self, wire: Wire, message: Message) -> None:
+        state = self._state
+        if isinstance(message, Ping):
+            self._send(Pong(message.time_us))
+        elif isinstance(message, Pong | Bye | Error):
+            pass  # the end of the connection follows by itself
+        elif isinstance(message, Hello2) and state is _State.GREETING:
+            self._greeted(wire, message)
+        elif isinstance(message, Have) and state in (_State.COMPARING, _State.READY):
+            self._have(message)
+        elif state is not _State.READY:
+            raise PeerError(ErrorCode.KIND, f"{type(message).__name__} came while {state.value}")
+        elif isinstance(message, Committed):
+            wanted = (self.point, self._identity.incarnation)
+            if not self._ended or (message.point, message.incarnation) != wanted:
+                raise PeerError(ErrorCode.ANSWER, f"point {message.point} was not ended")
+            self._committed = True
+            self._owner.committed()
+        elif isinstance(message, Credit):
+            self.credit_bytes += message.bytes
+            self.lacks_credit = False
+        elif isinstance(message, Applied):
+            self.applied = message.point
+        elif isinstance(message, Need):
+            self._owner.needed(message.runs)
+        elif not isinstance(message, Received):
+            self._owner.other(message)
+
+    def _send(self, message: Message) -> int:
+        wire = self._wire
+        if wire is None:
+            return 0
+        count = wire.send(message)
+        self.wire_bytes += count
+        return count
+
+    # -- greeting, and what is there --------------------------------------------------------
+    def _greeted(self, wire: Wire, theirs: Hello2) -> None:
+        self.receiver, self.applied = theirs, theirs.applied
+        verdict = judge(self._hello(), theirs)
+        if verdict not in _FOLLOWED:
+            self._owner.not_followed(verdict, theirs)
+            self.close(PeerError(ErrorCode.SPLIT_BRAIN, verdict.value))
+            return
+        if not self.point:
+            self.point = theirs.committed + 1
+        if not self.point - 1 <= theirs.committed <= self.point - 1 + self._ended:
+            raise PeerError(
+                ErrorCode.OTHER,
+                f"the receiver has point {theirs.committed}, and {self.point} is the open one",
+            )
+        wire.greeted(self._geometry)
+        self.credit_bytes, self.lacks_credit = theirs.credit_bytes, False
+        packs = self._compress and bool(theirs.features & Feature.ZSTD)
+        self._packer = Packer(self._geometry, self._identity.volume, compress=packs)
+        self._kept = Sent()
+        self._state = _State.COMPARING
+
+    def _have(self, have: Have) -> None:
+        if (have.point, have.incarnation) == (self.point, self._identity.incarnation):
+            for first, count, stamp in have.runs:
+                for at in range(count):
+                    line = self._sent.get(first + at)
+                    if line is not None and line[1] == stamp + at:
+                        self._kept.put(*line)
+        elif have.runs:
+            raise PeerError(ErrorCode.ANSWER, f"the receiver has point {have.point} open")
+        if have.last:
+            self._compared()
+
+    def _compared(self) -> None:
+        greeted = self._state is _State.COMPARING
+        self._state = _State.READY
+        if greeted and self.receiver is not None and self.receiver.committed == self.point:
+            self._committed = True
+            self._owner.committed()
+            return
+        before, self._sent, self._kept = self._sent, self._kept, Sent()
+        lost = [line[0] for line in before.lines() if self._sent.get(line[0]) is None]
+        if not lost and not greeted:
+            raise PeerError(
+                ErrorCode.DIGEST, f"the receiver has all of point {self.point}, and refuses it"
+            )
+        if lost:
+            self._ended = False
+        self._owner.linked(lost)
+
+    # -- sending ----------------------------------------------------------------------------
+    def step(self, now_s: float) -> float | None:
+        """Send a frame of the spool.  None: no more can be sent for now; otherwise the seconds
+        after which more can be, 0: in the next turn of the loop."""
+        wire = self._wire
+        self._resting |= not len(self._spool)
+        if wire is None or not self.is_ready or not len(self._spool) or not wire.has_room:
+            return None
+        spooled = sorted(self._spool.first(FRAME_BYTES, MAX_ENTRIES), key=lambda entry: entry.block)
+        raw_bytes = sum(len(entry.raw) for entry in spooled)
+        if self.credit_bytes < PAGE_BYTES + -(-raw_bytes // PAGE_BYTES) * PAGE_BYTES:
+            self.lacks_credit = True
+            return None
+        wait_s = self._throttle.delay_s(now_s, raw_bytes)
+        if wait_s > 0:
+            return wait_s
+        if self._resting:
+            self._resting = False
+            self._meter.begin(now_s)
+        count = self._begin(0, "")
+        entries = []
+        for item in spooled:
+            self._stamp += 1
+            entry = self._packer.pack(item.block, self._stamp, item.mask, memoryview(item.raw))
+            self._sent.put(entry.block, entry.stamp, entry.mask, entry.sum64)
+            self._spool.drop(item.block)
+            if entry.encoding is Encoding.ZEROS:
+                self.zero_bytes += len(item.raw)
+            entries.append(entry)
+        data = Data(tuple(entries))
+        self.credit_bytes -= cost_bytes(data)
+        self.sent_bytes += raw_bytes
+        count += self._send(data)
+        self._throttle.take(now_s, count)
+        self._meter.add(now_s, raw_bytes)
+        return 0.0
+
+    def _begin(self, wall_ns: int, label: str) -> int:
+        if self._begun and not wall_ns:
+            return 0
+        self._begun = True
+        identity, size_bytes = self._identity, self._geometry.size_bytes
+        return self._send(
+            Begin(self.point, identity.incarnation, self.point - 1, wall_ns, 0, size_bytes, label)
+        )
+
+    def end(self, wall_ns: int, label: str) -> None:
+        """All of the point has been sent; `wall_ns` is the time of its cut."""
+        self._ended = True
+        sent = self._sent
+        self._begin(wall_ns, label)
+        self._send(End(self.point, self._identity.incarnation, len(sent), digest(sent.lines())))
+
+    def next_point(self) -> None:
+        """The point was committed: the next one is open, and empty."""
+        self._sent = Sent()
+        self.point += 1
+        self._begun = self._ended = self._committed = False

@@ -1,0 +1,168 @@
+"""Mistakes of a sender or its gate that the simulation of points has to find.
+
+Each is made by a class or a function in place of the right one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from bitmapd.copier.transfers import Transfers
+from bitmapd.gate import clearing
+from bitmapd.gate.cycle import CutGate
+from bitmapd.gate.eras import Eras
+from bitmapd.gate.gate import Gate, Submit
+from bitmapd.gate.unsettled import Era
+from bitmapd.media.base import Done
+from bitmapd.points.closing import Closing
+from bitmapd.points.messages import Have
+from bitmapd.points.reading import Reading
+from bitmapd.points.sender import Sender
+from bitmapd.points.uplink import Uplink
+
+Patch = pytest.MonkeyPatch
+
+
+def write_before_the_copy(patch: Patch) -> None:
+    """A pending block is read after the write that should have waited for that."""
+
+    def waits(self: CutGate, first: int, stop: int, again: Callable[[], None]) -> bool:
+        self.reader.read_first(list(self.taken.runs(first, stop)))
+        return False
+
+    patch.setattr(CutGate, "_waits", waits)
+
+
+def read_before_landed(patch: Patch) -> None:
+    """Pending blocks are read while writes of before the cut are in flight."""
+
+    def when_landed(self: Eras, call: Callable[[], None]) -> None:
+        self._scheduler.call_soon(call)
+
+    patch.setattr(Eras, "when_landed", when_landed)
+
+
+def era_at_completion(patch: Patch) -> None:
+    """A write belongs to the era in which it ends."""
+
+    def land(
+        self: Gate, verb: str, offset: int, length: int, submit: Submit, done: Done, fua: bool
+    ) -> None:
+        self._flight.in_flight += 1
+        flight = self._flight
+
+        def landed(error: OSError | None) -> None:
+            blocks = self._geometry.block_span(offset, length)
+            self._current_era.mark(*blocks, self._scheduler.time())
+            flight.in_flight -= 1
+            if flight.when_empty is not None and not flight.in_flight:
+                flight.when_empty()
+            done(error)
+
+        submit(offset, length, landed)
+
+    def write(self: Gate, offset: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        era, self._current_era = self._current_era, Era()
+        try:
+            plain(self, offset, buffer, partial(ended, self, offset, len(buffer), done), fua)
+        finally:
+            self._current_era = era
+
+    def ended(self: Gate, offset: int, length: int, done: Done, error: OSError | None) -> None:
+        blocks = self._geometry.block_span(offset, length)
+        self._current_era.mark(*blocks, self._scheduler.time())
+        done(error)
+
+    plain = Gate.write
+    patch.setattr(Gate, "write", write)
+    patch.setattr(Gate, "_land", land)
+
+
+def overtaken(patch: Patch) -> None:
+    """A block that was written while it was read ahead counts as sent."""
+
+    def copied(self: Eras, first: int, stop: int) -> None:
+        right(self, first, stop)
+        self.current.discard(first, stop)
+
+    right = Eras.copied
+    patch.setattr(Eras, "copied", copied)
+
+
+def cleared_at_end(patch: Patch) -> None:
+    """What was sent leaves the record when the point is ended."""
+
+    def end(self: Sender) -> None:
+        right(self)
+        self._gate.settle(self._gate.begin_settle())
+
+    right = Sender._end
+    patch.setattr(Sender, "_end", end)
+
+
+def not_flushed(patch: Patch) -> None:
+    """The primary is not flushed before what was sent leaves the record."""
+
+    def begin(self: Closing, point: int) -> None:
+        self._point, self._failures_before = point, self._failures
+
+    patch.setattr(Closing, "begin", begin)
+
+
+def cleared_with_other_dirt(patch: Patch) -> None:
+    """An extent leaves the record though others of its blocks are dirty."""
+
+    def is_clean(self: clearing.Clearing, extent: int) -> bool:
+        return self._store.covers(extent, extent + 1)
+
+    patch.setattr(clearing.Clearing, "is_clean", is_clean)
+    patch.setattr(clearing.Clearing, "_is_settled", is_clean)
+
+
+def have_ignored(patch: Patch) -> None:
+    """What the receiver lacks is not sent again."""
+
+    def have(self: Uplink, message: Have) -> None:
+        self._kept = self._sent
+        if message.last:
+            self._compared()
+
+    patch.setattr(Uplink, "_have", have)
+
+
+def late_read_counts(patch: Patch) -> None:
+    """A second read of a block that is pending no longer takes the place of the first."""
+
+    def arrived(self: Reading, offset: int, content: memoryview) -> None:
+        first = offset // self._geometry.block_bytes
+        count = -(-len(content) // self._geometry.block_bytes)
+        if self._gate.is_cutting:
+            self._gate.taken.add(first, first + count)
+        right(self, offset, content)
+
+    def carries(self: Any, first: int, stop: int) -> bool:
+        return False
+
+    right = Reading._arrived
+    patch.setattr(Reading, "_arrived", arrived)
+    patch.setattr(Transfers, "carries", carries)
+
+
+MISTAKES: dict[str, Callable[[Patch], None]] = {
+    mistake.__name__: mistake
+    for mistake in (
+        write_before_the_copy,
+        read_before_landed,
+        era_at_completion,
+        overtaken,
+        cleared_at_end,
+        not_flushed,
+        cleared_with_other_dirt,
+        have_ignored,
+        late_read_counts,
+    )
+}

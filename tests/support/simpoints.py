@@ -1,0 +1,479 @@
+"""A volume and its receiver, both real, on disks that forget, tear and reorder.
+
+`Site` is a process at the primary's side: gate, record, clearing, sender.  `Machine` (simreceiver)
+is the one at the other side.  Between them messages travel as frames, one at a time, and are gone
+when the link is cut.  `World` makes them do things at random, or as a test says, and knows what
+hosts have submitted: `model`, and by incarnation and number what each point has to be.
+
+Looked at after every step, with power cuts of all disks at random, and a recovery of the receiver
+that may itself be cut short:
+
+I1 The receiver holds, byte for byte, the model at the cut of the point that its commit page names;
+   and that is no older than any that the sender was told of.
+I2 Every extent in which the primary differs from the receiver is in the stored record.
+I3 When all faults are over, both sides become equal, and nothing is dirty.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bitmapd.copier.engine import CopyState
+from bitmapd.copier.throttle import Throttle
+from bitmapd.gate.cycle import CutGate, Void
+from bitmapd.media.base import Done
+from bitmapd.media.buffers import BufferPool, aligned
+from bitmapd.peer.frames import PeerError
+from bitmapd.points.messages import NIL, Committed, End, Message
+from bitmapd.points.sender import Sender, Settings
+from bitmapd.points.uplink import Identity
+from bitmapd.predict.policy import Policy
+from bitmapd.receiver import receiver
+from bitmapd.record.geometry import Geometry
+from bitmapd.record.store import RecordStore
+from tests.support import simreceiver
+from tests.support.policies import MischievousPolicy
+from tests.support.records import blank_image, load_image
+from tests.support.sim import SECTOR, SimDisk, SimLoop
+from tests.support.simreceiver import BLOCK, GENERATION, GEOMETRY, VOLUME, SimWire, fresh
+
+SIZE = GEOMETRY.size_bytes
+EXTENT = GEOMETRY.extent_bytes
+INTERVAL_S = 2.0
+SPOOL_BYTES = 6 * BLOCK
+
+
+ASKED = Void.ASKED
+
+
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `simreceiver.small`; credit for what a small journal frees is worth a message."""
+    simreceiver.small(monkeypatch)
+    monkeypatch.setattr(receiver, "CREDIT_BYTES", 4096)
+
+
+class Wrong(AssertionError):
+    """One of the invariants does not hold."""
+
+
+class PrimaryDisk(SimDisk):
+    """Tells what was submitted, in the order of submission."""
+
+    submitted: Callable[[int, bytes], None] | None = None
+
+    def _told(self, offset_bytes: int, data: bytes) -> None:
+        if self.submitted is not None:
+            self.submitted(offset_bytes, data)
+
+    def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        self._told(offset_bytes, bytes(buffer))
+        super().write(offset_bytes, buffer, done, fua)
+
+    def zero(self, offset_bytes: int, length_bytes: int, done: Done, **options: Any) -> None:
+        self._told(offset_bytes, bytes(length_bytes))
+        super().zero(offset_bytes, length_bytes, done, **options)
+
+    def trim(self, offset_bytes: int, length_bytes: int, done: Done, *, fua: bool = False) -> None:
+        self._told(offset_bytes, bytes(length_bytes))
+        super().trim(offset_bytes, length_bytes, done, fua=fua)
+
+
+class LedgerDisk(SimDisk):
+    """One sector: the number of the newest committed point."""
+
+    def commit(self, point: int, done: Done) -> None:
+        raw = bytearray(SECTOR)
+        raw[:8] = point.to_bytes(8, "little")
+        self.write(0, memoryview(raw), done, fua=True)
+
+    @property
+    def point(self) -> int:
+        return int.from_bytes(self.visible[:8], "little")
+
+
+class Link:
+    """The sender's end of a connection."""
+
+    def __init__(self, world: World, wire: SimWire) -> None:
+        self.world, self.wire = world, wire
+        self.is_open = True
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.wire.to_receiver) < 4
+
+    def send(self, message: Message) -> int:
+        if isinstance(message, End):
+            self.world.ended(message)
+        if self.is_open:
+            self.wire.say(message)
+        return 100
+
+    def greeted(self, geometry: Geometry) -> None:
+        """Its decoder knows."""
+
+    def close(self, error: PeerError | None = None) -> None:
+        self.is_open = False
+        if self.wire.is_open:
+            self.wire.cut()
+        self.world.closed(self, error)
+
+
+class Site:
+    """One process at the primary's side."""
+
+    def __init__(
+        self,
+        world: World,
+        primary: PrimaryDisk,
+        record: SimDisk,
+        ledger: LedgerDisk,
+        policy: Policy | None = None,
+    ) -> None:
+        self.world = world
+        self.primary, self.record, self.ledger = primary, record, ledger
+        self.loop = SimLoop()
+        self.incarnation = world.rng.randbytes(16)
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.store = RecordStore(
+            GEOMETRY, load_image(bytes(record.visible)), record, self.loop, self._emit
+        )
+        self.policy = policy or MischievousPolicy(GEOMETRY.extents, world.rng)
+        self.gate = world.gate_class(
+            GEOMETRY, primary, self.store, self.policy, self.loop, limit_extents=2
+        )
+        self.sender = world.sender_class(
+            GEOMETRY,
+            self.gate,
+            primary,
+            self.loop,
+            BufferPool(self.loop, 1 << 20),
+            Throttle(None),
+            Identity(
+                volume=VOLUME.bytes,
+                incarnation=self.incarnation,
+                generations=(GENERATION.bytes, NIL, NIL, NIL),
+                term=0,
+                committed=ledger.point,
+                name="vol0",
+                program="test",
+            ),
+            ledger,
+            Settings(interval_s=INTERVAL_S, spool_bytes=SPOOL_BYTES),
+            self._emit,
+            lambda: 1_767_225_600_000_000_000,
+            secondary="receiver",
+            piece_bytes=2 * BLOCK,
+        )
+        primary.submitted = world.submitted
+        begin_cut = self.gate.begin_cut
+
+        def cut(ready: Callable[[], None]) -> None:
+            world.cut = bytes(world.model)
+            begin_cut(ready)
+
+        self.gate.begin_cut = cut  # type: ignore[method-assign]
+        self.gate.take_recorded()
+        self.sender.start()
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        self.events.append((event, fields))
+
+    def write(self, offset: int, data: bytes, done: Done) -> None:
+        buffer = aligned(len(data))
+        buffer[:] = data
+        self.gate.write(offset, buffer, done)
+
+
+class World:
+    """See the module docstring."""
+
+    gate_class: type[CutGate] = CutGate
+    sender_class: type[Sender] = Sender
+    policy: Callable[[], Policy] | None = None
+
+    def __init__(self, seed: int = 1) -> None:
+        self.rng = random.Random(seed)
+        self.model = bytearray(SIZE)
+        self.cut = bytes(SIZE)
+        self.points: dict[tuple[bytes, int], bytes] = {}
+        self.seen = 0  # the newest point that the sender was told of
+        self.count: Counter[str] = Counter()
+        self.flying: set[int] = set()  # sectors
+        self.serial = 0
+        self.link: Link | None = None
+        self.machine = fresh()
+        self.boot(bytes(SIZE), blank_image(GEOMETRY), bytes(SECTOR))
+
+    # -- processes --------------------------------------------------------------------------
+    def note(self) -> None:
+        """Add up what this process of the sender has done."""
+        sender = self.site.sender
+        self.count["cbw"] += sender.reading.copies_before_write
+        self.count["waits"] += self.site.gate.waits
+        for reason, count in sender.voids.items():
+            self.count[f"void-{reason.value}"] += count
+
+    def boot(self, primary: bytes, record: bytes, ledger: bytes) -> None:
+        self.model[:] = primary
+        self.flying = set()
+        self.site = Site(
+            self,
+            PrimaryDisk("primary", SIZE, primary),
+            SimDisk("record", len(record), record),
+            LedgerDisk("ledger", SECTOR, ledger),
+            None if self.policy is None else self.policy(),
+        )
+
+    def crash_sender(self, *, power: bool = True) -> None:
+        self.count["crashes"] += 1
+        self.cut_link()
+        images = []
+        for disk in self.sender_disks:
+            if not power:  # what completed is in the kernel's cache, which stays
+                disk.sync()
+            images.append(disk.crash(self.rng))
+        self.note()
+        self.boot(*images)
+
+    def crash_receiver(self) -> None:
+        self.count["crashes"] += 1
+        self.cut_link()
+        self.machine = self.machine.crash(self.rng)
+
+    # -- the link ---------------------------------------------------------------------------
+    def connect(self) -> None:
+        if self.link is None:
+            wire = SimWire(self.machine)
+            self.link = Link(self, wire)
+            self.machine.receiver.connected(wire)
+            self.site.sender.connected(self.link)
+
+    def cut_link(self) -> None:
+        link, self.link = self.link, None
+        if link is not None:
+            link.is_open = False
+            link.wire.cut()
+            self.site.sender.lost(link, "cut")
+
+    def closed(self, link: Link, error: PeerError | None) -> None:
+        if link is self.link:
+            self.link = None
+            if error is not None:
+                raise Wrong(f"the sender refuses what the receiver says: {error.text}")
+
+    def to_receiver(self) -> bool:
+        link = self.link
+        moved = link is not None and link.wire.deliver()
+        if link is not None and link is self.link and link.has_room:
+            self.site.sender.drained(link)
+        return moved
+
+    def to_sender(self) -> bool:
+        link = self.link
+        if link is None:
+            return False
+        if not link.wire.to_sender:
+            if not link.wire.is_open:
+                self.cut_link()
+                if link.wire.error is not None:
+                    raise Wrong(
+                        f"the receiver refuses what the sender says: {link.wire.error.text}"
+                    )
+            return False
+        message = link.wire.answer()
+        if message is not None:
+            if isinstance(message, Committed):
+                self.told(message.point)
+            self.site.sender.received(link, message)
+        return True
+
+    # -- what is known ----------------------------------------------------------------------
+    def submitted(self, offset: int, data: bytes) -> None:
+        self.model[offset : offset + len(data)] = data
+
+    def ended(self, end: End) -> None:
+        key = (end.incarnation, end.point)
+        self.points[key] = self.cut  # that of a cut that was given up after its END is gone
+
+    def told(self, point: int) -> None:
+        if point < self.seen:
+            raise Wrong("I1 points went back")
+        self.seen = point
+        self.count["points"] += 1
+
+    # -- hosts ------------------------------------------------------------------------------
+    def host(self) -> None:
+        rng = self.rng
+        if rng.random() < 0.05:
+            self.site.gate.flush(lambda error: None)
+            return
+        length = rng.choice((1, 1, 8, 33, 70)) if rng.random() < 0.95 else 150
+        first = rng.randrange(SIZE // SECTOR - length + 1)
+        if rng.random() < 0.6:  # some places are hot
+            first = first // 3
+        sectors = set(range(first, first + length))
+        if sectors & self.flying:
+            return
+        self.flying |= sectors
+        self.serial += 1
+
+        def done(error: OSError | None) -> None:
+            self.flying -= sectors
+            self.count["writes"] += 1
+
+        kind = rng.random()
+        if kind < 0.1:
+            self.site.gate.zero(first * SECTOR, length * SECTOR, done)
+        elif kind < 0.2:
+            self.site.gate.trim(first * SECTOR, length * SECTOR, done)
+        else:
+            fill = rng.randbytes(8) if kind < 0.6 else self.serial.to_bytes(8, "big")
+            self.site.write(first * SECTOR, fill * (length * SECTOR // 8), done)
+
+    # -- one thing at a time ----------------------------------------------------------------
+    @property
+    def sender_disks(self) -> tuple[SimDisk, ...]:
+        return self.site.primary, self.site.record, self.site.ledger
+
+    @property
+    def disks(self) -> tuple[SimDisk, ...]:
+        return *self.sender_disks, *self.machine.disks
+
+    def finish(self, disk: SimDisk, index: int = 0) -> None:
+        disk.finish(index)
+        self.run_soon()
+
+    def run_soon(self) -> None:
+        self.site.loop.run_soon()
+        self.machine.loop.run_soon()
+
+    def step(self, *, faults: bool = True) -> None:
+        """One of the things that can happen now."""
+        rng, link = self.rng, self.link
+        self.count["steps"] += 1
+        busy = [disk for disk in self.disks if disk.pending]
+        may: list[tuple[float, Callable[[], object]]] = [(1.0, self.time_passes)]
+        if busy:
+            disk = rng.choice(busy)
+            may.append((4.0, lambda: self.finish(disk, rng.randrange(len(disk.pending)))))
+        if faults:
+            may.append((3.0 if self.site.gate.is_cutting else 0.7, self.host))
+            may.append((0.15, self.fault))
+        if link is None:
+            may.append((0.5, self.connect))
+        else:
+            if link.wire.to_receiver:
+                may.append((2.0, self.to_receiver))
+            if link.wire.to_sender or not link.wire.is_open:
+                may.append((1.0, self.to_sender))
+        weights = [weight for weight, _ in may]
+        ((_, action),) = rng.choices(may, weights)
+        action()
+        self.run_soon()
+
+    def time_passes(self) -> None:
+        self.advance(self.rng.choice((0.001, 0.02, 0.06, 0.3, 1.1)))
+
+    def fault(self) -> None:
+        x = self.rng.random()
+        gate, sender = self.site.gate, self.site.sender
+        if x < 0.3:
+            gate.tick()
+        elif x < 0.45:
+            gate.drop_clean(range(GEOMETRY.extents))
+        elif x < 0.6:
+            self.cut_link()
+            self.count["links"] += 1
+        elif x < 0.65:
+            sender.pause()
+        elif x < 0.7:
+            gate.take_recorded()
+        elif x < 0.75:
+            self.site.primary.fail_next.setdefault("read", []).append(5)
+        elif x < 0.8:
+            sender.cut("label")
+        elif x < 0.82:
+            self.site.primary.fail_next.setdefault("flush", []).append(5)
+        elif x < 0.92:
+            self.crash_sender(power=self.rng.random() < 0.7)
+        else:
+            self.crash_receiver()
+        if sender.state is CopyState.PAUSED and self.rng.random() < 0.7:
+            sender.resume()
+
+    def advance(self, seconds: float) -> None:
+        self.site.loop.advance(seconds)
+        self.machine.loop.advance(seconds)
+
+    # -- looking ----------------------------------------------------------------------------
+    def check(self) -> None:
+        rng = self.rng
+        machine = self.machine.recovered(rng, cut_short=rng.random() < 0.3)
+        page = machine.receiver.journal.page
+        got = bytes(machine.image.visible[:SIZE])
+        if page.committed < self.seen:
+            raise Wrong(f"I1 the receiver fell back from point {self.seen} to {page.committed}")
+        if page.committed:
+            wanted = {
+                content for (_, number), content in self.points.items() if number == page.committed
+            }
+            exact = self.points.get((page.incarnation, page.committed))
+            if got != exact and (exact is not None or got not in wanted):
+                right = exact or next(iter(wanted), b"")
+                blocks = range(GEOMETRY.blocks)
+                bad = [b for b in blocks if _block(got, b) != _block(right, b)]
+                raise Wrong(f"I1 blocks {bad} of point {page.committed} are not those of its cut")
+        primary = self.site.primary.crash(rng)
+        bits = load_image(self.site.record.crash(rng)).bits
+        for extent in range(GEOMETRY.extents):
+            at = slice(extent * EXTENT, (extent + 1) * EXTENT)
+            if primary[at] != got[at] and not bits[extent]:
+                raise Wrong(f"I2 extent {extent} differs from point {page.committed} unrecorded")
+
+    def at_rest(self) -> bool:
+        site = self.site
+        return site.gate.in_sync and site.sender.in_sync and not self.flying
+
+    def run(self, steps: int) -> None:
+        """At random, then without faults until all is at rest."""
+        for _ in range(steps):
+            self.step()
+            self.check()
+        if self.site.sender.state is CopyState.PAUSED:
+            self.site.sender.resume()
+        for number in range(20_000):
+            self.step(faults=False)
+            if number % 50 == 0:
+                self.check()
+            if self.at_rest():
+                break
+        else:
+            raise Wrong(f"I3 it never came to rest: {self.site.sender.figures()}")
+        self.settle()
+        self.check()
+        if bytes(self.machine.image.visible[:SIZE]) != bytes(self.site.primary.visible):
+            raise Wrong("I3 at rest and not equal")
+
+    def settle(self) -> None:
+        """Everything that is under way ends, in order."""
+        moved = True
+        while moved:
+            self.run_soon()
+            moved = False
+            for disk in self.disks:
+                while disk.pending:
+                    self.finish(disk)
+                    moved = True
+            while self.to_receiver() or self.to_sender():
+                self.run_soon()
+                moved = True
+
+
+def _block(content: bytes, block: int) -> bytes:
+    return content[block * BLOCK : (block + 1) * BLOCK]
