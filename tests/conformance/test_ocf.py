@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -202,10 +203,12 @@ def test_meta_data_is_valid_and_names_what_the_agent_reads() -> None:
 
 
 def test_ocf_tester_is_content(pair: Pair) -> None:
+    pair.folder.chmod(0o755)
+    agent = shutil.copy(AGENT, pair.folder / "volume")  # where anybody may read it
     pair[2].dmctl_process("start", "vol0")
     options = [word for item in parameters(pair[1]).items() for word in ("-o", "=".join(item))]
     done = subprocess.run(
-        ["ocf-tester", "-n", "vol0", *options, str(AGENT)],
+        ["ocf-tester", "-n", "vol0", *options, str(agent)],
         env={**os.environ, "OCF_ROOT": "/usr/lib/ocf"},
         capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip

@@ -27,6 +27,7 @@ from __future__ import annotations
 import errno
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from random import Random
 
@@ -258,6 +259,8 @@ class Side:
     def stop(self, force: bool, done: Callable[[str | None], None]) -> None:
         if self.requests and not force:
             self.loop.call_soon(done, "hosts are connected")
+        elif (demoted := self.stopping) is not None:
+            self.stopping = lambda reason: (demoted(reason), done(reason))[1]
         else:
             self.stopping = done
 
@@ -609,6 +612,31 @@ class World:
             return
         side.loop.run_soon()
 
+    def demote(self, side: Side) -> None:
+        """Hosts are off at this side, and then it gives everything, unasked."""
+        other = self.sides[2 - side.number]
+        if not side.takes_hosts:
+            return
+        incarnation = side.incarnations, other.incarnations
+        before = other.end
+
+        def given(all_of_it: bool) -> None:
+            self.log.append(f"{side.number}: has given, {all_of_it}")
+            same = incarnation == (side.incarnations, other.incarnations) and before is other.end
+            if all_of_it and same and side.stopped:
+                # What the other has handed over meanwhile is not meant.
+                if ((side.rights.own | side.rights.owed) & ~other.rights.owed).any():
+                    raise AssertionError("not everything was given")
+                if any(op.kind == "write" for op in side.primary.pending + side.secondary.pending):
+                    raise AssertionError("given with writes on their way")
+
+        def out(_: str | None) -> None:
+            with suppress(BusyError):
+                side.node.give(given)
+
+        self.log.append(f"{side.number}: is demoted")
+        side.stopping = out
+
     def leave(self, side: Side) -> None:
         """A clean stop, once the hosts that were served have been answered."""
         if side.gone:
@@ -749,6 +777,8 @@ class World:
         elif what == "take":
             if side.alive and side.stopped and self.rng.random() < 0.5:
                 side.go_on()
+            elif self.rng.random() < 0.3:
+                self.demote(side)
             else:
                 self.take(side)
         elif what == "errors":
