@@ -37,7 +37,7 @@ reload() {
 
 if [ "${1:-}" = --remove ]; then
     rm -rf "$home" "$doc" "$agents"
-    rm -f "$bin/dmctl" "$bin/bitmapd" "$modules/dmctl.conf" \
+    rm -f "$bin/dmctl" "$bin/bitmapd" "$bin/dmctl-fence-pacemaker" "$modules/dmctl.conf" \
         "$bash_completion/dmctl" "$zsh_completion/_dmctl" \
         "$man/man8/dmctl.8" "$man/man8/bitmapd.8" "$man/man5/dmctl.toml.5" "$man/man7/dmctl-events.7"
     for unit in examples/*.service examples/*.timer; do rm -f "$units/${unit##*/}"; done
@@ -78,6 +78,7 @@ place() {
 place 644 "$units" examples/*.service examples/*.timer
 place 644 "$rules" udev/*.rules
 place 755 "$agents" examples/ocf/volume
+place 755 "$bin" examples/ocf/dmctl-fence-pacemaker
 place 644 "$modules" examples/dmctl.modules
 mv -f "$modules/dmctl.modules" "$modules/dmctl.conf"
 place 644 "$doc/examples" examples/dmctl-resync.cron examples/dmctl.toml examples/volumes/*.toml

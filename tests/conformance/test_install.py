@@ -68,6 +68,7 @@ def test_everything_is_where_the_manual_says(stage: Path) -> None:
         f"{lib}/systemd/system/dmctl-resync.timer",
         f"{lib}/modules-load.d/dmctl.conf",
         "usr/lib/ocf/resource.d/dmctl/volume",
+        f"{PREFIX[1:]}/bin/dmctl-fence-pacemaker",
         f"{share}/man/man8/dmctl.8",
         f"{share}/man/man8/bitmapd.8",
         f"{share}/man/man5/dmctl.toml.5",
@@ -81,7 +82,8 @@ def test_everything_is_where_the_manual_says(stage: Path) -> None:
     assert set(found) == wanted
     programs = {name for name in found if "/bin/" in name or "/ocf/" in name}
     assert {found[name] for name in found.keys() - programs} == {0o644}
-    assert found["usr/lib/ocf/resource.d/dmctl/volume"] == 0o755
+    for name in ("usr/lib/ocf/resource.d/dmctl/volume", f"{PREFIX[1:]}/bin/dmctl-fence-pacemaker"):
+        assert found[name] == 0o755
     assert (stage / "etc/dmctl/volumes").is_dir()
     manual = (ROOT / "docs/boot.md").read_text()
     for name in wanted:

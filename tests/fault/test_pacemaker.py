@@ -76,7 +76,8 @@ def test_active_passive_with_an_address_that_moves_along(short_path: Path) -> No
             cluster.power_off(active)
             dead, active = active, 3 - active
             cluster.until(lambda: cluster.promoted() == {active}, "taken over")
-            assert cluster.fenced == [*before, f"node{dead}"]
+            # Once by the cluster, and once more if that was too long ago for the takeover.
+            assert set(cluster.fenced[len(before) :]) == {f"node{dead}"}
             partner = cluster.partner(active)
             assert (partner["state"], partner["proof"]) == ("alone", "fence")
             assert partner["compared_extents_total"] == 0
@@ -115,7 +116,7 @@ def test_active_active(short_path: Path) -> None:
             assert cluster.pair[reader].read(writer * MIB, MIB) == data
         cluster.power_off(2)
         cluster.pair[1].write(2 * MIB, noise(3, MIB))  # it was the other's
-        assert cluster.fenced == ["node2"]
+        assert set(cluster.fenced) == {"node2"}
         partner = cluster.partner(1)
         assert (partner["state"], partner["proof"]) == ("alone", "fence")
         cluster.power_on(2)

@@ -24,6 +24,7 @@ from tests.support.pairs import Pair
 from tests.support.volumes import DMCTL, CommandFailed
 
 AGENT = Path(__file__).parents[2] / "examples/ocf/volume"
+FENCE = AGENT.with_name("dmctl-fence-pacemaker")
 PROGRAMS = ("corosync", "pacemakerd", "crm_resource", "crm_attribute", "cibadmin", "unshare")
 WAIT_S = 60.0
 _NETWORKS = {"ring": 77, "side": 78}
@@ -198,8 +199,7 @@ class Cluster:
     # -- what it is made of -------------------------------------------------------------------
     def _make_volume(self) -> None:
         options = ["--serve", "on-promote", "--partner-wait", "3s"]
-        fence = self.folder / "fence-by-cluster"
-        options += ["--fence-command", str(fence), "--takeover", "auto"]
+        options += ["--fence-command", str(FENCE), "--takeover", "auto"]
         self.pair = Pair(self.folder, 64 << 20, *options)
         self.pair[1].dmctl("partner-keys", str(self.folder / "keys"), "--names", "node1,node2")
         for number in (1, 2):
@@ -219,12 +219,8 @@ class Cluster:
             (folder / name).mkdir()
         (folder / "corosync.conf").write_text(_COROSYNC)
         (folder / "node.sh").write_text(_NODE)
-        for name, text in (
-            ("fence_test", _FENCE % (folder / "bmc")),
-            ("fence-by-cluster", _BY_CLUSTER),
-        ):
-            (folder / name).write_text(text)
-            (folder / name).chmod(0o755)
+        (folder / "fence_test").write_text(_FENCE % (folder / "bmc"))
+        (folder / "fence_test").chmod(0o755)
         options = {"stonith-enabled": "true", "dc-deadtime": "2s", "stonith-timeout": "30s"}
         parameters = {
             "volume": "vol0",
@@ -345,12 +341,6 @@ class Cluster:
             lines = log.read_text(errors="replace").splitlines()
             said += [str(log), *[line for line in lines if "error" in line or "vol0" in line][-30:]]
         return "\n".join(said)
-
-
-_BY_CLUSTER = """#!/bin/sh
-while read -r line; do case $line in plug=*) node=${line#plug=} ;; esac; done
-exec stonith_admin --reboot "$node" --tolerance 60s --timeout 40
-"""
 
 
 def _run(*words: str, check: bool = True) -> str:
