@@ -696,6 +696,13 @@ _EVENTS = (
         "*Split brain*",
         is_error=True,
     ),
+    EventKind(
+        "split-brain-ended",
+        Level.WARNING,
+        (),
+        "the other node has begun anew and owns nothing: this one goes on, and compares everything",
+        "check the file systems on the volume: two nodes have written them without one another",
+    ),
 )
 
 EVENTS = {event.name: event for event in _EVENTS}

@@ -37,6 +37,7 @@ class Stance(Enum):
     FROZEN = "frozen"  # views are being exchanged: rights do not change
     UP = "up"  # a right is asked for
     ALONE = "alone"  # everything is ours
+    SPLIT = "split"  # both may have written: everything is read, nothing is written
 
 
 class Home(Protocol):
@@ -97,6 +98,7 @@ class Claims:
         self.own, self.held = zeros(size), zeros(size)
         self.other, self.owed = zeros(size), zeros(size)
         self.own_extents = 0
+        self.owned_alone: bitarray | None = None  # since this node went alone
 
     @property
     def stance(self) -> Stance:
@@ -106,14 +108,15 @@ class Claims:
     def stance(self, stance: Stance) -> None:
         self._stance = stance
         # Every read of a host asks, and a member of an enum takes long to be looked up.
-        self._knows = stance not in (Stance.NOTHING, Stance.FROZEN)
+        self._knows = stance not in (Stance.NOTHING, Stance.FROZEN, Stance.SPLIT)
 
     def grow(self, geometry: Geometry) -> None:
         """The volume is larger from now on; what has come is nobody's yet."""
         more = zeros(geometry.extents - self.geometry.extents)
         self.geometry = geometry
-        for bits in (self.own, self.held, self.other, self.owed):
-            bits.extend(more)
+        for bits in (self.own, self.held, self.other, self.owed, self.owned_alone):
+            if bits is not None:
+                bits.extend(more)
 
     def gain(self, runs: Iterable[Run]) -> None:
         """These are ours from now on."""
@@ -121,6 +124,14 @@ class Claims:
             self.own_extents += stop - first - self.own.count(True, first, stop)
             self.own[first:stop] = self.held[first:stop] = True
             self.other[first:stop] = self.owed[first:stop] = False
+            if self.owned_alone is not None:
+                self.owned_alone[first:stop] = True
+
+    def be_alone(self) -> None:
+        """Nobody else writes any more, it is believed."""
+        self.stance = Stance.ALONE
+        if self.owned_alone is None:
+            self.owned_alone = self.own.copy()
 
     def lose(self, extent: int) -> None:
         self.own_extents -= 1
@@ -131,6 +142,7 @@ class Claims:
         self.own[:], self.held[:], self.other[:] = own, own, other
         self.owed.setall(False)
         self.own_extents = own.count()
+        self.owned_alone = None
 
     def know(self, runs: Runs, bits: bitarray) -> Runs:
         """What of them is not ours goes into these bits, `other` or `owed`, too; returns it."""
@@ -159,7 +171,7 @@ class Claims:
     def may_read(self, first: int, stop: int) -> bool:
         """Whether nobody has to be asked before extents [first, stop) are read."""
         if not self._knows:
-            return False
+            return self._stance is Stance.SPLIT
         if stop - first == 1:
             return not (self.other[first] or self.owed[first])
         return not (

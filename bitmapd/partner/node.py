@@ -12,7 +12,7 @@ time-out is none.
 | cut | it was paired; hosts go on where this node has the right to |
 | alone | the other can write no more, or there has never been another |
 | outdated | the other was given the proof that we are dead: nothing is written any more |
-| split-brain | both went on alone: nothing is written any more, on either |
+| split-brain | both went on alone: nothing is written any more, on either, until one begins anew |
 
 Coming together: HELLO both ways (`greeting`), then an `exchange` of what both know.
 
@@ -21,6 +21,8 @@ Invariants:
 2. A node that is not fresh and meets a fresh one has the proof that the other's old process is
    dead: it takes over what that owned, all of it dirty, before it sends RECORD.
 3. A message that is not allowed in the phase of the connection ends the connection.
+4. In a split brain nothing is written or copied until the other comes as a fresh process.  Then
+   everything is compared: copies of both may have landed on one another, which no record knows.
 
 A crash leaves the superblock of before or after a step.  The process that comes next is fresh,
 except for a node 1 that was never paired.
@@ -40,7 +42,15 @@ from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
 from bitmapd.partner.exchange import Exchange
 from bitmapd.partner.extents import runs_of
-from bitmapd.partner.greeting import Standing, check, in_memory, relies, standing, stores_first
+from bitmapd.partner.greeting import (
+    SplitBrain,
+    Standing,
+    check,
+    in_memory,
+    relies,
+    standing,
+    stores_first,
+)
 from bitmapd.partner.growth import Growth
 from bitmapd.partner.handover import Handover, Hosts, Outcome
 from bitmapd.partner.lead import Lead
@@ -49,6 +59,7 @@ from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
 from bitmapd.partner.reliance import Reliance
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares, SplitRights
+from bitmapd.partner.split import Conflicts, conflicts
 from bitmapd.partner.states import Lasting, Phase, Proof, State, Surroundings, Wire
 from bitmapd.peer.frames import ErrorCode, PeerError
 
@@ -80,7 +91,9 @@ class Node:
         self.peer: Hello | None = None  # of this connection or the last one
         self.exchanges = 0
         self.absorbed_extents = 0
-        self.compares_everything = False  # nobody knows what differs
+        self.comparisons = 0  # how often nobody has known what differs
+        self.conflicts: Conflicts | None = None  # of a split brain, once the other has said its
+        self._was_alone = False  # before the split brain
         self._known = False  # what the other may own: it has exchanged, or is alone
         self._wire: Wire | None = None
         self._timer: Timer | None = None
@@ -136,10 +149,8 @@ class Node:
             wire.close(None)
             return
         self._wire = wire
-        if self.state in (State.OUTDATED, State.SPLIT_BRAIN):
-            split = self.state is State.SPLIT_BRAIN
-            code = ErrorCode.SPLIT_BRAIN if split else ErrorCode.OLD_TERM
-            self.refuse(PeerError(code, f"this node is {self.state.value}"))
+        if self.state is State.OUTDATED:
+            self.refuse(PeerError(ErrorCode.OLD_TERM, "this node is outdated"))
             return
         self._mine = self._fill(self._around.hello())
         self._phase(Phase.HELLO, HELLO_TIMEOUT_S)
@@ -149,7 +160,7 @@ class Node:
         flags = HelloFlag(0)
         if not self._known:
             flags |= HelloFlag.FRESH
-        if self.state is State.ALONE:
+        if self.state is State.ALONE or (self.state is State.SPLIT_BRAIN and self._was_alone):
             flags |= HelloFlag.ALONE
         if self.lead.is_claimed:
             flags |= HelloFlag.LEAD
@@ -249,13 +260,17 @@ class Node:
         if found is Standing.BEHIND and not fresh:
             self.shut_out("the partner has taken over while this node lived")
             return
+        if self.state is State.SPLIT_BRAIN and not other_fresh:
+            raise SplitBrain
         if found is Standing.AHEAD and not other_fresh:
             raise PeerError(ErrorCode.OLD_TERM, f"term {theirs.term} is over: it is {mine.term}")
         if theirs.size_bytes > mine.size_bytes:
             raise self.growth.catch_up(theirs.size_bytes)
         if theirs.size_bytes < mine.size_bytes:
             return  # it ends this connection, and comes back when it has grown
-        if other_fresh and self._known and self.state is not State.ALONE:
+        if self.state is State.SPLIT_BRAIN:
+            self._outlive()
+        elif other_fresh and self._known and self.state is not State.ALONE:
             self._absorb()
         self._reliance.hold()
         self.rights.most_requests = theirs.most_requests
@@ -285,13 +300,17 @@ class Node:
 
     def _heard(self, message: messages.Record, _: int) -> None:
         self._phase(Phase.READY, EXCHANGE_TIMEOUT_S)
-        self._exchange.heard(message)
+        try:
+            self._exchange.heard(message)
+        except SplitRights:
+            self.conflicts = conflicts(self.rights.owned_alone, message.own)
+            raise
 
     def come_together(
         self, shares: Shares, copying: Runs, incarnation: int, *, inherits: bool
     ) -> None:
         """Both know what both know: rights change (called by the exchange)."""
-        self.compares_everything |= shares.everything and shares.own.any()
+        self.comparisons += shares.everything and shares.own.any()
         self._known = True
         self.proof = None
         self._last_paired = incarnation
@@ -364,10 +383,11 @@ class Node:
     def _be_alone(self, proof: Proof) -> None:
         self.lead.take()
         self.proof = proof
+        compared = self.comparisons
         if not self._known:
             # What the other has done is known to nobody: all of it may differ.
             self.rights.learn(((0, len(self.rights.own)),))
-            self.compares_everything = True
+            self.comparisons += 1
             self._known = True
         # Not what hosts have waited for besides: nobody has written there.
         taken = self.rights.other | self.rights.owed
@@ -379,7 +399,7 @@ class Node:
             "takeover",
             proof=proof.value,
             extents=taken.count(),
-            compares_everything=self.compares_everything,
+            compares_everything=self.comparisons > compared,
         )
 
     # -- together -----------------------------------------------------------------------------
@@ -493,10 +513,38 @@ class Node:
         self._around.emit("outdated", message=why)
 
     def _split(self, error: PeerError) -> None:
-        self._hang_up(error)
-        self.rights.stop(None)
-        self._become(State.SPLIT_BRAIN)
-        self._around.emit("split-brain", message=error.text)
+        """Both may have written.  If this is found at HELLO each says where, and they stay
+        connected: each hears at once when the other ends."""
+        asks = self.phase is Phase.HELLO
+        if not asks:
+            self._hang_up(error)
+        self._stop_writing(error.text)
+        if asks:
+            self.say(messages.Record(runs_of(self.rights.owned_alone), (), (), ()))
+            self._phase(Phase.SPLIT, EXCHANGE_TIMEOUT_S)
+
+    def _stop_writing(self, why: str) -> None:
+        if self.state is not State.SPLIT_BRAIN:
+            self._was_alone = self.state is State.ALONE
+            self.rights.split()
+            self._become(State.SPLIT_BRAIN)
+            self._around.emit("split-brain", message=why)
+
+    def _said_where(self, message: messages.Record, _: int) -> None:
+        """Where the other may have written alone."""
+        self.conflicts = conflicts(self.rights.owned_alone, message.own)
+        self._phase(Phase.SPLIT)
+
+    def _outlive(self) -> None:
+        """The other's process has ended, so one is left that writes: it goes on, and since old
+        copies of either may lie on top of newer ones everything is compared."""
+        self.conflicts = None
+        self.rights.learn(((0, len(self.rights.own)),))
+        self.comparisons += 1
+        self.rights.cut()
+        self._absorb()
+        self._become(State.ALONE if self._was_alone else State.CUT)
+        self._around.emit("split-brain-ended")
 
     # -- while paired -------------------------------------------------------------------------
     def _grant(self, message: messages.Grant, sequence: int) -> None:
@@ -507,12 +555,11 @@ class Node:
 
     def _error(self, message: messages.Error, _: int) -> None:
         self._hang_up(None)
-        self._around.emit(
-            "partner-refused", code=message.code, message=f"the partner says: {message.text}"
-        )
-        if message.code in (ErrorCode.SPLIT_BRAIN, ErrorCode.BOTH_OWN):
-            self.rights.stop(None)
-            self._become(State.SPLIT_BRAIN)
+        why = f"the partner says: {message.text}"
+        if message.code in (ErrorCode.SPLIT_BRAIN, ErrorCode.BOTH_OWN) and self._known:
+            self._stop_writing(why)
+        else:
+            self._around.emit("partner-refused", code=message.code, message=why)
 
     def _closed(self, message: messages.Bye, _: int) -> None:
         self._hang_up(None)
@@ -526,6 +573,7 @@ def _to_rights(take: Callable[[Rights, Any], None]) -> Callable[[Node, Any, int]
 _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = {
     (Phase.HELLO, Hello): Node._greeted,
     (Phase.RECORDS, messages.Record): Node._heard,
+    (Phase.SPLIT, messages.Record): Node._said_where,
     (Phase.READY, messages.Free): lambda node, message, _: node._exchange.freed(message),
     (Phase.READY, messages.Ready): lambda node, message, _: node._exchange.ready(message),
     (Phase.UP, messages.Add): _to_rights(Rights.added),
@@ -541,6 +589,6 @@ _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = 
     (Phase.UP, messages.Resize): lambda node, message, _: node.growth.asked(message),
     (Phase.UP, messages.Resized): lambda node, message, _: node.growth.answered(message),
     (Phase.UP, messages.Bye): Node._bye,
-    **{(phase, messages.Bye): Node._closed for phase in (Phase.HELLO, Phase.RECORDS, Phase.READY)},
+    **{(phase, messages.Bye): Node._closed for phase in set(Phase) - {Phase.CLOSED, Phase.UP}},
     **{(phase, messages.Error): Node._error for phase in Phase},
 }

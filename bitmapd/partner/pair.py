@@ -165,7 +165,7 @@ class Pair:
         self._last_failure = ""
         self._frames_before = 0
         self._told_slow = False
-        self._compares = False
+        self._comparisons = 0  # that were asked for
         self.asked = 0  # who waits for a word of the other node
         self.lets_hosts_in = False
         self._waiting_since_s: float | None = None
@@ -234,6 +234,8 @@ class Pair:
         """Whether nothing of the other node's is known to differ."""
         if self.node.state is State.PAIRED:
             return bool(self.peer.words) and not self.peer.dirty_bytes
+        if self.node.state is State.SPLIT_BRAIN:
+            return False
         return not (self.rights.other.any() or self.rights.owed.any())
 
     def take_over(self, proof: Proof) -> None:
@@ -299,15 +301,16 @@ class Pair:
         if self.node.state is State.SPLIT_BRAIN:
             raise SplitBrainError(
                 f"both nodes of volume '{name}' were taken for dead, and both went on",
-                hint="see 'Split brain' in docs/recovery.md",
+                hint=f"'dmctl partner {name} --rejoin' at one of them; see 'Split brain' in"
+                " docs/recovery.md",
             )
         if self.node.state is State.OUTDATED:
             raise WrongStateError(f"this node of volume '{name}' was taken for dead, and ends")
 
     def begins_to_compare(self) -> bool:
         """Whether from now on everything has to be compared; true once for each time."""
-        told, self._compares = self._compares, self.node.compares_everything
-        return self._compares and not told
+        before, self._comparisons = self._comparisons, self.node.comparisons
+        return self._comparisons > before
 
     def tick(self) -> None:
         """Once a second."""
@@ -376,7 +379,8 @@ class Pair:
             "refused_guesses_total": rights.refused_guesses,
             "exchanges_total": node.exchanges,
             "absorbed_extents_total": node.absorbed_extents,
-            "compared_extents_total": self._geometry.extents if node.compares_everything else 0,
+            "compared_extents_total": self._geometry.extents * node.comparisons,
+            "conflicts": None if node.conflicts is None else node.conflicts.to_json(),
             "proof": None if node.proof in (None, Proof.NEVER) else node.proof.value,
             "fencing": self.fence.step,
             "last_error": self._last_failure or None,
@@ -419,7 +423,7 @@ class Pair:
                     answered.set_result(self.rtt_s)
             elif message is not None:
                 self.node.received(message, frame.sequence)
-            if isinstance(message, Hello) and self.node.phase is Phase.RECORDS:
+            if isinstance(message, Hello) and self.node.phase in (Phase.RECORDS, Phase.SPLIT):
                 self._bound(wire.decoder)
                 connection.link.greeted(message.timeout_ms / 1000)
                 self.send_ping()

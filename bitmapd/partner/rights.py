@@ -79,6 +79,12 @@ class Rights:
         return self._claims.stance
 
     @property
+    def owned_alone(self) -> bitarray:
+        """What this node has owned without the other since it went alone; or owns."""
+        found = self._claims.owned_alone
+        return self.own if found is None else found
+
+    @property
     def own_extents(self) -> int:
         return self._claims.own_extents
 
@@ -390,14 +396,21 @@ class Rights:
             self._home.refused(joined(guessed))
             self._wants.forget_nobodys(guessed)
 
-    def stop(self, why: str | None) -> None:
-        """Nothing may be written any more, nor copied.  With a reason every request of a host ends
-        with EIO; else they wait."""
-        self._forget_requests(Stance.NOTHING)
+    def stop(self, why: str) -> None:
+        """Nothing may be written any more, nor copied; every request of a host ends with EIO."""
+        self._write_nothing(Stance.NOTHING)
+        self._refusal = self._fail(self._scheduler.time(), why)
+
+    def split(self) -> None:
+        """Both nodes may have written everywhere: writes wait, and nothing is copied.  What is on
+        the primary is read, since nothing better will come."""
+        self._write_nothing(Stance.SPLIT)
+        self._reads.look()
+
+    def _write_nothing(self, stance: Stance) -> None:
+        self._forget_requests(stance)
         self.held.setall(False)
         self._home.take_over((), list(each(runs_of(self.own))))
-        if why is not None:
-            self._refusal = self._fail(self._scheduler.time(), why)
 
     def forget_all(self) -> None:
         """Nothing is ours or known any more: everything was given, or nobody has been met yet."""
@@ -443,6 +456,7 @@ class Rights:
         """The other can write no more: nobody has to be asked any longer."""
         self._forget_requests(Stance.ALONE)
         self.absorb()
+        self._claims.be_alone()
         self._begin_anew()
 
     def adopt(self, runs: Runs) -> None:

@@ -30,6 +30,7 @@ class Phase(Enum):
     RECORDS = "records"
     READY = "ready"
     UP = "up"
+    SPLIT = "split"  # both have gone on alone, and say where
 
 
 class Proof(Enum):

@@ -7,10 +7,17 @@ from typing import Any
 
 from bitmapd.config import VolumeConfig, load_volume
 from bitmapd.control.client import SilentError
-from bitmapd.errors import BitmapdError, BusyError, TimeOutError, UnreachableError, WrongStateError
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    TimeOutError,
+    UnreachableError,
+    WrongStateError,
+)
 from bitmapd.volume.conversion import become_single, is_of_a_pair
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
+from dmctl.cli.lifecycle import restart
 from dmctl.cli.processes import is_running
 
 TAKEOVER_TIMEOUT_S = 60.0
@@ -19,6 +26,10 @@ FENCING = {
     "agent": "the fence command is at work",
     "late-writes": "done; what was on its way to the primary is waited for",
 }
+CONFLICTS = (
+    "{own_extents} extents written alone here, {partner_extents} at the partner, {both_extents} at"
+    " both"
+)
 # Exit status of `dmctl partner`, by state.
 STATUS = {"paired": 0, "cut": 100, "alone": 100, "waiting": 15, "outdated": 1, "split-brain": 16}
 
@@ -95,6 +106,8 @@ def partner(context: Context, args: Namespace) -> int:
     if args.ping is not None:
         ping(context, args)
         return 0
+    if args.rejoin:
+        return rejoin(context, args)
     figures: dict[str, Any] = ask(context, args.name, "partner", {"lead": args.lead})
     status = STATUS.get(figures["state"], 1)
     if context.output.as_json:
@@ -118,6 +131,24 @@ def ping(context: Context, args: Namespace) -> None:
     least, mean, most = (value * 1000 for value in (least, mean, most))
     context.output.line(f"{len(trips)} there and back: {least:.3f}/{mean:.3f}/{most:.3f} ms")
     context.output.detail("the least, the mean and the most")
+
+
+def rejoin(context: Context, args: Namespace) -> int:
+    """End a split brain: this node begins anew, as one that owns nothing, and the other goes on."""
+    name = args.name
+    state = ask(context, name, "partner", {})["state"]
+    if state != "split-brain":
+        raise WrongStateError(
+            f"volume '{name}' is in the state '{state}' here, and no split brain",
+            hint=f"'dmctl partner {name}' shows what the nodes are to one another",
+        )
+    context.output.confirm(
+        "hosts of this node are cut off, and the other node goes on; what either has written last"
+        " to a place is there, and the file systems on the volume have to be checked",
+        f"Begin anew with volume '{name}' at this node?",
+        yes=args.yes,
+    )
+    return restart(context, name)
 
 
 def dissolve(context: Context, args: Namespace) -> None:
@@ -182,6 +213,8 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             f"{figures['messages_total']} asked, {figures['handovers_total']} extents given",
         ),
     ]
+    if figures["conflicts"] is not None:
+        found.append(("conflicts", CONFLICTS.format(**figures["conflicts"])))
     if figures["fencing"] is not None:
         found.append(("fencing", FENCING[figures["fencing"]]))
     if figures["proof"] is not None:

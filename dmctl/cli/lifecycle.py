@@ -32,6 +32,8 @@ from dmctl.cli.killing import (
 from dmctl.cli.processes import POLL_S, Watched, is_running, launch, start_lock
 from dmctl.model.assembly import local_media
 
+START_TIMEOUT_S = 120.0
+
 
 def start(context: Context, args: Namespace) -> int:
     def one(name: str) -> dict[str, Any]:
@@ -111,6 +113,13 @@ def stop(context: Context, args: Namespace) -> int:
         return {"result": "stopped", **answer}
 
     return each(context, "stop", names, "stop", one)
+
+
+def restart(context: Context, name: str) -> int:
+    """Stop a volume at once, and start it again with nothing but what its record says."""
+    _stop(context, name, Namespace(now=True, timeout=START_TIMEOUT_S), bar=False)
+    again = Namespace(names=[name], all=False, resync_all=False, timeout=START_TIMEOUT_S)
+    return start(context, again)
 
 
 def _stop(context: Context, name: str, args: Namespace, *, bar: bool) -> dict[str, Any]:

@@ -69,7 +69,9 @@ def add_failover(commands: Commands) -> None:
         "Shows the link, the state, which extents either node may write, and what waits. Exit"
         " status: 0 paired, 100 cut or alone, 15 waiting for the partner, 16 split brain. With"
         " --dissolve this node goes on as a single appliance: 14 unless it is alone, since only"
-        " then it knows all that the partner has written. Its hosts have to connect again.",
+        " then it knows all that the partner has written. Its hosts have to connect again. With"
+        " --rejoin, at one node of a split brain, its process begins anew and owns nothing; the"
+        " other goes on, and compares everything: 14 in any other state.",
     )
     add_name(partner)
     act = partner.add_mutually_exclusive_group()
@@ -86,6 +88,7 @@ def add_failover(commands: Commands) -> None:
         " takeover, or this process ends; then it is node 1",
     )
     act.add_argument("--dissolve", action="store_true", help="do without the partner, for good")
+    act.add_argument("--rejoin", action="store_true", help="end a split brain at this node")
     partner.add_argument("--yes", action="store_true", help="do not ask")
 
 

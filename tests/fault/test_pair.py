@@ -394,9 +394,8 @@ def test_bad_options_are_refused_before_anything_is_changed(
 # -- a word that was false --------------------------------------------------------------------
 
 
-def test_two_that_went_on_alone_stop_and_are_started_as_one(pair: Pair) -> None:
-    """Both were declared dead and both lived.  Neither writes any more once they have met; started
-    anew, both sides become equal, with what the primary holds."""
+def split(pair: Pair) -> None:
+    """Both were declared dead, both lived, and both have written: 5 and 7 MiB, 6 and 7."""
     pair.start()
     for node in (1, 2):
         pair[node].wait_in_sync()
@@ -413,23 +412,73 @@ def test_two_that_went_on_alone_stop_and_are_started_as_one(pair: Pair) -> None:
     pair[2].dmctl("takeover", "vol0", "--fenced")
     pair[1].write(5 * MIB, noise(81, MIB))
     pair[2].write(6 * MIB, noise(82, MIB))
+    pair[1].write(7 * MIB, noise(83, MIB))
+    pair[2].write(7 * MIB, noise(84, MIB))
     (pair.folder / "away").rename(door)
     for node in (1, 2):
         pair.until(node, "split-brain")
         assert pair[node].dmctl_process("partner", "vol0").returncode == 16
         assert pair[node].dmctl_process("status", "--check").returncode == 16
         assert pair[node].refused("takeover", "vol0", "--fenced")["exit_status"] == 16
-    for node in (1, 2):
-        pair[node].dmctl("stop", "vol0", "--now")
-        shorter_wait(pair, node)
-    for node in (1, 2):
-        pair[node].dmctl_process("start", "vol0")
+
+
+def whole_again(pair: Pair) -> None:
     for node in (1, 2):
         pair.until(node, "paired")
         pair[node].wait_in_sync()
     assert pair.equal()
     assert pair[2].read(5 * MIB, MIB) == noise(81, MIB)
     assert pair[1].read(6 * MIB, MIB) == noise(82, MIB)
+    assert pair[1].read(7 * MIB, MIB) == noise(84, MIB)
+
+
+def test_two_that_went_on_alone_write_nothing_and_say_where_they_have(pair: Pair) -> None:
+    """Reads are served: there is one medium, and nothing better will come."""
+    split(pair)
+    found = []
+    for node in (1, 2):
+        pair[node].until(lambda status: status["partner"]["conflicts"] is not None)
+        found.append(pair.partner(node)["conflicts"])
+        assert pair[node].read(7 * MIB, MIB) == noise(84, MIB)
+        with pair[node].host() as host:
+            host.submit(1, 7 * MIB, 4 * KIB, noise(1, 4 * KIB))
+            pair[node].until(lambda status: status["partner"]["waiting_requests"] == 1)
+    one, two = found
+    assert one["own_extents"] == two["partner_extents"] >= 2
+    assert two["own_extents"] == one["partner_extents"] >= 2
+    assert one["both"] == two["both"]
+    assert any(first <= 7 < first + count for first, count in one["both"])
+    assert "written alone here" in pair[1].dmctl_process("partner", "vol0").stdout
+
+
+@pytest.mark.parametrize("anew", [1, 2])
+def test_one_begins_anew_on_command_and_the_other_goes_on(pair: Pair, anew: int) -> None:
+    """Hosts of that one stay connected, and what they had asked for is done.  Everything is
+    compared, so both sides become equal whatever the two have copied over one another."""
+    split(pair)
+    stays = 3 - anew
+    with pair[stays].host() as host:
+        host.submit(1, 9 * MIB, 4 * KIB, noise(1, 4 * KIB))
+        pair[stays].until(lambda status: status["partner"]["waiting_requests"] == 1)
+        assert pair[anew].refused("partner", "vol0", "--rejoin")["exit_status"] == 2  # --yes
+        pair[anew].dmctl("partner", "vol0", "--rejoin", "--yes")
+        assert host.reply().error == 0
+        host.disconnect()
+    whole_again(pair)
+    assert pair[anew].read(9 * MIB, 4 * KIB) == noise(1, 4 * KIB)
+    partner = pair.partner(stays)
+    assert (partner["conflicts"], partner["compared_extents_total"]) == (None, 64)
+    assert pair[anew].refused("partner", "vol0", "--rejoin", "--yes")["exit_status"] == 14
+
+
+def test_both_may_begin_anew(pair: Pair) -> None:
+    split(pair)
+    for node in (1, 2):
+        pair[node].dmctl("stop", "vol0", "--now")
+        shorter_wait(pair, node)
+    for node in (1, 2):
+        pair[node].dmctl_process("start", "vol0")
+    whole_again(pair)
 
 
 # -- planned ----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ TROUBLES = {
     "planned": ("cut", "take"),
     "errors": ("cut", "errors", "hand-over"),
     "growth": ("cut", "resize", "crash"),
+    "lies": ("lie", "hand-over"),
     "everything": (*("cut", "crash", "takeover", "hand-over", "stop", "take", "errors", "resize"),),
 }
 

@@ -134,7 +134,7 @@ FIGURES: dict[str, Any] = {
     "own_extents": 5, "partner_extents": 6, "owed_extents": 1, "waiting_requests": 3,
     "oldest_wait_seconds": 7.25, "rtt_seconds": 0.0005, "messages_total": 40, "handovers_total": 7,
     "proof": None, "fencing": None, "last_error": "no answer for 2 s", "peer": None,
-    "serving": False,
+    "serving": False, "conflicts": None,
 }  # fmt: skip
 
 
@@ -149,6 +149,9 @@ def test_what_people_see_of_a_partner_that_is_gone() -> None:
     assert {"proof", "partner", "fencing"}.isdisjoint(shown)
     shown = dict(rows(FIGURES | {"fencing": "agent", "proof": "fence"}))
     assert shown["fencing"] == "the fence command is at work"
+    both = {"own_extents": 5, "partner_extents": 7, "both_extents": 2, "both": [[3, 2]]}
+    shown = dict(rows(FIGURES | {"state": "split-brain", "conflicts": both}))
+    assert shown["conflicts"] == "5 extents written alone here, 7 at the partner, 2 at both"
 
 
 def test_what_people_see_of_one_that_is_there() -> None:

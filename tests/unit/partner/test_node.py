@@ -11,6 +11,7 @@ from bitmapd.partner import messages
 from bitmapd.partner.extents import each, runs_of
 from bitmapd.partner.messages import Bye, Error, Free, Goodbye, HelloFlag, Ready, Record, Take
 from bitmapd.partner.node import EXCHANGE_TIMEOUT_S, HELLO_TIMEOUT_S
+from bitmapd.partner.split import Conflicts
 from bitmapd.peer.frames import ErrorCode
 from tests.unit.partner.hellos import generations, hello
 from tests.unit.partner.nodes import Lasting, Phase, Proof, State, Station, Two
@@ -62,7 +63,7 @@ def test_two_fresh_nodes_share_what_their_records_name() -> None:
     assert runs_of(it.one.rights.own) == ((0, 3),)
     assert runs_of(it.two.rights.own) == ((3, 5),)
     assert (it.one.node.absorbed_extents, it.two.node.absorbed_extents) == (3, 2)
-    assert not it.one.node.compares_everything
+    assert not it.one.node.comparisons
     assert it.one.told("records-exchanged") == [
         {"own_extents": 3, "partner_extents": 2, "dirty_extents": 3}
     ]
@@ -73,8 +74,8 @@ def test_what_was_in_memory_only_makes_node_1_compare_everything() -> None:
     it.two.flags = HelloFlag.VOLATILE
     it.pair()
     assert it.one.rights.own.all()
-    assert it.one.node.compares_everything
-    assert not it.two.node.compares_everything
+    assert it.one.node.comparisons == 1
+    assert not it.two.node.comparisons
 
 
 # -- the exchange -----------------------------------------------
@@ -336,7 +337,7 @@ def test_who_knows_nothing_compares_everything() -> None:
     it.node.fenced(Proof.WORD)
     it.write()
     assert it.rights.own.all()
-    assert it.node.compares_everything
+    assert it.node.comparisons == 1
 
 
 def test_who_has_never_met_its_partner_does_not_take_over() -> None:
@@ -454,23 +455,150 @@ def test_who_is_shut_out_hangs_up() -> None:
     assert not it.one.node.serves
 
 
-def test_two_that_went_on_alone() -> None:
+def both_alone() -> Two:
+    """Each was told that the other is dead; node 1 owned 2, node 2 owned 5, both know of both."""
     it = met()
+    it.own(it.one, 2)
+    it.own(it.two, 5)
     it.cut()
     for station, letter in ((it.one, b"x"), (it.two, b"y")):
         station.new_generation = lambda letter=letter: letter * 16  # type: ignore[misc]
         station.node.fenced(Proof.WORD)
         station.write()
+        assert station.node.state is State.ALONE
+    return it
+
+
+def split() -> Two:
+    it = both_alone()
+    it.one.rights.want(6, lambda error: True)
     it.connect()
-    it.one.receive(it.two.sent()[0])
+    it.carry()
+    for station in (it.one, it.two):
+        assert station.node.state is State.SPLIT_BRAIN
+        assert not station.cable.closed
+        assert station.node.phase is Phase.SPLIT
+        station.node.lost()
+    return it
+
+
+def test_two_that_went_on_alone_write_nothing_and_say_where_they_may_have() -> None:
+    it = split()
+    for station, own, other in ((it.one, 3, 2), (it.two, 2, 3)):
+        assert station.node.conflicts == Conflicts(own, other, 2, ((2, 3), (5, 6)))
+        assert len(station.told("split-brain")) == 1
+        assert not station.rights.held.any()
+        assert station.rights.may_read(0, 8)
+        embargoed = station.desk.of("take over")[-1]
+        assert isinstance(embargoed, tuple)
+        assert {2, 5} <= embargoed[1]
+
+
+def test_what_waits_is_read_and_not_written_in_a_split_brain() -> None:
+    it = both_alone()
+    it.connect()
+    it.one.rights.freeze()
+    went: list[object] = []
+    it.one.rights.ask(0, 1, went.append)
+    it.one.receive(*it.two.sent())
     assert it.one.node.state is State.SPLIT_BRAIN
-    error = it.one.cable.error
-    assert error is not None
-    it.two.receive(Error(int(error.code), error.text))
+    assert went == [None]
+    it.one.rights.want(7, lambda error: went.append(error) is None)
+    it.one.loop.run_soon()
+    assert went == [None]
+
+
+def test_they_say_so_again_and_tell_it_once() -> None:
+    it = split()
+    it.one.node.conflicts = None
+    it.connect()
+    it.carry()
+    assert it.one.node.conflicts is not None
+    assert len(it.one.told("split-brain")) == 1
+
+
+def test_one_that_does_not_say_where_is_not_waited_for() -> None:
+    it = both_alone()
+    it.connect()
+    it.one.receive(*it.two.sent())
+    assert it.one.node.phase is Phase.SPLIT
+    it.one.loop.advance(EXCHANGE_TIMEOUT_S + 1)
+    assert (it.one.node.phase, it.one.node.conflicts) == (Phase.CLOSED, None)
+    assert it.one.node.state is State.SPLIT_BRAIN
+
+
+def test_who_hears_of_a_split_brain_by_an_error_alone_stops_as_well() -> None:
+    it = both_alone()
+    it.connect()
+    it.two.receive(Error(int(ErrorCode.SPLIT_BRAIN), "both"))
     assert it.two.node.state is State.SPLIT_BRAIN
-    it.two.connect()
-    assert it.two.cable.error is not None
-    assert it.two.cable.error.code is ErrorCode.SPLIT_BRAIN
+    fresh = Station(2)
+    fresh.node.start()
+    fresh.connect()
+    fresh.receive(Error(int(ErrorCode.SPLIT_BRAIN), "both"))
+    assert fresh.node.state is State.WAITING  # it owns nothing that it could have written
+
+
+@pytest.mark.parametrize("anew", [1, 2])
+def test_once_one_begins_anew_the_other_goes_on_and_compares_everything(anew: int) -> None:
+    it = split()
+    stays = it.two if anew == 1 else it.one
+    waited: list[object] = []
+    stays.rights.want(7, lambda error: waited.append(error) is None)
+    fresh = Station(anew, stored=((2, 3), (5, 6)))
+    fresh.node.ledger.lasting = (it.one if anew == 1 else it.two).node.ledger.lasting
+    fresh.node.start()
+    it = Two.__new__(Two)
+    it.one, it.two = (fresh, stays) if anew == 1 else (stays, fresh)
+    it.connect()
+    stays.receive(*fresh.sent())
+    assert stays.node.state is State.ALONE
+    assert stays.rights.own.all()
+    assert waited == [None]
+    fresh.receive(*stays.sent())
+    it.carry()
+    assert stays.node.state is fresh.node.state is State.PAIRED
+    assert (stays.node.comparisons, stays.node.conflicts) == (1, None)
+    assert len(stays.told("split-brain-ended")) == 1
+    assert stays.died[-1:] != [()]
+    assert fresh.rights.other.all()
+    assert stays.rights.owned_alone == stays.rights.own
+
+
+def test_one_that_dies_again_before_it_has_joined_leaves_the_other_at_work() -> None:
+    it = split()
+    it.two = Station(2)
+    it.two.node.start()
+    it.connect()
+    it.one.receive(*it.two.sent())
+    it.one.node.lost()
+    assert (it.one.node.state, bool(it.one.rights.held.all())) == (State.ALONE, True)
+    it.two = Station(2)
+    it.two.node.start()
+    it.pair()
+
+
+def test_two_that_own_the_same_say_where() -> None:
+    it = met()
+    it.own(it.one, 2)
+    it.cut()
+    it.two.rights.adopt(((2, 4),))
+    it.connect()
+    it.carry()
+    for station, own, other in ((it.one, 1, 2), (it.two, 2, 1)):
+        assert station.node.state is State.SPLIT_BRAIN
+        if station.node.conflicts is not None:
+            assert station.node.conflicts == Conflicts(own, other, 1, ((2, 3),))
+    assert it.one.node.conflicts or it.two.node.conflicts
+    it.two = Station(2)
+    it.two.node.start()
+    it.one.node.lost()
+    it.connect()
+    it.one.receive(*it.two.sent())
+    assert it.one.node.state is State.CUT  # it had not been alone
+    it.two.receive(*it.one.sent())
+    it.carry()
+    assert it.one.node.state is State.PAIRED
 
 
 def test_a_refusal_is_told() -> None:

@@ -132,7 +132,7 @@ def test_a_flag_from_before_stays_until_all_is_stored() -> None:
     it.two.node.ledger.lasting = relying(2).two.node.lasting
     it.one.node.ledger.lasting = relying(2).two.node.lasting
     it.pair()
-    assert it.one.node.compares_everything  # both were fresh
+    assert it.one.node.comparisons  # both were fresh
     assert is_flagged(it) == (True, True)
     assert not it.one.relies
     destage(it.one)

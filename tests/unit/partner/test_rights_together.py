@@ -398,14 +398,15 @@ def test_a_node_that_is_shut_out_writes_and_copies_nothing() -> None:
     assert later[0] is not None
 
 
-def test_in_a_split_brain_hosts_wait() -> None:
+def test_in_a_split_brain_writes_wait_and_reads_go() -> None:
     it = Bench()
     it.own(1)
-    it.rights.stop(None)
+    it.rights.split()
     it.write(1)
     it.turn()
     assert (it.served, it.errors) == ([], [])
-    assert not it.rights.may_read(1, 2)
+    assert it.rights.may_read(1, 2)
+    assert it.rights.may_read(0, 8)
 
 
 # -- giving everything -----------------------------------------------
