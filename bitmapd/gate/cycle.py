@@ -141,9 +141,9 @@ class CutGate(Gate):
         if self._waiting:
             self._wake(lambda waiter: not self.taken.any(waiter.first, waiter.stop))
 
-    def send_again(self, block: int) -> None:
-        """It was sent and did not arrive: it is dirty, as if it had been written again."""
-        self._current_era.mark(block, block + 1, self._scheduler.time())
+    def send_again(self, first: int, stop: int) -> None:
+        """Blocks were sent and did not arrive: dirty, as if they had been written again."""
+        self._current_era.mark(first, stop, self._scheduler.time())
 
     # -- what would make something pending (invariant 4) ----------------------------------
     def take_recorded(self) -> None:

@@ -38,6 +38,7 @@ from bitmapd.copier.passes import Passes
 from bitmapd.copier.reports import Reports
 from bitmapd.copier.throttle import SpeedMeter, Throttle
 from bitmapd.copier.transfers import Transfers
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.cycle import CutGate, Void
 from bitmapd.gate.elsewhere import Run
 from bitmapd.media.base import Device, Scheduler, Timer
@@ -481,11 +482,11 @@ class Sender:
         self._reports.not_opened(OSError(reason))
 
     # -- the receiver (`UplinkOwner`) ---------------------------------------------------------
-    def linked(self, lost: list[int]) -> None:
+    def linked(self, lost: BlockSet) -> None:
         per = self._geometry.blocks_per_extent
-        self.passes.again({block // per for block in lost})
-        for block in lost:
-            self._gate.send_again(block)
+        for first, stop in lost.runs():
+            self.passes.again(range(first // per, (stop - 1) // per + 1))
+            self._gate.send_again(first, stop)
         if lost and self.phase in (Phase.CUTTING, Phase.READING):
             self._gate.give_up_cut(Void.LINK)
         elif lost and self.phase in (Phase.SENDING, Phase.ENDED):

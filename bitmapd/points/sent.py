@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Iterator
 from typing import Final
 
+from bitmapd.points.pieces import Digest
+
 _GROUP: Final = 16  # blocks
 _EMPTY: Final = array("Q", bytes(8 * 3 * _GROUP))
 
@@ -23,6 +25,7 @@ class Sent:
     def __init__(self) -> None:
         self._groups: dict[int, array[int]] = {}
         self._count = 0
+        self._digest = Digest()
 
     def __len__(self) -> int:
         return self._count
@@ -33,7 +36,10 @@ class Sent:
         if group is _EMPTY:
             group = self._groups[block // _GROUP] = array("Q", _EMPTY)
         at = 3 * (block % _GROUP)
+        if group[at]:
+            self._digest.remove(block, *group[at : at + 3])
         self._count += not group[at]
+        self._digest.add(block, stamp, mask, sum64)
         group[at], group[at + 1], group[at + 2] = stamp, mask, sum64
 
     def get(self, block: int) -> Line | None:
@@ -45,8 +51,14 @@ class Sent:
 
     def drop(self, block: int) -> None:
         """One that is there."""
-        self._groups[block // _GROUP][3 * (block % _GROUP)] = 0
+        group, at = self._groups[block // _GROUP], 3 * (block % _GROUP)
+        self._digest.remove(block, *group[at : at + 3])
+        group[at] = 0
         self._count -= 1
+
+    def digest(self) -> bytes:
+        """`pieces.digest` of all lines."""
+        return self._digest.value()
 
     def lines(self) -> Iterator[Line]:
         """All of them, blocks ascending."""

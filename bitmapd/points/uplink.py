@@ -27,6 +27,7 @@ from enum import Enum
 from typing import Final, Protocol
 
 from bitmapd.copier.throttle import SpeedMeter, Throttle
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.codec import MAX_ENTRIES, PAGE_BYTES, cost_bytes
@@ -51,7 +52,7 @@ from bitmapd.points.messages import (
     Received,
     Role,
 )
-from bitmapd.points.pieces import Packer, digest
+from bitmapd.points.pieces import Packer
 from bitmapd.points.sent import Sent
 from bitmapd.points.spool import Spool
 from bitmapd.record.geometry import Geometry
@@ -80,7 +81,7 @@ class Wire(Protocol):
 class UplinkOwner(Protocol):
     """What the owner hears; it may call `end` and `send` from inside."""
 
-    def linked(self, lost: list[int]) -> None:
+    def linked(self, lost: BlockSet) -> None:
         """The receiver has all of the open point but these blocks."""
 
     def committed(self) -> None:
@@ -306,7 +307,10 @@ class Uplink:
             self._owner.committed()
             return
         before, self._sent, self._kept = self._sent, self._kept, Sent()
-        lost = [line[0] for line in before.lines() if self._sent.get(line[0]) is None]
+        lost = BlockSet()
+        for block, *_ in before.lines():
+            if self._sent.get(block) is None:
+                lost.add(block, block + 1)
         if not lost and not greeted:
             raise PeerError(
                 ErrorCode.DIGEST, f"the receiver has all of point {self.point}, and refuses it"
@@ -366,7 +370,7 @@ class Uplink:
         self._ended = True
         sent = self._sent
         self._begin(wall_ns, label)
-        self._send(End(self.point, self._identity.incarnation, len(sent), digest(sent.lines())))
+        self._send(End(self.point, self._identity.incarnation, len(sent), sent.digest()))
 
     def next_point(self) -> None:
         """The point was committed: the next one is open, and empty."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bitmapd.points.messages import Encoding
-from bitmapd.points.pieces import digest
+from bitmapd.points.pieces import Digest
 
 IN_IMAGE: Final = 0  # instead of a place in the journal
 
@@ -44,15 +44,19 @@ class Entries:
         self.count = 0
         self.payload_bytes = 0
         self._groups: dict[int, bytearray] = {}
+        self._digest = Digest()
 
     def add(self, kept: Kept) -> None:
         group = self._groups.get(kept.block // _GROUP)
         if group is None:
             group = self._groups[kept.block // _GROUP] = bytearray(_GROUP * _LINE.size)
         at = kept.block % _GROUP * _LINE.size
-        stamp, _, _, _, length_bytes, _ = _LINE.unpack_from(group, at)
+        stamp, mask, sum64, _, length_bytes, _ = _LINE.unpack_from(group, at)
         if stamp >= kept.stamp:
             return
+        if stamp:
+            self._digest.remove(kept.block, stamp, mask, sum64)
+        self._digest.add(kept.block, kept.stamp, kept.mask, kept.sum64)
         self.count += not stamp
         self.payload_bytes += kept.length_bytes - length_bytes
         _LINE.pack_into(
@@ -89,4 +93,4 @@ class Entries:
         return ((kept.block, kept.stamp) for kept in self)
 
     def digest(self) -> bytes:
-        return digest((kept.block, kept.stamp, kept.mask, kept.sum64) for kept in self)
+        return self._digest.value()

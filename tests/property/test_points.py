@@ -7,12 +7,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from bitmapd.points import uplink
 from bitmapd.points.messages import Have
+from bitmapd.points.pieces import Digest
 from bitmapd.points.sender import Phase
 from bitmapd.points.uplink import Uplink
-from bitmapd.receiver import entries
-from bitmapd.receiver.entries import Entries
 from tests.support import simpoints
 from tests.support.pointmistakes import MISTAKES
 from tests.support.policies import KeepNothing
@@ -113,14 +111,15 @@ def test_blocks_alone_do_not_tell_one_sending_from_another(
         if message.last:
             self._compared()
 
-    def digest(lines: Iterable[tuple[int, int, int, int]]) -> bytes:
-        return right((block, 0, 0, 0) for block, *_ in lines)
+    def add(self: Digest, block: int, stamp: int, mask: int, sum64: int) -> None:
+        self._sum += 1 << block
 
-    right = uplink.digest
+    def remove(self: Digest, block: int, stamp: int, mask: int, sum64: int) -> None:
+        self._sum -= 1 << block
+
     monkeypatch.setattr(Uplink, "_have", have)
-    monkeypatch.setattr(uplink, "digest", digest)
-    monkeypatch.setattr(entries, "digest", digest)
-    assert Entries.digest
+    monkeypatch.setattr(Digest, "add", add)
+    monkeypatch.setattr(Digest, "remove", remove)
     world = connected()
     sent_again_and_lost(world)
     world.settle()

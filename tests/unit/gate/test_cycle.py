@@ -303,7 +303,7 @@ def test_what_did_not_arrive_is_dirty_and_not_pending(cuts: Cuts) -> None:
     cuts.put(1)
     cuts.cut()
     cuts.gate.copied(1, 2)
-    cuts.gate.send_again(1)
+    cuts.gate.send_again(1, 2)
     assert not cuts.gate.is_pending(1)
     assert cuts.gate.current.any(1, 2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bitmapd.points.pieces import digest
 from bitmapd.points.schedule import FIRST_PAUSE_S, LAST_PAUSE_S, Next, Schedule
 from bitmapd.points.sent import Line, Sent
 from bitmapd.points.spool import Spool
@@ -47,6 +48,7 @@ def test_the_table_of_what_was_sent_is_a_dictionary(steps: list[tuple[int, bool]
             del model[block]
     assert list(sent.lines()) == [model[block] for block in sorted(model)]
     assert len(sent) == len(model)
+    assert sent.digest() == digest(model.values())
     assert all(sent.get(block) == model.get(block) for block in range(80))
 
 
