@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 from tests.support.nbdpeers import nbdkit
 from tests.support.needs import need
 from tests.support.pairs import Pair
+from tests.support.sockets import free_ports
 from tests.support.volumes import KIB, MIB, Volume, noise
 
 PARTNER_KEYS = {
@@ -38,17 +38,6 @@ def pair(short_path: Path) -> Iterator[Pair]:
     with Pair(short_path) as made:
         made.create()
         yield made
-
-
-def free_ports(count: int) -> list[int]:
-    """Nobody listens there now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def paused(pair: Pair) -> None:
