@@ -18,6 +18,7 @@ from tests import support
 from tests.support.pairs import Pair
 from tests.support.volumes import KIB, MIB, noise, wait_gone
 
+ROOT = Path(__file__).parents[2]
 WRITE = 1
 
 
@@ -311,3 +312,35 @@ def test_a_node_that_stood_still_while_it_was_fenced_writes_nothing_any_more(
     assert pair[2].read(20 * MIB, 64 * KIB) == new
     copied(pair)
     assert pair.equal()
+
+
+# -- an agent from examples/ ------------------------------------------------------------------
+
+
+def test_an_agent_of_one_s_own_ends_the_other_process(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ssh` leads to the other node's folders instead of another machine."""
+    with Pair(short_path) as pair:
+        agent = ["--fence-command", str(ROOT / "examples/fencing/fence-by-ssh")]
+        pair[1].options = [*pair[1].options, *agent, "--fence-options", "plug=b volume=vol0"]
+        pair.create()
+        folder = short_path / "bin"
+        folder.mkdir()
+        home = pair[2].folder
+        (folder / "ssh").write_text(
+            "#!/bin/sh\nwhile [ $1 != dmctl ]; do shift; done; shift\n"
+            f'exec {pair[2].program} --config-dir {home}/etc --run-dir {home}/run "$@"\n'
+        )
+        (folder / "ssh").chmod(0o755)
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+            pair[1].start()
+        pair.start()
+        pid = pair[2].pid
+        (short_path / "p1").unlink()
+        os.kill(pid, signal.SIGSTOP)
+        pair.until(1, "cut")
+        os.kill(pid, signal.SIGCONT)
+        assert taken(pair, 1)["proof"] == "fence"
+        wait_gone(pid)

@@ -35,6 +35,27 @@ def test_the_two_nodes_of_an_example_fit_together(link: str) -> None:
     assert one.record != two.record
 
 
+def test_the_two_nodes_that_fence_by_scsi_take_off_one_another_s_key() -> None:
+    folders = [EXAMPLES / "fencing/scsi" / f"node{number}" for number in (1, 2)]
+    one, two = (load_all(Paths(folder, Path("/run/dmctl")))["db"] for folder in folders)
+    keys_of_others = [dict(config.fence_options)["key"] for config in (one, two)]
+    for folder, config, key in zip(folders, (one, two), reversed(keys_of_others), strict=True):
+        unfence = (folder / "unfence.conf").read_text()
+        assert f"--key={key} " in unfence
+        devices = dict(config.fence_options)["devices"]
+        assert f"--devices={devices}\n" in unfence
+        assert devices == f"{config.primary},{config.secondary}"
+        assert (config.takeover, config.fence_aborts_io) == ("auto", True)
+
+
+def test_scripts_are_ones_that_shellcheck_accepts() -> None:
+    program = shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("SHELLCHECK IS NOT INSTALLED: THE SCRIPTS WERE NOT LOOKED AT")
+    scripts = [EXAMPLES / "fencing/fence-by-ssh", EXAMPLES / "ocf/dmctl-fence-pacemaker"]
+    subprocess.run([program, *scripts], check=True, timeout=60)
+
+
 def test_the_units_are_accepted_by_systemd(tmp_path: Path) -> None:
     program = shutil.which("systemd-analyze")
     if program is None:
