@@ -11,7 +11,8 @@ Invariants:
 1. `take_era` is called only while no copy is in flight (the gate's condition).
 2. One barrier at a time, and nothing begins before it has passed.
 3. Where others write (`gate/elsewhere`) eras end whether or not anything is copied, since the
-   kernel's table follows the record at barriers; and early when somebody there has a reason not to
+   kernel's table follows the record at barriers; so they do while another node takes over what is
+   to be copied (`hands_over`).  They end early when somebody there has a reason not to
    wait, but not before `URGENT_ERA_S`, for a barrier has its price.
 4. An era that may end, or a rate that allows the next copy, is looked at though nothing else
    happens then.
@@ -57,6 +58,7 @@ class Rounds:
         self._settling = settling
         self._look = look
         self.era_interval_s = era_interval_s
+        self.hands_over = False
         self._barrier = False
         self._next_era_s = 0.0
         self._era_since_s = 0.0  # of the era that the barrier ends
@@ -84,7 +86,7 @@ class Rounds:
 
     def step(self, *, running: bool) -> None:
         """Do whatever can be done now; `running`: copies may begin."""
-        if self._barrier or not (running or self._gate.is_written_elsewhere):
+        if self._barrier or not (running or self._gate.is_written_elsewhere or self.hands_over):
             return
         now = self._scheduler.time()
         if self._era_is_over(now):

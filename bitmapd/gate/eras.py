@@ -204,6 +204,17 @@ class Eras:
         """Blocks of earlier eras that wait to be copied."""
         return self._unsettled.taken
 
+    def idle_dirt(self, most: int) -> list[int]:
+        """At most so many extents with blocks of earlier eras that wait to be copied, of which
+        nothing was written since the last barrier."""
+        found: list[int] = []
+        at, per = 0, self._geometry.blocks_per_extent
+        while len(found) < most and (run := self.taken.next_run(at)) is not None:
+            first, at = self._geometry.extent_blocks(run[0] // per, run[0] // per + 1)
+            if not self.is_hot(first, at):
+                found.append(first // per)
+        return found
+
     def is_hot(self, first: int, stop: int) -> bool:
         """Whether some of these blocks were written again since the last barrier."""
         return self._current_era.blocks.any(first, stop)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
@@ -83,6 +83,10 @@ class Home(Protocol):
     def figures(self) -> tuple[int, float, str, int]:
         """Dirty bytes, the age of the oldest in seconds, the secondary ("up", "down", "paused"),
         and bytes copied since the start: for the other node."""
+
+    def idle_dirt(self, *, wanted: bool) -> Sequence[int]:
+        """Extents with something to copy that nobody has written since the last barrier; none
+        unless they are `wanted`, and then barriers go on though nothing is copied."""
 
     def other_died(self, extents: Runs, *, late: bool) -> None:
         """These were the other's and are ours; `late`: what it had sent there may yet land."""
@@ -166,6 +170,7 @@ class Pair:
         self._frames_before = 0
         self._told_slow = False
         self._comparisons = 0  # that were asked for
+        self.hands_over = False  # what is to be copied, since there is no way to the secondary here
         self.asked = 0  # who waits for a word of the other node
         self.lets_hosts_in = False
         self._waiting_since_s: float | None = None
@@ -317,6 +322,7 @@ class Pair:
         self.rights.tick()
         self.node.tick()
         self.look_at_record()
+        self._hand_over()
         waiting = self.rights.waiting
         if not waiting:
             self._waiting_since_s = None
@@ -334,6 +340,12 @@ class Pair:
         is_cut = self.node.state is State.CUT
         self.fence.tick(self._loop.time() - self.since_s if is_cut else None, waiting)
 
+    def _hand_over(self) -> None:
+        """A node without a way to the secondary gives what is to be copied to one that has it."""
+        there = self.is_paired and self.peer.words and _SECONDARY[min(self.peer.secondary, 2)]
+        self.hands_over = there == "up" and self._home.figures()[2] == "down"
+        self.rights.hand_over(self._home.idle_dirt(wanted=self.hands_over))
+
     @property
     def oldest_wait_s(self) -> float:
         """How long some request of a host has waited without a break, to the tick."""
@@ -349,6 +361,7 @@ class Pair:
             "state": node.state.value,
             "link": link,
             "copier": node.lead.is_here,
+            "hands_over": self.hands_over,
             "term": node.lasting.term,
             "generation": node.lasting.generations[0].hex(),
             "since": round(self._loop.time() - self.since_s, 3),

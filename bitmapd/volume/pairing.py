@@ -33,6 +33,8 @@ from bitmapd.record.store import RecordStore
 from bitmapd.record.superblock import MAX_GENERATIONS, Superblock
 from bitmapd.volume.session import RecordSession
 
+MOST_HANDED_OVER = 4096  # extents a second, of which each may take its dirt along block by block
+
 
 class Owner(Protocol):
     """The volume."""
@@ -88,6 +90,12 @@ class VolumeHome:
             state.get(self._copier.state, "up"),
             self._copier.copied_bytes,
         )
+
+    def idle_dirt(self, *, wanted: bool) -> Sequence[int]:
+        if self._gate is None:
+            return ()
+        self._copier.rounds.hands_over = wanted
+        return self._gate.idle_dirt(MOST_HANDED_OVER) if wanted else ()
 
     def primary_late_s(self) -> float:
         return self._copier.late.bound_s if self._primary.writes_late else 0.0

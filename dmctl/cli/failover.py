@@ -215,6 +215,8 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if figures["conflicts"] is not None:
         found.append(("conflicts", CONFLICTS.format(**figures["conflicts"])))
+    if figures["hands_over"]:
+        found.append(("secondary", "handed over: the partner copies what is written here"))
     if figures["fencing"] is not None:
         found.append(("fencing", FENCING[figures["fencing"]]))
     if figures["proof"] is not None:

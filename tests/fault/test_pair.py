@@ -26,7 +26,7 @@ PARTNER_KEYS = {
     "partner_extents", "owed_extents", "embargoed_extents", "waiting_requests",
     "oldest_wait_seconds", "rtt_seconds", "messages_total", "asks_total", "handovers_total",
     "refused_guesses_total", "exchanges_total", "absorbed_extents_total", "compared_extents_total",
-    "proof", "serving",
+    "proof", "hands_over", "serving",
 }  # fmt: skip
 PEER_KEYS = {
     "name", "version", "incarnation", "dirty_bytes", "lag_seconds", "secondary", "serves",
@@ -757,3 +757,41 @@ def test_a_server_that_takes_one_client_is_refused(short_path: Path) -> None:
             refused = pair[1].refused("start", "vol0")
             assert "several clients" in refused["message"]
             assert refused["exit_status"] == 14
+
+
+def test_a_node_without_a_way_to_the_secondary_hands_its_dirt_over(short_path: Path) -> None:
+    need("nbdkit")
+    with Pair(short_path) as pair:
+        command = ["file", f"file={pair.secondary}"]
+
+        def copied(number: int) -> int:
+            return int(pair[number].status()["copied_bytes_total"])
+
+        with nbdkit(short_path, *command) as server:
+            for node in pair.nodes.values():
+                node.secondary_target = str(server.uri())
+                node.options += ["--era-interval", "100ms", "--late-writes", "0s"]
+            pair.create()
+            pair.start()
+            for number in (1, 2):
+                pair[number].wait_in_sync()
+        before = {number: copied(number) for number in (1, 2)}
+        with nbdkit(short_path, "--filter=ip", *command, f"deny=pid:{pair[1].pid}"):
+            pair[2].until(lambda status: status["state"] == "in-sync")
+            pair[1].until(lambda status: status["partner"]["hands_over"])
+            pair[1].write(3 * MIB, noise(1, MIB))
+            pair[1].wait_in_sync()
+            assert pair.equal()
+            assert pair[1].status()["state"] == "link-down"
+            assert not pair.partner(2)["hands_over"]
+            assert "handed over" in pair[1].dmctl("partner", "vol0")
+            assert copied(1) == before[1]
+            assert copied(2) >= before[2] + MIB
+        with nbdkit(short_path, *command):
+            for number in (1, 2):
+                pair[number].until(lambda status: status["state"] == "in-sync")
+            pair[1].until(lambda status: not status["partner"]["hands_over"])
+            pair[1].write(9 * MIB, noise(2, MIB))
+            pair[1].wait_in_sync()
+            assert copied(1) >= before[1] + MIB
+            assert pair.equal()

@@ -35,7 +35,7 @@ from random import Random
 
 from bitarray import bitarray
 
-from bitmapd.copier.engine import Copier
+from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError
 from bitmapd.gate.gate import Gate
@@ -559,6 +559,7 @@ class World:
                 side.rights.tick()
                 side.node.tick()
                 side.look_at_record()
+                self.hand_over(side)
         elif dice < 95:
             self.superblock(side)
         elif dice < 96.5:
@@ -590,6 +591,15 @@ class World:
             for side in self.sides:
                 self.deliver(side)
                 self.superblock(side)
+
+    def hand_over(self, side: Side) -> None:
+        """What the pair does at each tick, where the secondary is away at one node."""
+        other = self.sides[2 - side.number]
+        is_there = other.alive and other.copier.state is CopyState.RUNNING
+        away = side.copier.state is CopyState.LINK_DOWN
+        side.copier.rounds.hands_over = on = away and is_there
+        if on and side.node.state is State.PAIRED:
+            side.rights.hand_over(side.gate.idle_dirt(EXTENTS))
 
     def yield_hosts(self, side: Side) -> None:
         """Hosts are off for a planned takeover once they have been answered."""
@@ -1040,6 +1050,7 @@ class World:
                 side.rights.tick()
                 side.node.tick()
                 side.look_at_record()
+                self.hand_over(side)
             self.check()
             if self.at_rest:
                 return

@@ -152,6 +152,21 @@ def test_a_volume_may_start_without_its_secondary() -> None:
     assert equal(mirror)
 
 
+@pytest.mark.parametrize("hands_over", [False, True])
+def test_eras_end_without_a_link_while_another_node_takes_over(
+    mirror: Mirror, hands_over: bool
+) -> None:
+    mirror.put(0)
+    until_reads(mirror)
+    mirror.finish(mirror.primary)
+    mirror.fail(mirror.secondary, errno.ENOTCONN)
+    mirror.copier.rounds.hands_over = hands_over
+    mirror.put(9)
+    mirror.loop.advance(1.1)  # the server does not answer
+    assert mirror.copier.state is CopyState.LINK_DOWN
+    assert list(mirror.gate.taken.runs()) == ([(0, 1), (9, 10)] if hands_over else [(0, 1)])
+
+
 def test_a_wrong_secondary_is_never_written(mirror: Mirror) -> None:
     mirror.refusal = OSError(errno.ENODEV, "another medium")
     mirror.secondary.connected = False

@@ -131,6 +131,7 @@ def test_a_volume_without_a_partner_is_recorded_here(nodes: dict[int, Cli]) -> N
 
 FIGURES: dict[str, Any] = {
     "node": 2, "state": "cut", "link": "down", "copier": False, "term": 4, "since": 12.3,
+    "hands_over": False,
     "own_extents": 5, "partner_extents": 6, "owed_extents": 1, "waiting_requests": 3,
     "oldest_wait_seconds": 7.25, "rtt_seconds": 0.0005, "messages_total": 40, "handovers_total": 7,
     "proof": None, "fencing": None, "last_error": "no answer for 2 s", "peer": None,

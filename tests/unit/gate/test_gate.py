@@ -307,6 +307,17 @@ def test_hot_means_written_since_the_last_barrier(mirror: Mirror) -> None:
     assert not mirror.gate.is_hot(2, 4)
 
 
+def test_idle_dirt_is_what_nobody_has_written_since_the_barrier(mirror: Mirror) -> None:
+    for block in (0, 1, 2 * PER_EXTENT, 3 * PER_EXTENT):
+        mirror.put(block)
+    assert mirror.gate.idle_dirt(9) == []
+    mirror.gate.take_era(lambda: None)
+    mirror.run()
+    mirror.put(3 * PER_EXTENT + 1)
+    assert mirror.gate.idle_dirt(9) == [0, 2]
+    assert mirror.gate.idle_dirt(1) == [0]
+
+
 def test_an_empty_record_leaves_nothing_to_wait_for() -> None:
     mirror = Mirror()
     mirror.gate.take_recorded()
