@@ -1,4 +1,4 @@
-"""The life of a bitmapd process: one process serves one volume.
+"""The life of a bitmapd process: one process serves one volume, or receives one's points.
 
     bitmapd NAME [--foreground] [--config-dir DIR] [--run-dir DIR]
 
@@ -22,54 +22,47 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import sys
 import syslog
 import threading
 import time
-from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from bitmapd import __version__
 from bitmapd.attach.choose import resolved
 from bitmapd.config import (
     Paths,
+    ReceiverConfig,
     atomic_write,
     change_volume,
     changed,
     check_name,
     from_unit_instance,
+    load_any,
     load_volume,
 )
 from bitmapd.control.events import EventLog, LineSink, format_line
-from bitmapd.control.metrics import MetricsServer
-from bitmapd.control.notify import notify
-from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
-from bitmapd.errors import BitmapdError, BusyError, UsageError, WrongStateError, explain, printable
+from bitmapd.control.server import Handler, Progress
+from bitmapd.errors import BitmapdError, UsageError, WrongStateError, explain, printable
 from bitmapd.hardening import keep_standard_descriptors, protect_memory
-from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
+from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort
 from bitmapd.predict.predictors import make_policy
+from bitmapd.process import Process
 from bitmapd.record.medium import RecordMedium
 from bitmapd.volume.conversion import become_single
+from bitmapd.volume.receiving import Receiving
 from bitmapd.volume.requestlog import check_log
-from bitmapd.volume.stall import Stall, StalledError
 from bitmapd.volume.volume import Volume
-
-LOOK_AGAIN_S = 1.0
-
-Emit = Callable[..., None]
-T = TypeVar("T")
-
-ALIVE_S = 0.5  # between two signs of life while a client waits
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bitmapd",
         description="Serve one mirrored volume: recover what the stored record names, export the"
-        " volume over NBD, copy what hosts write to the secondary. 'dmctl start NAME' runs it, and"
-        " 'dmctl create' makes the volume.",
+        " volume over NBD, copy what hosts write to the secondary; or receive consistent points of"
+        " a volume elsewhere. 'dmctl start NAME' runs it, 'dmctl create' makes the volume, 'dmctl"
+        " receive' the receiver.",
         epilog="SIGTERM stops at once and leaves in the record what is not copied; if that takes"
         f" longer than {STOP_TIMEOUT_S:g} s the process ends as by a crash, with status 40. SIGHUP"
         " reads the configuration again. In the foreground it reports to the service manager when"
@@ -86,66 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Daemon:
-    """Volume, control socket, metrics and signals on one loop."""
-
-    def __init__(self, paths: Paths, name: str, log: EventLog, last_resort: LastResort) -> None:
-        self._last_resort = last_resort
-        self._signals: Signals | None = None
-        self._paths = paths
-        self._name = name
-        self._log = log
-        self._ended = asyncio.Event()
-        self._stop_task: asyncio.Task[dict[str, Any]] | None = None
-        self._metrics: MetricsServer | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._turn = asyncio.Lock()  # of what exchanges or ends the volume
-        self._failure: BaseException | None = None
-
-    async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.set_exception_handler(self._last_resort.on_loop)
-        _look_again(loop)
-        self.volume = self._make_volume()
-        listen = self.volume.config.metrics_listen
-        if listen is not None:
-            # Before anything is opened, so that a missing package is an early error.
-            self._metrics = MetricsServer(listen, self._figures)
-        control = ControlServer(self._paths.control_socket(self._name), self._handlers())
-        await self.volume.start()
-        stop = partial(self._begin_stop, True)
-        handlers: dict[signal.Signals, Callable[[], object]] = {
-            signal.SIGTERM: stop,
-            signal.SIGINT: stop,
-            signal.SIGHUP: self._reload,
-        }
-        try:
-            self._signals = Signals(loop, handlers, self._last_resort)
-            if self._metrics is not None:
-                await self._metrics.start()
-            # Last: who reaches it takes the volume for started.
-            await control.start()
-        except BaseException:
-            await self._begin_stop(True)
-            raise
-        self._log.emit("started", version=__version__, pid=os.getpid())
-        notify("READY=1")
-        await self._ended.wait()
-        with contextlib.suppress(OSError):  # a manager that is gone sees the process end, and how
-            notify("STOPPING=1")
-        if self._metrics is not None:
-            await self._metrics.close()
-        await control.close()
-        if self._failure is not None:
-            raise self._failure
-        if self._stop_task is not None:
-            try:
-                await self._stop_task  # its failure is the process's failure
-            except StalledError as error:
-                self._last_resort.end(error)  # any other end would wait for the medium, too
-
-    def _figures(self) -> dict[str, Any]:
-        return self.volume.status()
+class Daemon(Process[Volume]):
+    """The process of a volume."""
 
     def _make_volume(self) -> Volume:
         config = resolved(load_volume(self._paths, self._name))
@@ -153,44 +88,8 @@ class Daemon:
         volume.on_outdated = _start_anew
         return volume
 
-    # -- stopping -------------------------------------------------------------------------
-    def _begin_stop(self, now: bool) -> asyncio.Task[dict[str, Any]]:
-        """One stop for everybody who asks; a stop with `now` hurries one that copies."""
-        if self._stop_task is None:
-            self._stop_task = asyncio.ensure_future(self._stop_volume(now))
-            self._stop_task.add_done_callback(self._stopped)
-        elif now:
-            self.volume.hurry()
-        return self._stop_task
-
-    async def _stop_volume(self, now: bool) -> dict[str, Any]:
-        """StalledError if a medium does not answer: it will not be waited for any longer."""
-        stop = asyncio.ensure_future(self._stop_in_turn(now))
-        stall = Stall(STOP_TIMEOUT_S)
-        while not (await asyncio.wait([stop], timeout=ALIVE_S))[0]:
-            if stall.seen(asyncio.get_running_loop().time(), self.volume.asked()):
-                raise StalledError(
-                    f"the stop of volume '{self._name}' waits for {self.volume.silent_media()},"
-                    f" which has not answered for {STOP_TIMEOUT_S:g} s: bitmapd ends as by a crash",
-                    hint="what differs is in the record, and is copied after the next start",
-                )
-        return stop.result()
-
-    async def _stop_in_turn(self, now: bool) -> dict[str, Any]:
-        async with self._turn:
-            return await self.volume.stop(now)
-
-    def _stopped(self, task: asyncio.Task[dict[str, Any]]) -> None:
-        if not task.cancelled() and isinstance(task.exception(), BusyError):
-            # Hosts have the device open: nothing has been stopped, and they are served as before.
-            self._stop_task = None
-            if self._signals is not None:
-                self._signals.refused()
-            self._log.emit("stop-refused", message=str(task.exception()))
-            return
-        self._ended.set()
-        if not task.cancelled() and task.exception() is not None:
-            self._log.emit("failed", message=f"the stop failed: {task.exception()}")
+    def _metrics_listen(self) -> str | None:
+        return self.volume.config.metrics_listen
 
     def _reload(self) -> None:
         try:
@@ -198,13 +97,8 @@ class Daemon:
         except BitmapdError as error:
             self._log.emit("settings-refused", message=error.message)
 
-    # -- verbs ----------------------------------------------------------------------------
     def _handlers(self) -> dict[str, Handler]:
-        return {
-            "ping": self._ping,
-            "status": self._status,
-            "stop": self._stop,
-            "wait": self._wait,
+        return super()._handlers() | {
             "resync": self._resync,
             "verify": self._verify,
             "pause": self._pause,
@@ -215,58 +109,7 @@ class Daemon:
             "takeover": self._takeover,
             "demote": self._demote,
             "dissolve": self._dissolve,
-            "events": events_handler(self._log),
         }
-
-    async def _ping(self, args: dict[str, Any], progress: Progress) -> Any:
-        return {"state": "ready", "pid": os.getpid(), "version": __version__}
-
-    async def _status(self, args: dict[str, Any], progress: Progress) -> Any:
-        return self.volume.status()
-
-    async def _alive(self, task: asyncio.Future[T], progress: Progress) -> T:
-        """Its value; meanwhile the client hears that this process lives, and how far it is.
-
-        The task goes on when the client goes away.
-        """
-        while not (await asyncio.wait([task], timeout=ALIVE_S))[0]:
-            figures = self.volume.status()
-            await progress({key: figures[key] for key in ("state", "dirty_bytes")})
-        return task.result()
-
-    async def _while_asked(self, work: Coroutine[Any, Any, T], progress: Progress) -> T:
-        """As `_alive`, for what nobody needs once the client has gone away."""
-        task = asyncio.ensure_future(work)
-        try:
-            return await self._alive(task, progress)
-        finally:
-            task.cancel()
-
-    async def _to_its_end(self, work: Coroutine[Any, Any, T], progress: Progress) -> T:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended_unasked)
-        return await self._alive(task, progress)
-
-    def _ended_unasked(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # if nobody waits for it any more, nobody hears of it
-
-    async def _stop(self, args: dict[str, Any], progress: Progress) -> Any:
-        return await self._alive(self._begin_stop(bool(args.get("now", False))), progress)
-
-    async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
-        return await self._while_asked(self._reach(str(args.get("for", "in-sync"))), progress)
-
-    async def _reach(self, state: str) -> dict[str, Any]:
-        await self.volume.wait(state)
-        while self.volume.left:
-            async with self._turn:
-                if self._failure is not None:
-                    raise WrongStateError(f"volume '{self._name}' has failed")
-            await self.volume.wait(state)
-        return {"state": self.volume.state}
 
     async def _resync(self, args: dict[str, Any], progress: Progress) -> Any:
         work = self.volume.resync(bool(args.get("checksum", False)))
@@ -357,6 +200,47 @@ class Daemon:
         return answer
 
 
+VOLUME_VERBS = (
+    "resync", "verify", "pause", "resume", "set", "resize", "partner", "takeover", "demote",
+    "dissolve",
+)  # fmt: skip
+
+
+class ReceiverProcess(Process[Receiving]):
+    """The process of a receiver."""
+
+    def _make_volume(self) -> Receiving:
+        receiving = Receiving(self._config(), asyncio.get_running_loop(), self._log.emit)
+        receiving.on_failed = self._fail
+        return receiving
+
+    def _config(self) -> ReceiverConfig:
+        config = load_any(self._paths, self._name)
+        if not isinstance(config, ReceiverConfig):
+            raise WrongStateError(f"'{self._name}' is no receiver any more")
+        return config
+
+    def _reload(self) -> None:
+        try:
+            self.volume.reconfigure(self._config())
+        except BitmapdError as error:
+            self._log.emit("settings-refused", message=error.message)
+
+    def _handlers(self) -> dict[str, Handler]:
+        # What is only for volumes says so, and what a receiver can be asked.
+        only_volumes = dict.fromkeys(VOLUME_VERBS, self._refuse)
+        return only_volumes | super()._handlers() | {"points": self._points}
+
+    async def _refuse(self, args: dict[str, Any], progress: Progress) -> Any:
+        raise WrongStateError(
+            f"'{self._name}' is a receiver, and this is for volumes",
+            hint=f"'dmctl points {self._name}' shows what it holds",
+        )
+
+    async def _points(self, args: dict[str, Any], progress: Progress) -> Any:
+        return {"points": self.volume.points()}
+
+
 def _start_anew() -> None:
     """The partner has taken over: whatever this process believes to own is no longer its own.  The
     kernel ends its I/O before the next program begins, and every descriptor is closed by that but
@@ -364,12 +248,6 @@ def _start_anew() -> None:
     for number in range(3):
         os.set_inheritable(number, True)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
-
-
-def _look_again(loop: asyncio.AbstractEventLoop) -> None:
-    """A thread wakes the loop by a byte; asyncio forgets one that cannot be sent for want of memory
-    (`_write_to_self`), and a loop without a timer would wait for ever."""
-    loop.call_later(LOOK_AGAIN_S, _look_again, loop)
 
 
 def _write_error(paths: Paths, name: str, error: BitmapdError) -> None:
@@ -404,7 +282,9 @@ def serve(paths: Paths, name: str, *, foreground: bool) -> int:
     try:
         paths.error_file(name).unlink(missing_ok=True)
         protect_memory(log.emit)
-        asyncio.run(Daemon(paths, name, log, last_resort).run())
+        receives = isinstance(load_any(paths, name), ReceiverConfig)
+        process = ReceiverProcess if receives else Daemon
+        asyncio.run(process(paths, name, log, last_resort).run())
     except BitmapdError as error:
         _write_error(paths, name, error)
         log.emit("failed", code=error.code, message=error.message, hint=error.hint)
@@ -468,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = Paths(found.config_dir.absolute(), found.run_dir.absolute())
         paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
         # A mistake, or a process that serves the volume already, is reported to whoever typed this.
-        config = load_volume(paths, arguments.name)
+        config = load_any(paths, arguments.name)
         if not arguments.foreground:
             with RecordMedium.open(config.record) as medium:
                 medium.lock()

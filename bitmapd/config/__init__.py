@@ -27,6 +27,7 @@ from bitmapd.config.files import (
     change_volume,
     create_volume,
     load_all,
+    load_any,
     load_defaults,
     load_volume,
     remove_volume,
@@ -40,6 +41,12 @@ from bitmapd.config.kinds import (
     unit_instance,
 )
 from bitmapd.config.problems import ConfigError, Problem, nearest
+from bitmapd.config.receiver import (
+    ReceiverConfig,
+    build_receiver,
+    receiver_keys,
+    render_receiver,
+)
 from bitmapd.config.tables import build_volume, changed, parse_table, render
 from bitmapd.config.volume import (
     Key,
@@ -57,8 +64,10 @@ __all__ = [
     "Key",
     "Paths",
     "Problem",
+    "ReceiverConfig",
     "VolumeConfig",
     "atomic_write",
+    "build_receiver",
     "build_volume",
     "change_volume",
     "changed",
@@ -72,13 +81,16 @@ __all__ = [
     "is_loopback",
     "keys",
     "load_all",
+    "load_any",
     "load_defaults",
     "load_volume",
     "nearest",
     "parse_metrics_listen",
     "parse_table",
+    "receiver_keys",
     "remove_volume",
     "render",
+    "render_receiver",
     "taken_up",
     "unit_instance",
     "volume_names",

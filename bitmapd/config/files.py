@@ -16,9 +16,10 @@ import toml
 
 from bitmapd.config.kinds import check_name
 from bitmapd.config.problems import Problem, config_error, denied, nearest
+from bitmapd.config.receiver import ROLE, ReceiverConfig, build_receiver
 from bitmapd.config.tables import build_volume, layer, parse_table, render
 from bitmapd.config.volume import VolumeConfig, keys
-from bitmapd.errors import ExistsError, NotFoundError, UsageError
+from bitmapd.errors import ExistsError, NotFoundError, UsageError, WrongStateError
 from bitmapd.net.uri import MAX_SOCKET_PATH_BYTES, NbdUri, format_uri
 
 DEFAULT_CONFIG_DIR = "/etc/dmctl"
@@ -164,11 +165,22 @@ def volume_names(paths: Paths) -> list[str]:
 
 
 def load_volume(paths: Paths, name: str) -> VolumeConfig:
-    """Raises NotFoundError, or `config_error` of all problems of dmctl.toml and the volume."""
+    """Raises NotFoundError, WrongStateError for a receiver, or `config_error` of all problems of
+    dmctl.toml and the volume."""
+    config = load_any(paths, name)
+    if isinstance(config, ReceiverConfig):
+        raise WrongStateError(
+            f"'{name}' is a receiver: it has no hosts, and is no volume",
+            hint=f"'dmctl points {name}' shows what it holds",
+        )
+    return config
+
+
+def load_any(paths: Paths, name: str) -> VolumeConfig | ReceiverConfig:
+    """A volume or a receiver; as `load_volume`."""
     check_name(name)
-    defaults, problems = load_defaults(paths)
     try:
-        config, found = _load(paths, name, defaults)
+        table, problems = read_table(paths.volume_file(name))
     except FileNotFoundError:
         names = volume_names(paths)
         raise NotFoundError(
@@ -176,19 +188,20 @@ def load_volume(paths: Paths, name: str) -> VolumeConfig:
             hint=nearest(name, names)
             or (f"there are: {', '.join(names)}" if names else "make one with 'dmctl create'"),
         ) from None
-    if config is None or problems:
-        raise config_error(problems + found)
+    file = str(paths.volume_file(name))
+    if table.get("role") == ROLE:
+        receiver, problems = build_receiver(name, table, file)
+        if receiver is None:
+            raise config_error(problems)
+        return receiver
+    defaults, found = load_defaults(paths)
+    config = None
+    if not problems:
+        listen = paths.default_listen(name)
+        config, problems = build_volume(name, table, defaults, file, listen)
+    if config is None or found:
+        raise config_error(found + problems)
     return config
-
-
-def _load(
-    paths: Paths, name: str, defaults: Mapping[str, Any]
-) -> tuple[VolumeConfig | None, list[Problem]]:
-    path = paths.volume_file(name)
-    table, problems = read_table(path)
-    if problems:
-        return None, problems
-    return build_volume(name, table, defaults, str(path), paths.default_listen(name))
 
 
 def volume_origins(paths: Paths, name: str) -> dict[str, str]:
@@ -208,18 +221,24 @@ def volume_origins(paths: Paths, name: str) -> dict[str, str]:
 
 
 def load_all(paths: Paths) -> dict[str, VolumeConfig]:
-    """Every volume; `config_error` of all problems of all files."""
+    """Every volume, of receivers the problems only; `config_error` of all problems of all files."""
     defaults, problems = load_defaults(paths)
     configs: dict[str, VolumeConfig] = {}
     for name in volume_names(paths):
+        file = str(paths.volume_file(name))
+        config = None
         try:
             check_name(name)
-            config, found = _load(paths, name, defaults)
+            table, found = read_table(paths.volume_file(name))
+            if table.get("role") == ROLE:
+                _, found = build_receiver(name, table, file)
+            elif not found:
+                listen = paths.default_listen(name)
+                config, found = build_volume(name, table, defaults, file, listen)
         except FileNotFoundError:
             continue  # removed since the directory was read
         except UsageError as error:
-            file = str(paths.volume_file(name))
-            config, found = None, [Problem(file, None, error.message, error.hint)]
+            found = [Problem(file, None, error.message, error.hint)]
         problems += found
         if config is not None:
             configs[name] = config

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from bitmapd.config.problems import nearest
 from bitmapd.errors import UsageError
-from bitmapd.net.uri import parse_partner_uri, parse_uri
+from bitmapd.net.uri import parse_partner_uri, parse_receiver_uri, parse_uri
 from bitmapd.units import (
     format_duration,
     format_rate,
@@ -216,6 +216,10 @@ def _partner(value: Any) -> str:
     return str(parse_partner_uri(_text(value)))
 
 
+def _receiver(value: Any) -> str:
+    return str(parse_receiver_uri(_text(value)))
+
+
 def _host_name(value: Any) -> str:
     name = _text(value)
     if _HOST_NAME.fullmatch(name) is None:
@@ -299,6 +303,9 @@ METRICS = Kind("unix:PATH | LOOPBACK:PORT", _metrics, str)
 RECORD_ON = choice("both", "partner", "local")
 PARTNER_ACK = choice("memory", "stored")
 NODE = Kind("1 | 2", _node, int)
+RECEIVER = Kind(
+    "receiver+tls://HOST[:PORT]/NAME | receiver+unix:///NAME?socket=PATH", _receiver, str
+)
 PARTNER = Kind("tls://HOST[:PORT] | unix:///PATH", _partner, str)
 HOST_NAME = Kind("name", _host_name, str)
 FINGERPRINT = Kind("SHA-256", _fingerprint, str)

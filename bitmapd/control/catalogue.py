@@ -663,12 +663,37 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "journal-note",
+        Level.NOTICE,
+        ("message",),
+        "at the start of a receiver: what the scan of its journal has noticed, such as a commit"
+        " page whose write was cut short",
+        "nothing, after a crash; else look for the journal's medium in dmesg",
+    ),
+    EventKind(
+        "sender-connected",
+        Level.NOTICE,
+        ("peer",),
+        "at a receiver: its sender is there and is followed",
+        "nothing",
+    ),
+    EventKind(
+        "sender-lost",
+        Level.WARNING,
+        ("message",),
+        "at a receiver: the connection of its sender has ended; what it holds stays as it is",
+        "nothing, if the sender comes again; else look at it, and at the network",
+        limited=True,
+    ),
+    EventKind(
         "sender-refused",
         Level.WARNING,
         ("message",),
-        "a sender came that this receiver must not follow; nothing of it was taken",
-        "find out which end has the right data",
+        "at a receiver: somebody came in whom it does not follow, or could not come in; nothing was"
+        " changed",
+        "the message says what does not fit",
         limited=True,
+        is_error=True,
     ),
     EventKind(
         "image-error",

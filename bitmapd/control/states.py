@@ -41,6 +41,7 @@ _STATES = (
     State("resyncing", 101, "dmctl wait NAME --for in-sync"),
     State("copying", 0),
     State("in-sync", 0),
+    State("receiving", 0),
     State("stopped", 14, "dmctl start NAME"),
 )
 STATES = {state.name: state for state in _STATES}

@@ -328,6 +328,7 @@ SIGNATURES: Final[tuple[tuple[int, bytes, str], ...]] = (
     (65526, b"SWAPSPACE2", "swap space"),
     (512, b"EFI PART", "GPT partition table"),
     (4096, b"EFI PART", "GPT partition table"),
+    (0, b"\x93bitmapd-points\n", "journal of a receiver"),
     (0, b"QFI\xfb", "qcow2 disk image"),
     (0, b"KDMV", "VMDK disk image"),
     (510, b"\x55\xaa", "partition table or boot sector"),

@@ -20,7 +20,7 @@ import enum
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from crc32c import crc32c
 
@@ -184,6 +184,22 @@ def choose_page(slots: Sequence[Raw], journal: bytes) -> tuple[CommitPage, tuple
             hint="the journal cannot be trusted: remove the receiver and make it anew",
         )
     return max(pages, key=lambda page: page.sequence), tuple(faults)
+
+
+def page_figures(page: CommitPage) -> dict[str, Any]:
+    """The keys of `receiver` that a commit page alone tells; the others are null."""
+    until = page.inconsistent_until
+    return {
+        "role": "promoted" if page.flags & PageFlag.PROMOTED else "receiver",
+        "committed": page.committed,
+        "applied": page.applied,
+        "queued_bytes": None,
+        "journal_bytes": None,
+        "journal_limit_bytes": None,
+        "consistent": "never" if until == NEVER else "no" if until else "yes",
+        "kept": [],
+        "view": None,
+    }
 
 
 def _checksum(raw: bytes | bytearray | memoryview, journal: bytes) -> int:

@@ -36,13 +36,18 @@ class Places:
     journal_bytes: int
 
     def __post_init__(self) -> None:
-        if self.journal_bytes < MIN_JOURNAL_BYTES or self.segments < MIN_SEGMENTS:
-            least = max(MIN_JOURNAL_BYTES, self.segments_offset + MIN_SEGMENTS * self.segment_bytes)
+        if self.journal_bytes < self.least_bytes:
             raise NoSpaceError(
                 f"a journal of {self.journal_bytes} bytes is too small for a volume of"
                 f" {self.geometry.size_bytes} bytes",
-                hint=f"it needs {least} bytes at least; a tenth of the volume is a good size",
+                hint=f"it needs {self.least_bytes} bytes at least; a tenth of the volume is a good"
+                " size",
             )
+
+    @property
+    def least_bytes(self) -> int:
+        """Of a journal for such a volume."""
+        return max(MIN_JOURNAL_BYTES, self.segments_offset + MIN_SEGMENTS * self.segment_bytes)
 
     @property
     def map_bytes(self) -> int:
@@ -58,7 +63,7 @@ class Places:
 
     @property
     def segments(self) -> int:
-        return max(0, self.journal_bytes - self.segments_offset) // self.segment_bytes
+        return (self.journal_bytes - self.segments_offset) // self.segment_bytes
 
     @property
     def segment_bytes(self) -> int:

@@ -50,6 +50,7 @@ from bitmapd.points.messages import (
     End,
     Error,
     Feature,
+    Goodbye,
     Hello2,
     Message,
     Need,
@@ -60,7 +61,7 @@ from bitmapd.points.messages import (
 )
 from bitmapd.points.pieces import Unpacker
 from bitmapd.receiver.applier import Applier
-from bitmapd.receiver.commit import MOST_QUEUED, NEVER, PageFlag, Queued
+from bitmapd.receiver.commit import MOST_QUEUED, PageFlag, Queued, page_figures
 from bitmapd.receiver.entries import IN_IMAGE, Entries, Kept
 from bitmapd.receiver.image import InPlace
 from bitmapd.receiver.journal import Journal
@@ -90,7 +91,11 @@ _FOLLOWS: Final = (Verdict.GO_ON, Verdict.NEW_RECEIVER)
 class Wire(Protocol):
     """One connection of a sender."""
 
-    def send(self, message: Message) -> None: ...
+    @property
+    def peer(self) -> str:
+        """Its other end, for messages."""
+
+    def send(self, message: Message) -> int: ...
 
     def greeted(self, geometry: Geometry) -> None:
         """Its HELLO2 fits: blocks are those of this volume from now on."""
@@ -169,6 +174,14 @@ class Receiver:
             wire, self._wire = self._wire, None
             wire.close(PeerError(ErrorCode.INTERNAL, "the journal of the receiver has failed"))
 
+    def leave(self) -> None:
+        """This process stops: say so, and take nothing any more."""
+        if self._wire is not None:
+            wire = self._wire
+            wire.send(Bye(Goodbye.STOPPED))
+            self.lost(wire)
+            wire.close()
+
     @property
     def is_idle(self) -> bool:
         """Nothing is in flight: the devices may be closed."""
@@ -210,6 +223,7 @@ class Receiver:
         try:
             self._take(message)
         except PeerError as error:
+            self._emit("sender-refused", message=f"{wire.peer}: {error.text}")
             self.lost(wire)
             wire.close(error)
 
@@ -309,6 +323,7 @@ class Receiver:
         self._credit_bytes = self._room_bytes
         self._unsaid_bytes = 0
         wire.greeted(_geometry(hello))
+        self._emit("sender-connected", peer=wire.peer)
         self._send(self._greeting())
         self._say_what_is_here()
         self._ask_again()
@@ -487,18 +502,11 @@ class Receiver:
     # -- status ---------------------------------------------------------------------------------
     def figures(self) -> dict[str, Any]:
         """The keys of `receiver` in the status."""
-        journal, page = self.journal, self.journal.page
-        until = page.inconsistent_until
-        return {
-            "role": "promoted" if page.flags & PageFlag.PROMOTED else "receiver",
-            "committed": page.committed,
-            "applied": page.applied,
+        journal = self.journal
+        return page_figures(journal.page) | {
             "queued_bytes": journal.queued_bytes,
             "journal_bytes": journal.used_bytes,
             "journal_limit_bytes": journal.limit_bytes,
-            "consistent": "never" if until == NEVER else "no" if until else "yes",
-            "kept": [],
-            "view": None,
         }
 
     @property

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from bitmapd.config import VolumeConfig, load_volume, volume_names
+from bitmapd.config import ReceiverConfig, VolumeConfig, load_any, volume_names
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
@@ -91,15 +91,15 @@ def check(
 ) -> Superblock | None:
     """Everything that can be known before anything is written; None if a part is missing."""
     media = {key: str(table[key]) for key in ("primary", "secondary", "record")}
-    known = {key: found.attempt(partial(_identify, key, value)) for key, value in media.items()}
+    known = {key: found.attempt(partial(identified, key, value)) for key, value in media.items()}
     with found.collect():
         context.paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     for key, value in media.items():
         identity = known[key]
         if identity is not None and identity.kind != "nbd":
-            _check_free(found, key, value, identity, config)
+            check_free(found, key, value, identity, config)
     _check_distinct(found, media, known)
-    _check_others(context, found, media, known)
+    check_others(context, found, media, known)
     primary, secondary, record = (known[key] for key in media)
     if config is None or primary is None:
         return None
@@ -145,14 +145,14 @@ def check(
     return superblock
 
 
-def _identify(key: str, target: str) -> Identity:
+def identified(key: str, target: str) -> Identity:
     try:
         return identify(target)
     except BitmapdError as error:
         raise type(error)(f"{key} {error.message}", error.hint) from None
 
 
-def _check_free(
+def check_free(
     found: Findings, key: str, path: str, identity: Identity, config: VolumeConfig | None
 ) -> None:
     with found.collect():
@@ -191,7 +191,7 @@ def _check_distinct(
             )
 
 
-def _check_others(
+def check_others(
     context: Context,
     found: Findings,
     media: dict[str, str],
@@ -200,12 +200,13 @@ def _check_others(
     """What other volumes use; `config check` reports one that cannot be read, not this."""
     for name in volume_names(context.paths):
         try:
-            other = load_volume(context.paths, name)
+            other = load_any(context.paths, name)
         except (BitmapdError, OSError):
             found.notes.append(f"the configuration of '{name}' has errors and was not looked at")
             continue
         for key, value in media.items():
-            for role in ("primary", "secondary", "record"):
+            receives = isinstance(other, ReceiverConfig)
+            for role in ("image", "journal") if receives else ("primary", "secondary", "record"):
                 used = getattr(other, role)
                 try:
                     same = known[key] is not None and same_medium(value, used)
@@ -213,7 +214,10 @@ def _check_others(
                     continue  # the other volume's medium is not there
                 if same:
                     found.errors.append(
-                        BusyError(f"{key} {value} is the {role} of volume '{name}'")
+                        BusyError(
+                            f"{key} {value} is the {role} of"
+                            f" {'receiver' if receives else 'volume'} '{name}'"
+                        )
                     )
 
 

@@ -9,11 +9,14 @@ from bitmapd.config import (
     ConfigError,
     Key,
     Problem,
+    ReceiverConfig,
     VolumeConfig,
     keys,
     load_all,
-    load_volume,
+    load_any,
+    receiver_keys,
     render,
+    render_receiver,
     volume_names,
 )
 from bitmapd.config.files import volume_origins
@@ -43,18 +46,28 @@ def show(context: Context, args: Namespace) -> int:
     output = context.output
     names = selected(context, args, default_all=True)
     configs: list[VolumeConfig] = []
+    receivers: list[ReceiverConfig] = []
     errors: list[ConfigError] = []
     for name in names:
         try:
-            configs.append(load_volume(context.paths, name))
+            config = load_any(context.paths, name)
         except ConfigError as error:
             errors.append(error)
+            continue
+        if isinstance(config, ReceiverConfig):
+            receivers.append(config)
+        else:
+            configs.append(config)
     origins = {config.name: volume_origins(context.paths, config.name) for config in configs}
     every = [key.name for key in keys().values()]
     if output.as_json:
         volumes = [
             {"name": config.name, "values": render(config, every), "origins": origins[config.name]}
             for config in configs
+        ]
+        volumes += [
+            {"name": receiver.name, "values": render_receiver(receiver), "origins": {}}
+            for receiver in receivers
         ]
         body: dict[str, object] = {"volumes": volumes}
         if errors:
@@ -72,6 +85,15 @@ def show(context: Context, args: Namespace) -> int:
             origin = origins[config.name][key.name]
             mark = "" if origin == "volume" else f"  # {origin}"
             output.line(f"{key.name} = {_toml(values[key.name])}{mark}")
+        output.line()
+    for receiver in receivers:
+        output.line(f"# {context.paths.volume_file(receiver.name)}")
+        shown = render_receiver(receiver)
+        for key in receiver_keys().values():
+            if args.explain:
+                _explain(context, key)
+            if key.name in shown:
+                output.line(f"{key.name} = {_toml(shown[key.name])}")
         output.line()
     if not configs and args.explain and not volume_names(context.paths):
         for key in keys().values():

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmapd.config import Paths, VolumeConfig, device_of
+from bitmapd.config import Paths, ReceiverConfig, VolumeConfig, device_of
 from bitmapd.errors import BitmapdError, TimeOutError
 from bitmapd.net.sockets import peer_credentials
 from dmctl.cli.processes import ended, has_unit, systemctl
@@ -42,7 +42,7 @@ class Holder:
 
 
 @contextmanager
-def holder(paths: Paths, config: VolumeConfig) -> Iterator[Holder | None]:
+def holder(paths: Paths, config: VolumeConfig | ReceiverConfig) -> Iterator[Holder | None]:
     """The volume's process, whatever it does; None if none is found."""
     record = _place(config.record)
     for pid in _candidates(paths, config.name):
@@ -59,7 +59,9 @@ def holder(paths: Paths, config: VolumeConfig) -> Iterator[Holder | None]:
     yield None
 
 
-def kill(paths: Paths, config: VolumeConfig, found: Holder, timeout_s: float | None) -> None:
+def kill(
+    paths: Paths, config: VolumeConfig | ReceiverConfig, found: Holder, timeout_s: float | None
+) -> None:
     """Return when it is gone; TimeOutError if the kernel keeps it."""
     name = config.name
     stays_stopped(paths, name)
@@ -80,9 +82,9 @@ def stays_stopped(paths: Paths, name: str) -> None:
             systemctl(name, "stop", "--no-block")
 
 
-def waiting_hosts(config: VolumeConfig) -> str:
+def waiting_hosts(config: VolumeConfig | ReceiverConfig) -> str:
     """What becomes of hosts without the process."""
-    if config.attach == "dm":
+    if isinstance(config, VolumeConfig) and config.attach == "dm":
         return (
             f"; what hosts ask of {device_of(config)} waits in the kernel until"
             f" 'dmctl start {config.name}'"

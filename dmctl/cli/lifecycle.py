@@ -11,14 +11,15 @@ from typing import Any
 
 from bitmapd.config import (
     ConfigError,
+    ReceiverConfig,
     VolumeConfig,
     check_name,
     device_of,
-    load_volume,
+    load_any,
     remove_volume,
 )
 from bitmapd.control.client import SilentError
-from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
+from bitmapd.errors import BitmapdError, TimeOutError, UsageError, WrongStateError
 from dmctl.cli.context import Context, StillWaitingError, each, selected
 from dmctl.cli.copying import is_paused
 from dmctl.cli.killing import (
@@ -37,16 +38,22 @@ START_TIMEOUT_S = 120.0
 
 def start(context: Context, args: Namespace) -> int:
     def one(name: str) -> dict[str, Any]:
-        load_volume(context.paths, name)
+        load_any(context.paths, name)
         with start_lock(context.paths, name, args.timeout):
-            config = load_volume(context.paths, name)  # it may have been removed meanwhile
+            config = load_any(context.paths, name)  # it may have been removed meanwhile
             result = "running"
             running = is_running(context.paths, name)
             if args.resync_all:
+                if isinstance(config, ReceiverConfig):
+                    raise WrongStateError(f"'{name}' is a receiver: it has no record")
                 _distrust(context, config, running=running)
             if not running:
                 launch(context.paths, name, args.timeout)
                 result = "started"
+        if isinstance(config, ReceiverConfig):
+            already = " already" if result == "running" else ""
+            context.output.say(f"receiver '{name}' runs{already}: {config.listen}")
+            return {"result": result, "device": config.listen, "paused": False}
         if config.node is not None:
             _wait_for_partner(context, config)
         already = " already" if result == "running" else ""
@@ -104,9 +111,13 @@ def stop(context: Context, args: Namespace) -> int:
         except TimeOutError as error:
             if not args.kill:
                 raise
-            return _kill(context, load_volume(context.paths, name), args, error)
+            return _kill(context, load_any(context.paths, name), args, error)
         left = answer.get("record_extents")
         rest = "" if answer.get("clean") else f"; {left} extents are left in its record"
+        if isinstance(config := _must_exist(context, name), ReceiverConfig):
+            kept = "" if answer.get("clean") else "; what its journal has is applied after a start"
+            context.output.say(f"receiver '{config.name}' is stopped{kept}")
+            return {"result": "stopped", **answer}
         if answer.get("paused"):
             rest += f"; it stays paused, until 'dmctl resume {name}' after the next start"
         context.output.say(f"volume '{name}' is stopped{rest}")
@@ -161,7 +172,7 @@ def _stop(context: Context, name: str, args: Namespace, *, bar: bool) -> dict[st
 
 
 def _without_socket(
-    context: Context, config: VolumeConfig, args: Namespace
+    context: Context, config: VolumeConfig | ReceiverConfig, args: Namespace
 ) -> dict[str, Any] | None:
     """Of a volume whose control socket nobody answers at; None if really nobody serves it."""
     with holder(context.paths, config) as found:
@@ -178,7 +189,10 @@ def _without_socket(
 
 
 def _kill(
-    context: Context, config: VolumeConfig, args: Namespace, reason: TimeOutError
+    context: Context,
+    config: VolumeConfig | ReceiverConfig,
+    args: Namespace,
+    reason: TimeOutError,
 ) -> dict[str, Any]:
     from dmctl.cli.record import recorded_extents  # noqa: PLC0415  (imports the whole format)
 
@@ -187,6 +201,11 @@ def _kill(
         if found is None:
             raise not_found(config.name)
         kill(context.paths, config, found, args.timeout)
+    if isinstance(config, ReceiverConfig):
+        context.output.say(
+            f"receiver '{config.name}' is stopped as by a crash: process {found.pid} was killed"
+        )
+        return {"result": "killed", "clean": False, "record_extents": None, "paused": None}
     left = recorded_extents(config)
     context.output.say(
         f"volume '{config.name}' is stopped as by a crash: process {found.pid} was killed; its"
@@ -195,10 +214,10 @@ def _kill(
     return {"result": "killed", "clean": False, "record_extents": left, "paused": None}
 
 
-def _must_exist(context: Context, name: str) -> VolumeConfig | None:
+def _must_exist(context: Context, name: str) -> VolumeConfig | ReceiverConfig | None:
     # A mistake in its configuration is no reason not to say that it is stopped.
     with contextlib.suppress(ConfigError):
-        return load_volume(context.paths, name)
+        return load_any(context.paths, name)
     return None
 
 
@@ -254,13 +273,15 @@ def _wait_stopped(context: Context, name: str, deadline_s: float | None) -> bool
 
 def remove(context: Context, args: Namespace) -> int:
     name = check_name(args.name)
-    config: VolumeConfig | None = None
+    config: VolumeConfig | ReceiverConfig | None = None
     try:
-        config = load_volume(context.paths, name)
+        config = load_any(context.paths, name)
     except ConfigError:
         if args.wipe_record:
             raise  # nobody knows which record is meant
     _must_be_stopped(context, name)
+    if isinstance(config, ReceiverConfig):
+        return _remove_receiver(context, args, config)
     context.output.confirm(
         _loses(config, name, wipe=args.wipe_record), f"Remove volume '{name}'?", yes=args.yes
     )
@@ -279,6 +300,27 @@ def remove(context: Context, args: Namespace) -> int:
     context.output.say(f"volume '{name}' is removed; primary and secondary are as they were")
     if context.output.as_json:
         body = {"name": name, "result": "removed", "record_wiped": bool(args.wipe_record)}
+        context.output.json("remove", body)
+    return 0
+
+
+def _remove_receiver(context: Context, args: Namespace, config: ReceiverConfig) -> int:
+    name = config.name
+    if args.wipe_record:
+        raise UsageError(f"'{name}' is a receiver: --wipe-record is for volumes")
+    context.output.confirm(
+        f"the configuration of receiver '{name}' would be lost; its image and its journal stay",
+        f"Remove receiver '{name}'?",
+        yes=args.yes,
+    )
+    with start_lock(context.paths, name) as lock:
+        _must_be_stopped(context, name)
+        remove_volume(context.paths, name, None)
+        for leftover in (context.paths.error_file(name), context.paths.pid_file(name), lock):
+            leftover.unlink(missing_ok=True)
+    context.output.say(f"receiver '{name}' is removed; its image and its journal are as they were")
+    if context.output.as_json:
+        body = {"name": name, "result": "removed", "record_wiped": False}
         context.output.json("remove", body)
     return 0
 

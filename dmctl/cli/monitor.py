@@ -35,7 +35,7 @@ from typing import Any
 
 import pyudev
 
-from bitmapd.config import Paths, VolumeConfig, load_volume, volume_names
+from bitmapd.config import Paths, ReceiverConfig, VolumeConfig, load_any, volume_names
 from bitmapd.control.client import ControlClient
 from bitmapd.control.events import EventLog, LineSink, Sink, format_line
 from bitmapd.errors import BitmapdError, BusyError, TimeOutError, WrongStateError, error_from_json
@@ -165,7 +165,7 @@ class Monitor:
     def _config(self, name: str, watched: Watched) -> VolumeConfig | None:
         """Read anew each time: it is small, and may have been mended."""
         try:
-            config = load_volume(self._paths, name)
+            config = load_any(self._paths, name)
         except BitmapdError as error:
             if self._once:
                 watched.error = error
@@ -174,6 +174,8 @@ class Monitor:
                 watched.log.emit("not-assembled", code=error.code, message=error.message)
             return None
         watched.problem = ""
+        if isinstance(config, ReceiverConfig):
+            return None  # nothing of this machine waits for it
         return config if config.start_at_boot or self._names is not None else None
 
     def _look(self) -> None:

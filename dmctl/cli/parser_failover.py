@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from dmctl.cli.options import Commands, add_command, add_name, duration
+from dmctl.cli.options import FILE, Commands, add_command, add_name, completed, duration
 
 MOST_TRIPS = 1000
 
@@ -90,6 +90,55 @@ def add_failover(commands: Commands) -> None:
     act.add_argument("--dissolve", action="store_true", help="do without the partner, for good")
     act.add_argument("--rejoin", action="store_true", help="end a split brain at this node")
     partner.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def add_receivers(commands: Commands) -> None:
+    receive = add_command(
+        commands,
+        "receive",
+        "receive:receive",
+        "make a receiver of consistent points, without starting it",
+        "A receiver keeps a copy of a volume at another site that is, at any moment, what the"
+        " volume was at one instant. It takes what the volume's bitmapd sends into the journal, and"
+        " writes whole points to the image. Both are block devices or files that exist; the image"
+        " at least as large as the volume, the journal at least 64 MiB, better a tenth of the"
+        " image. Everything is checked before anything is changed. 'dmctl start', 'stop',"
+        " 'status', 'wait', 'events' and 'remove' work on it as on a volume.",
+    )
+    add_name(receive)
+    for option, metavar, text in (
+        ("--image", "DEV|FILE", "what the points are put in"),
+        ("--journal", "DEV|FILE", "where they wait for that; its content is overwritten"),
+    ):
+        completed(receive.add_argument(option, metavar=metavar, required=True, help=text), FILE)
+    receive.add_argument(
+        "--listen",
+        metavar="URI",
+        required=True,
+        help="where the sender comes in: receiver+tls://HOST[:PORT]/NAME or"
+        " receiver+unix:///NAME?socket=PATH",
+    )
+    for option, metavar, text in (
+        ("--certificates", "DIR", "folder that 'dmctl partner-keys' has made; with receiver+tls"),
+        ("--sender-name", "NAME", "the name in the sender's certificate; with receiver+tls"),
+        ("--sender-fingerprint", "SHA-256", "of the sender's certificate, if no other may do"),
+    ):
+        receive.add_argument(option, metavar=metavar, help=text)
+    receive.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
+    receive.add_argument(
+        "--force",
+        action="store_true",
+        help="overwrite what was found on image and journal",
+    )
+    points = add_command(
+        commands,
+        "points",
+        "receive:points",
+        "show the points that a receiver holds",
+        "Number, time of the cut and state of each point that can be produced: 'applied' is in the"
+        " image, 'committed' in the journal. Of a receiver that does not run its journal is read.",
+    )
+    add_name(points)
 
 
 def add_later(commands: Commands) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bitmapd.config import (
+    ReceiverConfig,
     VolumeConfig,
     device_of,
     effective_record_limit_bytes,
-    load_volume,
+    load_any,
 )
 from bitmapd.control.events import iso_time
 from bitmapd.control.states import check_status, hint
@@ -62,7 +63,10 @@ def status(context: Context, args: Namespace) -> int:
 
 
 def _one(context: Context, name: str) -> dict[str, Any]:
-    return volume_status(context, load_volume(context.paths, name))
+    config = load_any(context.paths, name)
+    if isinstance(config, ReceiverConfig):
+        return receiver_status(context, config)
+    return volume_status(context, config)
 
 
 def volume_status(context: Context, config: VolumeConfig) -> dict[str, Any]:
@@ -76,6 +80,32 @@ def volume_status(context: Context, config: VolumeConfig) -> dict[str, Any]:
     except TimeOutError as error:
         hung = {"code": error.code, "message": error.message, "at": iso_time(time.time())}
         return _unknown(config, "failed", hung)
+
+
+def receiver_status(context: Context, config: ReceiverConfig) -> dict[str, Any]:
+    """One element of `volumes`: of a receiver, from its process or from its journal."""
+    from bitmapd.volume.receiver_status import described  # noqa: PLC0415  (rarely needed)
+
+    state, error = "stopped", last_error(context.paths, config.name)
+    try:
+        with context.control(config.name) as client:
+            answer: dict[str, Any] = client.call("status", timeout_s=ANSWER_TIMEOUT_S)
+            return answer
+    except WrongStateError:
+        pass
+    except TimeOutError as hung:
+        state = "failed"
+        error = {"code": hung.code, "message": hung.message, "at": iso_time(time.time())}
+    from bitmapd.receiver.commit import page_figures  # noqa: PLC0415
+    from bitmapd.receiver.format import examine_journal  # noqa: PLC0415
+
+    try:
+        superblock, page = examine_journal(config.journal)
+    except BitmapdError as problem:
+        at = iso_time(time.time())
+        wrong = {"code": problem.code, "message": problem.message, "at": at}
+        return described(config, state, None, None, error or wrong)
+    return described(config, state, superblock, page_figures(page), error)
 
 
 def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> dict[str, Any]:
@@ -181,6 +211,9 @@ def _row(volume: dict[str, Any]) -> list[str]:
         total, left = (volume["resync"][key] or 0 for key in ("total_bytes", "remaining_bytes"))
         shown += f" {100 * (total - left) // total}%" if total else ""
     writes, hits = volume["writes_total"], volume["hits_total"]
+    receiver = volume.get("receiver")
+    if receiver is not None:
+        shown += f", point {receiver['committed']}" if receiver["committed"] else ", no point yet"
     return [
         volume["name"],
         f"{colour}:{shown}",

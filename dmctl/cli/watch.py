@@ -9,7 +9,7 @@ from argparse import Namespace
 from contextlib import ExitStack
 from typing import Any
 
-from bitmapd.config import load_volume, volume_names
+from bitmapd.config import load_any, volume_names
 from bitmapd.control.catalogue import EVENTS
 from bitmapd.control.client import ControlClient
 from bitmapd.control.protocol import Event, Failure
@@ -21,7 +21,7 @@ def events(context: Context, args: Namespace) -> int:
     if args.explain:
         return _explain(context)
     if args.name is not None:
-        load_volume(context.paths, args.name)
+        load_any(context.paths, args.name)
         names = [args.name]
     else:
         names = volume_names(context.paths)

@@ -23,9 +23,10 @@ from pathlib import Path
 
 from bitmapd.config import (
     Paths,
+    ReceiverConfig,
     VolumeConfig,
     atomic_write,
-    load_volume,
+    load_any,
     unit_instance,
     volume_names,
 )
@@ -90,7 +91,8 @@ def rules(paths: Paths, old: str = "") -> tuple[str, list[BitmapdError]]:
     kept: list[str] = []
     for name in volume_names(paths):
         try:
-            found = media_of(load_volume(paths, name))
+            config = load_any(paths, name)
+            found = [] if isinstance(config, ReceiverConfig) else media_of(config)
         except BitmapdError as error:
             problems.append(error)
             kept += udev.lines_of(old, name)
@@ -129,7 +131,9 @@ def _update_drop_ins(paths: Paths, units: Path, outcome: Outcome) -> None:
     for name in volume_names(paths):
         path = units / f"bitmapd@{unit_instance(name)}.service.d" / DROP_IN_NAME
         try:
-            wanted[path] = drop_in(load_volume(paths, name))
+            config = load_any(paths, name)
+            if not isinstance(config, ReceiverConfig):
+                wanted[path] = drop_in(config)
         except BitmapdError:  # `rules` tells of it
             wanted.pop(path, None)
     for path, text in wanted.items():
@@ -150,7 +154,9 @@ def _all_media(paths: Paths) -> list[str]:
     found: list[str] = []
     for name in volume_names(paths):
         try:
-            found += local_media(load_volume(paths, name)).values()
+            config = load_any(paths, name)
+            if not isinstance(config, ReceiverConfig):
+                found += local_media(config).values()
         except BitmapdError:
             continue  # `rules` tells of it
     return found

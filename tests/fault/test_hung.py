@@ -220,7 +220,8 @@ def test_idle_connections_and_waiting_commands_keep_nobody_out(short_path: Path)
 def impatient(volume: Volume) -> Iterator[subprocess.Popen[str]]:
     """Its bitmapd in the foreground, which waits for media during a stop for a second only."""
     folders = ["--config-dir", str(volume.folder / "etc"), "--run-dir", str(volume.folder / "run")]
-    code = "import bitmapd.daemon as d; d.STOP_TIMEOUT_S = 1.0; raise SystemExit(d.main())"
+    code = "import bitmapd.daemon as d, bitmapd.process as p; p.STOP_TIMEOUT_S = 1.0;"
+    code += " raise SystemExit(d.main())"
     command = [sys.executable, "-P", "-c", code, volume.name, "--foreground", *folders]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -91,6 +91,8 @@ def formatted(block: JournalSuperblock) -> bytearray:
 class SimWire:
     """One connection.  What is sent on either side is frames, until the other side takes them."""
 
+    peer = "script"
+
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.to_sender: deque[Frame] = deque()
@@ -102,9 +104,10 @@ class SimWire:
         self._sender_decoder = codec.Decoder(GEOMETRY)
 
     # -- the receiver's side ------------------------------------------------------------------
-    def send(self, message: Message) -> None:
+    def send(self, message: Message) -> int:
         if self.is_open:
             _push(self.to_sender, message)
+        return 0
 
     def greeted(self, geometry: Geometry) -> None:
         self._receiver_decoder.set_geometry(geometry)

@@ -143,7 +143,7 @@ def test_points_come_through_one_after_the_other(machine: Machine, script: Scrip
         "view": None,
     }
     assert machine.receiver.is_idle
-    assert [event for event, _ in machine.events] == ["point-committed"] * 4
+    assert [event for event, _ in machine.events] == ["sender-connected"] + 4 * ["point-committed"]
 
 
 def test_the_first_point_goes_to_the_image_and_not_through_the_journal(
@@ -498,6 +498,17 @@ def test_nothing_is_asked_for_before_there_is_a_volume(machine: Machine) -> None
     machine.receiver.state = State.RECEIVING
     with pytest.raises(WrongStateError):
         machine.receiver.damaged(((0, 1),))
+
+
+def test_a_process_that_stops_says_so(machine: Machine, script: Script) -> None:
+    second_point(machine, script)
+    wire = script.wire
+    assert wire is not None
+    machine.receiver.leave()
+    assert answers(wire) == [Bye(Goodbye.STOPPED)]
+    assert not wire.is_open
+    assert machine.receiver.is_idle
+    machine.receiver.leave()
 
 
 def test_with_nobody_there_nothing_is_said(machine: Machine, script: Script) -> None:

@@ -1,0 +1,155 @@
+"""A receiver's configuration, which is its own manual (pure).
+
+It stands where those of volumes do, in `volumes/NAME.toml`, and says `role = "receiver"`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, get_type_hints
+
+from bitmapd.config import kinds
+from bitmapd.config.problems import Problem, nearest
+from bitmapd.config.volume import Key
+from bitmapd.errors import UsageError
+from bitmapd.net.uri import parse_receiver_uri
+
+ROLE: Final = "receiver"
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverConfig:
+    """One receiver, complete."""
+
+    name: str
+    role: Annotated[str, Key("role", kinds.choice(ROLE), "Tells a receiver from a volume.")]
+    image: Annotated[
+        str,
+        Key("image", kinds.PATH, "Block device or file that the points of the volume are put in."),
+    ]
+    journal: Annotated[
+        str,
+        Key(
+            "journal",
+            kinds.PATH,
+            "Block device or file where what was received waits until it is in the image; at least"
+            " 64MiB, a tenth of the image is a good size.",
+        ),
+    ]
+    listen: Annotated[
+        str,
+        Key(
+            "listen",
+            kinds.RECEIVER,
+            "Where the sender comes in: receiver+tls://HOST[:PORT]/NAME or"
+            " receiver+unix:///NAME?socket=PATH.",
+        ),
+    ]
+    sender_name: Annotated[
+        str | None,
+        Key(
+            "sender_name",
+            kinds.or_word("none", kinds.HOST_NAME),
+            "The name in the sender's certificate; needed with receiver+tls://.",
+            "none",
+        ),
+    ]
+    sender_fingerprint: Annotated[
+        str | None,
+        Key(
+            "sender_fingerprint",
+            kinds.or_word("none", kinds.FINGERPRINT),
+            "SHA-256 of the sender's certificate, if no other one may do.",
+            "none",
+        ),
+    ]
+    certificates: Annotated[
+        Path | None,
+        Key(
+            "certificates",
+            kinds.or_word("none", kinds.FOLDER),
+            "Folder with ca-cert.pem, node-cert.pem and node-key.pem, as 'dmctl partner-keys' makes"
+            " it; needed with receiver+tls://.",
+            "none",
+        ),
+    ]
+
+    @property
+    def record(self) -> str:
+        """What its process holds a lock on, as that of a volume does on its record."""
+        return self.journal
+
+
+@functools.cache
+def receiver_keys() -> dict[str, Key]:
+    """The manual: field name -> key, in order of the fields."""
+    hints = get_type_hints(ReceiverConfig, include_extras=True)
+    return {
+        field: hint.__metadata__[0]
+        for field, hint in hints.items()
+        if hasattr(hint, "__metadata__")
+    }
+
+
+def build_receiver(
+    name: str, table: Mapping[str, Any], file: str
+) -> tuple[ReceiverConfig | None, list[Problem]]:
+    """A receiver from its table, or all that is wrong with it."""
+    fields = {key.name: field for field, key in receiver_keys().items()}
+    values: dict[str, Any] = {"name": name}
+    for field, key in receiver_keys().items():
+        if key.default is not None:
+            values[field] = key.kind.parse(key.default)
+    problems = []
+    for key_name, raw in table.items():
+        if key_name not in fields:
+            problems.append(Problem(file, key_name, "unknown key", nearest(key_name, fields)))
+            continue
+        try:
+            values[fields[key_name]] = receiver_keys()[fields[key_name]].kind.parse(raw)
+        except UsageError as error:
+            problems.append(Problem(file, key_name, error.message, error.hint))
+    for field, key in receiver_keys().items():
+        if field not in values and key.name not in table:
+            problems.append(Problem(file, key.name, "is missing"))
+    if problems:
+        return None, problems
+    config = ReceiverConfig(**values)
+    problems = [
+        Problem(file, key_name, error.message, error.hint) for key_name, error in _judge(config)
+    ]
+    return (None if problems else config), problems
+
+
+def render_receiver(config: ReceiverConfig) -> dict[str, str | int | bool]:
+    """What TOML holds: all that is not by default."""
+    rendered = {
+        key.name: (key.kind.render(getattr(config, field)), key.default)
+        for field, key in receiver_keys().items()
+    }
+    return {name: value for name, (value, default) in rendered.items() if value != default}
+
+
+def _judge(config: ReceiverConfig) -> Iterable[tuple[str, UsageError]]:
+    """What is wrong with values that are right one by one: (key, error) pairs."""
+    if config.image == config.journal:
+        yield "journal", UsageError("is the same as image")
+    uri = parse_receiver_uri(config.listen)
+    if uri.name != config.name:
+        yield "listen", UsageError(f"names the receiver {uri.name!r}, not {config.name!r}")
+    if uri.peer.socket_path is None:
+        for key_name, value in (
+            ("certificates", config.certificates),
+            ("sender_name", config.sender_name),
+        ):
+            if value is None:
+                yield (
+                    key_name,
+                    UsageError(
+                        "is needed with receiver+tls://",
+                        hint="'dmctl partner-keys' makes certificates for both ends",
+                    ),
+                )

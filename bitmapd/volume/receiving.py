@@ -1,0 +1,216 @@
+"""A receiver as its process has it: media, journal, machine and connection, wired (edge).
+
+1. Image and journal are claimed while they are open (`media.claims`): by nobody else, mounts and
+   other receivers included.
+2. A journal belongs to one image and one receiver; another one is refused before anything is
+   written.
+3. A stop that is not hurried ends when all that is committed is in the image.  One that is leaves
+   the rest in the journal: any moment is as good as another.
+4. An error of the journal ends the process, as a crash would: the next one finds out what is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from bitmapd import __version__
+from bitmapd.config import ReceiverConfig
+from bitmapd.control.catalogue import lookup
+from bitmapd.control.events import iso_time
+from bitmapd.errors import BitmapdError, ForeignRecordError, WrongStateError, explain
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.claims import Claim
+from bitmapd.media.identity import identify
+from bitmapd.media.kdevice import KernelDevice
+from bitmapd.net.uri import parse_receiver_uri
+from bitmapd.peer.transport import Settings
+from bitmapd.points.messages import Message
+from bitmapd.points.wire import TIMEOUT_S, MessageWire, PointTransport
+from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.receiver import Identity, Receiver, State
+from bitmapd.receiver.scan import Scanned, scan
+from bitmapd.receiver.steps import Steps, run
+from bitmapd.receiver.superblock import JournalSuperblock
+from bitmapd.volume.receiver_status import described, points
+
+T = TypeVar("T")
+
+
+async def carried_out(steps: Steps[T]) -> T:
+    """Await steps; what they raise is raised."""
+    future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+    def wrapped() -> Steps[None]:
+        # Steps go on in the completions of devices, where nobody would take what they raise.
+        try:
+            future.set_result((yield from steps))
+        except (BitmapdError, OSError) as error:
+            future.set_exception(error)
+
+    run(wrapped(), lambda error, result: None)
+    return await future
+
+
+class Receiving:
+    """See the module docstring.  `on_failed` hears of an error that ends the process."""
+
+    left = False  # a receiver never gives its place to another one
+
+    def __init__(
+        self,
+        config: ReceiverConfig,
+        loop: asyncio.AbstractEventLoop,
+        emit: Callable[..., None],
+    ) -> None:
+        self.config = config
+        self.on_failed: Callable[[BaseException], None] = lambda error: None
+        self._loop = loop
+        self._emit_event = emit
+        self._hurried = asyncio.Event()
+        self._stopping = False
+        self._last_error: dict[str, str] | None = None
+
+    def emit(self, event: str, **fields: Any) -> None:
+        if lookup(event).is_error:
+            message = str(fields.get("message", event))
+            self._last_error = {"code": event, "message": message, "at": iso_time(time.time())}
+        self._emit_event(event, **fields)
+
+    # -- life -----------------------------------------------------------------------------------
+    async def start(self) -> None:
+        config = self.config
+        self._engine = AioEngine(self._loop)
+        try:
+            self._journal_device = KernelDevice(config.journal, self._engine, claim=Claim())
+            self._image = KernelDevice(config.image, self._engine, claim=Claim())
+            scanned = await carried_out(scan(self._journal_device))
+            self._check_owner(scanned.choice.superblock)
+            self._begin(scanned)
+            uri = parse_receiver_uri(config.listen)
+            settings = Settings(
+                dial=None,
+                listen=uri.peer,
+                name=config.sender_name,
+                certificates=config.certificates,
+                fingerprint=config.sender_fingerprint,
+                timeout_s=TIMEOUT_S,
+            )
+            self._transport = PointTransport(self._loop, settings, self)
+            self._transport.start()
+        except BaseException:
+            self._engine.close()
+            raise
+        self.receiver.start()
+
+    def _check_owner(self, superblock: JournalSuperblock) -> None:
+        config, image = self.config, identify(self.config.image)
+        if superblock.name != config.name:
+            raise ForeignRecordError(
+                f"the journal {config.journal} belongs to receiver '{superblock.name}'",
+                hint="'dmctl receive' makes another one",
+            )
+        if superblock.image != image.text:
+            raise ForeignRecordError(
+                f"the journal {config.journal} belongs to the image {superblock.image}, and"
+                f" {config.image} is {image.text}",
+                hint="bring the image back, or make the receiver anew",
+            )
+
+    def _begin(self, scanned: Scanned) -> None:
+        for note in scanned.notes:
+            self.emit("journal-note", message=note)
+        self.journal = Journal(self._journal_device, scanned, self._failed)
+        identity = Identity(self.config.name, os.urandom(16), f"bitmapd {__version__}")
+        self.receiver = Receiver(
+            self.journal, self._image, self._loop, identity, lambda: int(time.time()), self.emit
+        )
+
+    def _failed(self, error: OSError) -> None:
+        self.receiver.fail()
+        self.on_failed(explain(error, f"journal {self.config.journal}"))
+
+    async def stop(self, now: bool) -> dict[str, Any]:
+        """True `clean` in the answer if the image is what the journal has committed."""
+        if self._stopping:
+            raise WrongStateError(f"receiver '{self.config.name}' is stopping already")
+        self._stopping = True
+        if now:
+            self.hurry()
+        self._transport.close()
+        self.receiver.leave()
+        while not (self._hurried.is_set() or self.receiver.is_idle):
+            idle = asyncio.Event()
+            self._engine.when_idle(idle.set)
+            waits = [asyncio.ensure_future(event.wait()) for event in (idle, self._hurried)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+        page = self.journal.page
+        clean = page.applied == page.committed
+        self._engine.close()
+        self._journal_device.close()
+        self._image.close()
+        self.emit("stopped", clean=clean, record_extents=0, paused=False)
+        return {"clean": clean, "record_extents": 0, "paused": False}
+
+    def hurry(self) -> None:
+        """What is committed may stay in the journal."""
+        self._hurried.set()
+
+    def reconfigure(self, config: ReceiverConfig) -> None:
+        """Nothing of a receiver changes while it runs."""
+        if config != self.config:
+            self.emit("settings-refused", message="a receiver takes up its settings at its start")
+
+    # -- PointEnd -------------------------------------------------------------------------------
+    def connected(self, wire: MessageWire) -> None:
+        self.receiver.connected(wire)
+
+    def received(self, wire: MessageWire, message: Message) -> None:
+        self.receiver.received(wire, message)
+
+    def drained(self, wire: MessageWire) -> None:
+        """Little is said to a sender: nothing waits for this."""
+
+    def lost(self, wire: MessageWire, reason: str) -> None:
+        self.receiver.lost(wire)
+        self.emit("sender-lost", message=f"{wire.peer}: {reason}")
+
+    def failed(self, reason: str) -> None:
+        self.emit("sender-refused", message=reason)
+
+    # -- what is asked of it
+    # ------------------------------------------------------------------------
+    @property
+    def state(self) -> str:
+        return "failed" if self.receiver.state is State.FAILED else "receiving"
+
+    async def wait(self, state: str) -> None:
+        if state not in ("started", "receiving"):
+            raise WrongStateError(
+                f"'{self.config.name}' is a receiver and is never '{state}'",
+                hint="it can be waited for until it is started or stopped",
+            )
+
+    def asked(self) -> tuple[int, ...] | None:
+        """Figures of which some move when a medium answers; None while nothing is asked of one."""
+        if not self._engine.in_flight:
+            return None
+        page = self.journal.page
+        return (self._engine.in_flight, page.committed, page.applied)
+
+    def silent_media(self) -> str:
+        return f"the image {self.config.image} or the journal {self.config.journal}"
+
+    def status(self) -> dict[str, Any]:
+        superblock, figures = self.journal.superblock, self.receiver.figures()
+        return described(self.config, self.state, superblock, figures, self._last_error)
+
+    def points(self) -> list[dict[str, Any]]:
+        journal = self.journal
+        sizes = {number: entries.payload_bytes for number, entries in journal.points.items()}
+        return points(journal.page, sizes)

@@ -1,0 +1,87 @@
+"""The file of a receiver: what may stand in it, and what is reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitmapd.config import (
+    ConfigError,
+    Paths,
+    ReceiverConfig,
+    build_receiver,
+    create_volume,
+    load_all,
+    load_any,
+    load_volume,
+    receiver_keys,
+    render_receiver,
+)
+from bitmapd.errors import BitmapdError, WrongStateError
+
+UNIX = "receiver+unix:///vol0?socket=/run/dmctl/vol0.points"
+PLAIN: dict[str, Any] = {
+    "role": "receiver",
+    "image": "/dev/image",
+    "journal": "/dev/journal",
+    "listen": UNIX,
+}
+TLS = PLAIN | {
+    "listen": "receiver+tls://here:10830/vol0",
+    "certificates": "/etc/keys",
+    "sender_name": "there",
+    "sender_fingerprint": "ab" * 32,
+}
+
+
+@pytest.mark.parametrize("table", [PLAIN, TLS])
+def test_what_is_read_is_written_again(table: dict[str, Any]) -> None:
+    config, problems = build_receiver("vol0", table, "file")
+    assert not problems
+    assert config is not None
+    assert render_receiver(config) == table
+    assert config.record == "/dev/journal"
+    assert set(table) <= {key.name for key in receiver_keys().values()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({"imagge": "/x"}, ["imagge"]),
+        ({"image": "x", "journal": 3}, ["image", "journal"]),
+        ({"journal": "/dev/image"}, ["journal"]),
+        ({"listen": "tls://here"}, ["listen"]),
+        ({"listen": "receiver+unix:///other?socket=/x"}, ["listen"]),
+        ({"listen": "receiver+tls://here/vol0"}, ["certificates", "sender_name"]),
+        ({"role": "sender"}, ["role"]),
+    ],
+)
+def test_everything_that_is_wrong_is_reported(changes: dict[str, Any], keys: list[str]) -> None:
+    config, problems = build_receiver("vol0", PLAIN | changes, "file")
+    assert config is None
+    assert [problem.key for problem in problems] == keys
+    assert all(problem.file == "file" for problem in problems)
+
+
+def test_what_is_missing_is_reported() -> None:
+    config, problems = build_receiver("vol0", {"role": "receiver"}, "file")
+    assert config is None
+    assert [problem.key for problem in problems] == ["image", "journal", "listen"]
+
+
+def test_a_receiver_is_no_volume(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "etc", tmp_path / "run")
+    create_volume(paths, "vol0", PLAIN)
+    assert isinstance(load_any(paths, "vol0"), ReceiverConfig)
+    with pytest.raises(WrongStateError, match="is a receiver"):
+        load_volume(paths, "vol0")
+    assert load_all(paths) == {}
+    paths.volume_file("vol0").write_text('role = "receiver"\n')
+    for load in (lambda: load_any(paths, "vol0"), lambda: load_all(paths)):
+        with pytest.raises(ConfigError, match="image: is missing"):
+            load()
+    paths.volume_file("vol0").write_text("role = \n")
+    with pytest.raises(BitmapdError, match="not TOML"):
+        load_any(paths, "vol0")
