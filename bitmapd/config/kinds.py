@@ -302,6 +302,7 @@ BOOLEAN = Kind("true | false", _boolean, bool)
 METRICS = Kind("unix:PATH | LOOPBACK:PORT", _metrics, str)
 RECORD_ON = choice("both", "partner", "local")
 PARTNER_ACK = choice("memory", "stored")
+ON_CUT = choice("wait", "go-on")
 NODE = Kind("1 | 2", _node, int)
 RECEIVER = Kind(
     "receiver+tls://HOST[:PORT]/NAME | receiver+unix:///NAME?socket=PATH", _receiver, str

@@ -103,6 +103,9 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
         seen.setdefault(value, key_name)
 
 
+_OF_A_PAIR = (("record_on", "both"), ("partner_ack", "memory"), ("on_cut", "wait"))
+
+
 def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
     named = {
         "node": config.node,
@@ -119,7 +122,7 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
                     hint="a pair needs node, partner and partner_listen",
                 ),
             )
-        for name, usual in (("record_on", "both"), ("partner_ack", "memory")):
+        for name, usual in _OF_A_PAIR:
             if (value := getattr(config, name)) != usual:
                 yield name, UsageError(f"{value} is for one of two appliances")
         return

@@ -263,6 +263,18 @@ class VolumeConfig:
             idle=True,
         ),
     ]
+    on_cut: Annotated[
+        str,
+        Key(
+            "on_cut",
+            kinds.ON_CUT,
+            "What a write to a place of nobody's does while the link is lost: it waits, or goes on;"
+            " the latter at one node at most. The other node then compares everything when it"
+            " takes over.",
+            "wait",
+            idle=True,
+        ),
+    ]
     partner_name: Annotated[
         str | None,
         Key(

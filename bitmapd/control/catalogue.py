@@ -540,6 +540,14 @@ _EVENTS = (
         "nothing",
     ),
     EventKind(
+        "gone-on",
+        Level.WARNING,
+        (),
+        "the link is lost, and hosts take new places all the same (`on_cut = go-on`): the partner"
+        " does not know of them, and compares everything if it takes over",
+        "mend the link",
+    ),
+    EventKind(
         "record-destaged",
         Level.NOTICE,
         (),

@@ -93,6 +93,7 @@ class Claims:
         self.geometry = geometry
         self.node = node
         self._stance = Stance.NOTHING
+        self.goes_on = False  # what is nobody's may be taken in this cut
         self._knows = False
         size = geometry.extents
         self.own, self.held = zeros(size), zeros(size)
@@ -107,6 +108,7 @@ class Claims:
     @stance.setter
     def stance(self, stance: Stance) -> None:
         self._stance = stance
+        self.goes_on = False
         # Every read of a host asks, and a member of an enum takes long to be looked up.
         self._knows = stance not in (Stance.NOTHING, Stance.FROZEN, Stance.SPLIT)
 
@@ -164,6 +166,12 @@ class Claims:
     def is_others(self, extent: int) -> bool:
         """As far as this node knows."""
         return bool(self.other[extent] or self.owed[extent])
+
+    def may_take(self, extent: int) -> bool:
+        """Whether nobody has to be asked for one that is not ours."""
+        if self.stance is Stance.ALONE:
+            return True
+        return self.goes_on and not self.is_others(extent)
 
     def nobodys(self, extents: Iterable[int]) -> list[int]:
         return [e for e in extents if not (self.own[e] or self.is_others(e))]

@@ -109,7 +109,7 @@ class Exchange:
 
         def edit(now: Lasting) -> Lasting:
             # A flag that is set stays: only `reliance` takes it back.
-            return Lasting(False, term, generations, volume, volatile or now.volatile)
+            return Lasting(False, term, generations, volume, volatile or now.volatile, now.gone_on)
 
         def stored(error: OSError | None) -> None:
             if not self._is_current():

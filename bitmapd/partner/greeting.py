@@ -33,8 +33,9 @@ from bitmapd.peer.frames import ErrorCode, PeerError
 NIL = bytes(16)
 VERSION = 1
 DIRT_AS_BLOCKS, EMBARGO, GIVES_UP, SAYS_VOLATILE, STORES_FIRST = 1, 2, 4, 8, 16
+KNOWS_GO_ON = 32
 REQUIRED = DIRT_AS_BLOCKS | EMBARGO
-OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE | STORES_FIRST
+OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE | STORES_FIRST | KNOWS_GO_ON
 
 
 class Standing(Enum):
@@ -82,6 +83,8 @@ def check(mine: Hello, theirs: Hello) -> None:
     ):
         if here != there:
             raise PeerError(ErrorCode.OTHER, f"{what}: {here!r} here, {there!r} at the partner")
+    if _is(mine, HelloFlag.GO_ON) and _is(theirs, HelloFlag.GO_ON):
+        raise PeerError(ErrorCode.OTHER, "both nodes have on_cut = go-on: one of them may")
     missing = theirs.required & ~mine.offered | mine.required & ~theirs.offered
     if missing:
         raise PeerError(ErrorCode.VERSION, f"a required feature is missing: bits {missing:#x}")

@@ -107,6 +107,8 @@ class Node:
         self._left: Callable[[bool], None] | None = None
         self._handover = Handover(rights, scheduler, self.say)
         self._reliance = Reliance(self.ledger, around)
+        self._other_goes_on = False  # it may take places in a cut that we do not know of
+        rights.on_stuck = self._look_whether_to_go_on
         self.growth = Growth(rights, scheduler, self)
         self.lead = Lead(number)
 
@@ -168,6 +170,8 @@ class Node:
             flags |= HelloFlag.SERVES
         if self.lasting.volatile:
             flags |= HelloFlag.VOLATILE
+        if self.lasting.gone_on:
+            flags |= HelloFlag.GONE_ON
         return replace(
             hello,
             volume=self.lasting.volume,
@@ -325,6 +329,9 @@ class Node:
         self.rights.thaw(shares, copying)
         if not in_memory(mine, theirs):
             self._reliance.settle()
+        self._other_goes_on = bool(theirs.flags & HelloFlag.GO_ON)
+        if self.lasting.gone_on:  # the other knows now; if this fails, it stays a warning
+            self.ledger.change(partial(_gone_on, False), lambda error: None)
         self._phase(Phase.UP)
         self._become(State.PAIRED)
         self._around.emit(
@@ -333,6 +340,25 @@ class Node:
             partner_extents=shares.other.count(),
             dirty_extents=shares.dirty.count(),
         )
+
+    # -- going on in a cut --------------------------------------------------------------------
+    def _look_whether_to_go_on(self) -> None:
+        """With `on_cut = go-on` hosts need not wait for what is nobody's, once that is durable.
+        Each place is stored here before it is written, as in every cut."""
+        if self._may_go_on and self.rights.pending_extents:
+            self.ledger.change(partial(_gone_on, True), self._goes_on)
+
+    @property
+    def _may_go_on(self) -> bool:
+        if self.state is not State.CUT or self.phase is not Phase.CLOSED or self._going_alone:
+            return False
+        return bool(self._mine.flags & HelloFlag.GO_ON)
+
+    def _goes_on(self, error: OSError | None) -> None:
+        if error is None and self._may_go_on:
+            if not self.rights.goes_on:
+                self._around.emit("gone-on")
+            self.rights.go_on()
 
     # -- alone --------------------------------------------------------------------------------
     def hold_off(self) -> None:
@@ -384,7 +410,7 @@ class Node:
         self.lead.take()
         self.proof = proof
         compared = self.comparisons
-        if not self._known:
+        if not self._known or (self._other_goes_on and proof is not Proof.BYE):
             # What the other has done is known to nobody: all of it may differ.
             self.rights.learn(((0, len(self.rights.own)),))
             self.comparisons += 1
@@ -483,6 +509,7 @@ class Node:
     def tick(self) -> None:
         """Once a second."""
         self._reliance.tick()
+        self._look_whether_to_go_on()
 
     def record_is(self, *, failing: bool) -> None:
         """Whether the stored record cannot be written now.  HELLO says so, and both nodes count on
@@ -563,6 +590,10 @@ class Node:
 
     def _closed(self, message: messages.Bye, _: int) -> None:
         self._hang_up(None)
+
+
+def _gone_on(on: bool, now: Lasting) -> Lasting:
+    return replace(now, gone_on=on)
 
 
 def _to_rights(take: Callable[[Rights, Any], None]) -> Callable[[Node, Any, int], None]:

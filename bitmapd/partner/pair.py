@@ -32,7 +32,15 @@ from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.extents import zeros
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
-from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED, SAYS_VOLATILE, STORES_FIRST, VERSION
+from bitmapd.partner.greeting import (
+    KNOWS_GO_ON,
+    NIL,
+    OFFERED,
+    REQUIRED,
+    SAYS_VOLATILE,
+    STORES_FIRST,
+    VERSION,
+)
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
 from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role, Runs
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
@@ -58,6 +66,7 @@ class Names:
     session: int
     relies: bool = False  # record_on = partner
     stored: bool = False  # partner_ack = stored
+    goes_on: bool = False  # on_cut = go-on
 
 
 @dataclass(slots=True)
@@ -378,6 +387,7 @@ class Pair:
             },
             "serving": self.lets_hosts_in,
             "volatile": node.lasting.volatile,
+            "gone_on": node.lasting.gone_on,
             "own_extents": rights.own_extents,
             "partner_extents": rights.other.count(),
             "owed_extents": rights.owed.count(),
@@ -530,6 +540,8 @@ class Pair:
             flags, required = flags | HelloFlag.RELIES, required | SAYS_VOLATILE
         if names.stored:
             flags, required = flags | HelloFlag.STORED, required | STORES_FIRST
+        if names.goes_on:
+            flags, required = flags | HelloFlag.GO_ON, required | KNOWS_GO_ON
         if self._stored_record.failing:
             flags |= HelloFlag.UNSTORED
         return Hello(

@@ -65,6 +65,7 @@ class Rights:
         self.may_read = claims.may_read
         self.most_requests = 1  # of ours that the other takes at a time
         self.cut_patience_s: float | None = None
+        self.on_stuck: Callable[[], None] = _nothing  # a write waits for the end of a cut
         self._cut_since_s = math.inf
         self._refusal: OSError | None = None
         self._deferred: set[int] = set()  # to be dropped once rights may change again
@@ -144,7 +145,11 @@ class Rights:
         if missing and self.stance is Stance.ALONE:
             self._claims.gain(missing)
             return []
-        return list(each(missing))
+        waiting = list(each(missing))
+        if self._claims.goes_on:
+            self._claims.gain(joined(filter(self._claims.may_take, waiting)))
+            waiting = [extent for extent in waiting if not self.own[extent]]
+        return waiting
 
     def want(self, extent: int, waiter: Waiter) -> None:
         """Call `waiter` when the extent is ours; it is not, or it is being given."""
@@ -152,6 +157,18 @@ class Rights:
             self._scheduler.call_soon(waiter, self._refusal)
         else:
             self._wants.wait(extent, waiter, self._scheduler.time())
+            if self.stance is Stance.CUT:
+                self._scheduler.call_soon(self.on_stuck)
+
+    @property
+    def goes_on(self) -> bool:
+        return self._claims.goes_on
+
+    def go_on(self) -> None:
+        """Hosts take what is nobody's, as far as is known here, until the link is back."""
+        self._claims.goes_on = True
+        for extent in list(self._wants.waiters):
+            self._wants.seek(extent)
 
     def guess(self, runs: Iterable[Run]) -> list[Run]:
         """Ask, with the ADD of this turn, for those of these extents that may be had without taking
@@ -478,3 +495,7 @@ class Rights:
         if kept:
             self._home.guessed(joined(kept))  # the policy believes that they are gone
             self._home.drop_clean(kept)
+
+
+def _nothing() -> None:
+    """Nobody is to hear of it."""

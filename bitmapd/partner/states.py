@@ -52,6 +52,7 @@ class Lasting:
     generations: tuple[bytes, ...]
     volume: bytes  # UUID; nil while this node waits to join
     volatile: bool = False  # what counts may be in the memory of a node only (`reliance`)
+    gone_on: bool = False  # took places in a cut that the other does not know of
 
 
 class Wire(Protocol):

@@ -64,7 +64,7 @@ class Wants:
     def seek(self, extent: int) -> None:
         """Do what brings a right that is waited for."""
         claims = self._claims
-        if claims.stance is Stance.ALONE:
+        if claims.may_take(extent):
             claims.gain([(extent, extent + 1)])
             self.serve(extent)
         elif claims.stance is not Stance.UP or claims.own[extent] or extent in self.needed:

@@ -139,6 +139,7 @@ def make_pair(
             superblock.session,
             relies=config.record_on == "partner",
             stored=config.partner_ack == "stored",
+            goes_on=config.on_cut == "go-on",
         ),
         link_settings(config, seeks=state.node == 1 and state.never_paired),
         loop,
@@ -160,6 +161,7 @@ def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
         generations=tuple(generations),
         volume=NIL if state.volume is None else state.volume.bytes,
         volatile=PairFlag.VOLATILE in state.flags,
+        gone_on=PairFlag.GONE_ON in state.flags,
     )
 
 
@@ -190,6 +192,7 @@ async def _write(
         term=lasting.term,
         generations=tuple(UUID(bytes=value) for value in lasting.generations if value != NIL),
         volatile=lasting.volatile,
+        gone_on=lasting.gone_on,
         record_on=RecordOn[config.record_on.upper()],
         partner_ack=PartnerAck[config.partner_ack.upper()],
     )

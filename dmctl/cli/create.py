@@ -50,7 +50,7 @@ OPTION_KEYS = (
     "primary", "secondary", "record", "attach", "listen", "extent_size", "block_size",
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
-    "node", "partner", "partner_listen", "record_on", "partner_ack", "partner_name",
+    "node", "partner", "partner_listen", "record_on", "partner_ack", "on_cut", "partner_name",
     "partner_fingerprint",
     "partner_certificates", "partner_timeout", "partner_wait", "serve", "fence_command",
     "fence_options",

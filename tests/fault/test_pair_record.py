@@ -165,3 +165,30 @@ def test_what_the_partner_has_stored_needs_no_flag_and_no_comparison(storing: Pa
     assert pair.equal()
     assert pair[2].read(10 * MIB, MIB) == here
     assert pair[1].read(30 * MIB, MIB) == there
+
+
+# -- going on in a cut ------------------------------------------------------------------------
+
+
+def test_one_node_goes_on_in_a_cut_and_tells_the_other_when_it_is_back(short_path: Path) -> None:
+    with Pair(short_path) as pair:
+        pair.create()
+        pair[1].dmctl("set", "vol0", "on-cut=go-on")
+        pair.start()
+        in_sync(pair)
+        pair[2].kill()
+        pair.until(1, "cut")
+        data = noise(31, MIB)
+        pair[1].write(33 * MIB, data)  # a new place: nobody is waited for
+        assert pair.partner(1)["gone_on"]
+        assert superblock(pair, 1)["gone_on"]
+        pair[2].start()
+        assert pair.until(2, "paired")["compared_extents_total"] == 0
+        assert not pair[1].until(lambda status: not status["partner"]["gone_on"])["paused"]
+        assert pair[2].read(33 * MIB, MIB) == data
+        in_sync(pair)
+        assert pair.equal()
+        pair[1].kill()
+        pair.until(2, "cut")
+        answer = json.loads(pair[2].dmctl("--json", "takeover", "vol0", "--fenced"))
+        assert answer["partner"]["compared_extents_total"] == 64, "it may lack something"

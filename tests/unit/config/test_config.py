@@ -106,6 +106,7 @@ def test_builtin_defaults(write: Write) -> None:
         partner_listen=None,
         record_on="both",
         partner_ack="memory",
+        on_cut="wait",
         partner_name=None,
         partner_fingerprint=None,
         partner_certificates=None,
