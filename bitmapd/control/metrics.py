@@ -71,6 +71,7 @@ PARTNER_GAUGES = {
     "own_extents": "Extents that this node may write without asking.",
     "partner_extents": "Extents that the partner may write, as far as this node knows.",
     "owed_extents": "Extents that were given to the partner, which has not confirmed that yet.",
+    "serving": "1 while this node lets hosts in.",
     "waiting_requests": "Requests of hosts that wait for the partner.",
     "oldest_wait_seconds": "How long requests of hosts have waited for the partner.",
     "rtt_seconds": "Last time that a message took there and back.",
