@@ -1,6 +1,6 @@
 """Pacemaker and corosync run a pair: start, promote, move, nodes that die, a link that is cut.
 
-CLUSTER_ROUNDS says how often the volume moves and its node dies (2; 20 take ten minutes).
+CLUSTER_ROUNDS says how often the volume moves and its node dies (2; 20 take a quarter of an hour).
 """
 
 from __future__ import annotations
@@ -84,6 +84,19 @@ def test_active_passive_with_an_address_that_moves_along(short_path: Path) -> No
             assert cluster.pair[active].read((number + 1) * MIB, MIB) == data
             cluster.power_on(dead)
             running(cluster, active)
+
+        # Its process dies, and its node lives: it is started again, and nobody is fenced.
+        before = list(cluster.fenced)
+        cluster.pair[active].write(30 * MIB, noise(30, MIB))
+        before_it = cluster.pids()
+        cluster.run(active, "kill", "-9", before_it[active])
+        cluster.until(
+            lambda: len(cluster.promoted()) == 1 and cluster.pids() != before_it, "it is mended"
+        )
+        (active,) = cluster.promoted()
+        running(cluster, active)
+        assert cluster.fenced == before
+        assert cluster.pair[active].read(30 * MIB, MIB) == noise(30, MIB)
         equal(cluster, active)
 
         # The appliances' link is cut, the cluster's is not: both live, and nobody is fenced.

@@ -335,6 +335,11 @@ class Cluster:
         """Where hosts are let in, by bitmapd's own word."""
         return {number for number in (1, 2) if self.partner(number).get("serving")}
 
+    def pids(self) -> dict[int, str]:
+        """Of bitmapd, as the nodes count processes."""
+        files = {number: self.pair[number].folder / "run/vol0.pid" for number in (1, 2)}
+        return {number: file.read_text().strip() for number, file in files.items() if file.exists()}
+
     def report(self) -> str:
         said = [self.run(number, "crm_mon", "-1Afr", check=False) for number in list(self._nodes)]
         for log in sorted([*self.folder.glob("pacemaker*.log"), *self.folder.glob("node*.log")]):

@@ -76,8 +76,9 @@ def test_the_status_as_metrics() -> None:
 
 def test_a_pair_adds_its_own() -> None:
     partner = {
-        "state": "paired", "serving": True, "own_extents": 5, "partner_extents": 6, "owed_extents": 1,
-        "waiting_requests": 2, "oldest_wait_seconds": 0.25, "rtt_seconds": None, "term": 3,
+        "state": "paired", "serving": True, "own_extents": 5, "partner_extents": 6,
+        "owed_extents": 1, "waiting_requests": 2, "oldest_wait_seconds": 0.25,
+        "rtt_seconds": None, "term": 3,
         "messages_total": 40, "asks_total": 10, "handovers_total": 7, "exchanges_total": 2,
     }  # fmt: skip
     got = samples(render(STATUS | {"partner": partner}).decode())
