@@ -629,7 +629,8 @@ _EVENTS = (
         ("point", "reason"),
         "the cut of this point was given up, and nothing that was sent is lost: `slow`: a host had"
         " waited for `cut_patience`; `spool`: it was full; `read-error`, `flush-error`: of the"
-        " primary; `link`: the receiver had lost some of it",
+        " primary; `link`: the receiver had lost some of it; `journal`: it has no room for"
+        " the rest, so the point is sent anew",
         "nothing, if it is rare; else see why the primary is slow, or give the spool more room",
         limited=True,
     ),

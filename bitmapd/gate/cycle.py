@@ -57,6 +57,7 @@ class Void(Enum):
     READ_ERROR = "read-error"
     FLUSH_ERROR = "flush-error"  # the primary may have lost what was read
     LINK = "link"  # the receiver lacks something of it that is kept nowhere else
+    JOURNAL = "journal"  # the receiver has no room for the rest of the point
     ASKED = "asked"  # a pause, a resync, a change of size, a stop
 
 

@@ -45,6 +45,7 @@ from bitmapd.media.base import Device, Scheduler, Timer
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
+from bitmapd.points.codec import PAGE_BYTES
 from bitmapd.points.lineage import Verdict
 from bitmapd.points.messages import Hello2, Message
 from bitmapd.points.reading import Reading, ReadPrimary
@@ -56,6 +57,8 @@ from bitmapd.record.geometry import Geometry
 Emit = Callable[..., None]
 
 LOOK_S: Final = 1.0
+FULL_S: Final = 10.0  # without credit, and none can come: the open point is dropped
+DESCRIBED_BYTES: Final = 64 << 10  # at least, by a page of the journal
 AHEAD_BYTES: Final = 8 << 20  # that are read ahead of the link without a cut
 SPOOL_BYTES: Final = 256 << 20
 INTERVAL_S: Final = 30.0
@@ -150,6 +153,7 @@ class Sender:
         self._barrier = False
         self._told_slow = False
         self._told_full = False
+        self._full_since_s = 0.0
         self._stepping = False
         self._timer: Timer | None = None
         self._wake: Timer | None = None
@@ -311,8 +315,10 @@ class Sender:
         if self.schedule.copies_ahead or self.reading.is_blocked:
             self._copy_ahead(now)
         elif not self.reading.idle or not self._has_something:
-            return
-        elif self.schedule.is_much(self.left_bytes, self.meter.bytes_per_s):
+            return  # an era ends only while nothing is being read
+        elif self._is_tight and not self.uplink.entries:
+            self._tell_full()
+        elif not self._is_tight and self.schedule.is_much(self.left_bytes, self.meter.bytes_per_s):
             self._next_round()
         elif self.schedule.due_s <= now:
             self._cut(now)
@@ -335,13 +341,16 @@ class Sender:
         self.proceed()
 
     def _copy_ahead(self, now: float) -> None:
-        wait_s = self.reading.begin(now, min(AHEAD_BYTES, self.spool.limit_bytes // 2))
+        most = 0 if self._is_tight else min(AHEAD_BYTES, self.spool.limit_bytes // 2)
+        wait_s = self.reading.begin(now, most)
         if wait_s:
             self._wake_in(wait_s)
         over = wait_s is None and self.reading.idle and not len(self.spool)
         if not over or self.reading.is_blocked or not self.schedule.copies_ahead:
             return
         following = self.schedule.after_round(self.left_bytes, self.meter.bytes_per_s)
+        if self._is_tight:
+            following = Next.CUT
         if following is Next.CANNOT_KEEP_UP and not self._told_slow:
             self._told_slow = True
             self._emit(
@@ -419,9 +428,12 @@ class Sender:
                 self._wake_in(wait_s)
             else:
                 self._soon()
-        elif self.uplink.lacks_credit and not self._told_full:
-            self._told_full = True
-            self._emit("journal-full", message="the receiver's journal has no room for this point")
+        elif self.uplink.lacks_credit and self.uplink.is_ready:
+            self._tell_full()
+            if not self.uplink.holds_all_credit:
+                self._full_since_s = now
+            elif now >= self._full_since_s + FULL_S:
+                self._drop_point()
         elif (
             self.phase is Phase.SENDING
             and not len(self.spool)
@@ -429,6 +441,31 @@ class Sender:
             and self.state is CopyState.RUNNING
         ):
             self._end()
+
+    @property
+    def _is_tight(self) -> bool:
+        """Whether what is left would not fit the receiver's journal if more of it were sent twice.
+        Before point 1 there is nothing that has to fit."""
+        current = self._gate.current
+        blocks = current.count() + self._gate.taken.minus(current).count() + len(self.spool)
+        left_bytes = blocks * self._geometry.block_bytes
+        pages_bytes = left_bytes // DESCRIBED_BYTES * PAGE_BYTES
+        return self.uplink.point > 1 and left_bytes + pages_bytes > self.uplink.credit_bytes
+
+    def _tell_full(self) -> None:
+        if not self._told_full:
+            self._told_full = True
+            self._full_since_s = self._scheduler.time()
+            self._emit("journal-full", message="the receiver's journal has no room for this point")
+
+    def _drop_point(self) -> None:
+        """The open point fills the journal with what was sent more than once: it can neither be
+        committed nor applied, so all of it is dirty again."""
+        self._told_full = False
+        self._gate.give_up_cut(Void.JOURNAL)
+        if self.phase is Phase.SENDING:
+            self._void(Void.JOURNAL)
+        self.uplink.begin_anew()
 
     def _end(self) -> None:
         self.phase = Phase.ENDED

@@ -10,7 +10,7 @@
 | any | anything else, or anything wrong | away | ERROR |
 
 Invariants:
-1. Stamps grow over all connections of this process.
+1. Stamps grow over all connections of this process, also when it gives itself another incarnation.
 2. What was sent counts as sent as long as the receiver does not say otherwise: the latest entry of
    each block is in `sent`.  After each HAVE that is what both have; the rest is lost, and the owner
    has it sent again.
@@ -22,7 +22,7 @@ A crash ends the incarnation: the receiver drops what it has of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Protocol
 
@@ -171,6 +171,11 @@ class Uplink:
         return len(self._sent)
 
     @property
+    def holds_all_credit(self) -> bool:
+        """Whether the receiver has applied all that it has: no more credit can come."""
+        return self.applied >= self.point - 1
+
+    @property
     def known_committed(self) -> int:
         newest = self.point if self._committed else self.point - 1
         return max(self._identity.committed, newest)
@@ -178,6 +183,13 @@ class Uplink:
     def resized(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._packer.geometry = geometry
+
+    def begin_anew(self) -> None:
+        """Have the receiver forget the open point: what comes next is of another incarnation."""
+        number = int.from_bytes(self._identity.incarnation, "little") + 1
+        incarnation = (number % (1 << 128) or 1).to_bytes(16, "little")
+        self._identity = replace(self._identity, incarnation=incarnation)
+        self.close(reason="the open point is dropped")
 
     # -- the connection ---------------------------------------------------------------------
     def connected(self, wire: Wire) -> None:

@@ -408,13 +408,13 @@ class Receiver:
     def _written(self, cost_bytes: int) -> None:
         self._unwritten_bytes -= cost_bytes
         self._read_on()
+        self._grant()  # it may have taken less than it cost
 
     def _in_image(self, cost_bytes: int, error: OSError | None) -> None:
         self._in_place_bytes -= cost_bytes
         self._written(cost_bytes)
         if error is not None:
             self._image_failed(error)
-        self._grant()
 
     def _image_failed(self, error: OSError) -> None:
         """What was written in place may be lost: the sender has to come again."""

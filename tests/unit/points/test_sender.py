@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.throttle import Throttle
 from bitmapd.gate.cycle import PATIENCE_S, Void
-from bitmapd.points.messages import Begin, Committed, Data, End, Need
+from bitmapd.points.messages import Applied, Begin, Committed, Credit, Data, End, Need
 from bitmapd.points.sender import Phase
 from bitmapd.record.geometry import Geometry
 from tests.support.mirror import BLOCK, EXTENT
@@ -508,6 +509,104 @@ def test_hosts_that_write_as_fast_as_the_link_carries_are_told() -> None:
         home.write((number * 7) % 32, fill=number)
         home.run(0.5)
     assert home.names().count("cannot-keep-up") == 1
+
+
+# -- the receiver's journal -----------------------------------------------------------------------
+
+
+def after_point_1(**options: Any) -> Home:
+    home = begun(interval_s=1.0, compress=False, **options)
+    home.put(31)
+    home.run(1.0)
+    home.commit(1)
+    home.names()
+    home.told()
+    return home
+
+
+def test_what_does_not_fit_the_journal_is_not_begun() -> None:
+    home = after_point_1()
+    home.greet(committed=1, applied=1, credit_bytes=4 * BLOCK - 1)
+    home.put(0, 4)
+    home.run(30.0)
+    assert home.told() == []
+    assert home.names() == ["journal-full"]
+    home.say(Credit(4 * BLOCK))
+    home.run(2.0)
+    assert sorted(home.blocks()) == [0, 1, 2, 3]
+
+
+def test_nothing_is_copied_ahead_that_would_keep_the_point_from_ending() -> None:
+    home = after_point_1(spool_blocks=8)
+    home.greet(committed=1, applied=1, credit_bytes=13 * BLOCK)
+    home.put(0, 6)
+    home.sender.wake()
+    home.turn()
+    home.finish("read")
+    assert home.sender.schedule.copies_ahead
+    home.write(8, 7)  # what is left would still fit, but only once
+    home.finish("read")
+    home.run()
+    assert home.sender.phase is not Phase.OPEN
+
+
+def with_entries(home: Home, credit_bytes: int, applied: int) -> None:
+    """Two blocks have been sent, and so much credit is left."""
+    home.greet(committed=1, applied=applied, credit_bytes=8 * 8192)
+    home.put(0, 2)
+    cutting(home)
+    home.gate.give_up_cut(Void.ASKED)
+    home.run()
+    assert home.blocks() == [0, 1]
+    home.sender.uplink.credit_bytes = credit_bytes
+
+
+@pytest.mark.parametrize("phase", [Phase.READING, Phase.SENDING, Phase.OPEN])
+def test_an_open_point_that_fills_the_journal_is_dropped_and_sent_anew(phase: Phase) -> None:
+    home = after_point_1(spool_blocks=16)
+    with_entries(home, credit_bytes=8192, applied=1)
+    incarnation = home.sender.uplink._identity.incarnation
+    home.put(4, 4)
+    home.sender.cut()
+    home.loop.advance(2.0)
+    assert home.sender.phase is Phase.READING
+    if phase is Phase.OPEN:
+        home.gate.give_up_cut(Void.ASKED)
+        home.run()
+    elif phase is Phase.SENDING:
+        home.run()
+    else:
+        home.sender.spool.put(4, 1, bytes(BLOCK))
+        home.sender.spool.put(5, 1, bytes(BLOCK))
+    home.loop.advance(1.0)
+    assert home.sender.phase is phase
+    assert home.names() == ["journal-full"]
+    home.loop.advance(8.0)
+    assert home.wire.is_open
+    home.loop.advance(3.0)
+    assert not home.wire.is_open
+    assert home.sender.voids[Void.JOURNAL] == 1
+    home.greet(committed=1, applied=1, credit_bytes=8 * 8192)
+    for _ in range(20):
+        home.run(1.0)
+    end = home.ended()
+    assert end is not None
+    assert (end.entries, end.incarnation == incarnation) == (6, False)
+
+
+def test_credit_that_may_still_come_is_waited_for() -> None:
+    home = after_point_1(spool_blocks=16)
+    with_entries(home, credit_bytes=8192, applied=0)
+    home.put(4, 4)
+    home.sender.cut()
+    home.run(60.0)
+    assert home.names() == ["journal-full"]
+    home.say(Applied(1))
+    home.run(5.0)
+    assert home.wire.is_open, "it follows what is said of points"
+    home.say(Credit(8 * 8192))
+    home.run(1.0)
+    assert home.ended() is not None
 
 
 # -- the link -------------------------------------------------------------------------------------
