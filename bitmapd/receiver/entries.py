@@ -90,7 +90,11 @@ class Entries:
 
     def stamps(self) -> Iterator[tuple[int, int]]:
         """(block, stamp), ascending."""
-        return ((kept.block, kept.stamp) for kept in self)
+        for number in sorted(self._groups):
+            lines = _LINE.iter_unpack(self._groups[number])
+            for block, (stamp, *_) in enumerate(lines, number * _GROUP):
+                if stamp:
+                    yield block, stamp
 
     def digest(self) -> bytes:
         return self._digest.value()

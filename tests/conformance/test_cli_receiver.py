@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bitmapd.peer.frames import ErrorCode
 from bitmapd.points.messages import Error
 from tests.support.cli import MIB, Cli, check_status, new_cli
 from tests.support.livesender import LiveSender
+from tests.support.loops import loop_device
 from tests.support.simreceiver import GEOMETRY
 
 LIMIT_S = 60
@@ -181,6 +183,40 @@ def test_a_signal_ends_it(started: Cli) -> None:
     pid = started.pid()
     os.kill(pid, signal.SIGTERM)
     started.ok("wait", "vol0", "--for", "stopped", "--timeout", "20s")
+
+
+@pytest.mark.parametrize("sector_bytes", [512, 4096])
+def test_devices_are_held_exclusively(cli: Cli, sector_bytes: int) -> None:
+    with ExitStack() as stack:
+        image_device, journal_device = (
+            stack.enter_context(loop_device(Path(sparse(cli, name, size_bytes)), sector_bytes))
+            for name, size_bytes in (("i", MIB), ("j", 64 * MIB))
+        )
+        stack.callback(cli.call, "stop", "vol0", "--now")
+        outcome = receive(cli, image=image_device, journal=journal_device)
+        assert outcome.status == 0, outcome
+        cli.ok("start", "vol0")
+        for device in (image_device, journal_device):
+            with pytest.raises(OSError, match="busy"):
+                os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+
+        async def one() -> None:
+            sender = LiveSender(listen(cli))
+            if sector_bytes == 512:
+                assert await sender.point() == 1
+                assert await sender.point() == 2
+                wanted.append(bytes(sender.script.content))
+            else:  # the volume is no multiple of 4 KiB
+                await sender.until(lambda: sender.losses)
+            sender.close()
+
+        wanted: list[bytes] = []
+        live(one())
+        cli.ok("stop", "vol0")
+        with open(image_device, "rb") as stream:
+            found = stream.read(GEOMETRY.size_bytes)
+        assert found == (wanted[0] if wanted else bytes(GEOMETRY.size_bytes))
+        os.close(os.open(image_device, os.O_RDWR | os.O_EXCL))
 
 
 # -- TLS ------------------------------------------------------------------------------------------
