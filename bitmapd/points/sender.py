@@ -45,10 +45,10 @@ from bitmapd.media.base import Device, Scheduler, Timer
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
-from bitmapd.points.codec import PAGE_BYTES
 from bitmapd.points.lineage import Verdict
 from bitmapd.points.messages import Hello2, Message
 from bitmapd.points.reading import Reading, ReadPrimary
+from bitmapd.points.room import Room
 from bitmapd.points.schedule import Next, Schedule
 from bitmapd.points.spool import Spool
 from bitmapd.points.uplink import Identity, Uplink, Wire
@@ -57,8 +57,6 @@ from bitmapd.record.geometry import Geometry
 Emit = Callable[..., None]
 
 LOOK_S: Final = 1.0
-FULL_S: Final = 10.0  # without credit, and none can come: the open point is dropped
-DESCRIBED_BYTES: Final = 64 << 10  # at least, by a page of the journal
 AHEAD_BYTES: Final = 8 << 20  # that are read ahead of the link without a cut
 SPOOL_BYTES: Final = 256 << 20
 INTERVAL_S: Final = 30.0
@@ -133,6 +131,7 @@ class Sender:
             self,
             piece_bytes=piece_bytes,
         )
+        self.room = Room(gate, self.spool, self.uplink, geometry.block_bytes, emit)
         self.closing = Closing(gate, primary, ledger, self.passes, self._closed)
         gate.reader = self
         gate.on_flush_error = self._primary_not_flushed
@@ -152,8 +151,6 @@ class Sender:
         self._wanted = False  # a point, changed or not
         self._barrier = False
         self._told_slow = False
-        self._told_full = False
-        self._full_since_s = 0.0
         self._stepping = False
         self._timer: Timer | None = None
         self._wake: Timer | None = None
@@ -316,9 +313,11 @@ class Sender:
             self._copy_ahead(now)
         elif not self.reading.idle or not self._has_something:
             return  # an era ends only while nothing is being read
-        elif self._is_tight and not self.uplink.entries:
-            self._tell_full()
-        elif not self._is_tight and self.schedule.is_much(self.left_bytes, self.meter.bytes_per_s):
+        elif self.room.refuses(now):
+            return
+        elif not self.room.is_tight and self.schedule.is_much(
+            self.left_bytes, self.meter.bytes_per_s
+        ):
             self._next_round()
         elif self.schedule.due_s <= now:
             self._cut(now)
@@ -341,7 +340,7 @@ class Sender:
         self.proceed()
 
     def _copy_ahead(self, now: float) -> None:
-        most = 0 if self._is_tight else min(AHEAD_BYTES, self.spool.limit_bytes // 2)
+        most = 0 if self.room.is_tight else min(AHEAD_BYTES, self.spool.limit_bytes // 2)
         wait_s = self.reading.begin(now, most)
         if wait_s:
             self._wake_in(wait_s)
@@ -349,7 +348,7 @@ class Sender:
         if not over or self.reading.is_blocked or not self.schedule.copies_ahead:
             return
         following = self.schedule.after_round(self.left_bytes, self.meter.bytes_per_s)
-        if self._is_tight:
+        if self.room.is_tight:
             following = Next.CUT
         if following is Next.CANNOT_KEEP_UP and not self._told_slow:
             self._told_slow = True
@@ -429,10 +428,7 @@ class Sender:
             else:
                 self._soon()
         elif self.uplink.lacks_credit and self.uplink.is_ready:
-            self._tell_full()
-            if not self.uplink.holds_all_credit:
-                self._full_since_s = now
-            elif now >= self._full_since_s + FULL_S:
+            if self.room.is_hopeless(now):
                 self._drop_point()
         elif (
             self.phase is Phase.SENDING
@@ -442,26 +438,10 @@ class Sender:
         ):
             self._end()
 
-    @property
-    def _is_tight(self) -> bool:
-        """Whether what is left would not fit the receiver's journal if more of it were sent twice.
-        Before point 1 there is nothing that has to fit."""
-        current = self._gate.current
-        blocks = current.count() + self._gate.taken.minus(current).count() + len(self.spool)
-        left_bytes = blocks * self._geometry.block_bytes
-        pages_bytes = left_bytes // DESCRIBED_BYTES * PAGE_BYTES
-        return self.uplink.point > 1 and left_bytes + pages_bytes > self.uplink.credit_bytes
-
-    def _tell_full(self) -> None:
-        if not self._told_full:
-            self._told_full = True
-            self._full_since_s = self._scheduler.time()
-            self._emit("journal-full", message="the receiver's journal has no room for this point")
-
     def _drop_point(self) -> None:
         """The open point fills the journal with what was sent more than once: it can neither be
         committed nor applied, so all of it is dirty again."""
-        self._told_full = False
+        self.room.next_point()
         self._gate.give_up_cut(Void.JOURNAL)
         if self.phase is Phase.SENDING:
             self._void(Void.JOURNAL)
@@ -480,7 +460,8 @@ class Sender:
         self.cut_s = self._point_cut_s
         self._emit("point-committed", point=self.uplink.point)
         self._label = ""
-        self._told_slow = self._told_full = False
+        self._told_slow = False
+        self.room.next_point()
         self.uplink.next_point()
         self.schedule.committed()
         if self.passes.ended(nothing_copied=not self._gate.has_copied) and self.passes.on_done:

@@ -171,11 +171,6 @@ class Uplink:
         return len(self._sent)
 
     @property
-    def holds_all_credit(self) -> bool:
-        """Whether the receiver has applied all that it has: no more credit can come."""
-        return self.applied >= self.point - 1
-
-    @property
     def known_committed(self) -> int:
         newest = self.point if self._committed else self.point - 1
         return max(self._identity.committed, newest)

@@ -609,6 +609,18 @@ def test_credit_that_may_still_come_is_waited_for() -> None:
     assert home.ended() is not None
 
 
+def test_before_point_1_a_slow_image_is_waited_for() -> None:
+    home = begun(compress=False)
+    home.put(0, 4)
+    home.sender.uplink.credit_bytes = 8192
+    home.run(60.0)
+    assert home.names() == ["link-up", "journal-full"]
+    assert home.wire.is_open
+    home.say(Credit(8 * 8192))
+    home.run(1.0)
+    assert home.ended() is not None
+
+
 # -- the link -------------------------------------------------------------------------------------
 
 
