@@ -17,6 +17,7 @@ import pytest
 from bitmapd.peer.frames import ErrorCode
 from bitmapd.points.messages import Error
 from tests.support.cli import MIB, Cli, check_status, new_cli
+from tests.support.faulty import small_filesystem
 from tests.support.livesender import LiveSender
 from tests.support.loops import loop_device
 from tests.support.simreceiver import GEOMETRY
@@ -217,6 +218,47 @@ def test_devices_are_held_exclusively(cli: Cli, sector_bytes: int) -> None:
             found = stream.read(GEOMETRY.size_bytes)
         assert found == (wanted[0] if wanted else bytes(GEOMETRY.size_bytes))
         os.close(os.open(image_device, os.O_RDWR | os.O_EXCL))
+
+
+def test_a_journal_that_refuses_something_ends_the_process_and_nothing_is_lost(cli: Cli) -> None:
+    small = cli.folder / "small"
+    small.mkdir()
+    with small_filesystem(small, 1):
+        journal = small / "journal"
+        with journal.open("wb") as stream:
+            stream.truncate(64 * MIB)
+        assert receive(cli, journal=str(journal)).status == 0
+        cli.ok("start", "vol0")
+
+        async def work() -> None:
+            sender = LiveSender(listen(cli))
+            script = sender.script
+            await sender.point()
+            wanted.append(bytes(script.content))
+            with pytest.raises(OSError, match="No space"):
+                (small / "ballast").write_bytes(bytes(2 * MIB))
+            script.write()
+            script.send(4)
+            await sender.until(lambda: sender.losses)
+            stopped = await asyncio.to_thread(
+                cli.run, "wait", "vol0", "--for", "stopped", "--timeout", "20s"
+            )
+            assert stopped.status == 0, stopped
+            status = await asyncio.to_thread(cli.status)
+            assert (status["state"], status["last_error"]["code"]) == ("stopped", "no-space")
+            assert image(cli) == wanted[0]
+            (small / "ballast").unlink()
+            started = await asyncio.to_thread(cli.run, "start", "vol0")
+            assert started.status == 0, started
+            assert await sender.point() == 2
+            wanted.append(bytes(script.content))
+            sender.close()
+
+        wanted: list[bytes] = []
+        live(work())
+        cli.ok("stop", "vol0")
+        assert image(cli) == wanted[1]
+        cli.clean_up()  # while the file system is still there
 
 
 # -- TLS ------------------------------------------------------------------------------------------
