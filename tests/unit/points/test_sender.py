@@ -613,6 +613,7 @@ def test_before_point_1_a_slow_image_is_waited_for() -> None:
     home = begun(compress=False)
     home.put(0, 4)
     home.sender.uplink.credit_bytes = 8192
+    home.run(1.0)
     home.run(60.0)
     assert home.names() == ["link-up", "journal-full"]
     assert home.wire.is_open
