@@ -102,6 +102,8 @@ class Exchange:
                 rights.learn(record.stored)
         elif their_view.fresh:
             rights.owe(record.stored)
+        if shares.everything:
+            rights.learn(((0, size),))
         generations, term = adopted(mine, theirs)
         volume = mine.volume if any(mine.volume) else theirs.volume
         volatile = in_memory(mine, theirs) and not mine.flags & HelloFlag.UNSTORED

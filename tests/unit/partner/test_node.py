@@ -78,6 +78,15 @@ def test_what_was_in_memory_only_makes_node_1_compare_everything() -> None:
     assert not it.two.node.comparisons
 
 
+def test_that_everything_counts_is_known_before_ready() -> None:
+    it = Two()
+    it.two.flags = HelloFlag.VOLATILE
+    it.connect()
+    it.two.receive(hello(1, flags=HelloFlag.FRESH), Record((), (), (), ()))
+    assert it.two.node.phase is Phase.READY
+    assert it.two.rights.other.all()
+
+
 # -- the exchange -----------------------------------------------
 def test_knowledge_grows_before_ready_and_rights_change_after_it() -> None:
     it = met()
