@@ -12,15 +12,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from bitmapd.config import Paths, VolumeConfig, change_volume
 from bitmapd.record import tool
-from bitmapd.record.pair_state import PairFlag, PairState
+from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
 from bitmapd.volume.session import RecordSession
 
 Emit = Callable[..., None]
 
-PAIR_KEYS = ("node", "partner", "partner_listen", "serve")  # what a single appliance has none of
+_SINGLE: dict[str, Any] = {  # what is refused, or has no use, without a partner
+    "node": None,
+    "partner": None,
+    "partner_listen": None,
+    "serve": "always",
+    "record_on": "both",
+    "partner_ack": "memory",
+    "takeover": "manual",
+    "fence_command": None,
+}
 
 
 def become_first(
@@ -28,7 +38,13 @@ def become_first(
 ) -> None:
     """Of a single appliance: be node 1 of a pair.  `config` is what it was, and `paired` what these
     keys make of it.  Every BitmapdError of a start, such as for a primary that was written."""
-    state = PairState(1, config.uuid, PairFlag.NEVER_PAIRED)
+    state = PairState(
+        1,
+        config.uuid,
+        PairFlag.NEVER_PAIRED,
+        record_on=RecordOn[paired.record_on.upper()],
+        partner_ack=PartnerAck[paired.partner_ack.upper()],
+    )
     _convert(config, state, paths, emit)
     change_volume(paths, paired, changes)
 
@@ -36,10 +52,7 @@ def become_first(
 def become_single(config: VolumeConfig, paths: Paths, emit: Emit) -> None:
     """Of a node of a pair: be a single appliance."""
     _convert(config, None, paths, emit)
-    single = dataclasses.replace(
-        config, node=None, partner=None, partner_listen=None, serve="always"
-    )
-    change_volume(paths, single, PAIR_KEYS)
+    change_volume(paths, dataclasses.replace(config, **_SINGLE), _SINGLE)
 
 
 def is_of_a_pair(config: VolumeConfig) -> bool:

@@ -171,7 +171,8 @@ class Paired:
                 f" 'dmctl takeover {name} --fenced'",
             )
         store = self._parts.store
-        if not all(store.covers(*run) for run in self._parts.names.recorded_runs()):
+        recorded = all(store.covers(*run) for run in self._parts.names.recorded_runs())
+        if not recorded or pair.node.lasting.volatile:
             raise WrongStateError(
                 f"the record of volume '{name}' does not name everything yet",
                 hint=f"try again in a moment; 'dmctl events {name} --now' says if it cannot be"

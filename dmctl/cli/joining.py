@@ -42,7 +42,8 @@ def become_pair(context: Context, name: str, changes: Mapping[str, Any]) -> list
 def _pair_keys() -> list[str]:
     """What only a pair has a use for."""
     names = [key.name for key in keys().values()]
-    return [name for name in names if name in ("node", "serve") or name.startswith("partner")]
+    of_one_word = ("node", "serve", "record_on", "takeover", "cut_patience")
+    return [name for name in names if name in of_one_word or name.startswith(("partner", "fence"))]
 
 
 def _unstable(config: VolumeConfig) -> list[str]:

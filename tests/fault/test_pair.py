@@ -640,6 +640,28 @@ def test_a_node_that_is_alone_becomes_a_single_volume(pair: Pair, node: int) -> 
     assert "no partner" in one.refused("partner", "vol0", "--dissolve", "--yes")["message"]
 
 
+def test_what_only_a_pair_has_goes_with_it(short_path: Path) -> None:
+    options = ("--record-on", "partner", "--fence-command", "/bin/true", "--takeover", "auto")
+    with Pair(short_path, 64 * MIB, *options) as pair:
+        pair.create()
+        pair.start()
+        one = pair[1]
+        one.write(2 * MIB, noise(2, MIB))
+        pair[2].dmctl("stop", "vol0")
+        pair.until(1, "alone")
+        one.dmctl("partner", "vol0", "--dissolve", "--yes")
+        one.dmctl("config", "check")
+        one.dmctl("stop", "vol0")
+        one.start()
+        one.wait_in_sync()
+        assert pair.equal()
+        one.dmctl("stop", "vol0")
+        link = one.options
+        words = ["node=1", f"partner={link[3]}", f"partner-listen={link[5]}", "record-on=partner"]
+        one.dmctl("set", "vol0", *words)
+        assert of_the_record(one)["pair"]["record_on"] == "partner"
+
+
 def test_what_has_stopped_is_not_dissolved_unless_that_had_begun(pair: Pair) -> None:
     pair.start()
     pair[2].dmctl("stop", "vol0")
