@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import load_volume
+from bitmapd.config import VolumeConfig, load_any
 from dmctl.cli.context import Context, each, selected
 from dmctl.cli.media import listed, missing_media
 from dmctl.cli.processes import is_running, launch, start_lock
@@ -20,8 +20,8 @@ def assemble(context: Context, args: Namespace) -> int:
         return wait_for(context, names, patience_s=args.patience)
 
     def one(name: str) -> dict[str, Any]:
-        config = load_volume(context.paths, name)
-        if args.all and not config.start_at_boot:
+        config = load_any(context.paths, name)
+        if args.all and isinstance(config, VolumeConfig) and not config.start_at_boot:
             return {"result": "not wanted", "missing": []}
         missing = missing_media(config)
         with start_lock(context.paths, name):

@@ -5,7 +5,14 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import change_volume, changed, keys, load_volume
+from bitmapd.config import (
+    ReceiverConfig,
+    change_volume,
+    changed,
+    keys,
+    load_any,
+    load_volume,
+)
 from bitmapd.errors import BitmapdError, DifferencesError, UsageError, WrongStateError
 from bitmapd.units import human_size
 from dmctl.cli.context import Context, each, selected
@@ -75,7 +82,9 @@ def _left_in_record(context: Context, name: str) -> str | None:
     """What keeps a stopped volume from being in sync; None if nothing does."""
     from dmctl.cli.record import recorded_extents  # noqa: PLC0415  (imports the whole format)
 
-    config = load_volume(context.paths, name)
+    config = load_any(context.paths, name)
+    if isinstance(config, ReceiverConfig):
+        return None
     extents = recorded_extents(config)
     if extents is None:
         return f"its record {config.record} cannot be read"

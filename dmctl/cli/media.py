@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmapd.config import VolumeConfig
+from bitmapd.config import ReceiverConfig, VolumeConfig
 from bitmapd.errors import UnreachableError
 from bitmapd.media.base import Done
 from bitmapd.nbd.client.target import NbdTarget
@@ -47,7 +47,7 @@ def present(path: str) -> bool:
         return False
 
 
-def missing_media(config: VolumeConfig) -> dict[str, str]:
+def missing_media(config: VolumeConfig | ReceiverConfig) -> dict[str, str]:
     """Role -> path of what is not there."""
     return {role: path for role, path in local_media(config).items() if not present(path)}
 

@@ -162,7 +162,7 @@ class Monitor:
                     EventLog(name, wall_clock=time.time, clock=time.monotonic, sink=self._sink),
                 )
 
-    def _config(self, name: str, watched: Watched) -> VolumeConfig | None:
+    def _config(self, name: str, watched: Watched) -> VolumeConfig | ReceiverConfig | None:
         """Read anew each time: it is small, and may have been mended."""
         try:
             config = load_any(self._paths, name)
@@ -174,9 +174,8 @@ class Monitor:
                 watched.log.emit("not-assembled", code=error.code, message=error.message)
             return None
         watched.problem = ""
-        if isinstance(config, ReceiverConfig):
-            return None  # nothing of this machine waits for it
-        return config if config.start_at_boot or self._names is not None else None
+        wanted = isinstance(config, ReceiverConfig) or config.start_at_boot
+        return config if wanted or self._names is not None else None
 
     def _look(self) -> None:
         self._again_at_s = None

@@ -4,9 +4,10 @@
 
 1. Each arrival of a complete set of media starts the volume once.  What an administrator stops
    stays stopped until its primary or its record has gone and come back.
-2. Without primary or record nothing is started.  A local secondary is waited for as long as the
-   patience lasts; after that the volume starts without it, as it would go on running without it.
-   A secondary that is reached through the network is not waited for at all.
+2. Without primary or record nothing is started, and no receiver without image or journal.  A local
+   secondary is waited for as long as the patience lasts; after that the volume starts without it,
+   as it would go on running without it. A secondary that is reached through the network is not
+   waited for at all.
 3. A start that failed for a reason that may pass is tried again, at growing intervals.
 4. A volume whose process ended without having been stopped is started again in the same way.
 """
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from bitmapd.config.receiver import ReceiverConfig
 from bitmapd.config.volume import VolumeConfig
 from bitmapd.net.uri import is_uri
 
@@ -27,7 +29,7 @@ LONGEST_RETRY_S = 60.0
 # bitmapd@.service has the same list.
 FINAL_STATUSES = frozenset({2, 10, 20, 21, 22})
 
-NEEDED = frozenset({"primary", "record"})
+NEEDED = frozenset({"primary", "record", "image", "journal"})
 
 
 class Do(Enum):
@@ -45,8 +47,10 @@ class Verdict:
     again_at_s: float | None = None
 
 
-def local_media(config: VolumeConfig) -> dict[str, str]:
+def local_media(config: VolumeConfig | ReceiverConfig) -> dict[str, str]:
     """Role -> path of the media that are waited for."""
+    if isinstance(config, ReceiverConfig):
+        return {"image": config.image, "journal": config.journal}
     media = {"primary": config.primary, "record": config.record}
     if not is_uri(config.secondary):
         media["secondary"] = config.secondary

@@ -377,6 +377,20 @@ def test_verbs_of_volumes_are_refused_with_a_word_of_what_there_is(started: Cli)
     refusal(started.call("points", "vol1"), 14, "volume")
 
 
+def test_what_is_done_to_all_volumes_passes_receivers_over_or_starts_them(started: Cli) -> None:
+    started.ok("resync", "--all")
+    started.ok("stop", "vol0")
+    started.ok("resync", "--all")
+    (started.folder / "image").rename(started.folder / "elsewhere")
+    assert "waits for its image" in started.ok("assemble", "--all").err
+    (started.folder / "elsewhere").rename(started.folder / "image")
+    started.ok("assemble", "--all")
+    assert started.status()["state"] == "receiving"
+    started.ok("stop", "--all")
+    started.ok("start", "--all")
+    started.ok("assemble", "vol0", "--wait")
+
+
 def cli_keys(cli: Cli) -> set[str]:
     volume = cli.ok("config", "show", "vol0", "--json").json["volumes"][0]
     return set(volume["values"])
