@@ -185,8 +185,9 @@ class PairRecord(Record):
         """They belong into the stored record; nobody waits for it."""
         if self._relies:
             self._store.note(runs)
-        elif runs:
-            self._store.add(runs, (), _no_matter)
+        # What a miss has put there is on its way already, and no page is written twice for it.
+        elif missing := [run for run in runs if self._store.missing(*run)]:
+            self._store.add(missing, (), _no_matter)
 
     def rely(self, on: bool) -> None:
         """Whether what the other node holds of this record counts, stored here or not.  Whoever has

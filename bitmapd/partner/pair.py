@@ -123,10 +123,13 @@ class _Wire:
 
     connection: Connection
     decoder: Decoder = field(default_factory=Decoder)
-    frames: int = 0
+
+    @property
+    def frames(self) -> int:
+        """That were sent."""
+        return self.connection.link.frames_sent
 
     def send(self, message: Message) -> int:
-        self.frames += 1
         return self.connection.send(encode(message))
 
     def close(self, error: PeerError | None) -> None:
@@ -163,6 +166,7 @@ class Pair:
         self._hands = Hands(store, self._send, self._push)
         self._hands.on_unstored = lambda: loop.call_soon(self.node.begin_anew)
         self.rights = Rights(geometry, number, batches, self._hands)
+        self.rights.has_room = self._has_room
         self.record = PairRecord(store, self.rights)
         self.node = Node(number, lasting, self.rights, loop, self)
         self.fence = Fence(self.node, loop, home)
@@ -475,6 +479,9 @@ class Pair:
 
     def _send(self, message: Message) -> int:
         return 0 if self._wire is None else self._wire.send(message)
+
+    def _has_room(self) -> bool:
+        return self._wire is None or self._wire.connection.link.has_room
 
     def _push(self) -> None:
         if self._wire is not None:

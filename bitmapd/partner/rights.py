@@ -64,6 +64,7 @@ class Rights:
         self.other, self.owed = claims.other, claims.owed
         self.may_read = claims.may_read
         self.most_requests = 1  # of ours that the other takes at a time
+        self.has_room: Callable[[], bool] = lambda: True  # the link, for what need not be said now
         self.cut_patience_s: float | None = None
         self.on_stuck: Callable[[], None] = _nothing  # a write waits for the end of a cut
         self._cut_since_s = math.inf
@@ -308,7 +309,11 @@ class Rights:
         return error
 
     def flush(self) -> None:
-        """Send what has gathered in this turn of the loop."""
+        """Send what has gathered in this turn of the loop.  While the link is full it gathers on,
+        in sets of extents, and `flush` is called when there is room again; answers, of which there
+        are no more than the other has asked for, do not wait."""
+        if not self.has_room():
+            return
         if self.stance is Stance.FROZEN:
             self._outbox.send_free()
         if self.stance is not Stance.UP:

@@ -59,9 +59,6 @@ class RecordStore:
             return bool(self._covered[first])
         return self._covered.find(False, first, stop) < 0
 
-    def is_wanted(self, extent: int) -> bool:
-        return bool(self._wanted[extent])
-
     def missing(self, first: int, stop: int) -> int:
         """How many of extents [first, stop) are not in the record."""
         return stop - first - self._wanted.count(True, first, stop)

@@ -355,7 +355,7 @@ class DirectMachine(MirrorMachine):
             assert certain[extent], f"extent {extent} is direct and not recorded for certain"
             assert self.routes.is_open(extent), f"extent {extent} is direct and not open"
         for extent in filter(self.routes.is_open, range(EXTENTS)):
-            assert self.store.is_wanted(extent), f"extent {extent} is open and left the record"
+            assert self.store.recorded[extent], f"extent {extent} is open and left the record"
 
     @invariant()
     def in_sync_is_true(self) -> None:

@@ -175,6 +175,16 @@ def test_what_is_ours_and_stored_needs_nothing() -> None:
     assert it.done == [None]
 
 
+def test_a_grant_has_no_page_written_that_the_miss_has_written() -> None:
+    it = Holder()
+    it.add((1, 2))
+    it.record.commit()
+    it.grant((1, 2))  # while the page is being written
+    it.store_all()
+    assert it.done == [None]
+    assert it.store.updates == 1
+
+
 def test_what_counts_as_recorded() -> None:
     it = Holder()
     it.add((1, 3))

@@ -475,3 +475,17 @@ def test_no_more_requests_than_the_other_takes() -> None:
     assert it.turn() == []
     it.rights.status(Status(ask.request, 0, (), True))
     assert it.turn() == [Add(4, ((7, 8),), (), ())]
+
+
+def test_what_need_not_be_said_now_gathers_while_the_link_is_full() -> None:
+    it = Bench()
+    it.own(1, 2)
+    it.rights.has_room = lambda: False
+    for extent in (1, 2):
+        it.rights.drop([extent])
+        it.write(extent + 3)
+        assert it.turn() == []
+    assert it.add(AT) == [Remove(((1, 3),)), Grant(it.number, AT, (), (), (), True)]
+    it.rights.has_room = lambda: True
+    it.rights.flush()
+    assert it.turn() == [Add(1, ((4, 6),), (), ())]

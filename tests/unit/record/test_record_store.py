@@ -88,8 +88,8 @@ def test_it_begins_with_what_was_loaded(rig: Rig) -> None:
     assert store.covers(EDGE - 1, EDGE + 2)
     assert not store.covers(3, 6)
     assert store.missing(2, 6) == 2
-    assert store.is_wanted(4)
-    assert not store.is_wanted(5)
+    assert store.recorded[4]
+    assert not store.recorded[5]
     assert store.settled
     assert not store.failing
     assert list(store.recorded_runs()) == [(3, 5), (EDGE - 1, EDGE + 2)]
@@ -120,7 +120,7 @@ def test_the_record_that_is_handed_out_is_a_copy(rig: Rig) -> None:
 
 def test_nothing_is_covered_before_it_is_durable(rig: Rig) -> None:
     assert rig.add((5, 6))
-    assert rig.store.is_wanted(5)
+    assert rig.store.recorded[5]
     assert not rig.store.covers(5, 6)
     assert rig.disk.pending[0].fua, "nothing here relies on a flush"
     assert not rig.store.settled
