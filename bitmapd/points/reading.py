@@ -142,15 +142,18 @@ class Reading:
 
     def read_first(self, runs: Iterable[Run]) -> bool:
         """As `gate.cycle.Reader`."""
+        block_bytes = self._geometry.block_bytes
+        asked = list(runs)
+        if sum(stop - first for first, stop in asked) * block_bytes > self._spool.limit_bytes:
+            return False  # as a zeroing of gigabytes, without going through its blocks
         wanted = BlockSet(
             (block, block + 1)
-            for first, stop in runs
+            for first, stop in asked
             for block in range(first, stop)
             if not self._urgent.any(block, block + 1)
             and not self.transfers.carries(block, block + 1)
         )
         held = self._spool.held_bytes + self.transfers.in_flight_bytes + self._urgent_bytes
-        block_bytes = self._geometry.block_bytes
         if held + wanted.count() * block_bytes > self._spool.limit_bytes:
             return False
         most, at = max(1, URGENT_BYTES // block_bytes), 0

@@ -283,12 +283,14 @@ def test_reads_for_hosts_wait_for_writes_of_before_the_cut() -> None:
     assert later == [None]
 
 
-def test_more_than_the_spool_can_take_gives_the_cut_up() -> None:
+@pytest.mark.parametrize("blocks", [6, 3])
+def test_more_than_the_spool_can_take_gives_the_cut_up(blocks: int) -> None:
+    """More than it has, or than it has left."""
     home = begun(spool_blocks=16)
     home.put(0, 8)
     home.sender.spool.limit_bytes = 4 * BLOCK
-    cutting(home)
-    answers = home.write(2, 6, fill=9)
+    cutting(home)  # two are being read
+    answers = home.write(2, blocks, fill=9)
     assert home.sender.phase is Phase.OPEN
     assert home.sender.voids[Void.SPOOL] == 1
     home.run()
