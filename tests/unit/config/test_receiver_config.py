@@ -20,6 +20,7 @@ from bitmapd.config import (
     render_receiver,
 )
 from bitmapd.errors import BitmapdError, WrongStateError
+from dmctl.model.assembly import NEEDED, local_media
 
 UNIX = "receiver+unix:///vol0?socket=/run/dmctl/vol0.points"
 PLAIN: dict[str, Any] = {
@@ -63,6 +64,13 @@ def test_everything_that_is_wrong_is_reported(changes: dict[str, Any], keys: lis
     assert config is None
     assert [problem.key for problem in problems] == keys
     assert all(problem.file == "file" for problem in problems)
+
+
+def test_a_receiver_waits_for_both_of_its_media() -> None:
+    config, _ = build_receiver("vol0", PLAIN, "file")
+    assert config is not None
+    assert local_media(config) == {"image": "/dev/image", "journal": "/dev/journal"}
+    assert set(local_media(config)) <= NEEDED
 
 
 def test_what_is_missing_is_reported() -> None:
