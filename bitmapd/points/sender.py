@@ -340,7 +340,9 @@ class Sender:
         self.proceed()
 
     def _copy_ahead(self, now: float) -> None:
-        most = 0 if self.room.is_tight else min(AHEAD_BYTES, self.spool.limit_bytes // 2)
+        most = min(AHEAD_BYTES, self.spool.limit_bytes // 2)
+        if self.room.is_tight and not self.reading.is_blocked:
+            most = 0  # what cannot be read keeps points away, and has to be tried all the same
         wait_s = self.reading.begin(now, most)
         if wait_s:
             self._wake_in(wait_s)

@@ -611,6 +611,22 @@ def test_credit_that_may_still_come_is_waited_for() -> None:
     assert home.ended() is not None
 
 
+def test_what_could_not_be_read_is_tried_again_in_a_journal_that_is_nearly_full() -> None:
+    home = after_point_1(spool_blocks=16)
+    with_entries(home, credit_bytes=5 * BLOCK, applied=1)
+    home.primary.unreadable = {4 * BLOCK}
+    home.put(4, 4)
+    home.sender.cut()
+    for _ in range(5):
+        home.run(1.0)
+    assert home.sender.reading.is_blocked
+    home.sender.uplink.credit_bytes = BLOCK // 2
+    home.primary.unreadable = set()
+    for _ in range(9):
+        home.run(1.0)
+    assert not home.gate.taken
+
+
 def test_before_point_1_a_slow_image_is_waited_for() -> None:
     home = begun(compress=False)
     home.put(0, 4)
