@@ -12,7 +12,7 @@ VM_CORE := $(addprefix tests/vm/guest/test_,volume.py barrier.py helper.py stack
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo demo-pair test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
+.PHONY: help setup demo demo-failover demo-pair test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -25,6 +25,9 @@ $(STAMP): packages.txt pyproject.toml tools/setup.sh
 
 demo: setup  ## mirror a real file system, kill the daemon in mid-write, recover, compare
 	$(PYTHON) examples/demo.py
+
+demo-failover: setup  ## two sites, the first one killed in mid-write: promote, e2fsck, failback, compare
+	$(PYTHON) examples/demo_failover.py
 
 demo-pair: setup  ## two appliances, one killed in mid-write, takeover; draws demo-pair.svg
 	$(PYTHON) examples/demo_pair.py
@@ -104,5 +107,5 @@ uninstall:  ## remove what install has put in place; the configuration stays
 
 clean:  ## remove what the other targets made
 	rm -rf .venv .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis \
-	  .import_linter_cache build dist *.egg-info demo-run demo-pair-run demo-pair.svg docs/man/*.[578]
+	  .import_linter_cache build dist *.egg-info demo-run demo-failover-run demo-pair-run demo-pair.svg docs/man/*.[578]
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

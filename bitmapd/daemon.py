@@ -109,7 +109,15 @@ class Daemon(Process[Volume]):
             "takeover": self._takeover,
             "demote": self._demote,
             "dissolve": self._dissolve,
+            "point": self._point,
         }
+
+    async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
+        if args.get("for") != "point":
+            return await super()._wait(args, progress)
+        reached = self.volume.receiver.reached(int(args.get("newer_than", 0)))
+        await self._while_asked(reached, progress)
+        return {"state": self.volume.state}
 
     async def _resync(self, args: dict[str, Any], progress: Progress) -> Any:
         work = self.volume.resync(bool(args.get("checksum", False)))
@@ -182,6 +190,10 @@ class Daemon(Process[Volume]):
                 self._ended.set()
                 raise
         return {"state": self.volume.state}
+
+    async def _point(self, args: dict[str, Any], progress: Progress) -> Any:
+        cut = self.volume.receiver.cut(str(args.get("label", "")), wait=bool(args.get("wait")))
+        return await self._to_its_end(cut, progress)
 
     async def _take_up_size(self) -> dict[str, Any]:
         async with self._turn:

@@ -276,6 +276,26 @@ def create_volume(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
         raise ExistsError(f"volume '{name}' exists already") from None
 
 
+def exchange_role(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
+    """Give a site its other role: what its file said is kept beside it, for the way back."""
+    path = paths.volume_file(name)
+    atomic_write(_former(path, "role" not in table), path.read_bytes())
+    head = f"# {name}.  'dmctl config show --explain {name}' explains every key.\n"
+    atomic_write(path, head + toml.dumps(dict(table)))
+
+
+def former_volume(paths: Paths, name: str) -> dict[str, Any]:
+    """What the file of a receiver said while it was a volume; empty if it never was one."""
+    try:
+        return read_table(_former(paths.volume_file(name), False))[0]
+    except FileNotFoundError:
+        return {}
+
+
+def _former(path: Path, of_receiver: bool) -> Path:
+    return path.with_suffix(".was-receiver" if of_receiver else ".was-volume")
+
+
 def change_volume(paths: Paths, config: VolumeConfig, names: Iterable[str]) -> None:
     """Put the values that these keys (TOML names) have in `config` into the volume's file.
 

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from bitmapd.config.problems import nearest
 from bitmapd.errors import UsageError
-from bitmapd.net.uri import parse_partner_uri, parse_receiver_uri, parse_uri
+from bitmapd.net.uri import is_receiver, parse_partner_uri, parse_receiver_uri, parse_uri
 from bitmapd.units import (
     format_duration,
     format_rate,
@@ -112,6 +112,13 @@ def _interval(value: Any) -> float:
     return interval_s
 
 
+def _point_interval(value: Any) -> float:
+    interval_s = parse_duration(_text(value))
+    if not 0.1 <= interval_s <= 86400:
+        raise UsageError(f"{_quoted(value)} is not between 100ms and 24h")
+    return interval_s
+
+
 def _positive_duration(value: Any) -> float:
     duration_s = parse_duration(_text(value))
     if duration_s == 0:
@@ -192,6 +199,9 @@ def _word(value: Any) -> str:
 
 def _target(value: Any) -> str:
     target = _text(value)
+    if is_receiver(target):
+        check_name(parse_receiver_uri(target).name)
+        return target
     if "://" in target:
         parse_uri(target)
         return target
@@ -288,7 +298,7 @@ PATH = Kind("path", _path, str)
 COMMAND = Kind("path", _command, str)
 OPTIONS = Kind("KEY=VALUE … | none", _options, _render_options)
 FOLDER = Kind("path", lambda value: Path(_path(value)), str)
-TARGET = Kind("path | NBD URI", _target, str)
+TARGET = Kind("path | NBD URI | receiver URI", _target, str)
 LISTEN = Kind("NBD URI", _listen, str)
 ATTACH = choice("auto", "nbd", "dm")
 SERVE = choice("always", "on-promote")
@@ -297,6 +307,7 @@ RATE = Kind("size per second", _rate, format_rate)
 DURATION = Kind("duration", _positive_duration, format_duration)
 PATIENCE = Kind("duration", lambda value: parse_duration(_text(value)), format_duration)
 INTERVAL = Kind("duration", _interval, format_duration)
+POINT_INTERVAL = Kind("duration", _point_interval, format_duration)
 WORD = Kind("name", _word, str)
 BOOLEAN = Kind("true | false", _boolean, bool)
 METRICS = Kind("unix:PATH | LOOPBACK:PORT", _metrics, str)

@@ -48,6 +48,26 @@ class ReceiverConfig:
             " receiver+unix:///NAME?socket=PATH.",
         ),
     ]
+    dials: Annotated[
+        bool,
+        Key(
+            "dials",
+            kinds.BOOLEAN,
+            "Whether this receiver connects to its sender, at the address of listen: so it is where"
+            " it was the volume before.",
+            False,
+        ),
+    ]
+    promoted_record: Annotated[
+        str | None,
+        Key(
+            "record",
+            kinds.or_word("none", kinds.PATH),
+            "Block device or file for the record of the volume that 'dmctl promote' makes of this"
+            " receiver.",
+            "none",
+        ),
+    ]
     sender_name: Annotated[
         str | None,
         Key(
@@ -138,14 +158,15 @@ def _judge(config: ReceiverConfig) -> Iterable[tuple[str, UsageError]]:
     if config.image == config.journal:
         yield "journal", UsageError("is the same as image")
     uri = parse_receiver_uri(config.listen)
-    if uri.name != config.name:
+    if uri.name != config.name and not config.dials:
         yield "listen", UsageError(f"names the receiver {uri.name!r}, not {config.name!r}")
     if uri.peer.socket_path is None:
         for key_name, value in (
             ("certificates", config.certificates),
             ("sender_name", config.sender_name),
         ):
-            if value is None:
+            # Whom one connects to has the name of the host, unless another one is given.
+            if value is None and not (config.dials and key_name == "sender_name"):
                 yield (
                     key_name,
                     UsageError(

@@ -10,10 +10,11 @@ from bitmapd.config.kinds import is_loopback
 from bitmapd.config.problems import ConfigError, Problem, nearest
 from bitmapd.config.volume import VolumeConfig, keys
 from bitmapd.errors import UsageError
-from bitmapd.net.uri import NbdUri, is_uri, parse_uri
+from bitmapd.net.uri import NbdUri, is_receiver, is_uri, parse_receiver_uri, parse_uri
 from bitmapd.record.geometry import Geometry
 
 _EXCLUSIVE = ("record_limit", "resync_target")
+_OF_POINTS = ("point_interval", "spool_limit", "compress")
 
 
 def parse_table(
@@ -88,7 +89,9 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
     except UsageError as error:
         yield "extent_size, block_size", error
     yield from _judge_listen(config, parse_uri(config.listen))
-    if is_uri(config.secondary):
+    if is_receiver(config.secondary):
+        yield from _judge_receiver(config)
+    elif is_uri(config.secondary):
         uri = parse_uri(config.secondary)
         if uri.tls and not (config.tls_certificates or uri.tls_certificates):
             yield "secondary", _no_certificates()
@@ -104,6 +107,35 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
 
 
 _OF_A_PAIR = (("record_on", "both"), ("partner_ack", "memory"), ("on_cut", "wait"))
+
+
+def _judge_receiver(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
+    if config.node is not None:
+        yield "secondary", UsageError("is a receiver, and the volume one of two appliances")
+    if config.attach == "dm":
+        yield (
+            "attach",
+            UsageError(
+                "a volume with a receiver serves its hosts over NBD in this version: the kernel"
+                " cannot tell which of their writes belong to a point",
+                hint="set attach = nbd",
+            ),
+        )
+    if config.initial_sync != "full":
+        yield (
+            "initial_sync",
+            UsageError(
+                f"{config.initial_sync} is for secondaries that can be read, not for receivers",
+                hint="leave it out: the first point has everything",
+            ),
+        )
+    if parse_receiver_uri(config.secondary).peer.host is not None and not (
+        config.partner_certificates or config.tls_certificates
+    ):
+        yield (
+            "partner_certificates",
+            UsageError("the receiver needs certificates", hint="dmctl partner-keys makes them"),
+        )
 
 
 def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
@@ -204,6 +236,11 @@ def changed(
         )
         for name in changes
         if name not in live
+    ]
+    problems += [
+        Problem(source, name, "is for volumes whose secondary is a receiver")
+        for name in changes
+        if name in _OF_POINTS and not is_receiver(config.secondary)
     ]
     values, found = parse_table({k: v for k, v in changes.items() if k in live}, source)
     if problems or found:

@@ -11,10 +11,12 @@ from uuid import UUID
 
 from bitmapd.config import kinds
 from bitmapd.config.kinds import Kind
+from bitmapd.net.uri import is_receiver
 
 DEFAULT_RECORD_LIMIT_BYTES = 1 << 30
 DEFAULT_RECORD_LIMIT_FRACTION = 10
 MIN_RECORD_LIMIT_EXTENTS = 64
+DEFAULT_CUT_PATIENCE_S = 0.05  # of a volume with a receiver
 ERA_INTERVAL_NBD_S = 1.0
 ERA_INTERVAL_DM_S = 5.0
 FENCE_DELAYS_S = (1.0, 6.0)  # of node 1 and of node 2
@@ -51,7 +53,13 @@ class VolumeConfig:
         str, Key("primary", kinds.PATH, "Block device or file that the hosts' data live on.")
     ]
     secondary: Annotated[
-        str, Key("secondary", kinds.TARGET, "Where the copy is: block device, file or NBD export.")
+        str,
+        Key(
+            "secondary",
+            kinds.TARGET,
+            "Where the copy is: block device, file, NBD export, or a receiver, which keeps"
+            " consistent points (receiver+tls://HOST[:PORT]/NAME or receiver+unix:///NAME?socket=PATH).",
+        ),
     ]
     record: Annotated[
         str, Key("record", kinds.PATH, "Block device or file of the stored record; fast, durable.")
@@ -411,11 +419,78 @@ class VolumeConfig:
         Key(
             "cut_patience",
             kinds.or_word("none", kinds.DURATION),
-            "How long a host's request waits for a partner that is not there, before it ends with"
-            " an error. none: it waits until the partner is back, or taken over from.",
+            "How long a host's request waits for what it has no part in. In a pair: for a partner"
+            " that is not there, before it ends with an error; none: until the partner is back, or"
+            " taken over from. With a receiver: for the read before its write, before the point is"
+            " given up and the write goes on; none: 50ms.",
             "none",
             shared=True,
             live=True,
+        ),
+    ]
+    point_interval_s: Annotated[
+        float,
+        Key(
+            "point_interval",
+            kinds.POINT_INTERVAL,
+            "How often a volume with a receiver is cut: the age of the content that the receiver"
+            " can produce is at most twice that while the link keeps up.",
+            "30s",
+            shared=True,
+            live=True,
+        ),
+    ]
+    spool_limit_bytes: Annotated[
+        int,
+        Key(
+            "spool_limit",
+            kinds.SIZE,
+            "Memory for what was read for a point and not sent to the receiver yet.",
+            "256MiB",
+            shared=True,
+            live=True,
+        ),
+    ]
+    compress: Annotated[
+        str,
+        Key(
+            "compress",
+            kinds.choice("auto", "off"),
+            "Whether what is sent to a receiver is compressed; auto: where that pays.",
+            "auto",
+            shared=True,
+            live=True,
+        ),
+    ]
+    start_alone: Annotated[
+        str,
+        Key(
+            "start_alone",
+            kinds.choice("yes", "no"),
+            "Whether hosts are let in at a start before the receiver has said that it was not"
+            " promoted meanwhile.",
+            "yes",
+            shared=True,
+        ),
+    ]
+    receiver_dials: Annotated[
+        bool,
+        Key(
+            "receiver_dials",
+            kinds.BOOLEAN,
+            "Whether this volume listens at the address of secondary, and its receiver connects:"
+            " so it is where the volume was promoted from a receiver that did.",
+            False,
+        ),
+    ]
+    journal: Annotated[
+        str | None,
+        Key(
+            "journal",
+            kinds.or_word("none", kinds.PATH),
+            "Block device or file that this site's journal is on while it is the receiver, after"
+            " 'dmctl failback'.",
+            "none",
         ),
     ]
     trace: Annotated[
@@ -480,6 +555,16 @@ def effective_fence_delay_s(config: VolumeConfig) -> float:
     if config.fence_delay_s is None:
         return FENCE_DELAYS_S[config.node == 2]
     return config.fence_delay_s
+
+
+def effective_cut_patience_s(config: VolumeConfig) -> float:
+    """How long a write waits for a cut of a volume with a receiver (see `cut_patience`)."""
+    return DEFAULT_CUT_PATIENCE_S if config.cut_patience_s is None else config.cut_patience_s
+
+
+def has_receiver(config: VolumeConfig) -> bool:
+    """Whether the secondary keeps consistent points."""
+    return is_receiver(config.secondary)
 
 
 def effective_record_limit_bytes(config: VolumeConfig, size_bytes: int) -> int:

@@ -83,6 +83,28 @@ PARTNER_COUNTERS = {
     "handovers_total": "Extents given to the partner because it asked.",
     "exchanges_total": "How often both nodes have exchanged their records.",
 }
+# Of a volume with a receiver: key of `points` -> name without its prefix, and what it is.
+POINT_GAUGES = {
+    "age_seconds": ("point_age_seconds", "Age of the newest point that the receiver has."),
+    "interval_seconds": ("point_interval_seconds", "How often the volume is cut."),
+    "number": ("point_number", "Number of the newest point that the receiver has."),
+    "spool_bytes": ("spool_bytes", "Read for a point and not sent."),
+    "spool_limit_bytes": ("spool_limit_bytes", "How much of that there may be."),
+}
+POINT_COUNTERS = {
+    "committed_total": ("points_committed", "Points that the receiver has committed."),
+    "wire_bytes_total": ("point_wire_bytes", "Bytes that went to the receiver."),
+    "cbw_total": ("cbw", "Blocks that were read because a host was about to write them."),
+    "cbw_wait_seconds_total": ("cbw_wait_seconds", "Time that hosts waited for these reads."),
+}
+# Of a receiver: key of `receiver` -> what it is.
+RECEIVER_GAUGES = {
+    "committed": "Number of the newest point that is durable at the receiver.",
+    "applied": "Number of the newest point that is in its image.",
+    "queued_bytes": "Committed and not in the image yet.",
+    "journal_bytes": "Part of the receiver's journal that is in use.",
+    "journal_limit_bytes": "How much of it can be used.",
+}
 RESYNC_GAUGES = {
     "total_bytes": "What this resync set out to copy.",
     "remaining_bytes": "What is left of it.",
@@ -111,6 +133,7 @@ def families(status: Status) -> Iterator[Metric]:
     partner = status.get("partner")
     if partner is not None:
         yield from _partner_families(volume, partner)
+    yield from _point_families(volume, status)
     for key, text in RESYNC_GAUGES.items():
         resync = status.get("resync")
         gauge = GaugeMetricFamily(f"bitmapd_resync_{key}", text, labels=["volume"])
@@ -147,6 +170,42 @@ def _partner_families(volume: list[str], partner: Status) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, text, labels=["volume"])
         counter.add_metric(volume, float(partner[key]))
         yield counter
+
+
+def _point_families(volume: list[str], status: Status) -> Iterator[Metric]:
+    from prometheus_client.core import (  # noqa: PLC0415  (optional package)
+        CounterMetricFamily,
+        GaugeMetricFamily,
+    )
+
+    points, receiver = status.get("points"), status.get("receiver") or {}
+    if points is not None:
+        for key, (name, text) in POINT_GAUGES.items():
+            if points[key] is not None:
+                gauge = GaugeMetricFamily(f"bitmapd_{name}", text, labels=["volume"])
+                gauge.add_metric(volume, float(points[key]))
+                yield gauge
+        for key, (name, text) in POINT_COUNTERS.items():
+            counter = CounterMetricFamily(f"bitmapd_{name}", text, labels=["volume"])
+            counter.add_metric(volume, float(points[key]))
+            yield counter
+        voids = CounterMetricFamily(
+            "bitmapd_point_void", "Points that were given up.", labels=["volume", "reason"]
+        )
+        for reason, count in points["void_total"].items():
+            voids.add_metric([*volume, reason], float(count))
+        yield voids
+    if "connected" in receiver:
+        up = GaugeMetricFamily(
+            "bitmapd_receiver_up", "1 while volume and receiver are connected.", labels=["volume"]
+        )
+        up.add_metric(volume, float(receiver["connected"]))
+        yield up
+    for key, text in RECEIVER_GAUGES.items():
+        if receiver.get(key) is not None:
+            gauge = GaugeMetricFamily(f"bitmapd_receiver_{key}", text, labels=["volume"])
+            gauge.add_metric(volume, float(receiver[key]))
+            yield gauge
 
 
 class _Snapshot:

@@ -22,7 +22,7 @@ class State:
 
 _STATES = (
     State("failed", 1, "dmctl events NAME --now; kill -9 its process, then dmctl start NAME"),
-    State("split-brain", 16, "dmctl partner NAME; see 'Split brain' in docs/recovery.md"),
+    State("split-brain", 16, "see 'Split brain' in docs/recovery.md"),
     State(
         "waiting",
         15,
@@ -35,6 +35,7 @@ _STATES = (
     ),
     State("primary-failing", 100, "look for the primary in dmesg; replace it if it goes on"),
     State("link-down", 101, "dmctl events NAME --now says why; it is tried again by itself"),
+    State("alone", 101, "bring the other site back as its receiver: dmctl failback NAME, there"),
     State("paused", 101, "dmctl resume NAME"),
     State("no-space", 13, "make room on the secondary; it is tried again by itself"),
     State("secondary-failing", 101, "look at the secondary's disk: it refuses some places"),

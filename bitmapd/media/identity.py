@@ -30,7 +30,7 @@ from typing import Final
 
 from bitmapd.errors import BitmapdError, NotFoundError, UsageError, refused
 from bitmapd.media.file_identity import file_text
-from bitmapd.net.uri import is_uri, parse_uri
+from bitmapd.net.uri import is_receiver, is_remote, is_uri, parse_receiver_uri, parse_uri
 
 SECTOR_BYTES: Final = 512  # of sysfs, whatever the device's own sectors are
 MAX_TEXT_BYTES: Final = 255
@@ -41,7 +41,7 @@ _OCTAL: Final = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    kind: str  # "block", "file" or "nbd"
+    kind: str  # "block", "file", "nbd" or "receiver"
     text: str  # at most 255 bytes of UTF-8
     size_bytes: int | None  # None: has to be asked of the server
     logical_block_bytes: int | None
@@ -54,9 +54,12 @@ class Identity:
 
 
 def identify(target: str | Path) -> Identity:
-    """Of a block device, a regular file or an NBD URI; NotFoundError, PermissionError_ or
-    UsageError (neither device nor file) otherwise."""
+    """Of a block device, a regular file, an NBD URI or a receiver's; otherwise NotFoundError,
+    PermissionError_ or UsageError (neither device nor file)."""
     text = str(target)
+    if is_receiver(text):
+        receiver = str(parse_receiver_uri(text))
+        return Identity("receiver", _fitted(receiver), None, None, None, False, True)
     if is_uri(text):
         return Identity("nbd", _fitted(_nbd_text(text)), None, None, None, False, True)
     found = _stat(text)
@@ -265,8 +268,9 @@ def same_medium(one: str | Path, other: str | Path) -> bool:
     partition, a loop device and its file, loop devices over one file (wherever in it they begin), a
     mapped device and what it is made of."""
     first, second = str(one), str(other)
-    if is_uri(first) or is_uri(second):
-        return is_uri(first) and is_uri(second) and _nbd_text(first) == _nbd_text(second)
+    if is_remote(first) or is_remote(second):
+        both = is_remote(first) and is_remote(second)
+        return both and identify(first).text == identify(second).text
     below_first = list(_below(first))
     below_second = list(_below(second))
     if below_first[0] in below_second or below_second[0] in below_first:

@@ -192,6 +192,11 @@ class ReceiverUri:
         return f"receiver+{self.peer}/{name}"
 
 
+def is_remote(text: str) -> bool:
+    """Whether a target is reached over a socket, rather than a device or file of this machine."""
+    return is_uri(text) or is_receiver(text)
+
+
 def is_receiver(text: str) -> bool:
     """Whether a target is a receiver; what is wrong with it else says `parse_receiver_uri`."""
     return text.lower().startswith("receiver+")

@@ -41,7 +41,7 @@ from bitmapd.copier.transfers import Transfers
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.cycle import CutGate, Void
 from bitmapd.gate.elsewhere import Run
-from bitmapd.media.base import Device, Scheduler, Timer
+from bitmapd.media.base import Device, Done, Scheduler, Timer
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
@@ -139,6 +139,7 @@ class Sender:
         self.phase = Phase.OPEN
         self.on_change: Callable[[], None] | None = None
         self.on_other: Callable[[Message], None] | None = None
+        self.on_not_followed: Callable[[Verdict, Hello2], None] | None = None
         self.copied_bytes = 0
         self.read_errors = 0
         self.primary_failed_s = float("-inf")
@@ -392,6 +393,7 @@ class Sender:
             self._gate.end_cut()
             self.reading.end_cut()
             self.phase = Phase.SENDING
+            self._changed()
 
     def read_first(self, runs: Iterable[Run]) -> bool:
         """As `gate.cycle.Reader`."""
@@ -409,6 +411,7 @@ class Sender:
         self.schedule.gave_up(self._scheduler.time())
         if reason is not Void.ASKED:
             self._emit("point-void", point=self.uplink.point, reason=reason.value)
+        self._changed()
         self._soon()
 
     # -- what was read (`ReadingOwner`) -------------------------------------------------------
@@ -530,12 +533,31 @@ class Sender:
         for run in runs:
             self._gate.mark(*run, self._marked)
 
+    def differs(self, extents: Runs, done: Done) -> None:
+        left = len(extents)
+        first_error: OSError | None = None
+
+        def marked(error: OSError | None) -> None:
+            nonlocal left, first_error
+            left -= 1
+            first_error = first_error or error
+            if left <= 0:
+                done(first_error)
+                self._soon()
+
+        for first, stop in extents:
+            self._gate.mark(*self._geometry.extent_blocks(first, stop), marked)
+        if not extents:
+            self._scheduler.call_soon(marked, None)
+
     def _marked(self, error: OSError | None) -> None:
         if error is not None:  # the receiver asks again with the next connection
             self._reports.last_error = error
         self._soon()
 
     def not_followed(self, verdict: Verdict, receiver: Hello2) -> None:
+        if self.on_not_followed is not None:
+            self.on_not_followed(verdict, receiver)
         if verdict is Verdict.WENT_BACK:
             self._emit(
                 "receiver-went-back",

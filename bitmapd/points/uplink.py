@@ -7,6 +7,7 @@
 | greeting | HELLO2 that is not | away | ERROR; the owner hears of the verdict |
 | comparing, ready | HAVE, last | ready | tells the owner what is lost, or of the commit |
 | ready | COMMITTED of the point that was ended | ready | tells the owner |
+| comparing | MAP of older data | comparing | has what it names sent, too |
 | any | anything else, or anything wrong | away | ERROR |
 
 Invariants:
@@ -16,6 +17,9 @@ Invariants:
    has it sent again.
 3. No more is sent than the receiver has given credit for, the rate allows, and the link takes.
 4. Only a receiver that `lineage.judge` lets us follow is sent anything but HELLO2.
+5. After a promotion the record names what was written since, and no more.  So before the first
+   point of the new generation is committed a receiver has to say in which extents it may differ
+   (MAP); one that has no data, or nobody knows which, differs in all of them.
 
 A crash ends the incarnation: the receiver drops what it has of it.
 """
@@ -28,11 +32,13 @@ from typing import Final, Protocol
 
 from bitmapd.copier.throttle import SpeedMeter, Throttle
 from bitmapd.gate.blockset import BlockSet
+from bitmapd.media.base import Done
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.codec import MAX_ENTRIES, PAGE_BYTES, cost_bytes
 from bitmapd.points.lineage import Generations, Verdict, judge
 from bitmapd.points.messages import (
+    NIL,
     Applied,
     Begin,
     Bye,
@@ -45,6 +51,7 @@ from bitmapd.points.messages import (
     Feature,
     Have,
     Hello2,
+    Map,
     Message,
     Need,
     Ping,
@@ -93,6 +100,10 @@ class UplinkOwner(Protocol):
     def not_followed(self, verdict: Verdict, receiver: Hello2) -> None:
         """The receiver was found to be another one than it has to be."""
 
+    def differs(self, extents: Runs, done: Done) -> None:
+        """These may differ at the receiver: call back, not from inside, when the record names them
+        and they are to be sent."""
+
     def unlinked(self, reason: str) -> None:
         """The connection is gone."""
 
@@ -111,6 +122,7 @@ class Identity:
     committed: int
     name: str
     program: str
+    promoted: bool = False  # invariant 5
 
 
 class _State(Enum):
@@ -141,7 +153,7 @@ class Uplink:
         self._meter = meter
         self._resting = True  # nothing was left to send, or nobody was there
         self._owner = owner
-        self._compress = compress
+        self.compress = compress
         self._state = _State.AWAY
         self._wire: Wire | None = None
         self._packer = Packer(geometry, identity.volume, compress=False)
@@ -156,6 +168,8 @@ class Uplink:
         self.lacks_credit = False
         self.receiver: Hello2 | None = None  # as it said last
         self.applied = 0
+        self._joins = False  # MAP is waited for, or carried out
+        self._joined: set[bytes] = set()  # generations whose differences are to be sent
         self.sent_bytes = 0  # raw
         self.zero_bytes = 0
         self.wire_bytes = 0
@@ -193,9 +207,9 @@ class Uplink:
             self._wire.close()
         self._wire, self._state = wire, _State.GREETING
         self._begun, self.credit_bytes, self._resting = False, 0, True
-        wire.send(self._hello())
+        wire.send(self.hello())
 
-    def _hello(self) -> Hello2:
+    def hello(self, role: Role = Role.SENDER) -> Hello2:
         identity, geometry = self._identity, self._geometry
         return Hello2(
             volume=identity.volume,
@@ -207,8 +221,8 @@ class Uplink:
             committed=self.known_committed,
             applied=0,
             oldest_kept=0,
-            role=Role.SENDER,
-            features=Feature.ZSTD if self._compress else Feature(0),
+            role=role,
+            features=Feature.ZSTD if self.compress else Feature(0),
             credit_bytes=0,
             term=identity.term,
             name=identity.name,
@@ -246,6 +260,9 @@ class Uplink:
             self._greeted(wire, message)
         elif isinstance(message, Have) and state in (_State.COMPARING, _State.READY):
             self._have(message)
+        elif isinstance(message, Map) and state is not _State.GREETING and self.receiver:
+            if self._joins:
+                self._join(message.runs, {self.receiver.generations[0]})
         elif state is not _State.READY:
             raise PeerError(ErrorCode.KIND, f"{type(message).__name__} came while {state.value}")
         elif isinstance(message, Committed):
@@ -275,8 +292,10 @@ class Uplink:
     # -- greeting, and what is there --------------------------------------------------------
     def _greeted(self, wire: Wire, theirs: Hello2) -> None:
         self.receiver, self.applied = theirs, theirs.applied
-        verdict = judge(self._hello(), theirs)
-        if verdict not in _FOLLOWED:
+        verdict = judge(self.hello(), theirs)
+        theirs_now = theirs.generations[0]
+        self._joins = self._may_join(verdict, theirs) and theirs_now not in self._joined
+        if verdict not in _FOLLOWED and not self._may_join(verdict, theirs):
             self._owner.not_followed(verdict, theirs)
             self.close(PeerError(ErrorCode.SPLIT_BRAIN, verdict.value))
             return
@@ -289,10 +308,31 @@ class Uplink:
             )
         wire.greeted(self._geometry)
         self.credit_bytes, self.lacks_credit = theirs.credit_bytes, False
-        packs = self._compress and bool(theirs.features & Feature.ZSTD)
+        packs = self.compress and bool(theirs.features & Feature.ZSTD)
         self._packer = Packer(self._geometry, self._identity.volume, compress=packs)
         self._kept = Sent()
         self._state = _State.COMPARING
+
+    def _may_join(self, verdict: Verdict, theirs: Hello2) -> bool:
+        """Whether it becomes the first receiver of this generation."""
+        first = self._identity.promoted and not self.known_committed and not theirs.committed
+        return first and verdict in (*_FOLLOWED, Verdict.RECEIVER_IS_OLD)
+
+    def _join(self, extents: Runs, generations: set[bytes]) -> None:
+        wire = self._wire
+
+        def marked(error: OSError | None) -> None:
+            if error is None:
+                self._joined |= generations
+            if wire is not self._wire:
+                return
+            if error is not None:
+                self.close(PeerError(ErrorCode.INTERNAL, "the record cannot be written"))
+                return
+            self._joins = False
+            self._compared()
+
+        self._owner.differs(extents, marked)
 
     def _have(self, have: Have) -> None:
         if (have.point, have.incarnation) == (self.point, self._identity.incarnation):
@@ -303,7 +343,12 @@ class Uplink:
                         self._kept.put(*line)
         elif have.runs:
             raise PeerError(ErrorCode.ANSWER, f"the receiver has point {have.point} open")
-        if have.last:
+        theirs = self.receiver
+        if have.last and self._joins and theirs is not None:
+            if theirs.generations[0] in (NIL, self._identity.generations[0]):
+                everything = ((0, self._geometry.extents),)
+                self._join(everything, {NIL, *self._identity.generations})
+        elif have.last:
             self._compared()
 
     def _compared(self) -> None:

@@ -71,7 +71,7 @@ class Applier:
         """There may be something in the queue."""
         if self._journal.page.queue and not self.is_at_work and self._journal.failure is None:
             self.is_at_work = True
-            run(self._apply(), lambda error, _: self._ended(error))
+            run(self.apply(), lambda error, _: self._ended(error))
 
     def when_applied(self, done: Done) -> None:
         """Call it when the queue has become shorter."""
@@ -83,7 +83,7 @@ class Applier:
             self._owner.image_failed(error)
             self._scheduler.call_later(RETRY_S, self.go_on)
 
-    def _apply(self) -> Steps[None]:
+    def apply(self) -> Steps[None]:
         """Until nothing is queued, or what is first in the queue has to wait for a later point."""
         journal = self._journal
         while queue := journal.page.queue:

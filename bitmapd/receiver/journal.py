@@ -31,7 +31,7 @@ from bitmapd.errors import NoSpaceError, WrongStateError
 from bitmapd.media.base import Device, Done
 from bitmapd.media.buffers import aligned
 from bitmapd.points.messages import Entry
-from bitmapd.receiver.commit import CommitPage, Queued, encode_page, slot_offset
+from bitmapd.receiver.commit import CommitPage, PageFlag, Queued, encode_page, slot_offset
 from bitmapd.receiver.entries import Entries
 from bitmapd.receiver.places import PAGE_BYTES, Places, padded
 from bitmapd.receiver.scan import Scanned, Segment, kept_entries
@@ -117,6 +117,10 @@ class Journal:
         yield from self._write_superblock(self.superblock.updated(now_s, line=line))
         self._places = places
         self._segments = [Segment(index) for index in range(places.segments)]
+
+    def follow(self, line: Line, now_s: int) -> Steps[None]:
+        """Another generation of the same volume from now on."""
+        yield from self._write_superblock(self.superblock.updated(now_s, line=line))
 
     def _write_superblock(self, superblock: JournalSuperblock) -> Steps[None]:
         buffer = aligned(PAGE_BYTES)
@@ -258,6 +262,11 @@ class Journal:
     def inconsistent(self, until: int) -> Steps[None]:
         """The image is between two points until this one is applied."""
         yield from self._changed(lambda page: {"inconsistent_until": until})
+
+    def flagged(self, flags: PageFlag, line: Line) -> Steps[None]:
+        """How far a promotion is; `line` is that of the data that the image has then."""
+        named = {"flags": flags, "generation": line.generations[0].bytes, "term": line.term}
+        yield from self._changed(lambda page: named)
 
     # -- commit pages ---------------------------------------------------------------------------
     def _changed(self, change: Change) -> Steps[None]:

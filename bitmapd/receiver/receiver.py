@@ -27,6 +27,7 @@ A crash loses what was said, never what was promised; see `journal` and `applier
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ from bitmapd.points.messages import (
     Feature,
     Goodbye,
     Hello2,
+    Map,
     Message,
     Need,
     Ping,
@@ -136,7 +138,10 @@ class Receiver:
         identity: Identity,
         now_s: Callable[[], int],
         emit: Callable[..., None],
+        differs: Runs | None = None,
     ) -> None:
+        """`differs`: where the image may have something else than the point before the sender's
+        generation began, if the image is an old primary."""
         self.state = State.WAITING
         self.journal = journal
         self._image = image
@@ -152,6 +157,8 @@ class Receiver:
         self._in_place_bytes = 0  # of these, on their way to the image
         self._unsaid_bytes = 0  # since the last RECEIVED
         self._reading = True
+        self._differs = differs
+        self._followed: Hello2 | None = None  # of the newest sender that was followed
         self._scheduler = scheduler
         self._volume = self._follow()
         self._allowed: dict[tuple[State, type], Callable[[Any], None]] = {
@@ -290,13 +297,18 @@ class Receiver:
         if hello is None or self.state is not State.GREETING or self._busy:
             return
         verdict = judge(hello, self._greeting())
-        if verdict not in _FOLLOWS:
+        if verdict not in _FOLLOWS and not self._joins(verdict):
             self.state = State.REFUSED
             self._emit("sender-refused", message=verdict.value)
             self._send(self._greeting())
             return
         self._busy = True
         run(self._preparing(hello), lambda error, _: self._prepared(hello, error))
+
+    def _joins(self, verdict: Verdict) -> bool:
+        """Whether an image that was a primary becomes one of newer data."""
+        committed = self.journal.page.committed
+        return verdict is Verdict.RECEIVER_IS_OLD and self._differs is not None and not committed
 
     def _preparing(self, hello: Hello2) -> Steps[None]:
         journal = self.journal
@@ -320,12 +332,16 @@ class Receiver:
             self._greet()  # of another connection
             return
         self.state = State.RECEIVING
+        self._followed = hello
         self._credit_bytes = self._room_bytes
         self._unsaid_bytes = 0
         wire.greeted(_geometry(hello))
         self._emit("sender-connected", peer=wire.peer)
         self._send(self._greeting())
         self._say_what_is_here()
+        line = self.journal.superblock.line
+        if self._differs is not None and line and line.generations[0].bytes != hello.generations[0]:
+            self._send(Map(self._differs))
         self._ask_again()
 
     def _greeting(self) -> Hello2:
@@ -458,11 +474,21 @@ class Receiver:
         journal = self.journal
         if not journal.page.committed:
             yield from self._known.in_place.flush()
+            yield from self._take_generation()
             yield from journal.commit_in_image(queued)
             return
         while len(journal.page.queue) >= MOST_QUEUED:
             yield self._known.applier.when_applied
         yield from journal.commit(queued)
+
+    def _take_generation(self) -> Steps[None]:
+        """The first point makes the image one of the sender's data."""
+        line, hello = self.journal.superblock.line, self._followed
+        if line is None or hello is None or line.generations[0].bytes == hello.generations[0]:
+            return
+        generations = tuple(UUID(bytes=value) for value in hello.generations if value != NIL)
+        after = dataclasses.replace(line, generations=generations, term=hello.term)
+        yield from self.journal.follow(after, self._now_s())
 
     def _committed(self, queued: Queued, error: OSError | None) -> None:
         self._busy = False
@@ -504,6 +530,7 @@ class Receiver:
         """The keys of `receiver` in the status."""
         journal = self.journal
         return page_figures(journal.page) | {
+            "connected": self.state in _GREETED,
             "queued_bytes": journal.queued_bytes,
             "journal_bytes": journal.used_bytes,
             "journal_limit_bytes": journal.limit_bytes,

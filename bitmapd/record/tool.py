@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -223,30 +224,48 @@ def heal(medium: RecordMedium, loaded: Loaded) -> Loaded:
     return healed(loaded, sequence)
 
 
+def check_free(path: str | Path, volume: UUID, geometry: Geometry) -> None:
+    """Whether a record of this volume may be made there, in the place of an older one of it."""
+    _refuse_in_use(path)
+    with RecordMedium.open(path) as medium:
+        medium.lock()
+        _refuse_small(medium, geometry)
+        _refuse_overwrite(medium, volume, "use another device, or erase this one", any_state=True)
+
+
 def format_record(
-    path: str | Path, superblock: Superblock, ones: bool, force: bool = False
+    path: str | Path,
+    superblock: Superblock,
+    ones: bool,
+    force: bool = False,
+    named: Iterable[tuple[int, int]] = (),
 ) -> None:
-    """Make a new record: all extents in it (`ones`), or none.
+    """Make a new record: all extents in it (`ones`), or those of these runs.
 
     Refused, whatever `force` says, where the device is in use or too small.  Without `force`
     also where there is a record of another volume (ForeignRecordError), one of this volume that
     was not stopped cleanly, or anything else that is recognised (ExistsError).
     """
     _refuse_in_use(path)
-    need = record_size_bytes(superblock.geometry.extents)
     with RecordMedium.open(path) as medium:
         medium.lock()
-        have = medium.size_bytes
-        if have < need:
-            raise NoSpaceError(
-                f"{path} has {have} bytes; the record of a volume of"
-                f" {superblock.geometry.size_bytes} bytes with extents of"
-                f" {superblock.geometry.extent_bytes} bytes needs {need}",
-                hint="use a larger device, or larger extents",
-            )
+        _refuse_small(medium, superblock.geometry)
         if not force:
             _refuse_overwrite(medium, superblock.volume_uuid, "--force overwrites it")
-        _write_record(medium, superblock, _filled(superblock, ones), 1)
+        bits = _filled(superblock, ones)
+        for first, stop in named:
+            bits[first:stop] = True
+        _write_record(medium, superblock, bits, 1)
+
+
+def _refuse_small(medium: RecordMedium, geometry: Geometry) -> None:
+    have, need = medium.size_bytes, record_size_bytes(geometry.extents)
+    if have < need:
+        raise NoSpaceError(
+            f"{medium.name} has {have} bytes; the record of a volume of {geometry.size_bytes} bytes"
+            f" with extents of {geometry.extent_bytes} bytes needs {need}",
+            hint="use a larger device, or larger extents",
+        )
 
 
 def _filled(superblock: Superblock, ones: bool) -> bitarray:
@@ -267,7 +286,10 @@ def _refuse_in_use(path: str | Path) -> None:
     raise BusyError(f"{path}{owner} is in use: {user}")
 
 
-def _refuse_overwrite(medium: RecordMedium, volume: UUID | None, hint: str) -> None:
+def _refuse_overwrite(
+    medium: RecordMedium, volume: UUID | None, hint: str, *, any_state: bool = False
+) -> None:
+    """`any_state`: what a record of this volume names is not needed any more."""
     try:
         found = probe(medium)
     except (RecordDamagedError, FormatTooNewError) as error:
@@ -280,7 +302,7 @@ def _refuse_overwrite(medium: RecordMedium, volume: UUID | None, hint: str) -> N
     holds = f"{medium.name} holds the record of volume {found.name!r} (uuid {found.volume_uuid})"
     if found.volume_uuid != volume:
         raise ForeignRecordError(holds, hint)
-    if not found.clean:
+    if not found.clean and not any_state:
         raise ExistsError(
             f"{holds}, which was not stopped cleanly: it names what the secondary may lack", hint
         )

@@ -30,11 +30,15 @@ from bitmapd.attach.nbd_mode import NbdMode
 from bitmapd.config import (
     Paths,
     VolumeConfig,
+    effective_cut_patience_s,
     effective_era_interval_s,
     effective_record_limit_bytes,
+    has_receiver,
 )
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
+from bitmapd.errors import WrongStateError
+from bitmapd.gate.cycle import CutGate
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Target
@@ -42,6 +46,7 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside
 from bitmapd.partner.pair import Pair
+from bitmapd.points.sender import Sender
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.holder import Record
@@ -49,12 +54,14 @@ from bitmapd.record.store import RecordStore
 from bitmapd.units import format_size
 from bitmapd.volume.guard import Guard
 from bitmapd.volume.hints import HintKeeper
+from bitmapd.volume.mirror import Mirror
 from bitmapd.volume.pairing import VolumeHome, claim_of, make_pair
 from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.presence import Presence
 from bitmapd.volume.recovery import Recovery
 from bitmapd.volume.requestlog import Recording
 from bitmapd.volume.secondary import make_secondary, open_secondary, wrong_secondary
+from bitmapd.volume.sending import ReceiverLink, make_sender, points_of
 from bitmapd.volume.session import RecordSession
 from bitmapd.volume.sides import NoteKeeper
 
@@ -118,19 +125,20 @@ class Parts(_Base):
     engine: AioEngine
     primary: KernelDevice
     record: KernelDevice
-    secondary: Target
+    secondary: Target | None  # None: a receiver
     store: RecordStore  # what is stored
     names: Record  # what the gate asks; the same, or over it
     pair: Pair | None
     gate: Gate
-    copier: Copier
+    copier: Mirror
+    receiver: ReceiverLink | None
     hints: HintKeeper
     note: NoteKeeper
     presence: Presence
     recording: Recording
     recovery: Recovery
     pausing: Pausing
-    guard: Guard
+    guard: Guard | None  # of a secondary that somebody may write at rest
 
     async def begin(self, *, admit: bool) -> None:
         """Copy, and `admit` hosts."""
@@ -139,7 +147,10 @@ class Parts(_Base):
         await self.mode.begin(self.engine, self.gate, self.names, self._may_spin, self.opened)
         if admit:
             await self.mode.admit()
-        if self.session.secondary_was_written:
+        if isinstance(self.copier, Sender):
+            self.copier.start(paused=self.pausing.paused)
+            return
+        if self.guard is not None and self.session.secondary_was_written:
             self.guard.found(())
         self.copier.start(
             paused=self.pausing.paused,
@@ -167,6 +178,14 @@ class Parts(_Base):
             self.store.updates + self.store.clears,
         )
 
+    def plain_secondary(self, doing: str) -> Target:
+        """WrongStateError if it is a receiver."""
+        if self.secondary is None:
+            raise WrongStateError(
+                f"volume '{self.config.name}' has a receiver, and this version cannot {doing}"
+            )
+        return self.secondary
+
     def silent_media(self) -> str:
         """Which of them may be the one that does not answer."""
         config = self.config
@@ -189,7 +208,10 @@ class Parts(_Base):
     async def close(self) -> None:
         if self.pair is not None:
             self.pair.close()
-        self.secondary.close()
+        if self.receiver is not None:
+            self.receiver.close()
+        if self.secondary is not None:
+            self.secondary.close()
         for device in (self.primary, self.record):
             await self.engine.call(device.close)
         await self._until_idle()
@@ -249,10 +271,14 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     record = await engine.call(partial(KernelDevice, config.record, engine))
     opened.append(record.close)
     _warn_if_buffered((primary, record), emit)
-    secondary = make_secondary(config, loop, engine, session.secondary_mismatch, claim)
-    opened.append(secondary.close)
+    secondary: Target | None = None
     shared = session.pair is not None
-    await open_secondary(secondary, loop, session.secondary_mismatch, emit, shared=shared)
+    if has_receiver(config):
+        points_of(session)
+    else:
+        secondary = make_secondary(config, loop, engine, session.secondary_mismatch, claim)
+        opened.append(secondary.close)
+        await open_secondary(secondary, loop, session.secondary_mismatch, emit, shared=shared)
 
     await aside(session.begin)
     _warn_of_other_sizes(config, geometry, emit)
@@ -264,48 +290,54 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     names: Record = store if pair is None else pair.record
     if pair is not None:
         opened.append(pair.close)
-    gate = Gate(
-        geometry,
-        primary,
-        names,
-        make_policy(config.predictor, geometry),
-        loop,
-        limit_extents=limit_extents(config, geometry, None),
-        elsewhere=mode.elsewhere,
-        asks=None if pair is None else pair.rights,
-        piecewise=pair is not None,
-        owns=None if pair is None else pair.rights.owns,
-    )
+    policy, limit = make_policy(config.predictor, geometry), limit_extents(config, geometry, None)
+    gate: Gate
+    if secondary is None:
+        patience_s = effective_cut_patience_s(config)
+        gate = CutGate(
+            geometry, primary, names, policy, loop, limit_extents=limit, patience_s=patience_s
+        )
+    else:
+        gate = Gate(
+            geometry,
+            primary,
+            names,
+            policy,
+            loop,
+            limit_extents=limit,
+            elsewhere=mode.elsewhere,
+            asks=None if pair is None else pair.rights,
+            piecewise=pair is not None,
+            owns=None if pair is None else pair.rights.owns,
+        )
     gate.on_primary_error = owner.primary_failed
     hints = HintKeeper(session, gate, loop, aside, emit)
     await hints.begin()
-    copier = Copier(
-        geometry,
-        gate,
-        primary,
-        secondary,
-        loop,
-        BufferPool(loop, COPY_POOL_BYTES),
-        Throttle(config.copy_rate_bytes_per_s),
-        Backoff(),
-        emit,
-        check_secondary=partial(
-            wrong_secondary, secondary, session.secondary_mismatch, shared=shared
-        ),
-        era_interval_s=effective_era_interval_s(config),
-        late_writes_s=config.late_writes_s,
-        read_primary=primary.read_aside,
-    )
+    copier: Mirror
+    receiver: ReceiverLink | None = None
+    pool = BufferPool(loop, COPY_POOL_BYTES)
+    if secondary is None:
+        copier = make_sender(config, session, gate, primary, loop, aside, pool, owner)
+        receiver = ReceiverLink(config, loop, copier, session, owner)
+        opened.append(receiver.close)
+    else:
+        copier = _make_copier(config, session, gate, primary, secondary, loop, pool, emit)
+        if pair is not None:
+            home.attach(gate, copier, primary, secondary, geometry.block_bytes)
+            pair.attach(gate, copier)
+            engine.on_shut_out = pair.shut_out
     copier.on_change = owner.changed
-    if pair is not None:
-        home.attach(gate, copier, primary, secondary, geometry.block_bytes)
-        pair.attach(gate, copier)
-        engine.on_shut_out = pair.shut_out
+    samples = copier.samples if isinstance(copier, Copier) else None
     note = NoteKeeper(
-        config, paths, lambda: session.superblock, lambda: copier.samples.lately, loop, emit
+        config,
+        paths,
+        lambda: session.superblock,
+        lambda: () if samples is None else samples.lately,
+        loop,
+        emit,
     )
-    if session.primary_is_as_left:
-        copier.samples.remember(note.lately_before)
+    if samples is not None and session.primary_is_as_left:
+        samples.remember(note.lately_before)
     recording = Recording(gate, loop, emit)
     opened.append(recording.close)
     pausing = Pausing(config.name, session, copier, owner.until, aside, emit)
@@ -325,13 +357,45 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         pair=pair,
         gate=gate,
         copier=copier,
+        receiver=receiver,
         hints=hints,
         note=note,
         presence=Presence(media, engine, loop, emit),
         recording=recording,
         recovery=Recovery(session, names, gate, copier, loop, aside, emit, on_kept=owner.changed),
         pausing=pausing,
-        guard=Guard(config.name, config.secondary, gate, copier, pausing, loop, emit),
+        guard=Guard(config.name, config.secondary, gate, copier, pausing, loop, emit)
+        if isinstance(copier, Copier)
+        else None,
+    )
+
+
+def _make_copier(
+    config: VolumeConfig,
+    session: RecordSession,
+    gate: Gate,
+    primary: KernelDevice,
+    secondary: Target,
+    loop: asyncio.AbstractEventLoop,
+    pool: BufferPool,
+    emit: Callable[..., None],
+) -> Copier:
+    return Copier(
+        session.superblock.geometry,
+        gate,
+        primary,
+        secondary,
+        loop,
+        pool,
+        Throttle(config.copy_rate_bytes_per_s),
+        Backoff(),
+        emit,
+        check_secondary=partial(
+            wrong_secondary, secondary, session.secondary_mismatch, shared=session.pair is not None
+        ),
+        era_interval_s=effective_era_interval_s(config),
+        late_writes_s=config.late_writes_s,
+        read_primary=primary.read_aside,
     )
 
 

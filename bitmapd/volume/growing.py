@@ -46,7 +46,10 @@ class PairGrowth:
     async def _look(self, size_bytes: int) -> str | None:
         parts = self._parts
         found = await present_geometry(
-            parts.config, self._volume.geometry, parts.secondary, parts.loop
+            parts.config,
+            self._volume.geometry,
+            parts.plain_secondary("resize it"),
+            parts.loop,
         )
         if found is None or found.size_bytes < size_bytes:
             there = self._volume.geometry.size_bytes if found is None else found.size_bytes

@@ -20,10 +20,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from bitmapd.copier.engine import Copier
 from bitmapd.errors import BitmapdError, WrongStateError
 from bitmapd.media.waiting import Aside
 from bitmapd.record.layout import Incompatible, InitialSync
+from bitmapd.volume.mirror import Mirror
 from bitmapd.volume.session import RecordSession
 
 Emit = Callable[..., None]
@@ -36,7 +36,7 @@ class Pausing:
         self,
         name: str,
         session: RecordSession,
-        copier: Copier,
+        copier: Mirror,
         until: Callable[[Callable[[], bool]], Awaitable[None]],
         aside: Aside,
         emit: Emit,

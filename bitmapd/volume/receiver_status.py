@@ -13,7 +13,7 @@ _NUMBERS = (
     "dirty_bytes", "lag_seconds", "content_age_seconds", "record_bytes", "record_extents",
     "record_limit_bytes", "writes_total", "hits_total", "misses_total", "record_updates_total",
     "record_clears_total", "copied_bytes_total", "era", "resync", "last_recovery", "paused",
-    "partner",
+    "partner", "points",
 )  # fmt: skip
 
 

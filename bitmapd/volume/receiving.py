@@ -28,14 +28,17 @@ from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.peer.transport import Settings
-from bitmapd.points.messages import Message
+from bitmapd.points.messages import Message, Ping
 from bitmapd.points.wire import TIMEOUT_S, MessageWire, PointTransport
+from bitmapd.receiver.commit import PageFlag
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.promotion import has_new_generation, undo
 from bitmapd.receiver.receiver import Identity, Receiver, State
 from bitmapd.receiver.scan import Scanned, scan
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import JournalSuperblock
 from bitmapd.volume.receiver_status import described, points
+from bitmapd.volume.rejoining import differing
 
 T = TypeVar("T")
 
@@ -89,12 +92,12 @@ class Receiving:
             self._image = KernelDevice(config.image, self._engine, claim=Claim())
             scanned = await carried_out(scan(self._journal_device))
             self._check_owner(scanned.choice.superblock)
-            self._begin(scanned)
             uri = parse_receiver_uri(config.listen)
+            await self._begin(scanned, uri.name)
             settings = Settings(
-                dial=None,
-                listen=uri.peer,
-                name=config.sender_name,
+                dial=uri.peer if config.dials else None,
+                listen=None if config.dials else uri.peer,
+                name=config.sender_name or uri.peer.host,
                 certificates=config.certificates,
                 fingerprint=config.sender_fingerprint,
                 timeout_s=TIMEOUT_S,
@@ -120,13 +123,31 @@ class Receiving:
                 hint="bring the image back, or make the receiver anew",
             )
 
-    def _begin(self, scanned: Scanned) -> None:
+    async def _begin(self, scanned: Scanned, name: str) -> None:
         for note in scanned.notes:
             self.emit("journal-note", message=note)
         self.journal = Journal(self._journal_device, scanned, self._failed)
-        identity = Identity(self.config.name, os.urandom(16), f"bitmapd {__version__}")
+        differs = None
+        line = self.journal.superblock.line
+        if line is not None:
+            if has_new_generation(self.journal):
+                raise WrongStateError(
+                    f"receiver '{self.config.name}' was promoted, and that was cut short",
+                    hint=f"'dmctl promote {self.config.name}' goes on with it",
+                )
+            if self.journal.page.flags & PageFlag.PROMOTING:
+                await carried_out(undo(self.journal, line))
+            record = self.config.promoted_record
+            differs = await asyncio.to_thread(differing, record, line)
+        identity = Identity(name, os.urandom(16), f"bitmapd {__version__}")
         self.receiver = Receiver(
-            self.journal, self._image, self._loop, identity, lambda: int(time.time()), self.emit
+            self.journal,
+            self._image,
+            self._loop,
+            identity,
+            lambda: int(time.time()),
+            self.emit,
+            differs,
         )
 
     def _failed(self, error: OSError) -> None:
@@ -169,6 +190,9 @@ class Receiving:
     # -- PointEnd -------------------------------------------------------------------------------
     def connected(self, wire: MessageWire) -> None:
         self.receiver.connected(wire)
+        if self.config.dials:
+            # Who listens waits for a word that tells a receiver from another volume.
+            wire.send(Ping(int(self._loop.time() * 1e6)))
 
     def received(self, wire: MessageWire, message: Message) -> None:
         self.receiver.received(wire, message)

@@ -17,12 +17,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from bitmapd.copier.engine import Copier
 from bitmapd.errors import BitmapdError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.waiting import Aside, completion
 from bitmapd.record.holder import Record
 from bitmapd.record.layout import InitialSync
+from bitmapd.volume.mirror import Mirror
 from bitmapd.volume.session import RecordSession
 from bitmapd.volume.status import recorded_bytes
 
@@ -37,7 +37,7 @@ class Recovery:
         session: RecordSession,
         store: Record,
         gate: Gate,
-        copier: Copier,
+        copier: Mirror,
         loop: asyncio.AbstractEventLoop,
         aside: Aside,
         emit: Emit,

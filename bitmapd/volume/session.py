@@ -36,7 +36,7 @@ from uuid import UUID
 from bitmapd.config import Paths, VolumeConfig, atomic_write
 from bitmapd.errors import ForeignRecordError, UsageError
 from bitmapd.media.fingerprint import fingerprint
-from bitmapd.net.uri import is_receiver, is_uri
+from bitmapd.net.uri import is_receiver, is_remote
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.hints import Hints, decode_hints, encode_hints
@@ -286,7 +286,7 @@ class RecordSession:
             return
         try:
             seals = {"fingerprint": self._fingerprint(self.superblock)}
-            if self.superblock.clean and not is_uri(self._config.secondary):
+            if self.superblock.clean and not is_remote(self._config.secondary):
                 seals["secondary_fingerprint"] = self._fingerprint(
                     self.superblock, self._config.secondary
                 )

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from bitmapd.config import VolumeConfig, device_of
-from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.engine import CopyState
 from bitmapd.copier.transfers import Trouble
 from bitmapd.gate.gate import Gate
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.holder import Record
 from bitmapd.record.store import RecordStore
+from bitmapd.volume.mirror import Mirror
 
 # How long an error of the primary is the volume's state.  Longer than hosts take between attempts,
 # as ext4 with its 5 s and the kernel with its 30 s of write-back.
 PRIMARY_ERROR_S = 60.0
 
 
-def state_of(store: RecordStore, gate: Gate, copier: Copier, *, in_sync: bool) -> str:
+def state_of(store: RecordStore, gate: Gate, copier: Mirror, *, in_sync: bool) -> str:
     """The most pressing of what is true of the volume; the names are those of `control.states`."""
     if store.failing or store.slow:
         return "degraded"
@@ -37,7 +38,7 @@ def state_of(store: RecordStore, gate: Gate, copier: Copier, *, in_sync: bool) -
     return "in-sync" if in_sync else "copying"
 
 
-def primary_is_failing(gate: Gate, copier: Copier) -> bool:
+def primary_is_failing(gate: Gate, copier: Mirror) -> bool:
     """Whether it has refused something lately: hosts that go on asking keep the state."""
     return copier.now_s - max(gate.primary_failed_s, copier.primary_failed_s) < PRIMARY_ERROR_S
 
@@ -51,7 +52,7 @@ def describe(
     geometry: Geometry,
     store: RecordStore,
     gate: Gate,
-    copier: Copier,
+    copier: Mirror,
     *,
     in_sync: bool,
 ) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def describe(
     }
 
 
-def _resync(copier: Copier) -> dict[str, Any] | None:
+def _resync(copier: Mirror) -> dict[str, Any] | None:
     if not copier.passes.under_way:
         return None
     remaining = copier.passes.remaining_bytes

@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from bitmapd.config import VolumeConfig
-from bitmapd.copier.engine import Copier, CopyState
+from bitmapd.copier.engine import CopyState
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Device, Target
 from bitmapd.media.buffers import BufferPool
 from bitmapd.record.geometry import Geometry
+from bitmapd.volume.mirror import Mirror
 
 VERIFY_POOL_BYTES = 16 << 20
 _PROGRESS_S = 0.5
@@ -132,7 +133,7 @@ class Verifying:
 
 async def repaired(
     gate: Gate,
-    copier: Copier,
+    copier: Mirror,
     now_s: float,
     until: Callable[[Callable[[], bool]], Awaitable[None]],
 ) -> None:

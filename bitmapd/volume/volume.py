@@ -28,7 +28,7 @@ from bitmapd.config import (
     taken_up,
 )
 from bitmapd.control.catalogue import lookup
-from bitmapd.copier.engine import CopyState
+from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
@@ -39,6 +39,7 @@ from bitmapd.errors import (
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
 from bitmapd.partner.node import State
+from bitmapd.points.sender import Sender
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
@@ -53,6 +54,7 @@ from bitmapd.volume.resize import (
 from bitmapd.volume.secondary import leave_at_once
 from bitmapd.volume.status import describe, state_of
 from bitmapd.volume.verifying import Progress, Verifying, repaired, tell
+from bitmapd.volume.withreceiver import WithReceiver
 
 TICK_S = 1.0
 
@@ -83,6 +85,7 @@ class Volume:
         self._ending: asyncio.Task[None] | None = None  # of a process that is outdated
         self.on_outdated: Callable[[], None] | None = None
         self._paired: Paired | None = None  # of a single appliance: None
+        self._receiver: WithReceiver | None = None  # with a plain secondary: None
         self.left = False  # grown, and not served any more: another one takes over
         self._tick_timer: asyncio.TimerHandle | None = None
 
@@ -93,6 +96,10 @@ class Volume:
         self._parts, self.gate, self.copier = parts, parts.gate, parts.copier
         self.geometry = parts.session.superblock.geometry
         try:
+            if isinstance(parts.copier, Sender) and parts.receiver is not None:
+                receiver = WithReceiver(self.config.name, parts, parts.copier, parts.receiver, self)
+                await receiver.start()
+                self._receiver = receiver
             if parts.pair is None:
                 await self.begin()
             else:
@@ -250,7 +257,8 @@ class Volume:
         stopped = asyncio.Event()
         self.copier.stop(stopped.set)
         await stopped.wait()
-        await self._parts.guard.end()
+        if self._parts.guard is not None:
+            await self._parts.guard.end()
         await self._parts.recovery.end()
 
     async def _finish(self) -> None:
@@ -339,6 +347,15 @@ class Volume:
             raise WrongStateError(f"volume '{self.config.name}' has no partner")
         return self._paired
 
+    @property
+    def receiver(self) -> WithReceiver:
+        """The commands that need a receiver; WrongStateError with a plain secondary."""
+        if self._receiver is None:
+            raise WrongStateError(
+                f"the secondary of volume '{self.config.name}' is not a receiver: it has no points"
+            )
+        return self._receiver
+
     def _refuse_unless_serving(self) -> None:
         if not self.serving:
             self.paired.pair.refuse_waiting(self.config.name)
@@ -364,6 +381,7 @@ class Volume:
     async def verify(self, repair: bool, progress: Progress) -> dict[str, Any]:
         """Compare both sides while in use; differences that should not be there are reported."""
         self._refuse_unless_serving()
+        secondary = self._parts.plain_secondary("compare it while it is in use")
         if self._verifying is not None:
             raise BusyError(f"volume '{self.config.name}' is being verified already")
         if self.copier.state is CopyState.LINK_DOWN:
@@ -375,7 +393,7 @@ class Volume:
             self.geometry,
             self.gate,
             self._parts.primary,
-            self._parts.secondary,
+            secondary,
             repair=repair,
         )
         try:
@@ -392,9 +410,8 @@ class Volume:
 
         If this volume is `left` afterwards, another `Volume` has to be started in its place.
         """
-        geometry = await present_geometry(
-            self.config, self.geometry, self._parts.secondary, self._loop
-        )
+        secondary = self._parts.plain_secondary("resize it")
+        geometry = await present_geometry(self.config, self.geometry, secondary, self._loop)
         if geometry is None:
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
         if self._paired is not None:
@@ -437,7 +454,8 @@ class Volume:
         self.copier.stop(stopped.set)
         leave_at_once(parts.secondary)
         await stopped.wait()
-        await parts.guard.end()
+        if parts.guard is not None:
+            await parts.guard.end()
         await parts.recovery.end()
         await commit_growth(parts.session, geometry, parts.aside)
         await self._finish()
@@ -461,8 +479,11 @@ class Volume:
             self._exchange_policy(config.predictor)
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
-        self.copier.rounds.era_interval_s = effective_era_interval_s(config)
-        self.copier.late.bound_s = config.late_writes_s
+        if isinstance(self.copier, Copier):
+            self.copier.rounds.era_interval_s = effective_era_interval_s(config)
+            self.copier.late.bound_s = config.late_writes_s
+        if self._receiver is not None:
+            self._receiver.reconfigure(config)
         self._parts.recording.record_to(config.trace)
         if self._paired is not None:
             self._paired.reconfigure(config)
@@ -476,8 +497,9 @@ class Volume:
     def state(self) -> str:
         if self._parts.presence.gone:
             return "degraded"
-        if self._paired is not None and (state := self._paired.state) is not None:
-            return state
+        for other in (self._paired, self._receiver):
+            if other is not None and (state := other.state) is not None:
+                return state
         return state_of(self._parts.store, self.gate, self.copier, in_sync=self.in_sync)
 
     def status(self) -> dict[str, Any]:
@@ -499,6 +521,9 @@ class Volume:
                 "session": self._parts.session.superblock.session,
                 "primary_errors_total": self.gate.primary_errors,
                 "partner": None if self._paired is None else self._paired.pair.status(),
+                "points": None,
+                "receiver": None,
             }
+            | (self._receiver.figures() if self._receiver is not None else {})
             | self._parts.mode.figures(self.gate)
         )

@@ -96,7 +96,7 @@ def check(
         context.paths.run_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
     for key, value in media.items():
         identity = known[key]
-        if identity is not None and identity.kind != "nbd":
+        if identity is not None and identity.kind not in ("nbd", "receiver"):
             check_free(found, key, value, identity, config)
     _check_distinct(found, media, known)
     check_others(context, found, media, known)
@@ -115,7 +115,8 @@ def check(
         return None
     size_bytes = _check_secondary(found, config, geometry, secondary)
     joins = config.node == 2  # what node 1 does with the secondary was asked there
-    if secondary is not None and config.initial_sync != "skip" and not joins:
+    overwrites = secondary is not None and secondary.kind != "receiver"
+    if secondary is not None and overwrites and config.initial_sync != "skip" and not joins:
         _check_copies(context, found, config, primary, secondary)
     superblock = Superblock(
         volume_uuid=config.uuid,
@@ -262,7 +263,7 @@ def _check_secondary(
 ) -> int | None:
     """The secondary's size, once everything about it has been checked."""
     target, need = config.secondary, geometry.size_bytes
-    if identity is None:
+    if identity is None or identity.kind == "receiver":
         return None
     if identity.kind == "nbd":
         with found.collect(), open_export(target, config.tls_certificates) as export:

@@ -30,12 +30,14 @@ from bitmapd.config import (
     create_volume,
     device_of,
     effective_record_limit_bytes,
+    has_receiver,
     load_defaults,
     render,
 )
 from bitmapd.errors import BitmapdError, ExistsError, UsageError, explain
 from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, Superblock, record_size_bytes
+from bitmapd.record.points_state import PointsState
 from bitmapd.units import human_size
 from bitmapd.volume.sides import forget_copies
 from dmctl.cli.checks import Findings, check
@@ -44,6 +46,7 @@ from dmctl.cli.pair import as_node, check_fencing
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.record import wipe
+from dmctl.cli.withreceiver import check_points
 from dmctl.model.names import Layer, layer_name
 
 OPTION_KEYS = (
@@ -55,6 +58,7 @@ OPTION_KEYS = (
     "partner_certificates", "partner_timeout", "partner_wait", "serve", "fence_command",
     "fence_options",
     "fence_delay", "fence_timeout", "fence_aborts_io", "takeover", "cut_patience",
+    "point_interval", "spool_limit", "compress", "start_alone",
 )  # fmt: skip
 
 
@@ -72,10 +76,14 @@ def create(context: Context, args: Namespace) -> int:
     if config is not None:
         config = found.attempt(partial(_with_attach, config, table))
     with found.collect():
+        check_points(table, config)
+    with found.collect():
         check_fencing(table, config)
     superblock = check(context, found, name, table, config)
     if config is not None and superblock is not None:
         superblock = as_node(config, superblock, found.notes)
+        if has_receiver(config):
+            superblock = superblock.with_points(PointsState())
     if found.errors or config is None or superblock is None:
         raise combine(found.errors, doing)
     plan = _plan(config, superblock, found)
@@ -143,8 +151,9 @@ def _configure(
 
 def _with_attach(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
     """`auto` decided, so that the volume is attached in the same way whatever the machine has."""
-    if config.attach == "auto" and ("listen" in table or config.node is not None):
-        # An export was asked for, or the hosts of two appliances, which ask one another.
+    asked = "listen" in table or config.node is not None or has_receiver(config)
+    if config.attach == "auto" and asked:
+        # An export was asked for; or hosts that ask a partner, or wait for a cut.
         return dataclasses.replace(config, attach="nbd")
     config = resolved(config)
     if config.attach == "dm":

@@ -222,10 +222,13 @@ def _must_exist(context: Context, name: str) -> VolumeConfig | ReceiverConfig | 
 
 
 def wait(context: Context, args: Namespace) -> int:
+    if args.newer_than is not None and args.state != "point":
+        raise UsageError("--newer-than goes with --for point")
     deadline_s = None if args.timeout is None else time.monotonic() + args.timeout
     _must_exist(context, args.name)
+    words = {"for": args.state, "newer_than": args.newer_than or 0}
     waiters = {"started": _wait_started, "stopped": _wait_stopped}
-    wait_for = waiters.get(args.state, partial(_wait_inside, state=args.state))
+    wait_for = waiters.get(args.state, partial(_wait_inside, words=words))
     if not wait_for(context, args.name, deadline_s):
         raise TimeOutError(f"volume '{args.name}' was not {args.state} in time")
     if context.output.as_json:
@@ -237,11 +240,13 @@ def _left_s(deadline_s: float | None) -> float | None:
     return None if deadline_s is None else max(0.001, deadline_s - time.monotonic())
 
 
-def _wait_inside(context: Context, name: str, deadline_s: float | None, *, state: str) -> bool:
+def _wait_inside(
+    context: Context, name: str, deadline_s: float | None, *, words: dict[str, Any]
+) -> bool:
     """The process knows when it is in this state."""
     with context.control(name) as client:
         try:
-            client.call("wait", {"for": state}, within_s=_left_s(deadline_s))
+            client.call("wait", words, within_s=_left_s(deadline_s))
         except SilentError:
             raise
         except TimeOutError:
@@ -249,6 +254,7 @@ def _wait_inside(context: Context, name: str, deadline_s: float | None, *, state
         except BitmapdError:
             if is_running(context.paths, name):
                 raise
+            state = words["for"]
             raise WrongStateError(f"volume '{name}' was stopped before it was {state}") from None
     return True
 

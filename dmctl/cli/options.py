@@ -80,6 +80,13 @@ def duration(text: str) -> float:
     return parse_duration(text)
 
 
+def count(text: str) -> int:
+    """A whole number from 0 on."""
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def latency(text: str) -> float:
     """A duration that may also be in microseconds."""
     number = text.strip().removesuffix("us").strip()

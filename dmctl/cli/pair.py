@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from bitmapd.config import VolumeConfig
+from bitmapd.config import VolumeConfig, has_receiver
 from bitmapd.errors import UsageError
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock
 from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
@@ -24,7 +24,8 @@ def check_fencing(table: Mapping[str, Any], config: VolumeConfig | None) -> None
     if config is None:
         return
     for key in ("fence_command", "takeover", "cut_patience"):
-        if config.node is None and key in table:
+        waits = key == "cut_patience" and has_receiver(config)
+        if config.node is None and key in table and not waits:
             option = "--" + key.replace("_", "-")
             raise UsageError(f"{option} is for one of two appliances", hint="give --node, too")
     if config.fence_command is not None and (found := fence_problem(config.fence_command)):

@@ -10,7 +10,7 @@ import argparse
 
 from bitmapd import __version__
 from dmctl.cli.options import Parser, PrintCompletion, add_global_options
-from dmctl.cli.parser_failover import add_failover, add_later, add_receivers
+from dmctl.cli.parser_failover import add_failover, add_receivers, add_roles
 from dmctl.cli.parser_tools import add_configuration, add_partner_keys, add_records, add_simulate
 from dmctl.cli.parser_volumes import add_boot, add_copying, add_volumes, add_watching
 
@@ -54,5 +54,5 @@ def build_parser() -> argparse.ArgumentParser:
     add_partner_keys(commands)
     add_failover(commands)
     add_receivers(commands)
-    add_later(commands)
+    add_roles(commands)
     return parser

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from dmctl.cli.options import FILE, Commands, add_command, add_name, completed, duration
+from dmctl.cli.options import (
+    FILE,
+    Commands,
+    add_command,
+    add_name,
+    add_timeout,
+    add_yes,
+    completed,
+    count,
+    duration,
+    typed,
+)
 
 MOST_TRIPS = 1000
 
@@ -61,6 +72,21 @@ def add_failover(commands: Commands) -> None:
     )
     add_name(demote)
     demote.add_argument("--force", action="store_true", help="also if hosts are connected")
+    point = add_command(
+        commands,
+        "point",
+        "point:point",
+        "cut a volume with a receiver now, apart from its interval",
+        "Returns when the point is cut and read: what hosts write from then on is not in it, and it"
+        " does not depend on them any more. So 'fsfreeze -f DIR; dmctl point NAME --label L;"
+        " fsfreeze -u DIR' makes one that a file system has no need to repair. Ends with status 15"
+        " if the receiver is away, 14 without a receiver, 1 if the point was given up.",
+    )
+    add_name(point)
+    point.add_argument("--label", metavar="L", help="what the receiver shows it as")
+    point.add_argument(
+        "--wait", action="store_true", help="return when the receiver has it durably"
+    )
     partner = add_command(
         commands,
         "partner",
@@ -141,17 +167,70 @@ def add_receivers(commands: Commands) -> None:
     add_name(points)
 
 
-def add_later(commands: Commands) -> None:
-    for name, text in (
-        ("promote", "use the secondary in place of a lost primary"),
-        ("failback", "copy back what changed, and use the primary again"),
-    ):
-        parser = add_command(
-            commands,
-            name,
-            "later:refuse",
-            f"{text} (comes with the failover feature)",
-            "This build does not have it yet: the command changes nothing and ends with status 14.",
-        )
-        parser.set_defaults(feature="the failover feature")
-        add_name(parser)
+def add_roles(commands: Commands) -> None:
+    promote = add_command(
+        commands,
+        "promote",
+        "promote:promote",
+        "make a receiver the volume, since the other site is lost or stopped",
+        "Puts the newest committed point into the image, and serves it over NBD, a volume like any"
+        " other, with a record of its own: what is written from then on is named there, for the way"
+        " back. Ends with status 14, and changes nothing, while the sender is connected or if the"
+        " image is not a whole point, unless --force is given. If it is cut short the same command"
+        " goes on; see 'The other site is lost' in docs/recovery.md.",
+    )
+    add_name(promote)
+    promote.add_argument(
+        "--point",
+        type=typed(count),
+        metavar="P",
+        help="the point that is meant: refused unless it is the newest one",
+    )
+    completed(
+        promote.add_argument(
+            "--record",
+            metavar="DEV",
+            help="block device or file for the record (default: that of the receiver's"
+            " configuration, else a file in CONFIG_DIR/state)",
+        ),
+        FILE,
+    )
+    promote.add_argument(
+        "--force",
+        action="store_true",
+        help="also while the sender is connected, or with an image that may be damaged",
+    )
+    add_timeout(promote, "give up the start after this time with status 40 (default 2min)", 120.0)
+    failback = add_command(
+        commands,
+        "failback",
+        "failback:failback",
+        "make an old primary the receiver of the site that was promoted in its place",
+        "Of a stopped volume. Asks the other site, and is refused unless that has the newer data: a"
+        " split brain ends with status 16, an other site that does not answer with 15. Only what"
+        " differs is copied: what either record names. What was written here and never left is"
+        " overwritten, which is asked for first. The first point makes this site consistent; then"
+        " 'dmctl stop' there, 'dmctl promote' here and 'dmctl failback' there exchange the places.",
+    )
+    add_name(failback)
+    completed(
+        failback.add_argument(
+            "--save",
+            metavar="FILE",
+            help="keep what may never have left this site in a sparse file of the volume's size",
+        ),
+        FILE,
+    )
+    completed(
+        failback.add_argument(
+            "--journal",
+            metavar="DEV",
+            help="block device or file to receive points in (default: that of the configuration)",
+        ),
+        FILE,
+    )
+    failback.add_argument(
+        "--force", action="store_true", help="overwrite what was found on the journal"
+    )
+    add_yes(failback)
+    add_timeout(failback, "give up the start after this time with status 40 (default 2min)", 120.0)

@@ -14,6 +14,9 @@ from dmctl.cli.options import (
     add_timeout,
     add_yes,
     completed,
+    count,
+    duration,
+    typed,
 )
 
 CHECK_CODES = f"exit status of status --check:\n{check_codes()}"
@@ -35,8 +38,9 @@ def add_volumes(commands: Commands) -> None:
     add_name(create)
     for option, metavar, text in (
         ("--primary", "DEV", "block device or file with the data"),
-        ("--secondary", "TARGET", "block device, file, nbd://HOST[:PORT]/EXPORT, nbds://… (TLS) or"
-         " nbd+unix:///EXPORT?socket=PATH"),
+        ("--secondary", "TARGET", "block device, file, nbd://HOST[:PORT]/EXPORT, nbds://… (TLS),"
+         " nbd+unix:///EXPORT?socket=PATH, or a receiver, which keeps consistent points:"
+         " receiver+tls://HOST[:PORT]/NAME or receiver+unix:///NAME?socket=PATH"),
         ("--record", "DEV", "block device or file for the record"),
     ):  # fmt: skip
         completed(create.add_argument(option, metavar=metavar, required=True, help=text), FILE)
@@ -90,7 +94,16 @@ def add_volumes(commands: Commands) -> None:
         ("--takeover", "manual|auto", "whether this node runs it by itself, once a host here waits"
          " for the other (default manual)"),
         ("--cut-patience", "DURATION", "how long a host's request waits for a partner that is not"
-         " there, before it ends with an error (default: for ever)"),
+         " there, before it ends with an error (default: for ever); with a receiver, how long a"
+         " write waits for a read, before the point is given up (default 50ms)"),
+        ("--point-interval", "DURATION", "with a receiver: how often the volume is cut (default"
+         " 30s)"),
+        ("--spool-limit", "SIZE", "with a receiver: memory for what was read for a point and not"
+         " sent (default 256MiB)"),
+        ("--compress", "auto|off", "with a receiver: compress what is sent where that pays (default"
+         " auto)"),
+        ("--start-alone", "yes|no", "with a receiver: let hosts in at a start before it has said"
+         " that it was not promoted (default yes)"),
     ):  # fmt: skip
         create.add_argument(option, metavar=metavar, help=text)
     create.add_argument(
@@ -267,7 +280,8 @@ def add_copying(commands: Commands) -> None:
         "set",
         "copying:change",
         "change settings of a running volume",
-        "Keys: copy-rate, record-limit, resync-target, era-interval, predictor, late-writes, and"
+        "Keys: copy-rate, record-limit, resync-target, era-interval, predictor, late-writes; with a"
+        " receiver point-interval, cut-patience, spool-limit and compress; and"
         " trace=FILE, which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that."
         " The new values are also written to the volume's configuration."
         " node=1 partner=URI partner-listen=URI, and what else a pair needs, make a stopped volume"
@@ -288,14 +302,28 @@ def add_watching(commands: Commands) -> None:
     )
     add_names(status, all_option=False)
     status.add_argument("--check", action="store_true", help="turn the state into the exit status")
+    status.add_argument(
+        "--max-point-age",
+        metavar="DURATION",
+        type=typed(duration),
+        help="with --check: status 101, too, if the newest point that a receiver has is older, or"
+        " there is none",
+    )
     wait = add_command(commands, "wait", "lifecycle:wait", "wait until a volume is in a state")
     add_name(wait)
     wait.add_argument(
         "--for",
         dest="state",
         required=True,
-        choices=("in-sync", "started", "stopped", "paired", "alone"),
-        help="the state; paired and alone: what two appliances are to one another",
+        choices=("in-sync", "started", "stopped", "paired", "alone", "point"),
+        help="the state; paired and alone: what two appliances are to one another; point: the"
+        " receiver has one",
+    )
+    wait.add_argument(
+        "--newer-than",
+        metavar="N",
+        type=typed(count),
+        help="with point: one of a larger number (default 0: any)",
     )
     add_timeout(wait, "give up after this time with status 40 (default: wait for ever)")
     events = add_command(

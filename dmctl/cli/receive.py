@@ -139,7 +139,7 @@ def _check(
     if image is not None:
         _check_image(found, media["image"], image)
     if journal is not None:
-        _check_journal(found, name, media["journal"], journal)
+        check_journal(found, name, media["journal"], journal)
     if image is None or journal is None:
         return None
     size_bytes = (journal.size_bytes or 0) // 4096 * 4096
@@ -187,7 +187,8 @@ def _check_image(found: Findings, path: str, identity: Identity) -> None:
             found.unless_forced(ExistsError(f"image {path} holds something: {content}"))
 
 
-def _check_journal(found: Findings, name: str, path: str, identity: Identity) -> None:
+def check_journal(found: Findings, name: str, path: str, identity: Identity) -> None:
+    """Whether a journal may be made there."""
     if identity.read_only:
         return  # reported already
     with found.collect(), RecordMedium.open(path) as medium:

@@ -16,7 +16,7 @@ from bitmapd.config import (
 )
 from bitmapd.control.events import iso_time
 from bitmapd.control.states import check_status, hint
-from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError
+from bitmapd.errors import BitmapdError, TimeOutError, UsageError, WrongStateError
 from bitmapd.units import human_duration, human_size
 from dmctl.cli.context import Context, selected, side_by_side, worst
 from dmctl.cli.output import Output
@@ -34,6 +34,8 @@ COLOURS = {0: "green", 101: "yellow", 100: "yellow"}
 
 def status(context: Context, args: Namespace) -> int:
     output = context.output
+    if args.max_point_age is not None and not args.check:
+        raise UsageError("--max-point-age goes with --check")
     volumes: list[dict[str, Any]] = []
     errors: list[BitmapdError] = []
     names = selected(context, args, default_all=True)
@@ -59,7 +61,18 @@ def status(context: Context, args: Namespace) -> int:
     statuses = [error.exit_status for error in errors]
     if args.check:
         statuses += [check_status(volume["state"]) for volume in volumes]
+        if args.max_point_age is not None:
+            statuses += [101 for volume in volumes if _is_late(volume, args.max_point_age)]
     return worst(statuses)
+
+
+def _is_late(volume: Mapping[str, Any], most_s: float) -> bool:
+    """Whether what a receiver can produce is older; false where there is no receiver."""
+    points = volume.get("points")
+    if points is None:
+        return False
+    age_s = points["age_seconds"]
+    return age_s is None or age_s > most_s
 
 
 def _one(context: Context, name: str) -> dict[str, Any]:
@@ -113,7 +126,7 @@ def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> 
         "size_bytes", "dirty_bytes", "lag_seconds", "content_age_seconds", "record_bytes",
         "record_extents", "record_limit_bytes", "writes_total", "hits_total", "misses_total",
         "record_updates_total", "record_clears_total", "copied_bytes_total", "era", "resync",
-        "last_recovery", "paused", "partner",
+        "last_recovery", "paused", "partner", "points", "receiver",
     )  # fmt: skip
     return {
         "name": config.name,
@@ -177,6 +190,9 @@ def _show(context: Context, volumes: list[dict[str, Any]]) -> None:
 def _details(output: Output, values: Mapping[str, Any], indent: str = "  ") -> None:
     """Everything that the JSON has, in words and units for people."""
     for key, value in values.items():
+        if key == "points" and value is None:
+            output.line(f"{indent}{key:<{26 - len(indent)}} none (secondary is not a receiver)")
+            continue
         label, text = _in_words(key, value)
         if label in values and label != key:
             label += " size"  # `record` is a path

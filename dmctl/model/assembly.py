@@ -20,7 +20,7 @@ from enum import Enum
 
 from bitmapd.config.receiver import ReceiverConfig
 from bitmapd.config.volume import VolumeConfig
-from bitmapd.net.uri import is_uri
+from bitmapd.net.uri import is_remote
 
 PATIENCE_S = 30.0
 FIRST_RETRY_S = 1.0
@@ -52,7 +52,7 @@ def local_media(config: VolumeConfig | ReceiverConfig) -> dict[str, str]:
     if isinstance(config, ReceiverConfig):
         return {"image": config.image, "journal": config.journal}
     media = {"primary": config.primary, "record": config.record}
-    if not is_uri(config.secondary):
+    if not is_remote(config.secondary):
         media["secondary"] = config.secondary
     return media
 

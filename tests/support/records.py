@@ -32,8 +32,8 @@ def superblock(geometry: Geometry) -> Superblock:
     )
 
 
-def blank_image(geometry: Geometry) -> bytes:
-    """A freshly formatted record without a set bit."""
+def blank_image(geometry: Geometry, bits: bytes = b"") -> bytes:
+    """A freshly formatted record without a set bit, or with those of its one page."""
     image = bytearray(layout.record_size_bytes(geometry.extents))
     block = superblock(geometry)
     raw = layout.encode_superblock(block)
@@ -43,7 +43,7 @@ def blank_image(geometry: Geometry) -> bytes:
     for index in range(layout.page_count(geometry.extents)):
         for slot, sequence, previous in ((1, 1, 0), (0, 2, 1)):
             at = layout.page_offset(index, slot)
-            page = layout.encode_page(uuid, index, sequence, previous, b"")
+            page = layout.encode_page(uuid, index, sequence, previous, bits)
             image[at : at + layout.PAGE_BYTES] = page
     return bytes(image)
 

@@ -157,11 +157,12 @@ class Site:
             Identity(
                 volume=VOLUME.bytes,
                 incarnation=self.incarnation,
-                generations=(GENERATION.bytes, NIL, NIL, NIL),
+                generations=world.generations,
                 term=0,
                 committed=ledger.point,
                 name="vol0",
                 program="test",
+                promoted=world.promoted,
             ),
             ledger,
             Settings(interval_s=INTERVAL_S, spool_bytes=SPOOL_BYTES),
@@ -196,6 +197,8 @@ class World:
     gate_class: type[CutGate] = CutGate
     sender_class: type[Sender] = Sender
     policy: Callable[[], Policy] | None = None
+    generations: tuple[bytes, ...] = (GENERATION.bytes, NIL, NIL, NIL)
+    promoted = False
 
     def __init__(self, seed: int = 1) -> None:
         self.rng = random.Random(seed)

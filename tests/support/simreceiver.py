@@ -17,6 +17,7 @@ from uuid import UUID
 import pytest
 
 from bitmapd.peer.frames import Frame, PeerError
+from bitmapd.peer.payloads import Runs
 from bitmapd.points import codec
 from bitmapd.points.messages import (
     NIL,
@@ -152,6 +153,8 @@ def _push(queue: deque[Frame], message: Message) -> None:
 class Machine:
     """A receiver's disks, and the process on them."""
 
+    differs: Runs | None = None  # of an image that was a primary
+
     def __init__(self, image: SimDisk, journal: SimDisk) -> None:
         self.loop = SimLoop()
         self.image, self.journal = image, journal
@@ -167,6 +170,7 @@ class Machine:
             Identity("vol0", bytes([9] * 16), "test"),
             lambda: 1_767_225_700,
             lambda event, **fields: self.events.append((event, fields)),
+            self.differs,
         )
         self.receiver.start()
 
@@ -205,7 +209,7 @@ class Machine:
     def crash(self, rng: random.Random) -> Machine:
         """The process that comes after a power cut at this moment."""
         image, journal = (SimDisk(d.name, d.size_bytes, d.crash(rng)) for d in self.disks)
-        return Machine(image, journal)
+        return type(self)(image, journal)
 
     def kill(self, rng: random.Random) -> Machine:
         """The process that comes after this one was killed: the disks go on, and what it had asked
@@ -215,7 +219,7 @@ class Machine:
             for op in pending:
                 if op.kind == "write" and rng.random() < 0.7:
                     disk.carry_out(op.offset_bytes, op.data, op.fua and rng.random() < 0.5)
-        return Machine(*self.disks)
+        return type(self)(*self.disks)
 
     def recovered(self, rng: random.Random, cut_short: bool) -> Machine:
         """As after `crash`, when all is applied; `cut_short`: at the second attempt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from bitmapd.config import Paths, keys, load_all
+from bitmapd.control import metrics
 from bitmapd.control.catalogue import EVENTS
+from bitmapd.control.states import STATES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -71,6 +74,24 @@ def test_the_units_are_accepted_by_systemd(tmp_path: Path) -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     said = [line for line in answer.stderr.splitlines() if str(tmp_path) in line]
     assert (answer.returncode, said) == (0, [])
+
+
+def test_the_alert_rules_are_about_metrics_and_states_that_there_are(tmp_path: Path) -> None:
+    text = (EXAMPLES / "alerts.yml").read_text()
+    there = {f"bitmapd_{name}" for name, _ in metrics.POINT_GAUGES.values()}
+    there |= {f"bitmapd_{name}_total" for name, _ in metrics.POINT_COUNTERS.values()}
+    there |= {f"bitmapd_receiver_{key}" for key in metrics.RECEIVER_GAUGES}
+    there |= {"bitmapd_state", "bitmapd_point_void_total"}
+    expressions = "\n".join(line for line in text.splitlines() if "expr:" in line)
+    assert set(re.findall(r"bitmapd_\w+", expressions)) <= there
+    assert set(re.findall(r'state="([^"]+)"', expressions)) <= set(STATES)
+    program = shutil.which("promtool")
+    if program is not None:
+        done = subprocess.run(
+            [program, "check", "rules", str(EXAMPLES / "alerts.yml")],
+            capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_cron_lines_have_their_fields() -> None:

@@ -27,9 +27,11 @@ from bitmapd.config import (
     changed,
     check_name,
     create_volume,
+    effective_cut_patience_s,
     effective_fence_delay_s,
     effective_record_limit_bytes,
     from_unit_instance,
+    has_receiver,
     keys,
     load_all,
     load_volume,
@@ -120,6 +122,12 @@ def test_builtin_defaults(write: Write) -> None:
         fence_aborts_io=False,
         takeover="manual",
         cut_patience_s=None,
+        point_interval_s=30.0,
+        spool_limit_bytes=256 << 20,
+        compress="auto",
+        start_alone="yes",
+        receiver_dials=False,
+        journal=None,
         trace=None,
         start_at_boot=True,
     )
@@ -503,7 +511,7 @@ def test_the_manual_is_whole() -> None:
     assert {key.name for key in keys().values() if key.live} == {
         "copy_rate", "record_limit", "resync_target", "era_interval", "predictor", "trace",
         "late_writes", "fence_command", "fence_options", "fence_delay", "fence_timeout", "takeover",
-        "cut_patience",
+        "cut_patience", "point_interval", "spool_limit", "compress",
     }  # fmt: skip
     assert all(key.doc.endswith(".") for key in keys().values())
 
@@ -549,6 +557,58 @@ def test_what_this_user_may_not_read_is_a_matter_of_permission_if_it_is_all() ->
     assert config_error([hidden]).hint == "run it as root"
     assert isinstance(config_error([hidden, wrong]), ConfigError)
     assert isinstance(config_error([]), ConfigError)
+
+
+RECEIVER = {"secondary": "receiver+unix:///far?socket=/run/far", "attach": "nbd"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"secondary": "receiver+tcp://far/vol0"}, "secondary"),
+        ({"secondary": "receiver+tls://far/.x"}, "secondary"),
+        ({"secondary": "receiver+tls://far/vol0"}, "partner_certificates"),
+        ({"attach": "dm"}, "attach"),
+        ({"initial_sync": "checksum"}, "initial_sync"),
+        ({"initial_sync": "skip"}, "initial_sync"),
+        ({"point_interval": "50ms"}, "point_interval"),
+        ({"point_interval": "25h"}, "point_interval"),
+        ({"spool_limit": 0}, "spool_limit"),
+        ({"compress": "zstd"}, "compress"),
+        ({"start_alone": True}, "start_alone"),
+        ({"node": 1, "partner": "unix:///b", "partner_listen": "unix:///a"}, "secondary"),
+    ],
+)
+def test_a_volume_with_a_receiver_is_refused_with_its_key(
+    write: Write, changes: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_volume(write(vol0=toml_of(**{**RECEIVER, **changes})), "vol0")
+    assert [problem.key for problem in caught.value.problems] == [key]
+
+
+def test_a_receiver_is_a_secondary_with_settings_of_its_own(write: Write) -> None:
+    table = {**RECEIVER, "point_interval": "300ms", "spool_limit": "1MiB", "start_alone": "no"}
+    config = load_volume(write(vol0=toml_of(**table)), "vol0")
+    assert has_receiver(config)
+    assert (config.point_interval_s, config.spool_limit_bytes) == (0.3, 1 << 20)
+    assert (config.compress, config.start_alone) == ("auto", "no")
+    assert effective_cut_patience_s(config) == 0.05
+    config = changed(config, {"cut_patience": "2s", "point_interval": "1h", "compress": "off"})
+    assert effective_cut_patience_s(config) == 2.0
+    assert (config.point_interval_s, config.compress) == (3600.0, "off")
+    tls = {**RECEIVER, "secondary": "receiver+tls://far/vol0", "tls_certificates": "/c"}
+    assert has_receiver(load_volume(write(vol0=toml_of(**tls)), "vol0"))
+
+
+def test_settings_of_points_are_refused_without_a_receiver(write: Write) -> None:
+    config = load_volume(write(vol0=toml_of()), "vol0")
+    assert not has_receiver(config)
+    with pytest.raises(ConfigError) as caught:
+        changed(config, {"point_interval": "1s", "copy_rate": "1MiB/s"})
+    (problem,) = caught.value.problems
+    assert problem.key == "point_interval"
+    assert "receiver" in problem.message
 
 
 PAIR = {"node": 1, "partner": "tls://b", "partner_listen": "tls://a", "attach": "nbd"}

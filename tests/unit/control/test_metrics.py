@@ -102,6 +102,34 @@ def test_a_pair_adds_its_own() -> None:
     assert not [name for name in single if "_partner_" in name]
 
 
+def test_points_have_metrics_where_there_are_some() -> None:
+    points = {
+        "age_seconds": 31.5, "interval_seconds": 30.0, "number": 4, "spool_bytes": 9,
+        "spool_limit_bytes": 99, "committed_total": 3, "wire_bytes_total": 1000, "cbw_total": 2,
+        "cbw_wait_seconds_total": 0.25, "void_total": {"slow": 1, "spool": 0},
+    }  # fmt: skip
+    receiver = {"connected": True, "committed": 4, "applied": 3, "queued_bytes": 8}
+    status = STATUS | {"points": points, "receiver": receiver}
+    text = render(status).decode()
+    got = {name: value for name, value in samples(text).items() if "point" in name}
+    assert got == {
+        "bitmapd_point_age_seconds": 31.5,
+        "bitmapd_point_interval_seconds": 30.0,
+        "bitmapd_point_number": 4,
+        "bitmapd_points_committed_total": 3,
+        "bitmapd_point_wire_bytes_total": 1000,
+        "bitmapd_point_void_total": 0,  # of the last reason
+    }
+    assert 'bitmapd_point_void_total{reason="slow",volume="vol0"} 1.0' in text
+    rest = samples(text)
+    assert (rest["bitmapd_receiver_up"], rest["bitmapd_receiver_applied"]) == (1, 3)
+    assert (rest["bitmapd_cbw_total"], rest["bitmapd_spool_bytes"]) == (2, 9)
+    unknown = samples(render(status | {"points": points | {"age_seconds": None}}).decode())
+    assert "bitmapd_point_age_seconds" not in unknown
+    plain = samples(render(STATUS | {"points": None, "receiver": None}).decode())
+    assert not [name for name in plain if "point" in name or "_receiver_" in name]
+
+
 def fetch(connection: http.client.HTTPConnection, method: str, target: str) -> tuple[int, str]:
     connection.request(method, target)
     response = connection.getresponse()

@@ -132,6 +132,7 @@ def test_points_come_through_one_after_the_other(machine: Machine, script: Scrip
         for _ in range(4):
             script.write()
     assert machine.receiver.figures() == {
+        "connected": True,
         "role": "receiver",
         "committed": 4,
         "applied": 4,

@@ -1,0 +1,166 @@
+"""A receiver becomes a volume: media and record, in the order of `receiver.promotion` (edge).
+
+The receiver's process has ended, or never ran: image and journal are opened here, and claimed.
+Behind this the configuration is exchanged, and the volume started.
+
+1. Nothing of the record's medium is overwritten but a record of the same volume.
+2. A call that was cut short anywhere is repeated: the second one goes on where the first one ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from uuid import uuid4
+
+from bitmapd.errors import WrongStateError, explain
+from bitmapd.media.aio import AioEngine
+from bitmapd.media.claims import Claim
+from bitmapd.media.identity import identify
+from bitmapd.media.kdevice import KernelDevice
+from bitmapd.peer.payloads import Runs
+from bitmapd.receiver.applier import Applier
+from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.promotion import (
+    Obstacle,
+    finish,
+    has_new_generation,
+    prepare,
+    successor,
+)
+from bitmapd.receiver.scan import scan
+from bitmapd.receiver.superblock import Line
+from bitmapd.record import tool
+from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
+from bitmapd.record.points_state import PointsState
+from bitmapd.volume.receiving import carried_out
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Of the receiver that is promoted; `secondary` is where its own receiver will be reached."""
+
+    name: str
+    image: str
+    journal: str
+    record: str
+    secondary: str
+
+
+@dataclass(frozen=True, slots=True)
+class Promoted:
+    line: Line
+    point: int
+    wall_ns: int  # of the point's cut
+    named_extents: int
+    obstacle: Obstacle | None
+
+
+class _Quiet:
+    """Whom the applier would tell; the result says it all."""
+
+    def applied(self, point: int) -> None:
+        """Looked at in the journal."""
+
+    def damaged(self, missing: Runs) -> None:
+        """The queue is not empty then."""
+
+    def image_failed(self, error: OSError) -> None:
+        """Raised by the step that it ended."""
+
+
+async def promote(media: Media, *, force: bool, point: int | None = None) -> Promoted:
+    """WrongStateError if there is nothing to promote, or it is worth less than it should be and
+    that was not forced: then everything is as before.  `point`: the one that is wanted."""
+    loop = asyncio.get_running_loop()
+    engine = AioEngine(loop)
+    opened: list[KernelDevice] = []
+    try:
+        for path in (media.image, media.journal):
+            device = await engine.call(partial(KernelDevice, path, engine, claim=Claim()))
+            opened.append(device)
+        return await _promote(media, opened[0], opened[1], force=force, point=point)
+    except OSError as error:
+        raise explain(error, f"receiver '{media.name}'") from error
+    finally:
+        for device in opened:
+            await engine.call(device.close)
+        idle = asyncio.Event()
+        engine.when_idle(idle.set)
+        await idle.wait()
+        engine.close()
+
+
+async def _promote(
+    media: Media, image: KernelDevice, device: KernelDevice, *, force: bool, point: int | None
+) -> Promoted:
+    loop = asyncio.get_running_loop()
+    scanned = await carried_out(scan(device))
+    journal = Journal(device, scanned, lambda error: None)
+    line = journal.superblock.line
+    if line is None:
+        raise WrongStateError(
+            f"receiver '{media.name}' has never had a sender: there is nothing to promote"
+        )
+    goes_on = has_new_generation(journal)
+    if point is not None and point != journal.page.committed:
+        raise WrongStateError(
+            f"receiver '{media.name}' does not have point {point}: its newest one is"
+            f" {journal.page.committed}, and it keeps no others",
+            hint=f"'dmctl points {media.name}' lists them",
+        )
+    await asyncio.to_thread(_check_record, media, line)
+    applier = Applier(journal, image, line, loop, _Quiet())
+    ready = await carried_out(prepare(journal, applier, line, force=force))
+    if ready.obstacle is not None and not force and not goes_on:
+        raise WrongStateError(
+            f"the image of receiver '{media.name}' cannot be relied upon: {ready.obstacle.value}",
+            hint="--force promotes it as it is; a file system on it may be damaged",
+        )
+    after = line if goes_on else successor(line, uuid4())
+    await asyncio.to_thread(_make_record, media, after, ready.since)
+    await carried_out(finish(journal, after, int(time.time())))
+    extents = sum(stop - first for first, stop in ready.since)
+    return Promoted(after, ready.point, journal.page.committed_ns, extents, ready.obstacle)
+
+
+def _check_record(media: Media, line: Line) -> None:
+    """Before anything is changed; makes the file if there is none."""
+    need = record_size_bytes(line.geometry.extents)
+    path = Path(media.record)
+    if not path.exists() and not media.record.startswith("/dev/"):
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        with path.open("xb") as file:
+            file.truncate(need)
+    tool.check_free(media.record, line.volume, line.geometry)
+
+
+def _make_record(media: Media, line: Line, named: Runs) -> None:
+    found = tool.probe(media.record)
+    if found is not None and found.generations == line.generations and found.session == 0:
+        return  # by a call that was cut short
+    image = identify(media.image)
+    now_s = int(time.time())
+    superblock = Superblock(
+        volume_uuid=line.volume,
+        name=media.name,
+        geometry=line.geometry,
+        generations=line.generations,
+        primary=image.text,
+        primary_size_bytes=image.size_bytes or 0,
+        secondary=identify(media.secondary).text,
+        secondary_size_bytes=0,
+        created_s=now_s,
+        updated_s=now_s,
+        flags=RecordFlag(0),
+        initial_sync=InitialSync.NONE,
+    ).with_points(PointsState(term=line.term))
+    tool.format_record(media.record, superblock, ones=False, force=True, named=named)
+
+
+def promote_now(media: Media, *, force: bool, point: int | None = None) -> Promoted:
+    """As `promote`, in a loop of its own."""
+    return asyncio.run(promote(media, force=force, point=point))

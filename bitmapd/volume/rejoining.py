@@ -1,0 +1,208 @@
+"""An old primary becomes the receiver of what took its place: what it asks, and says (edge).
+
+| step | a crash behind it |
+| --- | --- |
+| 1 the other site says of which generation it is | nothing was changed |
+| 2 what never left this one is saved, if that is wanted | the same |
+| 3 the journal is made, with the generation of the old record | it is made again |
+| 4 the configuration says that this is a receiver | it goes on as one |
+| 5 the record's extents are said, and sent again by the other site | they are said again |
+| 6 the first point is whole | a receiver like any other; the record is of no use any more |
+
+1. Only a site whose generation is in the history of the other's is old.  Anything else is refused,
+   and nothing is overwritten.
+2. What differs between the two is in this record or in the other's: both name more than they need.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from uuid import UUID
+
+from bitmapd import __version__
+from bitmapd.config import VolumeConfig
+from bitmapd.errors import (
+    BitmapdError,
+    ForeignRecordError,
+    SplitBrainError,
+    UnreachableError,
+    WrongStateError,
+)
+from bitmapd.net.uri import parse_receiver_uri
+from bitmapd.peer.payloads import Runs
+from bitmapd.peer.transport import Settings
+from bitmapd.points.messages import NIL, Feature, Hello2, Message, Role
+from bitmapd.points.wire import MessageWire, PointTransport
+from bitmapd.receiver.superblock import Line
+from bitmapd.record import tool
+from bitmapd.record.superblock import MAX_GENERATIONS, Superblock
+from bitmapd.volume.sending import link_settings
+
+ANSWER_S: Final = 10.0
+_CHUNK_BYTES: Final = 1 << 20
+
+
+# -- who the other one is ---------------------------------------------------------------------
+
+
+class _Asking:
+    """Says HELLO2, or waits for that of the other, and hears it."""
+
+    def __init__(self, hello: Hello2, settings: Settings) -> None:
+        self._hello = hello
+        self._says_first = settings.dial is not None
+        self.answer: asyncio.Future[Hello2] = asyncio.get_running_loop().create_future()
+        self.failure = "it did not answer"
+        self.transport = PointTransport(asyncio.get_running_loop(), settings, self)
+
+    def connected(self, wire: MessageWire) -> None:
+        if self._says_first:
+            wire.send(self._hello)
+
+    def received(self, wire: MessageWire, message: Message) -> None:
+        if isinstance(message, Hello2) and not self.answer.done():
+            self.answer.set_result(message)
+            wire.close()
+
+    def drained(self, wire: MessageWire) -> None:
+        """Nothing more is said."""
+
+    def lost(self, wire: MessageWire, reason: str) -> None:
+        self.failure = reason
+
+    def failed(self, reason: str) -> None:
+        self.failure = reason
+
+
+async def ask(config: VolumeConfig, superblock: Superblock, settings: Settings) -> Hello2:
+    """What the other site says of itself.  UnreachableError if it does not within `ANSWER_S`."""
+    geometry, points = superblock.geometry, superblock.points
+    generations = [value.bytes for value in superblock.generations]
+    hello = Hello2(
+        volume=config.uuid.bytes,
+        incarnation=os.urandom(16),
+        generations=(*generations, *(NIL,) * (MAX_GENERATIONS - len(generations))),
+        size_bytes=geometry.size_bytes,
+        block_bytes=geometry.block_bytes,
+        extent_bytes=geometry.extent_bytes,
+        committed=0 if points is None else points.committed,
+        applied=0,
+        oldest_kept=0,
+        role=Role.SENDER,
+        features=Feature(0),
+        credit_bytes=0,
+        term=0 if points is None else points.term,
+        name=parse_receiver_uri(config.secondary).name,
+        program=f"bitmapd {__version__}",
+    )
+    asking = _Asking(hello, settings)
+    asking.transport.start()
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            return await asking.answer
+    except TimeoutError:
+        raise UnreachableError(
+            f"the other site of volume '{config.name}', {config.secondary}, cannot be asked:"
+            f" {asking.failure}",
+            hint="nothing was changed; it has to run to be followed",
+        ) from None
+    finally:
+        asking.transport.close()
+
+
+def refuse_unless_old(config: VolumeConfig, superblock: Superblock, theirs: Hello2) -> None:
+    """An error that says why this site must not become the receiver of that one."""
+    name = config.name
+    if theirs.volume not in (config.uuid.bytes, NIL):
+        raise ForeignRecordError(
+            f"{config.secondary} is of another volume (uuid {UUID(bytes=theirs.volume)})"
+        )
+    ours = superblock.generations[0].bytes
+    if ours in theirs.generations[1:]:
+        return
+    if ours == theirs.generations[0]:
+        raise WrongStateError(
+            f"{config.secondary} was not promoted: volume '{name}' is what it follows",
+            hint=f"dmctl start {name}",
+        )
+    if theirs.generations[0] in {value.bytes for value in superblock.generations[1:]}:
+        raise WrongStateError(
+            f"{config.secondary} has the older data, and volume '{name}' the newer",
+            hint="'dmctl failback' belongs to the other site",
+        )
+    raise SplitBrainError(
+        f"volume '{name}' and {config.secondary} have both been written, each without the other",
+        hint="nothing was overwritten; see 'Split brain' in docs/recovery.md",
+    )
+
+
+def ask_now(config: VolumeConfig, superblock: Superblock) -> Hello2:
+    """As `ask`, in a loop of its own."""
+    return asyncio.run(ask(config, superblock, link_settings(config)))
+
+
+# -- what never left this one -----------------------------------------------------------------
+
+
+def recorded_runs(record: str, volume: UUID) -> tuple[Superblock, Runs]:
+    """The superblock of a volume's record, and the extents that it names."""
+    loaded = tool.load(record)
+    if loaded.superblock.volume_uuid != volume:
+        raise ForeignRecordError(
+            f"record {record} belongs to another volume (uuid {loaded.superblock.volume_uuid})"
+        )
+    bits, runs, stop = loaded.bits, [], 0
+    while (first := bits.find(True, stop)) >= 0:
+        stop = bits.find(False, first)
+        stop = len(bits) if stop < 0 else stop
+        runs.append((first, stop))
+    return loaded.superblock, tuple(runs)
+
+
+def differing(record: str | None, line: Line) -> Runs | None:
+    """Where an image that was a primary of this line may differ; None if it was none, or is no
+    longer one: the record is of another generation then."""
+    if record is None:
+        return None
+    try:
+        superblock, runs = recorded_runs(record, line.volume)
+    except BitmapdError:
+        return None
+    return runs if superblock.generations == line.generations else None
+
+
+def save(
+    superblock: Superblock, primary: str, runs: Runs, path: Path, told: Callable[[float], None]
+) -> None:
+    """A sparse file of the volume's size that has what the primary has in these extents."""
+    geometry = superblock.geometry
+    total = sum(stop - first for first, stop in runs) or 1
+    done = 0
+    with path.open("xb") as out, open(primary, "rb", buffering=0) as source:
+        out.truncate(geometry.size_bytes)
+        for first, stop in runs:
+            for extent in range(first, stop):
+                at = extent * geometry.extent_bytes
+                end = min(at + geometry.extent_bytes, geometry.size_bytes)
+                while at < end:
+                    chunk = os.pread(source.fileno(), min(_CHUNK_BYTES, end - at), at)
+                    if not chunk:
+                        raise OSError(errno.EIO, "the primary is too short", primary)
+                    os.pwrite(out.fileno(), chunk, at)
+                    at += len(chunk)
+                done += 1
+                told(done / total)
+        os.fsync(out.fileno())
+
+
+def line_of(superblock: Superblock) -> Line:
+    """What the journal of an old primary begins with."""
+    points = superblock.points
+    if points is None:
+        raise WrongStateError(f"volume '{superblock.name}' has no receiver")
+    return Line(superblock.volume_uuid, superblock.geometry, superblock.generations, points.term)

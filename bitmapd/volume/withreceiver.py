@@ -1,0 +1,128 @@
+"""A volume with a receiver: when it begins, and what only such a volume can be asked (edge).
+
+`Volume` holds one of these, or none: one with a plain secondary has no line of it on its way.
+
+1. `cut` answers when the point can no longer be given up for the sake of a host: whoever has
+   frozen a file system may thaw it.
+2. A label belongs to the cut that was asked for, not to one that was under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from bitmapd.config import VolumeConfig, effective_cut_patience_s
+from bitmapd.copier.engine import CopyState
+from bitmapd.errors import BitmapdError, BusyError, UnreachableError, UsageError, WrongStateError
+from bitmapd.gate.cycle import CutGate
+from bitmapd.points.sender import Phase, Sender
+from bitmapd.volume.assemble import Parts
+from bitmapd.volume.sending import ReceiverLink
+
+MAX_LABEL_BYTES = 255  # on the wire
+
+_READ = (Phase.SENDING, Phase.ENDED)
+
+
+class Around(Protocol):
+    """The volume around it; `Volume`."""
+
+    async def until(self, condition: Callable[[], bool]) -> None: ...
+
+
+class WithReceiver:
+    """See the module docstring."""
+
+    def __init__(
+        self, name: str, parts: Parts, sender: Sender, link: ReceiverLink, volume: Around
+    ) -> None:
+        self.sender = sender
+        self.link = link
+        self._name = name
+        self._parts = parts
+        self._volume = volume
+        self._asked = False  # a cut, by somebody who waits for it
+
+    async def start(self) -> None:
+        """Return when hosts may be let in."""
+        self.link.start()
+        await self.link.first_word()
+
+    @property
+    def state(self) -> str | None:
+        """The state of the volume where the receiver decides it."""
+        if self.link.is_split:
+            return "split-brain"
+        alone = self._parts.config.receiver_dials and self.sender.state is CopyState.LINK_DOWN
+        return "alone" if alone else None
+
+    # -- commands ---------------------------------------------------------------------------
+    async def cut(self, label: str, *, wait: bool) -> dict[str, Any]:
+        """Cut now; with `wait` return when the receiver has the point."""
+        sender = self.sender
+        if len(label.encode()) > MAX_LABEL_BYTES or not label.isprintable():
+            raise UsageError(
+                f"a label has at most {MAX_LABEL_BYTES} bytes and no control characters"
+            )
+        if self._asked:
+            raise BusyError(f"another point of volume '{self._name}' is being cut on demand")
+        self._parts.pausing.refuse("no point is cut")
+        self._asked = True
+        try:
+            await self._volume.until(lambda: self._gone or sender.phase is Phase.OPEN)
+            self._refuse_if_gone()
+            number, voids = sender.uplink.point, sum(sender.voids.values())
+            sender.cut(label)
+            await self._volume.until(
+                lambda: (
+                    self._gone
+                    or sender.uplink.point > number
+                    or sender.phase in _READ
+                    or sum(sender.voids.values()) > voids
+                )
+            )
+        finally:
+            self._asked = False
+        if sender.uplink.point == number and sender.phase not in _READ:
+            self._refuse_if_gone()
+            raise BitmapdError(
+                f"the point of volume '{self._name}' was given up; the last one stays",
+                hint=f"'dmctl events {self._name} --now' says why; try again",
+            )
+        if wait:
+            await self._volume.until(lambda: self._gone or sender.uplink.point > number)
+            if sender.uplink.point == number:
+                self._refuse_if_gone()
+        return {"point": number, "label": label, "committed": sender.uplink.point > number}
+
+    @property
+    def _gone(self) -> bool:
+        return self.sender.state is not CopyState.RUNNING
+
+    def _refuse_if_gone(self) -> None:
+        if self.sender.state is CopyState.LINK_DOWN:
+            raise UnreachableError(
+                f"the receiver of volume '{self._name}' is away, and no point is cut without it",
+                hint=f"'dmctl events {self._name} --now' says why",
+            )
+        if self._gone:
+            raise WrongStateError(f"volume '{self._name}' sends nothing now")
+
+    async def reached(self, newer_than: int) -> None:
+        """Return when the receiver has a point of a larger number."""
+        await self._volume.until(lambda: self.sender.uplink.known_committed > newer_than)
+
+    def reconfigure(self, config: VolumeConfig) -> None:
+        sender, gate = self.sender, self._parts.gate
+        sender.schedule.interval_s = config.point_interval_s
+        sender.schedule.spool_bytes = sender.spool.limit_bytes = config.spool_limit_bytes
+        sender.uplink.compress = config.compress == "auto"
+        if isinstance(gate, CutGate):
+            gate.patience_s = effective_cut_patience_s(config)
+        sender.proceed()
+
+    # -- status -----------------------------------------------------------------------------
+    def figures(self) -> dict[str, Any]:
+        """`points` and `receiver` of the status."""
+        return {"points": self.sender.figures(), "receiver": self.link.figures()}

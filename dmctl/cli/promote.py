@@ -1,0 +1,97 @@
+"""promote: the receiver becomes the volume, where the other site is lost.
+
+1. A sender that is there is not left behind unless it was forced: its hosts would go on without
+   anybody who receives what they write.
+2. Whatever a crash leaves, the same command again goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from typing import Any
+
+from bitmapd.config import Paths, ReceiverConfig, load_any
+from bitmapd.config.files import exchange_role, former_volume
+from bitmapd.config.roles import volume_table
+from bitmapd.control.events import iso_time
+from bitmapd.errors import TimeOutError, WrongStateError
+from bitmapd.volume.promoting import Media, promote_now
+from dmctl.cli.context import Context
+from dmctl.cli.copying import ask
+from dmctl.cli.probe import keep_rules
+from dmctl.cli.processes import Watched, is_running, launch, start_lock
+
+STOP_TIMEOUT_S = 60.0
+
+
+def promote(context: Context, args: Namespace) -> int:
+    name, output, paths = args.name, context.output, context.paths
+    config = receiver(paths, name, "promote")
+    with start_lock(paths, name):
+        if is_running(paths, name):
+            _refuse_a_sender(context, name, force=args.force)
+            end(context, name)
+        record = args.record or config.promoted_record or default_record(paths, name)
+        media = Media(name, config.image, config.journal, record, config.listen)
+        done = promote_now(media, force=args.force, point=args.point)
+        line = done.line
+        before = former_volume(paths, name)
+        table = volume_table(config, line.volume, line.geometry, record, before)
+        # What this host knew of the record of an earlier time as the volume.
+        paths.state_file(line.volume).unlink(missing_ok=True)
+        exchange_role(paths, name, table)
+        keep_rules(context)
+        launch(paths, name, args.timeout)
+    status = ask(context, name, "status", {})
+    body = {
+        "name": name,
+        "point": done.point,
+        "at": iso_time(done.wall_ns / 1e9) if done.wall_ns else None,
+        "consistent": done.obstacle is None,
+        "term": line.term,
+        "record": record,
+        "device": status["device"],
+    }
+    if output.as_json:
+        output.json("promote", body)
+        return 0
+    if done.obstacle is not None:
+        output.say(f"this relies on your word: {done.obstacle.value}")
+    of = f"point {done.point} of {body['at']}" if body["at"] else f"point {done.point}"
+    output.say(f"volume '{name}' is served here with {of}: {status['device']}")
+    output.say(f"what is written from now on is recorded on {record}, for the way back")
+    return 0
+
+
+def receiver(paths: Paths, name: str, verb: str) -> ReceiverConfig:
+    """WrongStateError for a volume."""
+    config = load_any(paths, name)
+    if isinstance(config, ReceiverConfig):
+        return config
+    how = "was promoted already" if config.receiver_dials else "is a volume, and no receiver"
+    raise WrongStateError(f"'{name}' {how}: there is nothing to {verb}", hint=f"dmctl start {name}")
+
+
+def default_record(paths: Paths, name: str) -> str:
+    """Where a record is made for whom nobody has thought of one."""
+    return str(paths.state_dir / f"{name}.record")
+
+
+def _refuse_a_sender(context: Context, name: str, *, force: bool) -> None:
+    figures: dict[str, Any] = ask(context, name, "status", {})["receiver"]
+    if figures["connected"] and not force:
+        raise WrongStateError(
+            f"the sender of '{name}' is connected: its volume is in use, and would be left without"
+            " a receiver",
+            hint=f"stop the volume first; 'dmctl promote {name} --force' takes its place"
+            " all the same, and what its hosts write from then on is a second history",
+        )
+
+
+def end(context: Context, name: str) -> None:
+    """Stop what runs, and wait for the end of its process."""
+    with context.control(name) as client, contextlib.closing(Watched(client)) as process:
+        client.call("stop", {"now": True}, within_s=STOP_TIMEOUT_S)
+        if not process.wait(STOP_TIMEOUT_S):
+            raise TimeOutError(f"'{name}' has stopped, and its process has not ended")

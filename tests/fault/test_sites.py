@@ -1,0 +1,223 @@
+"""A volume and its receiver as real processes: whatever dies, the receiver has a point.
+
+The host writes numbered pieces one after the other, so a point is a prefix of them: it has all up
+to a number, and none beyond.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dmctl.cli.partnerkeys import make_partner_keys
+from tests.support.needs import need
+from tests.support.peers import free_port
+from tests.support.sites import Sites, Writer, newest
+from tests.support.volumes import MIB, wait_gone
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def sites(short_path: Path) -> Iterator[Sites]:
+    with Sites(short_path) as made:
+        made.create()
+        yield made
+
+
+@pytest.fixture(params=["unix", "tls"])
+def either(request: pytest.FixtureRequest, short_path: Path) -> Iterator[Sites]:
+    """Over a unix socket, and over TLS with certificates for both ends."""
+    if request.param == "unix":
+        made = Sites(short_path)
+    else:
+        need("openssl")
+        keys, port = short_path / "keys", free_port()
+        make_partner_keys(keys, ["near-node", "far-node"])
+        made = Sites(
+            short_path,
+            listen=f"receiver+tls://127.0.0.1:{port}/vol0",
+            secondary=f"receiver+tls://127.0.0.1:{port}/vol0",
+            near_options=(
+                "--partner-certificates", str(keys / "near-node"), "--partner-name", "far-node",
+            ),
+            far_options=("--certificates", str(keys / "far-node"), "--sender-name", "near-node"),
+        )  # fmt: skip
+    with made:
+        made.create()
+        yield made
+
+
+def recovered(sites: Sites) -> int:
+    """Kill the receiver, start it again so that all it has committed is in the image, and see which
+    prefix that is."""
+    sites.far.kill()
+    sites.far.start()
+    sites.far.stop()
+    return newest(sites.image)
+
+
+def test_the_receiver_has_a_prefix_when_the_volume_dies_in_mid_write(either: Sites) -> None:
+    either.start()
+    writer = Writer(either.near)
+    writer.more(300)
+    told = writer.answered
+    number = either.points()["number"]
+    either.point(number + 1)  # cut after that, at the earliest
+    writer.more(100)
+    either.near.kill()
+    last = writer.stop()
+    found = recovered(either)
+    assert told <= found <= last + 1  # the last one may have been carried out and not answered
+    either.far.start()
+    either.near.start()
+    either.near.wait_in_sync()
+    assert newest(either.near.primary) >= last
+    either.near.stop()
+    either.far.stop()
+    assert either.equal()
+
+
+def test_a_receiver_that_dies_delays_no_host_and_goes_on_where_it_was(sites: Sites) -> None:
+    sites.start()
+    writer = Writer(sites.near)
+    writer.more(300)
+    before = sites.points()["number"]
+    sites.far.kill()
+    writer.more(300)  # hosts go on
+    sites.near.until(lambda status: status["state"] == "link-down")
+    assert sites.near.status()["points"]["number"] >= before
+    sites.far.start()
+    sites.point(sites.points()["number"])
+    writer.more(100)
+    last = writer.stop()
+    sites.near.wait_in_sync()
+    sites.near.stop()
+    sites.far.stop()
+    assert newest(sites.image) == last
+    assert sites.equal()
+
+
+def test_a_receiver_that_stands_still_delays_no_host(sites: Sites) -> None:
+    """The volume dies while its receiver is stopped: the last point is there all the same."""
+    sites.start()
+    writer = Writer(sites.near)
+    writer.more(200)
+    told = writer.answered
+    number = sites.points()["number"]
+    sites.point(number + 1)
+    os.kill(sites.far.pid, signal.SIGSTOP)
+    try:
+        writer.more(2000)
+        sites.near.kill()
+    finally:
+        os.kill(sites.far.pid, signal.SIGCONT)
+    last = writer.stop()
+    assert told <= recovered(sites) <= last + 1
+
+
+def test_both_sites_die_and_nothing_is_lost_that_was_answered(sites: Sites) -> None:
+    sites.start()
+    writer = Writer(sites.near)
+    writer.more(300)
+    sites.near.kill()
+    last = writer.stop()
+    found = recovered(sites)
+    sites.far.start()
+    sites.near.start()
+    sites.near.wait_in_sync()
+    sites.near.stop()
+    sites.far.stop()
+    assert found <= newest(sites.image)
+    assert newest(sites.near.primary) >= last
+    assert sites.equal()
+
+
+def test_a_point_on_demand_has_what_was_written_before_and_nothing_of_later(sites: Sites) -> None:
+    sites.start()
+    sites.near.dmctl("set", "vol0", "point-interval=1h")
+    writer = Writer(sites.near)
+    writer.more(100)
+    writer_stopped = writer.stop()
+    answer = json.loads(sites.near.dmctl("--json", "point", "vol0", "--label", "quiet", "--wait"))
+    assert answer["committed"]
+    assert answer["label"] == "quiet"
+    again = Writer(sites.near, first=writer_stopped + 1)
+    again.more(100)
+    sites.near.kill()
+    again.stop()
+    assert recovered(sites) == writer_stopped
+
+
+def test_what_is_said_of_points(sites: Sites) -> None:
+    sites.start()
+    status = sites.near.status()
+    assert status["points"]["number"] == status["receiver"]["committed"] >= 1
+    assert status["receiver"]["connected"]
+    assert status["receiver"]["role"] == "receiver"
+    sites.near.dmctl("status", "vol0", "--check", "--max-point-age", "1min")
+    assert sites.near.dmctl_process("status", "vol0", "--max-point-age", "1min").returncode == 2
+    sites.near.dmctl("set", "vol0", "point-interval=1h", "compress=off", "spool-limit=8MiB")
+    points = sites.points()
+    assert (points["interval_seconds"], points["spool_limit_bytes"]) == (3600.0, 8 * MIB)
+    sites.near.write(0, b"x" * 4096)
+    late = sites.near.dmctl_process("status", "vol0", "--check", "--max-point-age", "1ms")
+    assert late.returncode == 101
+    sites.far.kill()
+    sites.near.until(lambda status: not status["receiver"]["connected"])
+    assert sites.near.refused("point", "vol0")["code"] == "unreachable"
+    assert sites.near.refused("verify", "vol0")["code"] == "wrong-state"
+    assert sites.near.refused("resize", "vol0")["code"] == "wrong-state"
+
+
+def test_a_volume_with_a_plain_secondary_has_no_points(short_path: Path) -> None:
+    from tests.support.volumes import Volume
+
+    with Volume(short_path, 8 * MIB) as volume:
+        volume.create()
+        volume.start()
+        status = volume.status()
+        assert status["points"] is None
+        assert status["receiver"] is None
+        assert "none (secondary is not a receiver)" in volume.dmctl("status", "vol0", "-v")
+        assert volume.refused("point", "vol0")["code"] == "wrong-state"
+        assert volume.refused("wait", "vol0", "--for", "point")["code"] == "wrong-state"
+        changed = volume.refused("set", "vol0", "point-interval=1s")
+        assert "receiver" in changed["message"]
+
+
+def test_a_receiver_of_another_volume_is_sent_nothing(sites: Sites) -> None:
+    sites.start()
+    sites.near.stop()
+    before = sites.image.read_bytes()
+    number = sites.far.status()["receiver"]["committed"]
+    sites.near.dmctl("remove", "vol0", "--yes")
+    for path in (sites.near.primary, sites.near.record):
+        path.unlink()
+    sites.near.create()
+    sites.near.start()
+    sites.near.until(lambda status: status["last_error"] is not None)
+    assert not sites.near.status()["receiver"]["connected"]
+    assert sites.far.status()["receiver"]["committed"] == number
+    assert sites.image.read_bytes() == before
+
+
+def test_start_alone_no_waits_for_the_receivers_word_after_a_crash(short_path: Path) -> None:
+    with Sites(short_path, 8 * MIB, "--start-alone", "no") as sites:
+        sites.create()
+        sites.start()
+        pid = sites.near.pid
+        sites.near.kill()
+        sites.far.stop()
+        wait_gone(pid)
+        assert sites.near.refused("start", "vol0")["code"] == "unreachable"
+        sites.far.start()
+        sites.near.start()
+        sites.near.stop()
+        sites.far.stop()
+        sites.near.start()  # it was stopped cleanly
