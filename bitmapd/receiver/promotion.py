@@ -70,15 +70,15 @@ def prepare(journal: Journal, applier: Applier, line: Line, *, force: bool) -> S
     obstacle = None
     if not page.committed:
         obstacle = Obstacle.NEVER
-    elif page.inconsistent_until:
-        obstacle = Obstacle.INCONSISTENT
     elif page.queue:
         obstacle = Obstacle.DAMAGED
+    elif page.inconsistent_until:
+        obstacle = Obstacle.INCONSISTENT
     per = line.geometry.blocks_per_extent
     extents = {kept.block // per for entries in journal.points.values() for kept in entries}
     if obstacle is not None and not force and not has_new_generation(journal):
         yield from undo(journal, line)
-    return Ready(page.applied, _runs(extents), obstacle)
+    return Ready(page.applied, runs_of(extents), obstacle)
 
 
 def undo(journal: Journal, line: Line) -> Steps[None]:
@@ -100,7 +100,8 @@ def finish(journal: Journal, line: Line, now_s: int) -> Steps[None]:
         yield from journal.flagged(PageFlag.PROMOTED, line)
 
 
-def _runs(extents: set[int]) -> Runs:
+def runs_of(extents: set[int]) -> Runs:
+    """Where they are, half-open."""
     runs: list[tuple[int, int]] = []
     for extent in sorted(extents):
         if runs and runs[-1][1] == extent:

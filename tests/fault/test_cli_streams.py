@@ -71,7 +71,10 @@ COMMANDS: dict[str, int] = {
     "takeover vol0": 14,
 }
 # Never end, or answer as `takeover` does.
-ELSEWHERE = {"monitor", "demote", "failback", "promote", "partner", "partner-keys"}
+ELSEWHERE = {
+    *("monitor", "demote", "failback", "promote", "partner", "partner-keys"),
+    *("receive", "points", "point"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from bitmapd.receiver.promotion import (
     finish,
     has_new_generation,
     prepare,
+    runs_of,
     successor,
     undo,
 )
@@ -211,7 +212,7 @@ def test_a_point_that_rots_is_left_out_by_force_only_and_then_named() -> None:
     disks = machine.image, SimDisk(disk.name, disk.size_bytes, bytes(raw))
     refused = Bench(*disks).go()
     assert refused is not None
-    assert refused.obstacle is not None
+    assert refused.obstacle is Obstacle.DAMAGED
     bench = Bench(*disks)
     forced = bench.go(force=True)
     assert forced is not None
@@ -220,3 +221,24 @@ def test_a_point_that_rots_is_left_out_by_force_only_and_then_named() -> None:
     assert named >= {one.block // per for one in journal.points[queued.point]}
     assert forced.point == queued.point - 1
     assert bench.image != content
+
+
+def test_an_image_between_two_points_is_promoted_by_force_only() -> None:
+    """It was so when the journal could not make it whole any more."""
+    machine, _ = received(random.Random(5), queued=False)
+    bench = Bench(*machine.disks)
+    ended: list[OSError | None] = []
+    run(bench.journal.inconsistent(99), lambda error, _: ended.append(error))
+    drain(bench.loop, *bench.disks)
+    assert ended == [None]
+    refused = bench.go()
+    assert refused is not None
+    assert refused.obstacle is Obstacle.INCONSISTENT
+    assert bench.journal.page.flags == NO_FLAGS
+    assert bench.go(force=True) is not None
+    assert has_new_generation(bench.journal)
+
+
+def test_extents_that_are_named_are_runs() -> None:
+    assert runs_of({5, 1, 2, 7, 6}) == ((1, 3), (5, 8))
+    assert runs_of(set()) == ()
