@@ -611,6 +611,23 @@ def test_settings_of_points_are_refused_without_a_receiver(write: Write) -> None
     assert "receiver" in problem.message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("serve", "on-promote"),
+        ("record_on", "partner"),
+        ("partner_ack", "stored"),
+        ("on_cut", "go-on"),
+    ],
+)
+def test_what_only_a_pair_has_is_refused_without_one(write: Write, key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_volume(write(vol0=toml_of(**{key: value})), "vol0")
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert f"{value} is for one of two appliances" in problem.message
+
+
 PAIR = {"node": 1, "partner": "tls://b", "partner_listen": "tls://a", "attach": "nbd"}
 
 
