@@ -30,16 +30,17 @@ from typing import Any, Protocol
 
 MIB = 1 << 20
 SIZE_BYTES = 1024 * MIB
-FS_BYTES = 512 * MIB
+FS_BYTES = 64 * MIB  # of the one that is copied
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path(os.environ.get("DEMO_DIR", ROOT)) / "demo-failover-run"
 DMCTL = Path(sys.executable).parent / "dmctl"
 NAME = "demo"
 SOURCES = ("/usr/include", "/usr/share/doc")
 
-# Writes numbered blocks behind the file system, one after another, until it is killed.
+# Writes numbered blocks behind the file system, one after another, until it is killed; slower than
+# the receiver's disk, which a machine that does both sides' work shares.
 WRITER = """
-import sys
+import sys, time
 import nbd
 disk = nbd.NBD()
 disk.connect_uri(sys.argv[1])
@@ -47,6 +48,7 @@ start, count, number = int(sys.argv[2]), int(sys.argv[3]), 0
 while True:
     number += 1
     disk.pwrite(number.to_bytes(8, "big") * 8192, start + number % count * 65536)
+    time.sleep(0.005)
 """
 
 
@@ -222,7 +224,7 @@ class CopyingHost:
 
     def begin(self, site: Site) -> None:
         run("truncate", "-s", str(FS_BYTES), self.image)
-        run("mke2fs", "-q", "-F", "-t", "ext4", "-d", "/usr/include", self.image)
+        run("mke2fs", "-q", "-F", "-t", "ext4", "-d", "/usr/include/linux", self.image)
         run("nbdcopy", "--flush", self.image, site.uri)
         self._write(site)
 
@@ -245,7 +247,7 @@ class CopyingHost:
         return "e2fsck finds nothing wrong"
 
     def _write(self, site: Site) -> None:
-        words = ["/usr/bin/python3", "-c", WRITER, site.uri, str(FS_BYTES), "2000"]
+        words = ["/usr/bin/python3", "-c", WRITER, site.uri, str(FS_BYTES), "500"]
         self.writer = subprocess.Popen(words, stderr=subprocess.DEVNULL)
 
 
