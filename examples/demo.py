@@ -15,9 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -27,38 +25,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-MIB = 1 << 20
+from demo_common import (
+    DMCTL,
+    MIB,
+    DemoFailed,
+    can_mount,
+    clean_mounts,
+    kill,
+    mib,
+    run,
+    say,
+    step,
+    wait_until,
+)
+
 SIZE_BYTES = 4096 * MIB
 RECORD_BYTES = 4 * MIB
 SAMPLE_BYTES = 120 * MIB
 IMAGE_BYTES = 512 * MIB
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path(os.environ.get("DEMO_DIR", ROOT / "demo-run"))
-DMCTL = Path(sys.executable).parent / "dmctl"
 SOURCES = (Path("/usr/include"), Path("/usr/share/doc"), Path("/usr/share/perl"))
 NAME = "demo"
-
-
-class DemoFailed(Exception):
-    """The demo met something that must not happen; the message says what."""
-
-
-def say(text: str = "") -> None:
-    print(text, flush=True)
-
-
-def step(number: int, text: str) -> None:
-    say(f"\n{number}. {text}")
-
-
-def run(*command: str | Path, check: bool = True) -> str:
-    words = [str(word) for word in command]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    if check and done.returncode:
-        raise DemoFailed(f"{' '.join(words)} failed:\n{(done.stdout + done.stderr).strip()}")
-    return done.stdout
 
 
 def show(*command: str | Path) -> str:
@@ -76,25 +64,8 @@ def status() -> dict[str, Any]:
     return dict(volume)
 
 
-def mib(count: float) -> str:
-    return f"{count / MIB:,.1f} MiB"
-
-
-def daemon_pid() -> int:
-    return int((RUN / "run" / f"{NAME}.pid").read_text())
-
-
 def kill_daemon() -> None:
-    """kill -9, and wait until the process is really gone."""
-    pid = daemon_pid()
-    handle = os.pidfd_open(pid)
-    try:
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        poll.poll(10_000)
-    finally:
-        os.close(handle)
+    kill(RUN / "run" / f"{NAME}.pid", NAME)
 
 
 # -- the host's side -----------------------------------------------------------------------------
@@ -233,7 +204,7 @@ class MountedHost:
         wait_until(lambda: self.shown.stat().st_size == SIZE_BYTES, "nbdfuse to show the volume")
 
     def _hide(self) -> None:
-        clean_mounts()
+        clean_mounts(RUN)
         if self.fuse is not None:
             self.fuse.wait(20)
             self.fuse = None
@@ -290,15 +261,6 @@ class CopyingHost:
         run("nbdcopy", "--flush", self.image, self.uri)
 
 
-def wait_until(ready: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-    """For foreign programs that announce nothing."""
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        if time.monotonic() > deadline:
-            raise DemoFailed(f"waited {timeout_s:.0f} s for {what}")
-        time.sleep(0.05)
-
-
 def wait_for_writes(amount_bytes: int) -> None:
     """Until the host has written that much more, so that the kill comes in mid-write."""
     begin = status()["writes_total"]
@@ -306,39 +268,13 @@ def wait_for_writes(amount_bytes: int) -> None:
     wait_until(lambda: status()["writes_total"] > begin + requests, "the third pass to get going")
 
 
-def can_mount() -> bool:
-    return (
-        os.geteuid() == 0
-        and os.environ.get("DEMO_MOUNT") != "no"
-        and Path("/dev/fuse").exists()
-        and Path("/dev/loop-control").exists()
-        and shutil.which("nbdfuse") is not None
-    )
-
-
 # -- cleaning up ---------------------------------------------------------------------------------
-
-
-def clean_mounts() -> None:
-    """Unmount what is mounted below ./demo-run, the innermost first."""
-    for _ in range(3):
-        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-        ours = [place for place in mounted if place.startswith(f"{RUN}/")]
-        for place in sorted(ours, reverse=True):
-            # A file system whose disk has gone lets go only lazily.
-            run("umount", place, check=False)
-            if os.path.ismount(place) or place in Path("/proc/mounts").read_text():
-                run("umount", "--lazy", place, check=False)
 
 
 def release() -> None:
     """Unmount and end the daemon, whatever state a run was left in."""
-    clean_mounts()
-    try:
-        if NAME in Path(f"/proc/{daemon_pid()}/cmdline").read_text():
-            kill_daemon()
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        pass
+    clean_mounts(RUN)
+    kill_daemon()
 
 
 @contextmanager

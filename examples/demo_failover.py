@@ -18,22 +18,32 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-MIB = 1 << 20
+from demo_common import (
+    DMCTL,
+    MIB,
+    DemoFailed,
+    can_mount,
+    clean_mounts,
+    kill,
+    mib,
+    run,
+    say,
+    step,
+    wait_until,
+)
+
 SIZE_BYTES = 1024 * MIB
 FS_BYTES = 64 * MIB  # of the one that is copied
 ROOT = Path(__file__).resolve().parent.parent
 RUN = Path(os.environ.get("DEMO_DIR", ROOT)) / "demo-failover-run"
-DMCTL = Path(sys.executable).parent / "dmctl"
 NAME = "demo"
 SOURCES = ("/usr/include", "/usr/share/doc")
 
@@ -50,32 +60,6 @@ while True:
     disk.pwrite(number.to_bytes(8, "big") * 8192, start + number % count * 65536)
     time.sleep(0.005)
 """
-
-
-class DemoFailed(Exception):
-    """The demo met something that must not happen; the message says what."""
-
-
-def say(text: str = "") -> None:
-    print(text, flush=True)
-
-
-def step(number: int, text: str) -> None:
-    say(f"\n{number}. {text}")
-
-
-def run(*command: str | Path, check: bool = True) -> str:
-    words = [str(word) for word in command]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    if check and done.returncode:
-        raise DemoFailed(f"{' '.join(words)} failed:\n{(done.stdout + done.stderr).strip()}")
-    return done.stdout
-
-
-def mib(count: float) -> str:
-    return f"{count / MIB:,.1f} MiB"
 
 
 class Site:
@@ -127,21 +111,7 @@ class Site:
         return dict(volume)
 
     def kill(self) -> None:
-        """kill -9, and wait until the process is really gone; nothing if there is none."""
-        try:
-            pid = int((self.folder / "run" / f"{NAME}.pid").read_text())
-            if NAME not in Path(f"/proc/{pid}/cmdline").read_text():
-                return
-            handle = os.pidfd_open(pid)
-        except (FileNotFoundError, ProcessLookupError, ValueError):
-            return
-        try:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-            poll = select.poll()
-            poll.register(handle, select.POLLIN)
-            poll.poll(10_000)
-        finally:
-            os.close(handle)
+        kill(self.folder / "run" / f"{NAME}.pid", NAME)
 
 
 class Host(Protocol):
@@ -208,7 +178,7 @@ class MountedHost:
         wait_until(lambda: self.shown.stat().st_size == SIZE_BYTES, "nbdfuse to show the volume")
 
     def _hide(self) -> None:
-        clean_mounts()
+        clean_mounts(RUN)
         if self.fuse is not None:
             self.fuse.wait(20)
             self.fuse = None
@@ -249,36 +219,6 @@ class CopyingHost:
     def _write(self, site: Site) -> None:
         words = ["/usr/bin/python3", "-c", WRITER, site.uri, str(FS_BYTES), "500"]
         self.writer = subprocess.Popen(words, stderr=subprocess.DEVNULL)
-
-
-def wait_until(ready: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
-    """For foreign programs that announce nothing."""
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        if time.monotonic() > deadline:
-            raise DemoFailed(f"waited {timeout_s:.0f} s for {what}")
-        time.sleep(0.05)
-
-
-def can_mount() -> bool:
-    return (
-        os.geteuid() == 0
-        and os.environ.get("DEMO_MOUNT") != "no"
-        and Path("/dev/fuse").exists()
-        and Path("/dev/loop-control").exists()
-        and shutil.which("nbdfuse") is not None
-    )
-
-
-def clean_mounts() -> None:
-    """Unmount what is mounted below the demo's folder, the innermost first."""
-    for _ in range(3):
-        mounted = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-        for place in sorted((at for at in mounted if at.startswith(f"{RUN}/")), reverse=True):
-            # A file system whose disk has gone lets go only lazily.
-            run("umount", place, check=False)
-            if place in Path("/proc/mounts").read_text():
-                run("umount", "--lazy", place, check=False)
 
 
 def demo(host: Host) -> None:
@@ -332,7 +272,7 @@ def demo(host: Host) -> None:
 
 
 def release() -> None:
-    clean_mounts()
+    clean_mounts(RUN)
     for name in ("near", "far"):
         Site(name).kill()
 

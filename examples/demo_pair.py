@@ -21,19 +21,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-MIB = 1 << 20
+from demo_common import (
+    DMCTL,
+    MIB,
+    DemoFailed,
+    run,
+    say,
+    step,
+    wait_until,
+)
+
 SIZE_BYTES = 512 * MIB
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(os.environ.get("DEMO_DIR", ROOT))
 RUN = FOLDER / "demo-pair-run"
 PICTURE = FOLDER / "demo-pair.svg"
-DMCTL = Path(sys.executable).parent / "dmctl"
 NAME = "demo"
 SAMPLE_S = 0.2
 BREAK_S = 2.0  # without an answer: the node was not there
@@ -79,32 +86,12 @@ BLOCK_BYTES = 65536
 HALF_BLOCKS = SIZE_BYTES // 2 // BLOCK_BYTES
 
 
-class DemoFailed(Exception):
-    """The demo met something that must not happen; the message says what."""
-
-
-def say(text: str = "") -> None:
-    print(text, flush=True)
-
-
-def step(number: int, text: str) -> None:
-    say(f"\n{number}. {text}")
-
-
 def node_of(number: int) -> tuple[str, ...]:
     return ("--config-dir", str(RUN / f"etc{number}"), "--run-dir", str(RUN / f"run{number}"))
 
 
 def dmctl(node: int, *words: str | Path) -> str:
-    command = [str(DMCTL), *node_of(node), *(str(word) for word in words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
-    if done.returncode:
-        raise DemoFailed(
-            f"node {node}: dmctl {words[0]} failed: {(done.stdout + done.stderr).strip()}"
-        )
-    return done.stdout
+    return run(DMCTL, *node_of(node), *words)
 
 
 def show(node: int, *words: str | Path) -> None:
@@ -120,14 +107,6 @@ def status(node: int) -> dict[str, Any]:
 
 def uri(node: int) -> str:
     return f"nbd+unix:///{NAME}?socket={RUN}/run{node}/{NAME}.nbd"
-
-
-def until(what: str, reached: Callable[[], bool], within_s: float = 30.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not reached():
-        if time.monotonic() > deadline_s:
-            raise DemoFailed(f"{what} did not come within {within_s:.0f} s")
-        time.sleep(0.1)  # no event of two processes together is there to wait for
 
 
 @dataclass
@@ -205,7 +184,7 @@ def demo() -> None:
         )  # fmt: skip
     for node in (1, 2):
         show(node, "start", NAME)
-    until("the pair", lambda: all(status(n)["partner"]["state"] == "paired" for n in (1, 2)))
+    wait_until(lambda: all(status(n)["partner"]["state"] == "paired" for n in (1, 2)), "the pair")
     watch = Watch()
     watch.start()
 
@@ -220,7 +199,7 @@ def demo() -> None:
     os.kill(pid, signal.SIGKILL)
     watch.mark("kill -9 node 1")
     left.end(hosts[1])
-    until("the cut", lambda: status(2)["partner"]["state"] == "cut")
+    wait_until(lambda: status(2)["partner"]["state"] == "cut", "the cut")
     partner = status(2)["partner"]
     named = partner["partner_extents"] + partner["owed_extents"]
     say(f"   node 2 knows {named} extents in which node 1 may have written; its own host goes on")
@@ -240,7 +219,7 @@ def demo() -> None:
 
     step(5, "Node 1 comes back; nothing is compared, and its host goes home")
     show(1, "start", NAME)
-    until("the pair", lambda: status(1)["partner"]["state"] == "paired")
+    wait_until(lambda: status(1)["partner"]["state"] == "paired", "the pair")
     watch.mark("node 1 is back")
     left.end(hosts[1])
     hosts[1] = left.host(1)
