@@ -39,6 +39,11 @@ _STATES = (
     State("paused", 101, "dmctl resume NAME"),
     State("no-space", 13, "make room on the secondary; it is tried again by itself"),
     State("secondary-failing", 101, "look at the secondary's disk: it refuses some places"),
+    State(
+        "journal-full",
+        13,
+        "'dmctl points NAME' at the receiver: does it apply?  If so it needs a larger journal",
+    ),
     State("resyncing", 101, "dmctl wait NAME --for in-sync"),
     State("copying", 0),
     State("in-sync", 0),

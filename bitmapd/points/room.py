@@ -46,6 +46,11 @@ class Room:
         self._full_since_s = 0.0
 
     @property
+    def is_full(self) -> bool:
+        """Whether it was too small for the open point, which is not committed yet."""
+        return self._told
+
+    @property
     def is_tight(self) -> bool:
         """Whether what is left would not fit if more of it were sent twice."""
         if self._uplink.point <= 1:

@@ -497,10 +497,10 @@ class Volume:
     def state(self) -> str:
         if self._parts.presence.gone:
             return "degraded"
-        for other in (self._paired, self._receiver):
-            if other is not None and (state := other.state) is not None:
-                return state
-        return state_of(self._parts.store, self.gate, self.copier, in_sync=self.in_sync)
+        if self._paired is not None and (state := self._paired.state) is not None:
+            return state
+        found = state_of(self._parts.store, self.gate, self.copier, in_sync=self.in_sync)
+        return found if self._receiver is None else self._receiver.state_of(found)
 
     def status(self) -> dict[str, Any]:
         """One element of `volumes` in `dmctl status --json`."""

@@ -49,13 +49,15 @@ class WithReceiver:
         self.link.start()
         await self.link.first_word()
 
-    @property
-    def state(self) -> str | None:
-        """The state of the volume where the receiver decides it."""
+    def state_of(self, found: str) -> str:
+        """The state of the volume, which would be `found` without regard to the receiver."""
         if self.link.is_split:
             return "split-brain"
-        alone = self._parts.config.receiver_dials and self.sender.state is CopyState.LINK_DOWN
-        return "alone" if alone else None
+        if found == "link-down" and self._parts.config.receiver_dials:
+            return "alone"
+        if found in ("resyncing", "copying") and self.sender.room.is_full:
+            return "journal-full"
+        return found
 
     # -- commands ---------------------------------------------------------------------------
     async def cut(self, label: str, *, wait: bool) -> dict[str, Any]:

@@ -221,3 +221,19 @@ def test_start_alone_no_waits_for_the_receivers_word_after_a_crash(short_path: P
         sites.near.stop()
         sites.far.stop()
         sites.near.start()  # it was stopped cleanly
+
+
+def test_what_does_not_fit_the_journal_is_told_and_the_last_point_stays(short_path: Path) -> None:
+    with Sites(short_path, 128 * MIB, "--point-interval", "1h", journal_bytes=64 * MIB) as sites:
+        sites.create()
+        sites.start()
+        number = sites.points()["number"]
+        for at in range(0, 96 * MIB, MIB):
+            sites.near.write(at, os.urandom(MIB))
+        sites.near.dmctl("set", "vol0", "point-interval=100ms")
+        sites.near.until(lambda status: status["state"] == "journal-full")
+        done = sites.near.dmctl_process("status", "vol0", "--check")
+        assert done.returncode == 13
+        sites.near.write(0, b"hosts go on".ljust(4096, b"."))
+        assert sites.points()["number"] == number
+        sites.near.dmctl("stop", "vol0", "--now")

@@ -533,9 +533,12 @@ def test_what_does_not_fit_the_journal_is_not_begun() -> None:
     home.run(30.0)
     assert home.told() == []
     assert home.names() == ["journal-full"]
+    assert home.sender.room.is_full
     home.say(Credit(4 * BLOCK))
     home.run(2.0)
     assert sorted(home.blocks()) == [0, 1, 2, 3]
+    home.commit(2)
+    assert not home.sender.room.is_full
 
 
 def test_nothing_is_copied_ahead_that_would_keep_the_point_from_ending() -> None:
