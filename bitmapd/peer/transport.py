@@ -175,11 +175,12 @@ class PeerTransport:
 
     async def _seek(self, uri: PartnerUri) -> None:
         """Nobody is missed: who cannot be reached is reported to nobody."""
-        while not self._has_met:
+        while True:
             await asyncio.sleep(self._settings.seek_s)
-            if self._nobody.is_set():
-                with contextlib.suppress(OSError, UnicodeError):
-                    await self._connect(uri)
+            if self._has_met:  # perhaps to part again, while this slept
+                return
+            with contextlib.suppress(OSError, UnicodeError):
+                await self._connect(uri)
 
     async def _connect(self, uri: PartnerUri) -> None:
         try:

@@ -692,3 +692,23 @@ def test_who_seeks_dials_until_it_has_met_somebody(short_path: Path) -> None:
             await task  # nobody is dialled any more
 
     run(scenario)
+
+
+def test_who_was_met_and_lost_before_it_was_sought_is_not_dialled(short_path: Path) -> None:
+    here, there = (PartnerUri(socket_path=str(short_path / name)) for name in ("here", "there"))
+
+    async def scenario() -> None:
+        with nodes(Settings(None, here, seek=there, seek_s=0.5)) as (seeks,):
+            with nodes(Settings(here, None)) as (comes,):
+                await seeks.greeted()
+                await comes.greeted()
+            await seeks.until(lambda: not seeks.connections)
+            with nodes(Settings(None, there)) as (listens,):
+                task = seeks.transport._dialling
+                assert task is not None
+                await task
+                await asyncio.sleep(0)
+                assert not seeks.connections
+                assert not listens.connections
+
+    run(scenario)
