@@ -131,7 +131,7 @@ class ReceiverLink:
                 async with asyncio.timeout(FIRST_WORD_S):
                     await self._heard.wait()
             except TimeoutError:
-                self._failure = f"did not answer within {FIRST_WORD_S:g} s"
+                self._failure = f"it did not answer within {FIRST_WORD_S:g} s"
         if self.verdict is not None:
             self.refuse()
         if PointsFlag.DEMOTED in points.flags:
@@ -141,8 +141,8 @@ class ReceiverLink:
             )
         if must_wait and self.receiver is None:
             raise UnreachableError(
-                f"volume '{name}' was not stopped cleanly, and its receiver {self._failure or '…'}:"
-                " it may have been promoted meanwhile",
+                f"volume '{name}' was not stopped cleanly, and its receiver, which may have been"
+                f" promoted meanwhile, was not heard: {self._failure or 'it has not come yet'}",
                 hint="start it when the receiver can be reached, or set start_alone = yes",
             )
 
