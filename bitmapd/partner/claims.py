@@ -23,9 +23,10 @@ from typing import Protocol
 from bitarray import bitarray
 
 from bitmapd.media.base import Done
-from bitmapd.partner.extents import unset, zeros
-from bitmapd.partner.messages import Message, Run, Runs
+from bitmapd.partner.messages import Message
 from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Run, Runs
+from bitmapd.record.extents import unset, zeros
 from bitmapd.record.geometry import Geometry
 
 

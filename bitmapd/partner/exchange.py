@@ -21,14 +21,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from bitmapd.partner.extents import bits_of, each, joined, runs_of
 from bitmapd.partner.greeting import adopted, in_memory, stores_first
 from bitmapd.partner.ledger import Ledger
-from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record, Runs
+from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares, View, share
 from bitmapd.partner.states import Lasting, Surroundings
 from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import bits_of, each, joined, runs_of
 
 
 class Ends(Protocol):

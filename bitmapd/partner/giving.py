@@ -28,11 +28,12 @@ from functools import partial
 
 from bitmapd.media.base import Scheduler
 from bitmapd.partner.claims import Claims, Home
-from bitmapd.partner.extents import each, joined
-from bitmapd.partner.messages import Add, Grant, Runs
+from bitmapd.partner.messages import Add, Grant
 from bitmapd.partner.outbox import Outbox
 from bitmapd.partner.wants import Wants
 from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import each, joined
 
 MOST_REQUESTS = 64  # of the other's that are taken at a time
 MOST_CHANGES, CHANGES_S = 8, 1.0

@@ -32,9 +32,10 @@ from functools import partial
 from typing import Protocol
 
 from bitmapd.media.base import Done
-from bitmapd.partner.extents import runs_of
-from bitmapd.partner.messages import Message, Runs
+from bitmapd.partner.messages import Message
 from bitmapd.partner.rights import Home, Rights
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import runs_of
 from bitmapd.record.holder import Ranges, Record
 from bitmapd.record.store import RecordStore
 

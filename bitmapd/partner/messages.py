@@ -29,8 +29,7 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
-Run = tuple[int, int]  # [first, stop)
-Runs = tuple[Run, ...]
+from bitmapd.peer.payloads import Runs
 
 
 class Role(enum.IntEnum):

@@ -41,7 +41,6 @@ from bitmapd.errors import BusyError, UnreachableError, WrongStateError
 from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
 from bitmapd.partner.exchange import Exchange
-from bitmapd.partner.extents import runs_of
 from bitmapd.partner.greeting import (
     SplitBrain,
     Standing,
@@ -55,13 +54,15 @@ from bitmapd.partner.growth import Growth
 from bitmapd.partner.handover import Handover, Hosts, Outcome
 from bitmapd.partner.lead import Lead
 from bitmapd.partner.ledger import Ledger
-from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
+from bitmapd.partner.messages import Hello, HelloFlag, Message
 from bitmapd.partner.reliance import Reliance
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares, SplitRights
 from bitmapd.partner.split import Conflicts, conflicts
 from bitmapd.partner.states import Lasting, Phase, Proof, State, Surroundings, Wire
 from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import runs_of
 
 __all__ = ["Lasting", "Node", "Phase", "Proof", "State", "Surroundings", "Wire"]
 

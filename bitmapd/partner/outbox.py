@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 
 from bitmapd.media.base import Scheduler
 from bitmapd.partner.claims import Home
-from bitmapd.partner.extents import joined
-from bitmapd.partner.messages import Add, Ask, Free, Got, Message, Remove, Runs
+from bitmapd.partner.messages import Add, Ask, Free, Got, Message, Remove
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import joined
 
 
 class Outbox:

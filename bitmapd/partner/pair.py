@@ -29,7 +29,6 @@ from bitmapd import __version__
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.media.base import Done, Scheduler
 from bitmapd.partner.codec import Decoder, encode
-from bitmapd.partner.extents import zeros
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import (
@@ -42,12 +41,14 @@ from bitmapd.partner.greeting import (
     VERSION,
 )
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
-from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role, Runs
+from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer.connection import Connection
 from bitmapd.peer.frames import Frame, PeerError
+from bitmapd.peer.payloads import Runs
 from bitmapd.peer.transport import PeerTransport, Settings
+from bitmapd.record.extents import zeros
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 

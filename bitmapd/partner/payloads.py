@@ -17,9 +17,9 @@ from bitarray import bitarray
 from bitarray.util import intervals, zeros
 from xxhash import xxh3_64
 
-from bitmapd.partner.messages import Record, Run, Runs
+from bitmapd.partner.messages import Record
 from bitmapd.peer.frames import ErrorCode, PeerError
-from bitmapd.peer.payloads import COUNT, EXTENT_RUN, pack_runs, read_runs, wrong
+from bitmapd.peer.payloads import COUNT, EXTENT_RUN, Run, Runs, pack_runs, read_runs, wrong
 from bitmapd.record.pages import EXTENTS_PER_PAGE, PAGE_PAYLOAD_BYTES
 
 _PAGE: Final = struct.Struct("<BBI")

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 from bitmapd.media.base import Done
 from bitmapd.partner.claims import Claims, Home, Stance
-from bitmapd.partner.extents import each, joined
 from bitmapd.partner.giving import Giving
-from bitmapd.partner.messages import Ask, Runs, Status
+from bitmapd.partner.messages import Ask, Status
 from bitmapd.partner.outbox import Outbox
 from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import each, joined
 
 AT_REST, NEVER_HERE = 0, 1  # of STATUS
 

@@ -34,13 +34,14 @@ from bitarray import bitarray
 
 from bitmapd.media.base import Done, Scheduler
 from bitmapd.partner.claims import Claims, Home, Stance
-from bitmapd.partner.extents import each, joined, runs_of, unset
 from bitmapd.partner.giving import MOST_REQUESTS, Giving
-from bitmapd.partner.messages import Add, Ask, Free, Got, Grant, Remove, Run, Runs, Status
+from bitmapd.partner.messages import Add, Ask, Free, Got, Grant, Remove, Status
 from bitmapd.partner.outbox import Outbox
 from bitmapd.partner.reads import AT_REST, NEVER_HERE, Read, Reads
 from bitmapd.partner.share import Shares, View
 from bitmapd.partner.wants import Waiter, Wants
+from bitmapd.peer.payloads import Run, Runs
+from bitmapd.record.extents import each, joined, runs_of, unset
 from bitmapd.record.geometry import Geometry
 
 __all__ = ["AT_REST", "MOST_REQUESTS", "NEVER_HERE", "Home", "Rights", "Stance", "Waiter"]

@@ -36,8 +36,8 @@ from dataclasses import dataclass
 from bitarray import bitarray
 from xxhash import xxh3_64_intdigest
 
-from bitmapd.partner.extents import runs_of, zeros
-from bitmapd.partner.messages import Runs
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import runs_of, zeros
 
 
 class SplitRights(Exception):

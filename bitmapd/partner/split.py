@@ -12,8 +12,8 @@ from typing import Any
 
 from bitarray import bitarray
 
-from bitmapd.partner.extents import bits_of, runs_of
-from bitmapd.partner.messages import Runs
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import bits_of, runs_of
 
 MOST_SHOWN = 200  # runs, so that a status stays a line
 

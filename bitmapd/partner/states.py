@@ -9,8 +9,9 @@ from typing import Protocol
 from bitarray import bitarray
 
 from bitmapd.media.base import Done
-from bitmapd.partner.messages import Hello, Message, Runs
+from bitmapd.partner.messages import Hello, Message
 from bitmapd.peer.frames import PeerError
+from bitmapd.peer.payloads import Runs
 
 
 class State(Enum):

@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from bitmapd.partner.claims import Claims, Home, Stance
-from bitmapd.partner.extents import each, joined
-from bitmapd.partner.messages import Grant, Run
+from bitmapd.partner.messages import Grant
 from bitmapd.partner.outbox import Outbox
 from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.peer.payloads import Run
+from bitmapd.record.extents import each, joined
 
 # Called when an extent has come.  Says whether the write has been submitted; if not, it waits for
 # this node's own record.  With an error: it will not come.

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final, Protocol
 
-from bitarray import bitarray
 from bitarray.util import zeros
 
 from bitmapd.media.base import Device, Done, Scheduler
@@ -34,6 +33,7 @@ from bitmapd.receiver.image import Redo
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import Line
+from bitmapd.record.extents import runs_of
 
 RETRY_S: Final = 10.0  # after an error of the image
 
@@ -121,7 +121,7 @@ class Applier:
             wrong[queued.point] = frozenset(bad)
             if not missing.any():
                 return wrong, None
-        return wrong, _runs(missing)
+        return wrong, runs_of(missing)
 
     def _write(self, wrong: dict[int, Collection[int]]) -> Steps[None]:
         journal = self._journal
@@ -137,15 +137,3 @@ class Applier:
         waiting, self._when_applied = self._when_applied, []
         for call in waiting:
             call(None)
-
-
-def _runs(blocks: bitarray) -> Runs:
-    """Where they are, half-open."""
-    runs = []
-    stop = 0
-    while (first := blocks.find(True, stop)) >= 0:
-        stop = blocks.find(False, first)
-        if stop < 0:
-            stop = len(blocks)
-        runs.append((first, stop))
-    return tuple(runs)

@@ -31,6 +31,7 @@ from bitmapd.receiver.commit import NO_FLAGS, PageFlag
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.steps import Steps
 from bitmapd.receiver.superblock import Line
+from bitmapd.record.extents import joined
 from bitmapd.record.superblock import MAX_GENERATIONS
 
 _HALF: Final = PageFlag.PROMOTING
@@ -78,7 +79,7 @@ def prepare(journal: Journal, applier: Applier, line: Line, *, force: bool) -> S
     extents = {kept.block // per for entries in journal.points.values() for kept in entries}
     if obstacle is not None and not force and not has_new_generation(journal):
         yield from undo(journal, line)
-    return Ready(page.applied, runs_of(extents), obstacle)
+    return Ready(page.applied, joined(extents), obstacle)
 
 
 def undo(journal: Journal, line: Line) -> Steps[None]:
@@ -98,14 +99,3 @@ def finish(journal: Journal, line: Line, now_s: int) -> Steps[None]:
         yield from journal.follow(line, now_s)
     if not journal.page.flags & PageFlag.PROMOTED:
         yield from journal.flagged(PageFlag.PROMOTED, line)
-
-
-def runs_of(extents: set[int]) -> Runs:
-    """Where they are, half-open."""
-    runs: list[tuple[int, int]] = []
-    for extent in sorted(extents):
-        if runs and runs[-1][1] == extent:
-            runs[-1] = (runs[-1][0], extent + 1)
-        else:
-            runs.append((extent, extent + 1))
-    return tuple(runs)

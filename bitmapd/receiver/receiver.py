@@ -71,6 +71,7 @@ from bitmapd.receiver.places import Places
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.geometry import MIB, Geometry
+from bitmapd.record.superblock import as_ids, from_ids
 
 MOST_UNWRITTEN_BYTES: Final = 16 * MIB  # received; then the connection is not read
 CREDIT_BYTES: Final = MIB  # that are worth a message
@@ -313,7 +314,7 @@ class Receiver:
     def _preparing(self, hello: Hello2) -> Steps[None]:
         journal = self.journal
         if journal.superblock.line is None:
-            generations = tuple(UUID(bytes=value) for value in hello.generations if value != NIL)
+            generations = from_ids(hello.generations)
             line = Line(UUID(bytes=hello.volume), _geometry(hello), generations, hello.term)
             yield from journal.adopt(line, self._now_s())
             self._volume = self._follow()
@@ -347,12 +348,11 @@ class Receiver:
     def _greeting(self) -> Hello2:
         page, line = self.journal.page, self.journal.superblock.line
         geometry = None if line is None else line.geometry
-        generations = () if line is None else tuple(value.bytes for value in line.generations)
         promoted = page.flags & (PageFlag.PROMOTED | PageFlag.PROMOTING)
         return Hello2(
             volume=NIL if line is None else line.volume.bytes,
             incarnation=self._identity.incarnation,
-            generations=(*generations, *(NIL,) * (4 - len(generations))),
+            generations=as_ids(() if line is None else line.generations),
             size_bytes=self._image.size_bytes if geometry is None else geometry.size_bytes,
             block_bytes=0 if geometry is None else geometry.block_bytes,
             extent_bytes=0 if geometry is None else geometry.extent_bytes,
@@ -486,7 +486,7 @@ class Receiver:
         line, hello = self.journal.superblock.line, self._followed
         if line is None or hello is None or line.generations[0].bytes == hello.generations[0]:
             return
-        generations = tuple(UUID(bytes=value) for value in hello.generations if value != NIL)
+        generations = from_ids(hello.generations)
         after = dataclasses.replace(line, generations=generations, term=hello.term)
         yield from self.journal.follow(after, self._now_s())
 

@@ -23,11 +23,11 @@ from bitmapd.errors import RecordDamagedError, UsageError
 from bitmapd.record.copies import SUPERBLOCK_BYTES, Choice, Seal, choose_copy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pages import MAX_SEQUENCE, Raw
+from bitmapd.record.superblock import MAX_GENERATIONS, as_ids, from_ids
 
 MAGIC: Final = b"\x93bitmapd-points\n"
 FORMAT_VERSION: Final = 1
 KNOWN_INCOMPATIBLE: Final = 0
-MAX_GENERATIONS: Final = 4
 MAX_NAME_BYTES: Final = 64
 MAX_IDENTITY_BYTES: Final = 255
 
@@ -114,7 +114,7 @@ def encode_superblock(superblock: JournalSuperblock) -> bytes:
         superblock.journal.bytes,
         _NIL if line is None else line.volume.bytes,
         superblock.sequence,
-        b"" if line is None else b"".join(value.bytes for value in line.generations),
+        b"" if line is None else b"".join(as_ids(line.generations)),
         *((0, 0, 0) if line is None else dataclasses.astuple(line.geometry)),
         superblock.journal_bytes,
         superblock.image_bytes,
@@ -160,9 +160,9 @@ def decode_superblock(raw: Raw) -> JournalSuperblock:
     try:
         line = None
         if volume != _NIL:
-            values = [UUID(bytes=value) for value in _GENERATIONS.unpack(generations)]
             geometry = Geometry(size_bytes, extent_bytes, block_bytes)
-            line = Line(UUID(bytes=volume), geometry, tuple(filter(lambda v: v.int, values)), term)
+            values = from_ids(_GENERATIONS.unpack(generations))
+            line = Line(UUID(bytes=volume), geometry, values, term)
         return JournalSuperblock(
             journal=UUID(bytes=journal),
             name=name[:name_length].decode(),

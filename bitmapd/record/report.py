@@ -8,15 +8,13 @@ than necessary is copied, or that the next damage would go unmended; `dmctl reco
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from bitarray import bitarray
-
 from bitmapd.errors import ForeignRecordError, FormatTooNewError, RecordDamagedError
+from bitmapd.record.extents import runs_of
 from bitmapd.record.layout import Loaded, RecordFlag, Superblock
 
 
@@ -24,7 +22,7 @@ def dump(loaded: Loaded) -> dict[str, Any]:
     """Everything in a record, ready for JSON; `runs` are pairs of first extent and count."""
     superblock = loaded.superblock
     geometry = superblock.geometry
-    runs = list(_runs(loaded.bits))
+    runs = [(first, stop - first) for first, stop in runs_of(loaded.bits)]
     return {
         "superblock": {
             "format_version": superblock.version,
@@ -75,15 +73,6 @@ def dump(loaded: Loaded) -> dict[str, Any]:
         "warnings": list(loaded.warnings),
         "notes": list(loaded.notes),
     }
-
-
-def _runs(bits: bitarray) -> Iterator[tuple[int, int]]:
-    stop = 0
-    while (first := bits.find(True, stop)) >= 0:
-        stop = bits.find(False, first)
-        if stop < 0:
-            stop = len(bits)
-        yield first, stop - first
 
 
 def _iso(unix_s: int) -> str | None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -188,12 +189,21 @@ class Superblock:
 SuperblockChoice = Choice[Superblock]
 
 
+def as_ids(generations: Sequence[UUID]) -> tuple[bytes, ...]:
+    """`MAX_GENERATIONS` times 16 bytes, current first, nil where there is none."""
+    ids = tuple(value.bytes for value in generations)
+    return ids + (_NIL,) * (MAX_GENERATIONS - len(ids))
+
+
+def from_ids(ids: Iterable[bytes]) -> tuple[UUID, ...]:
+    """The generations of `as_ids`."""
+    return tuple(UUID(bytes=value) for value in ids if value != _NIL)
+
+
 def encode_superblock(superblock: Superblock) -> bytes:
     name = superblock.name.encode()
     primary = superblock.primary.encode()
     secondary = superblock.secondary.encode()
-    generations = [value.bytes for value in superblock.generations]
-    generations += [_NIL] * (MAX_GENERATIONS - len(generations))
     raw = bytearray(SUPERBLOCK_BYTES)
     _SUPERBLOCK.pack_into(
         raw,
@@ -207,7 +217,7 @@ def encode_superblock(superblock: Superblock) -> bytes:
         superblock.volume_uuid.bytes,
         superblock.sequence,
         superblock.session,
-        *generations,
+        *as_ids(superblock.generations),
         superblock.geometry.size_bytes,
         superblock.geometry.extent_bytes,
         superblock.geometry.block_bytes,
@@ -288,7 +298,7 @@ def _parse_superblock(raw: bytes | bytearray | memoryview) -> Superblock:
             volume_uuid=UUID(bytes=volume),
             name=name[:name_length].decode(),
             geometry=Geometry(size_bytes, extent_bytes, block_bytes),
-            generations=tuple(UUID(bytes=value) for value in generations if value != _NIL),
+            generations=from_ids(generations),
             primary=primary[:primary_length].decode(),
             primary_size_bytes=primary_size_bytes,
             secondary=secondary[:secondary_length].decode(),

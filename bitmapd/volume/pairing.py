@@ -24,13 +24,13 @@ from bitmapd.media.waiting import Aside
 from bitmapd.net.uri import parse_partner_uri
 from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import NIL
-from bitmapd.partner.messages import Runs
 from bitmapd.partner.node import Lasting, State
 from bitmapd.partner.pair import Batches, Names, Pair
+from bitmapd.peer.payloads import Runs
 from bitmapd.peer.transport import Settings
 from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
 from bitmapd.record.store import RecordStore
-from bitmapd.record.superblock import MAX_GENERATIONS, Superblock
+from bitmapd.record.superblock import Superblock, as_ids, from_ids
 from bitmapd.volume.session import RecordSession
 
 MOST_HANDED_OVER = 4096  # extents a second, of which each may take its dirt along block by block
@@ -153,12 +153,10 @@ def make_pair(
 
 
 def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
-    generations = [generation.bytes for generation in superblock.generations]
-    generations += [NIL] * (MAX_GENERATIONS - len(generations))
     return Lasting(
         never_paired=state.never_paired,
         term=state.term,
-        generations=tuple(generations),
+        generations=as_ids(superblock.generations),
         volume=NIL if state.volume is None else state.volume.bytes,
         volatile=PairFlag.VOLATILE in state.flags,
         gone_on=PairFlag.GONE_ON in state.flags,
@@ -190,7 +188,7 @@ async def _write(
         volume,
         never_paired=lasting.never_paired,
         term=lasting.term,
-        generations=tuple(UUID(bytes=value) for value in lasting.generations if value != NIL),
+        generations=from_ids(lasting.generations),
         volatile=lasting.volatile,
         gone_on=lasting.gone_on,
         record_on=RecordOn[config.record_on.upper()],

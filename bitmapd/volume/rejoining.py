@@ -40,7 +40,8 @@ from bitmapd.points.messages import NIL, Feature, Hello2, Message, Role
 from bitmapd.points.wire import MessageWire, PointTransport
 from bitmapd.receiver.superblock import Line
 from bitmapd.record import tool
-from bitmapd.record.superblock import MAX_GENERATIONS, Superblock
+from bitmapd.record.extents import runs_of
+from bitmapd.record.superblock import Superblock, as_ids
 from bitmapd.volume.sending import link_settings
 
 ANSWER_S: Final = 10.0
@@ -82,11 +83,10 @@ class _Asking:
 async def ask(config: VolumeConfig, superblock: Superblock, settings: Settings) -> Hello2:
     """What the other site says of itself.  UnreachableError if it does not within `ANSWER_S`."""
     geometry, points = superblock.geometry, superblock.points
-    generations = [value.bytes for value in superblock.generations]
     hello = Hello2(
         volume=config.uuid.bytes,
         incarnation=os.urandom(16),
-        generations=(*generations, *(NIL,) * (MAX_GENERATIONS - len(generations))),
+        generations=as_ids(superblock.generations),
         size_bytes=geometry.size_bytes,
         block_bytes=geometry.block_bytes,
         extent_bytes=geometry.extent_bytes,
@@ -156,12 +156,7 @@ def recorded_runs(record: str, volume: UUID) -> tuple[Superblock, Runs]:
         raise ForeignRecordError(
             f"record {record} belongs to another volume (uuid {loaded.superblock.volume_uuid})"
         )
-    bits, runs, stop = loaded.bits, [], 0
-    while (first := bits.find(True, stop)) >= 0:
-        stop = bits.find(False, first)
-        stop = len(bits) if stop < 0 else stop
-        runs.append((first, stop))
-    return loaded.superblock, tuple(runs)
+    return loaded.superblock, runs_of(loaded.bits)
 
 
 def differing(record: str | None, line: Line) -> Runs | None:

@@ -42,12 +42,12 @@ from bitmapd.media.waiting import Aside
 from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.peer.transport import Settings as LinkSettings
 from bitmapd.points.lineage import Verdict, judge
-from bitmapd.points.messages import NIL, Error, Hello2, Message, Role
+from bitmapd.points.messages import Error, Hello2, Message, Role
 from bitmapd.points.sender import Sender, Settings
 from bitmapd.points.uplink import Identity
 from bitmapd.points.wire import TIMEOUT_S, MessageWire, PointTransport
 from bitmapd.record.points_state import PointsFlag, PointsState
-from bitmapd.record.superblock import MAX_GENERATIONS
+from bitmapd.record.superblock import as_ids
 from bitmapd.volume.session import RecordSession
 
 FIRST_WORD_S: Final = 5.0  # for a receiver that can be reached, while hosts wait to be served
@@ -273,8 +273,6 @@ def make_sender(
     if not isinstance(gate, CutGate):
         raise TypeError("a sender needs the gate that can be cut")
     superblock, points = session.superblock, points_of(session)
-    generations = [generation.bytes for generation in superblock.generations]
-    generations += [NIL] * (MAX_GENERATIONS - len(generations))
     return Sender(
         superblock.geometry,
         gate,
@@ -285,7 +283,7 @@ def make_sender(
         Identity(
             volume=config.uuid.bytes,
             incarnation=os.urandom(16),
-            generations=tuple(generations),
+            generations=as_ids(superblock.generations),
             term=points.term,
             committed=points.committed,
             name=parse_receiver_uri(config.secondary).name,

@@ -32,10 +32,10 @@ from typing import Any
 from bitarray import bitarray
 
 from bitmapd.partner import codec
-from bitmapd.partner.extents import bits_of, runs_of
 from bitmapd.partner.messages import Record
 from bitmapd.partner.share import View, share
 from bitmapd.peer import frames
+from bitmapd.record.extents import bits_of, runs_of
 from tests.bench import loads, machine, pairlinks
 from tests.bench.bench import ROOT
 from tests.bench.loads import KIB, MIB, Load

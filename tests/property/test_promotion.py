@@ -25,7 +25,6 @@ from bitmapd.receiver.promotion import (
     finish,
     has_new_generation,
     prepare,
-    runs_of,
     successor,
     undo,
 )
@@ -237,8 +236,3 @@ def test_an_image_between_two_points_is_promoted_by_force_only() -> None:
     assert bench.journal.page.flags == NO_FLAGS
     assert bench.go(force=True) is not None
     assert has_new_generation(bench.journal)
-
-
-def test_extents_that_are_named_are_runs() -> None:
-    assert runs_of({5, 1, 2, 7, 6}) == ((1, 3), (5, 8))
-    assert runs_of(set()) == ()

@@ -28,13 +28,13 @@ from bitmapd.partner.messages import (
     Resize,
     Resized,
     Role,
-    Run,
     Status,
     Take,
     Taken,
 )
 from bitmapd.peer import frames
 from bitmapd.peer.frames import MAX_PAYLOAD_BYTES, Reader
+from bitmapd.peer.payloads import Run
 
 EXTENTS = 100_000  # four pages, the last in part
 BLOCKS = EXTENTS * 16

@@ -42,16 +42,17 @@ from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.partner import codec
-from bitmapd.partner.extents import each, runs_of, zeros
 from bitmapd.partner.greeting import NIL, OFFERED, REQUIRED
 from bitmapd.partner.growth import Answer
 from bitmapd.partner.holder import Hands, PairRecord
-from bitmapd.partner.messages import Hello, HelloFlag, Message, Role, Runs
+from bitmapd.partner.messages import Hello, HelloFlag, Message, Role
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer import frames
 from bitmapd.peer.frames import PeerError
+from bitmapd.peer.payloads import Runs
 from bitmapd.record import layout
+from bitmapd.record.extents import each, runs_of, zeros
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from tests.support.policies import MischievousPolicy

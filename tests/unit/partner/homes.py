@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from bitmapd.media.base import Done
-from bitmapd.partner.extents import each, joined
-from bitmapd.partner.messages import Add, Grant, Message, Runs
+from bitmapd.partner.messages import Add, Grant, Message
 from bitmapd.partner.rights import Home, Rights, Stance
 from bitmapd.partner.share import Shares
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import each, joined
 from bitmapd.record.geometry import Geometry
 from tests.support.sim import SimLoop
 

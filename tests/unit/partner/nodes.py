@@ -9,11 +9,12 @@ from dataclasses import replace
 from bitarray import bitarray
 
 from bitmapd.media.base import Done
-from bitmapd.partner.extents import bits_of
-from bitmapd.partner.messages import Hello, HelloFlag, Message, Runs
+from bitmapd.partner.messages import Hello, HelloFlag, Message
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import Rights
 from bitmapd.peer.frames import PeerError
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import bits_of
 from tests.support.sim import SimLoop
 from tests.unit.partner.hellos import VOLUME, generations, hello
 from tests.unit.partner.homes import GEOMETRY, Desk

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from bitmapd.partner.extents import runs_of
 from bitmapd.partner.messages import HelloFlag
 from bitmapd.peer.frames import ErrorCode
+from bitmapd.record.extents import runs_of
 from tests.unit.partner.hellos import hello
 from tests.unit.partner.nodes import Phase, Proof, State, Station, Two
 

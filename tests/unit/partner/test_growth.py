@@ -12,11 +12,11 @@ import pytest
 
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError, WrongStateError
 from bitmapd.media.base import Done
-from bitmapd.partner.extents import joined, zeros
 from bitmapd.partner.growth import Answer
 from bitmapd.partner.messages import Resize, Resized
 from bitmapd.partner.node import Proof, State
 from bitmapd.peer.frames import ErrorCode
+from bitmapd.record.extents import joined, zeros
 from tests.unit.partner.homes import EXTENTS, GEOMETRY, PER_EXTENT
 from tests.unit.partner.nodes import Station, Two
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
-from bitmapd.partner.extents import zeros
 from bitmapd.partner.holder import Hands, PairRecord
-from bitmapd.partner.messages import Add, Grant, Message, Remove, Runs
+from bitmapd.partner.messages import Add, Grant, Message, Remove
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares
+from bitmapd.peer.payloads import Runs
+from bitmapd.record.extents import zeros
 from bitmapd.record.store import RecordStore
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SimDisk, SimLoop, drain

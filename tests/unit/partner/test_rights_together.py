@@ -6,12 +6,12 @@ import errno
 
 import pytest
 
-from bitmapd.partner.extents import bits_of
 from bitmapd.partner.giving import CHANGES_S, KEEP_S, MOST_CHANGES
 from bitmapd.partner.messages import Add, Ask, Free, Got, Grant, Remove, Status
 from bitmapd.partner.rights import Stance
 from bitmapd.partner.share import Shares
 from bitmapd.peer.frames import ErrorCode, PeerError
+from bitmapd.record.extents import bits_of
 from tests.unit.partner.homes import EXTENTS, Bench
 
 E = 3

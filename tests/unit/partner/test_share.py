@@ -6,8 +6,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from bitmapd.partner.extents import bits_of, joined, runs_of
 from bitmapd.partner.share import Shares, SplitRights, View, share
+from bitmapd.record.extents import bits_of, joined, runs_of
 
 SIZE = 12
 SETS = st.sets(st.integers(0, SIZE - 1)).map(lambda numbers: bits_of(joined(numbers), SIZE))

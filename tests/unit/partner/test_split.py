@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bitmapd.partner.extents import bits_of
 from bitmapd.partner.split import MOST_SHOWN, Conflicts, conflicts
+from bitmapd.record.extents import bits_of
 
 
 def test_what_both_have_is_what_both_name() -> None:

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.partner.extents import bits_of, each, joined, runs_of, unset
+from bitmapd.record.extents import bits_of, each, joined, runs_of, unset
 
 SIZE = 24
 SETS = st.sets(st.integers(0, SIZE - 1))
@@ -25,3 +25,8 @@ def test_they_say_the_same(numbers: set[int]) -> None:
 def test_zeros_within(numbers: set[int], first: int, stop: int) -> None:
     found = list(each(unset(bits_of(joined(numbers), SIZE), first, stop)))
     assert found == [extent for extent in range(first, stop) if extent not in numbers]
+
+
+def test_a_set_of_extents_is_joined_to_runs() -> None:
+    assert joined({5, 1, 2, 7, 6}) == ((1, 3), (5, 8))
+    assert joined(set()) == ()

@@ -1,4 +1,4 @@
-"""Sets of extents: as bits, as runs, one by one (pure).
+"""Sets of extents, or of blocks: as bits, as runs, one by one (pure).
 
 Bits are in the byte order of the stored record.  Runs are half-open, in order and not touching.
 """
@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray, util
 
-from bitmapd.partner.messages import Run, Runs
+Run = tuple[int, int]  # [first, stop)
+Runs = tuple[Run, ...]
 
 
 def zeros(size: int) -> bitarray:
