@@ -44,14 +44,13 @@ from bitmapd.config import (
 )
 from bitmapd.control.events import EventLog, LineSink, format_line
 from bitmapd.control.server import Handler, Progress
-from bitmapd.errors import BitmapdError, UsageError, WrongStateError, explain, printable
+from bitmapd.errors import BitmapdError, UsageError, explain, printable
 from bitmapd.hardening import keep_standard_descriptors, protect_memory
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort
 from bitmapd.predict.predictors import make_policy
 from bitmapd.process import Process
 from bitmapd.record.medium import RecordMedium
 from bitmapd.volume.conversion import become_single
-from bitmapd.volume.receiving import Receiving
 from bitmapd.volume.requestlog import check_log
 from bitmapd.volume.volume import Volume
 
@@ -91,11 +90,8 @@ class Daemon(Process[Volume]):
     def _metrics_listen(self) -> str | None:
         return self.volume.config.metrics_listen
 
-    def _reload(self) -> None:
-        try:
-            self.volume.reconfigure(resolved(load_volume(self._paths, self._name)))
-        except BitmapdError as error:
-            self._log.emit("settings-refused", message=error.message)
+    def _reconfigure(self) -> None:
+        self.volume.reconfigure(resolved(load_volume(self._paths, self._name)))
 
     def _handlers(self) -> dict[str, Handler]:
         return super()._handlers() | {
@@ -182,14 +178,17 @@ class Daemon(Process[Volume]):
 
                 make = partial(become_single, volume.config, self._paths, emit)
                 await loop.run_in_executor(None, make)
-                next_volume = self._make_volume()
-                await next_volume.start()
-                self.volume = next_volume
+                await self._exchange()
             except BaseException as error:
-                self._failure = error
-                self._ended.set()
+                self._fail(error)
                 raise
         return {"state": self.volume.state}
+
+    async def _exchange(self) -> None:
+        """Another volume takes the place of one that has stopped."""
+        next_volume = self._make_volume()
+        await next_volume.start()
+        self.volume = next_volume
 
     async def _point(self, args: dict[str, Any], progress: Progress) -> Any:
         cut = self.volume.receiver.cut(str(args.get("label", "")), wait=bool(args.get("wait")))
@@ -200,57 +199,13 @@ class Daemon(Process[Volume]):
             try:
                 answer = await self.volume.resize()
                 if self.volume.left:
-                    next_volume = self._make_volume()
-                    await next_volume.start()
-                    self.volume = next_volume
+                    await self._exchange()
             except BaseException as error:
                 if self.volume.left:
                     # The kernel holds hosts' writes back until the volume is started again.
-                    self._failure = error
-                    self._ended.set()
+                    self._fail(error)
                 raise
         return answer
-
-
-VOLUME_VERBS = (
-    "resync", "verify", "pause", "resume", "set", "resize", "partner", "takeover", "demote",
-    "dissolve",
-)  # fmt: skip
-
-
-class ReceiverProcess(Process[Receiving]):
-    """The process of a receiver."""
-
-    def _make_volume(self) -> Receiving:
-        receiving = Receiving(self._config(), asyncio.get_running_loop(), self._log.emit)
-        receiving.on_failed = self._fail
-        return receiving
-
-    def _config(self) -> ReceiverConfig:
-        config = load_any(self._paths, self._name)
-        if not isinstance(config, ReceiverConfig):
-            raise WrongStateError(f"'{self._name}' is no receiver any more")
-        return config
-
-    def _reload(self) -> None:
-        try:
-            self.volume.reconfigure(self._config())
-        except BitmapdError as error:
-            self._log.emit("settings-refused", message=error.message)
-
-    def _handlers(self) -> dict[str, Handler]:
-        # What is only for volumes says so, and what a receiver can be asked.
-        only_volumes = dict.fromkeys(VOLUME_VERBS, self._refuse)
-        return only_volumes | super()._handlers() | {"points": self._points}
-
-    async def _refuse(self, args: dict[str, Any], progress: Progress) -> Any:
-        raise WrongStateError(
-            f"'{self._name}' is a receiver, and this is for volumes",
-            hint=f"'dmctl points {self._name}' shows what it holds",
-        )
-
-    async def _points(self, args: dict[str, Any], progress: Progress) -> Any:
-        return {"points": self.volume.points()}
 
 
 def _start_anew() -> None:
@@ -294,8 +249,12 @@ def serve(paths: Paths, name: str, *, foreground: bool) -> int:
     try:
         paths.error_file(name).unlink(missing_ok=True)
         protect_memory(log.emit)
-        receives = isinstance(load_any(paths, name), ReceiverConfig)
-        process = ReceiverProcess if receives else Daemon
+        process: type[Process[Any]] = Daemon
+        if isinstance(load_any(paths, name), ReceiverConfig):
+            # A volume's process need not have the 1 MiB that this brings.
+            from bitmapd.receiverd import ReceiverProcess  # noqa: PLC0415
+
+            process = ReceiverProcess
         asyncio.run(process(paths, name, log, last_resort).run())
     except BitmapdError as error:
         _write_error(paths, name, error)

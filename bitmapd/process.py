@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,7 +26,7 @@ from bitmapd.control.events import EventLog
 from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
-from bitmapd.errors import BusyError, WrongStateError
+from bitmapd.errors import BitmapdError, BusyError, WrongStateError
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.volume.stall import Stall, StalledError
 
@@ -63,7 +64,7 @@ class Served(Protocol):
 S = TypeVar("S", bound=Served)
 
 
-class Process(Generic[S]):
+class Process(ABC, Generic[S]):
     """What it serves, control socket, metrics and signals on one loop."""
 
     def __init__(self, paths: Paths, name: str, log: EventLog, last_resort: LastResort) -> None:
@@ -124,14 +125,21 @@ class Process(Generic[S]):
     def _figures(self) -> dict[str, Any]:
         return self.volume.status()
 
-    def _make_volume(self) -> S:
-        raise NotImplementedError
+    @abstractmethod
+    def _make_volume(self) -> S: ...
 
     def _metrics_listen(self) -> str | None:
         return None
 
+    @abstractmethod
+    def _reconfigure(self) -> None:
+        """Read the configuration again.  A BitmapdError changes nothing."""
+
     def _reload(self) -> None:
-        raise NotImplementedError
+        try:
+            self._reconfigure()
+        except BitmapdError as error:
+            self._log.emit("settings-refused", message=error.message)
 
     def _fail(self, error: BaseException) -> None:
         """The process ends with this error, and nothing is stopped before."""

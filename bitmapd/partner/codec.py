@@ -17,10 +17,7 @@ from typing import Final
 from bitmapd.partner.messages import (
     Add,
     Ask,
-    Bye,
-    Error,
     Free,
-    Goodbye,
     Got,
     Grant,
     Hello,
@@ -28,7 +25,6 @@ from bitmapd.partner.messages import (
     Lead,
     Message,
     Ping,
-    Pong,
     Ready,
     Record,
     Remove,
@@ -52,6 +48,7 @@ from bitmapd.peer.frames import (
 )
 from bitmapd.peer.payloads import BLOCK_RUN, EXTENT_RUN, read_text, wrong
 from bitmapd.peer.shapes import Shape, ShapeReader, encode_shaped, fields, plain
+from bitmapd.peer.words import BYE, ERROR, Bye, Error, Pong, pong
 
 MAX_REQUESTS: Final = 1024
 _MORE: Final = int(Flag.MORE)
@@ -74,16 +71,14 @@ _SHAPES: Final[dict[type, Shape[Message]]] = {
         least_request=1, answers=True, limits=(1,),
     ),
     Ping: Shape(Kind.PING, Ping, struct.Struct("<QIQQBQ"), limits=(-1, -1, -1, -1, 5, -1)),
-    Pong: Shape(Kind.PONG, Pong, struct.Struct("<Q")),
+    Pong: pong(Kind.PONG),
     Take: Shape(Kind.TAKE, lambda force: Take(bool(force)), struct.Struct("<B"), limits=(1,)),
     Taken: Shape(Kind.TAKEN, Taken, struct.Struct("<B"), text=True),
     Resize: Shape(Kind.RESIZE, Resize, struct.Struct("<QB"), limits=(-1, 3)),
     Resized: Shape(Kind.RESIZED, Resized, struct.Struct("<B"), text=True),
     Lead: Shape(Kind.LEAD, Lead, struct.Struct("<Q")),
-    Bye: Shape(
-        Kind.BYE, lambda reason: Bye(Goodbye(reason)), struct.Struct("<B"), limits=(1,)
-    ),
-    Error: Shape(Kind.ERROR, Error, struct.Struct("<H"), text=True),
+    Bye: BYE,
+    Error: ERROR,
 }  # fmt: skip
 _BY_KIND: Final = {shape.kind: shape for shape in _SHAPES.values()}
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bitmapd.peer.payloads import Runs
+from bitmapd.peer.words import Bye, Error, Pong
 
 
 class Role(enum.IntEnum):
@@ -50,13 +51,6 @@ class HelloFlag(enum.IntFlag):
     RELIES = 128  # on the other's copy of its record, while the link is up
     STORED = 256  # what is granted to it has to be in the other's stored record by then
     UNSTORED = 512  # its own record cannot be written
-
-
-class Goodbye(enum.IntEnum):
-    """Reason of a `Bye`."""
-
-    RECONNECTING = 0
-    STOPPED = 1  # cleanly: nothing of mine is in flight anywhere, and everything is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +164,6 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
-class Pong:
-    time_us: int  # of the ping
-
-
-@dataclass(frozen=True, slots=True)
 class Take:
     force: bool
 
@@ -200,19 +189,6 @@ class Resized:
 @dataclass(frozen=True, slots=True)
 class Lead:
     claim: int  # the higher one counts
-
-
-@dataclass(frozen=True, slots=True)
-class Bye:
-    reason: Goodbye
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    """`code` is one of `peer.frames.ErrorCode`, or one that only the sender knows."""
-
-    code: int
-    text: str
 
 
 Message = (

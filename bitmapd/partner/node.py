@@ -60,6 +60,7 @@ from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares, SplitRights
 from bitmapd.partner.split import Conflicts, conflicts
 from bitmapd.partner.states import Lasting, Phase, Proof, State, Surroundings, Wire
+from bitmapd.peer import words
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.record.extents import runs_of
@@ -493,7 +494,7 @@ class Node:
     def _say_bye(self, done: Callable[[bool], None]) -> None:
         self._left = None
         self.rights.flush()
-        self.say(messages.Bye(messages.Goodbye.STOPPED))
+        self.say(words.Bye(words.Goodbye.STOPPED))
         self._reliance.end()
         self._over, self._known = True, False
         self.state = State.WAITING
@@ -521,13 +522,13 @@ class Node:
     def begin_anew(self) -> None:
         """End the connection, for what was said on it is not so; another one comes."""
         if self.phase is Phase.UP:
-            self.say(messages.Bye(messages.Goodbye.RECONNECTING))
+            self.say(words.Bye(words.Goodbye.RECONNECTING))
             self._hang_up(None)
 
-    def _bye(self, message: messages.Bye, _: int) -> None:
+    def _bye(self, message: words.Bye, _: int) -> None:
         """The other has given everything, and nothing of its is in flight anywhere."""
         self._hang_up(None)
-        if message.reason == messages.Goodbye.STOPPED:
+        if message.reason == words.Goodbye.STOPPED:
             self.fenced(Proof.BYE)
 
     # -- neither ------------------------------------------------------------------------------
@@ -581,7 +582,7 @@ class Node:
     def _take_asked(self, message: messages.Take, _: int) -> None:
         self._handover.asked(message, None if self._left is None else "the partner is stopping")
 
-    def _error(self, message: messages.Error, _: int) -> None:
+    def _error(self, message: words.Error, _: int) -> None:
         self._hang_up(None)
         why = f"the partner says: {message.text}"
         if message.code in (ErrorCode.SPLIT_BRAIN, ErrorCode.BOTH_OWN) and self._known:
@@ -589,7 +590,7 @@ class Node:
         else:
             self._around.emit("partner-refused", code=message.code, message=why)
 
-    def _closed(self, message: messages.Bye, _: int) -> None:
+    def _closed(self, message: words.Bye, _: int) -> None:
         self._hang_up(None)
 
 
@@ -620,7 +621,7 @@ _HANDLERS: dict[tuple[Phase, type[object]], Callable[[Node, Any, int], None]] = 
     (Phase.UP, messages.Lead): lambda node, message, _: node.lead.heard(message.claim),
     (Phase.UP, messages.Resize): lambda node, message, _: node.growth.asked(message),
     (Phase.UP, messages.Resized): lambda node, message, _: node.growth.answered(message),
-    (Phase.UP, messages.Bye): Node._bye,
-    **{(phase, messages.Bye): Node._closed for phase in set(Phase) - {Phase.CLOSED, Phase.UP}},
-    **{(phase, messages.Error): Node._error for phase in Phase},
+    (Phase.UP, words.Bye): Node._bye,
+    **{(phase, words.Bye): Node._closed for phase in set(Phase) - {Phase.CLOSED, Phase.UP}},
+    **{(phase, words.Error): Node._error for phase in Phase},
 }

@@ -41,13 +41,14 @@ from bitmapd.partner.greeting import (
     VERSION,
 )
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
-from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Pong, Role
+from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Role
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer.connection import Connection
 from bitmapd.peer.frames import Frame, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.transport import PeerTransport, Settings
+from bitmapd.peer.words import Pong
 from bitmapd.record.extents import zeros
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore

@@ -45,14 +45,15 @@ _LAST: Final = int(Flag.LAST)
 _NOTHING: Final = struct.Struct("<")
 
 M = TypeVar("M")
+M_co = TypeVar("M_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Shape(Generic[M]):
+class Shape(Generic[M_co]):
     """Of one kind.  `least_request`: None if it has no request number, which is 0 then."""
 
     kind: int
-    make: Callable[..., M]
+    make: Callable[..., M_co]
     head: struct.Struct = _NOTHING
     lists: tuple[struct.Struct, ...] = ()
     text: bool = False

@@ -32,28 +32,25 @@ from bitmapd.peer.frames import (
     ErrorCode,
     Flag,
     Frame,
-    Kind,
     Part,
     PeerError,
     pack_text,
 )
 from bitmapd.peer.payloads import BLOCK_RUN, COUNT, EXTENT_RUN, read_text, wrong
 from bitmapd.peer.shapes import Shape, ShapeReader, encode_shaped, fields, plain
+from bitmapd.peer.words import BYE, ERROR, Bye, Error, Pong, pong
 from bitmapd.points.messages import (
     NIL,
     Applied,
     ApplyUpTo,
     Begin,
-    Bye,
     Committed,
     Credit,
     Data,
     Encoding,
     End,
     Entry,
-    Error,
     Feature,
-    Goodbye,
     Handover,
     Have,
     Hello2,
@@ -61,7 +58,6 @@ from bitmapd.points.messages import (
     Message,
     Need,
     Ping,
-    Pong,
     Received,
     Role,
     Sums,
@@ -128,11 +124,9 @@ _SHAPES: Final[dict[type, Shape[Message]]] = {
     Verify: Shape(PointKind.VERIFY, Verify, lists=(BLOCK_RUN,)),
     Credit: Shape(PointKind.CREDIT, Credit, _NUMBER),
     Ping: Shape(PointKind.PING, Ping, _NUMBER),
-    Pong: Shape(PointKind.PONG, Pong, _NUMBER),
-    Bye: Shape(
-        Kind.BYE, lambda reason: Bye(Goodbye(reason)), struct.Struct("<B"), limits=(max(Goodbye),)
-    ),
-    Error: Shape(Kind.ERROR, Error, struct.Struct("<H"), text=True),
+    Pong: pong(PointKind.PONG),
+    Bye: BYE,
+    Error: ERROR,
 }
 _BY_KIND: Final = {shape.kind: shape for shape in _SHAPES.values()}
 

@@ -50,6 +50,7 @@ import enum
 from dataclasses import dataclass
 
 from bitmapd.peer.payloads import Runs
+from bitmapd.peer.words import Bye, Error, Pong
 
 NIL = bytes(16)
 
@@ -75,13 +76,6 @@ class Encoding(enum.IntEnum):
     RAW = 0
     ZSTD = 1  # one frame, shorter than the pieces
     ZEROS = 2  # no payload
-
-
-class Goodbye(enum.IntEnum):
-    """Reason of a `Bye`."""
-
-    RECONNECTING = 0
-    STOPPED = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,24 +217,6 @@ class Credit:
 @dataclass(frozen=True, slots=True)
 class Ping:
     time_us: int  # the sender's monotonic clock
-
-
-@dataclass(frozen=True, slots=True)
-class Pong:
-    time_us: int  # of the ping
-
-
-@dataclass(frozen=True, slots=True)
-class Bye:
-    reason: Goodbye
-
-
-@dataclass(frozen=True, slots=True)
-class Error:
-    """`code` is one of `peer.frames.ErrorCode`, or one that only the other end knows."""
-
-    code: int
-    text: str
 
 
 Message = (

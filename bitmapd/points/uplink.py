@@ -35,19 +35,18 @@ from bitmapd.gate.blockset import BlockSet
 from bitmapd.media.base import Done
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
+from bitmapd.peer.words import Bye, Error, Pong
 from bitmapd.points.codec import MAX_ENTRIES, PAGE_BYTES, cost_bytes
 from bitmapd.points.lineage import Generations, Verdict, judge
 from bitmapd.points.messages import (
     NIL,
     Applied,
     Begin,
-    Bye,
     Committed,
     Credit,
     Data,
     Encoding,
     End,
-    Error,
     Feature,
     Have,
     Hello2,
@@ -55,7 +54,6 @@ from bitmapd.points.messages import (
     Message,
     Need,
     Ping,
-    Pong,
     Received,
     Role,
 )

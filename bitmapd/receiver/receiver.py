@@ -38,26 +38,23 @@ from bitmapd.errors import BitmapdError, UsageError, WrongStateError
 from bitmapd.media.base import Device, Scheduler
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
+from bitmapd.peer.words import Bye, Error, Goodbye, Pong
 from bitmapd.points.codec import cost_bytes, haves
 from bitmapd.points.lineage import Verdict, judge
 from bitmapd.points.messages import (
     NIL,
     Applied,
     Begin,
-    Bye,
     Committed,
     Credit,
     Data,
     End,
-    Error,
     Feature,
-    Goodbye,
     Hello2,
     Map,
     Message,
     Need,
     Ping,
-    Pong,
     Received,
     Role,
 )

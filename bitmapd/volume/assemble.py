@@ -22,7 +22,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from bitmapd.attach.dm_mode import DmMode
 from bitmapd.attach.mode import Mode
@@ -46,7 +46,6 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside
 from bitmapd.partner.pair import Pair
-from bitmapd.points.sender import Sender
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.holder import Record
@@ -61,9 +60,12 @@ from bitmapd.volume.presence import Presence
 from bitmapd.volume.recovery import Recovery
 from bitmapd.volume.requestlog import Recording
 from bitmapd.volume.secondary import make_secondary, open_secondary, wrong_secondary
-from bitmapd.volume.sending import ReceiverLink, make_sender, points_of
 from bitmapd.volume.session import RecordSession
 from bitmapd.volume.sides import NoteKeeper
+
+if TYPE_CHECKING:
+    from bitmapd.volume.sending import ReceiverLink
+
 
 COPY_POOL_BYTES = 16 << 20
 MIN_LIMIT_EXTENTS = 64
@@ -147,7 +149,7 @@ class Parts(_Base):
         await self.mode.begin(self.engine, self.gate, self.names, self._may_spin, self.opened)
         if admit:
             await self.mode.admit()
-        if isinstance(self.copier, Sender):
+        if not isinstance(self.copier, Copier):
             self.copier.start(paused=self.pausing.paused)
             return
         if self.guard is not None and self.session.secondary_was_written:
@@ -273,9 +275,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     _warn_if_buffered((primary, record), emit)
     secondary: Target | None = None
     shared = session.pair is not None
-    if has_receiver(config):
-        points_of(session)
-    else:
+    if not has_receiver(config):
         secondary = make_secondary(config, loop, engine, session.secondary_mismatch, claim)
         opened.append(secondary.close)
         await open_secondary(secondary, loop, session.secondary_mismatch, emit, shared=shared)
@@ -317,6 +317,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     receiver: ReceiverLink | None = None
     pool = BufferPool(loop, COPY_POOL_BYTES)
     if secondary is None:
+        from bitmapd.volume.sending import ReceiverLink, make_sender  # noqa: PLC0415  (`mirror`)
+
         copier = make_sender(config, session, gate, primary, loop, aside, pool, owner)
         receiver = ReceiverLink(config, loop, copier, session, owner)
         opened.append(receiver.close)

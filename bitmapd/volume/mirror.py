@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from bitmapd.copier.engine import Copier
-from bitmapd.points.sender import Sender
+from typing import TYPE_CHECKING, TypeAlias
 
-Mirror = Copier | Sender
+if TYPE_CHECKING:  # a volume's process need not have the 1 MiB that the other one brings
+    from bitmapd.copier.engine import Copier
+    from bitmapd.points.sender import Sender
+
+Mirror: TypeAlias = "Copier | Sender"

@@ -28,7 +28,6 @@ from bitmapd.config import VolumeConfig
 from bitmapd.copier.throttle import Throttle
 from bitmapd.errors import (
     BitmapdError,
-    ForeignRecordError,
     SplitBrainError,
     UnreachableError,
     WrongStateError,
@@ -41,8 +40,9 @@ from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside
 from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.peer.transport import Settings as LinkSettings
+from bitmapd.peer.words import Error
 from bitmapd.points.lineage import Verdict, judge
-from bitmapd.points.messages import Error, Hello2, Message, Role
+from bitmapd.points.messages import Hello2, Message, Role
 from bitmapd.points.sender import Sender, Settings
 from bitmapd.points.uplink import Identity
 from bitmapd.points.wire import TIMEOUT_S, MessageWire, PointTransport
@@ -101,7 +101,7 @@ class ReceiverLink:
         owner: Owner,
     ) -> None:
         self._config = config
-        self._sender = sender
+        self.sender = sender
         self._session = session
         self._owner = owner
         self._transport = PointTransport(loop, link_settings(config), self)
@@ -118,7 +118,7 @@ class ReceiverLink:
 
     def close(self) -> None:
         self._transport.close()
-        self._sender.uplink.close()
+        self.sender.uplink.close()
 
     # -- the first word ---------------------------------------------------------------------
     async def first_word(self) -> None:
@@ -178,7 +178,7 @@ class ReceiverLink:
         if self._config.receiver_dials:
             self._silent = wire
         else:
-            self._sender.connected(wire)
+            self.sender.connected(wire)
 
     def received(self, wire: MessageWire, message: Message) -> None:
         if wire is self._silent:
@@ -186,8 +186,8 @@ class ReceiverLink:
                 self._another_sender(wire, message)
                 return
             self._silent = None
-            self._sender.connected(wire)
-        self._sender.received(wire, message)
+            self.sender.connected(wire)
+        self.sender.received(wire, message)
         if isinstance(message, Error):
             secondary = self._config.secondary
             self._owner.emit("link-error", secondary=secondary, message=message.text)
@@ -196,25 +196,25 @@ class ReceiverLink:
             self._heard.set()
 
     def drained(self, wire: MessageWire) -> None:
-        self._sender.drained(wire)
+        self.sender.drained(wire)
 
     def lost(self, wire: MessageWire, reason: str) -> None:
         if wire is self._silent:
             self._silent = None
             return
-        self._sender.lost(wire, reason)
+        self.sender.lost(wire, reason)
         self._failure = reason
         self._heard.set()
 
     def failed(self, reason: str) -> None:
-        self._sender.failed(reason)
+        self.sender.failed(reason)
         self._failure = reason
         self._heard.set()
 
     def _another_sender(self, wire: MessageWire, theirs: Hello2) -> None:
         """The other site is a volume as well.  It hears what became of its receiver, and either of
         the two has to follow."""
-        ours = self._sender.uplink.hello(Role.PROMOTED)
+        ours = self.sender.uplink.hello(Role.PROMOTED)
         wire.send(ours)
         verdict = judge(theirs, ours)
         self._owner.emit("sender-refused", message=f"a volume, {theirs.program}: {verdict.value}")
@@ -225,7 +225,7 @@ class ReceiverLink:
 
     def figures(self) -> dict[str, Any]:
         """`receiver` of the status: as it said last."""
-        theirs, uplink = self.receiver, self._sender.uplink
+        theirs, uplink = self.receiver, self.sender.uplink
         return {
             "connected": uplink.is_ready,
             "role": None if theirs is None else theirs.role.name.lower(),
@@ -237,13 +237,10 @@ class ReceiverLink:
 
 
 def points_of(session: RecordSession) -> PointsState:
-    """What the record says of points; ForeignRecordError if it is of a volume without any."""
+    """What the record says of points.  `RecordSession` has refused one that says nothing."""
     points = session.superblock.points
     if points is None:
-        raise ForeignRecordError(
-            f"the record of '{session.superblock.name}' is of a volume without a receiver",
-            hint="a plain secondary cannot be exchanged for a receiver: create the volume anew",
-        )
+        raise TypeError("a sender needs a record with points")
     return points
 
 

@@ -17,7 +17,7 @@ import asyncio
 import errno
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitmapd.attach.dm_mode import DmMode
 from bitmapd.attach.mode import DRAIN_TIMEOUT_S
@@ -39,7 +39,6 @@ from bitmapd.errors import (
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
 from bitmapd.partner.node import State
-from bitmapd.points.sender import Sender
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
@@ -54,7 +53,9 @@ from bitmapd.volume.resize import (
 from bitmapd.volume.secondary import leave_at_once
 from bitmapd.volume.status import describe, state_of
 from bitmapd.volume.verifying import Progress, Verifying, repaired, tell
-from bitmapd.volume.withreceiver import WithReceiver
+
+if TYPE_CHECKING:
+    from bitmapd.volume.withreceiver import WithReceiver
 
 TICK_S = 1.0
 
@@ -96,8 +97,10 @@ class Volume:
         self._parts, self.gate, self.copier = parts, parts.gate, parts.copier
         self.geometry = parts.session.superblock.geometry
         try:
-            if isinstance(parts.copier, Sender) and parts.receiver is not None:
-                receiver = WithReceiver(self.config.name, parts, parts.copier, parts.receiver, self)
+            if parts.receiver is not None:
+                from bitmapd.volume.withreceiver import WithReceiver  # noqa: PLC0415  (`mirror`)
+
+                receiver = WithReceiver(self.config.name, parts, parts.receiver, self)
                 await receiver.start()
                 self._receiver = receiver
             if parts.pair is None:

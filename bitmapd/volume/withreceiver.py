@@ -16,7 +16,7 @@ from bitmapd.config import VolumeConfig, effective_cut_patience_s
 from bitmapd.copier.engine import CopyState
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError, UsageError, WrongStateError
 from bitmapd.gate.cycle import CutGate
-from bitmapd.points.sender import Phase, Sender
+from bitmapd.points.sender import Phase
 from bitmapd.volume.assemble import Parts
 from bitmapd.volume.sending import ReceiverLink
 
@@ -34,10 +34,8 @@ class Around(Protocol):
 class WithReceiver:
     """See the module docstring."""
 
-    def __init__(
-        self, name: str, parts: Parts, sender: Sender, link: ReceiverLink, volume: Around
-    ) -> None:
-        self.sender = sender
+    def __init__(self, name: str, parts: Parts, link: ReceiverLink, volume: Around) -> None:
+        self.sender = link.sender
         self.link = link
         self._name = name
         self._parts = parts

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bitmapd.peer.frames import ErrorCode
-from bitmapd.points.messages import Error
+from bitmapd.peer.words import Error
 from tests.support.cli import MIB, Cli, check_status, new_cli
 from tests.support.faulty import small_filesystem
 from tests.support.livesender import LiveSender

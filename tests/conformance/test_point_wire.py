@@ -9,8 +9,9 @@ from pathlib import Path
 
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.transport import Settings
+from bitmapd.peer.words import Error
 from bitmapd.points.codec import encode
-from bitmapd.points.messages import Applied, Error, Hello2, Message, Need, Role
+from bitmapd.points.messages import Applied, Hello2, Message, Need, Role
 from bitmapd.points.wire import MessageWire, PointTransport
 from tests.support.peers import unix_pair
 from tests.support.pointmessages import GEOMETRY

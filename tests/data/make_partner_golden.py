@@ -12,10 +12,7 @@ from bitmapd.partner.codec import encode
 from bitmapd.partner.messages import (
     Add,
     Ask,
-    Bye,
-    Error,
     Free,
-    Goodbye,
     Got,
     Grant,
     Hello,
@@ -23,7 +20,6 @@ from bitmapd.partner.messages import (
     Lead,
     Message,
     Ping,
-    Pong,
     Ready,
     Record,
     Remove,
@@ -34,7 +30,8 @@ from bitmapd.partner.messages import (
     Take,
     Taken,
 )
-from bitmapd.peer import frames
+from bitmapd.peer.words import Bye, Error, Goodbye, Pong
+from tests.support.streams import stream, write_streams
 
 FOLDER = Path(__file__).parent / "partner"
 EXTENTS = 100_000
@@ -96,14 +93,11 @@ MESSAGES: dict[str, Message] = {
 
 
 def wire(message: Message) -> bytes:
-    """The first frames of a connection."""
-    return b"".join(frames.encode(part, number) for number, part in enumerate(encode(message), 1))
+    return stream(encode(message))
 
 
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
-    for name, message in MESSAGES.items():
-        (FOLDER / f"{name}.bin").write_bytes(wire(message))
+    write_streams(FOLDER, {name: wire(message) for name, message in MESSAGES.items()})
 
 
 if __name__ == "__main__":

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitmapd.peer import frames
+from bitmapd.peer.words import Bye, Error, Goodbye, Pong
 from bitmapd.points.codec import encode
 from bitmapd.points.messages import (
     NIL,
     Applied,
     ApplyUpTo,
     Begin,
-    Bye,
     Committed,
     Credit,
     Data,
     Encoding,
     End,
     Entry,
-    Error,
     Feature,
-    Goodbye,
     Handover,
     Have,
     Hello2,
@@ -33,7 +30,6 @@ from bitmapd.points.messages import (
     Message,
     Need,
     Ping,
-    Pong,
     Received,
     Role,
     Sums,
@@ -42,6 +38,7 @@ from bitmapd.points.messages import (
 )
 from bitmapd.points.pieces import digest, piece_sum
 from bitmapd.record.geometry import Geometry
+from tests.support.streams import stream, write_streams
 
 FOLDER = Path(__file__).parent / "points"
 VOLUME = bytes(range(16))
@@ -108,14 +105,11 @@ MESSAGES: dict[str, Message] = {
 
 
 def wire(message: Message) -> bytes:
-    """The first frames of a connection."""
-    return b"".join(frames.encode(part, number) for number, part in enumerate(encode(message), 1))
+    return stream(encode(message))
 
 
 def main() -> None:
-    FOLDER.mkdir(exist_ok=True)
-    for name, message in MESSAGES.items():
-        (FOLDER / f"{name}.bin").write_bytes(wire(message))
+    write_streams(FOLDER, {name: wire(message) for name, message in MESSAGES.items()})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.messages import (
     Add,
     Ask,
-    Bye,
-    Error,
     Free,
-    Goodbye,
     Got,
     Grant,
     Hello,
@@ -21,7 +18,6 @@ from bitmapd.partner.messages import (
     Lead,
     Message,
     Ping,
-    Pong,
     Ready,
     Record,
     Remove,
@@ -32,9 +28,10 @@ from bitmapd.partner.messages import (
     Take,
     Taken,
 )
-from bitmapd.peer import frames
 from bitmapd.peer.frames import MAX_PAYLOAD_BYTES, Reader
 from bitmapd.peer.payloads import Run
+from bitmapd.peer.words import Bye, Error, Goodbye, Pong
+from tests.support.streams import stream
 
 EXTENTS = 100_000  # four pages, the last in part
 BLOCKS = EXTENTS * 16
@@ -106,8 +103,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 
 def stream_of(sent: list[Message]) -> bytes:
-    parts = [part for message in sent for part in encode(message)]
-    return b"".join(frames.encode(part, number) for number, part in enumerate(parts, 1))
+    return stream(part for message in sent for part in encode(message))
 
 
 class Receiver:

@@ -6,22 +6,19 @@ import itertools
 
 from hypothesis import strategies as st
 
-from bitmapd.peer import frames
 from bitmapd.peer.frames import MAX_PAYLOAD_BYTES, Reader
+from bitmapd.peer.words import Bye, Error, Goodbye, Pong
 from bitmapd.points.codec import MAX_ENTRIES, Decoder, encode
 from bitmapd.points.messages import (
     Applied,
     ApplyUpTo,
     Begin,
-    Bye,
     Committed,
     Credit,
     Data,
     End,
     Entry,
-    Error,
     Feature,
-    Goodbye,
     Handover,
     Have,
     Hello2,
@@ -29,7 +26,6 @@ from bitmapd.points.messages import (
     Message,
     Need,
     Ping,
-    Pong,
     Received,
     Role,
     Sums,
@@ -39,6 +35,7 @@ from bitmapd.points.messages import (
 from bitmapd.points.pieces import Packer, gather, whole_mask
 from bitmapd.record.geometry import Geometry
 from tests.support.partnermessages import ids, runs, texts, u16, u32, u64
+from tests.support.streams import stream
 
 GEOMETRY = Geometry((4 << 20) + 4096 + 512, 1 << 18, 1 << 14)  # the last block has two pieces
 VOLUME = bytes(range(16))
@@ -116,8 +113,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
 
 
 def stream_of(sent: list[Message]) -> bytes:
-    parts = [part for message in sent for part in encode(message)]
-    return b"".join(frames.encode(part, number) for number, part in enumerate(parts, 1))
+    return stream(part for message in sent for part in encode(message))
 
 
 class Receiver:

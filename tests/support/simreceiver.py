@@ -18,6 +18,7 @@ import pytest
 
 from bitmapd.peer.frames import Frame, PeerError
 from bitmapd.peer.payloads import Runs
+from bitmapd.peer.words import Error
 from bitmapd.points import codec
 from bitmapd.points.messages import (
     NIL,
@@ -28,7 +29,6 @@ from bitmapd.points.messages import (
     Data,
     End,
     Entry,
-    Error,
     Feature,
     Have,
     Hello2,

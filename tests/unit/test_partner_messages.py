@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitmapd.partner.codec import Decoder, encode
-from bitmapd.partner.messages import Add, Ask, Error, Free, Grant, Message, Record, Remove, Status
+from bitmapd.partner.messages import Add, Ask, Free, Grant, Message, Record, Remove, Status
 from bitmapd.peer.frames import (
     MAX_PAYLOAD_BYTES,
     ErrorCode,
@@ -22,6 +22,7 @@ from bitmapd.peer.frames import (
     refusal,
 )
 from bitmapd.peer.shapes import MAX_PARTS
+from bitmapd.peer.words import Error
 from bitmapd.record.pages import EXTENTS_PER_PAGE, PAGE_PAYLOAD_BYTES
 from tests.data import make_partner_golden
 from tests.support.partnermessages import BLOCKS, EXTENTS, Receiver, messages, pieces, stream_of

@@ -8,10 +8,11 @@ import pytest
 
 from bitmapd.errors import BusyError, UnreachableError, WrongStateError
 from bitmapd.partner import messages
-from bitmapd.partner.messages import Bye, Error, Free, Goodbye, HelloFlag, Ready, Record, Take
+from bitmapd.partner.messages import Free, HelloFlag, Ready, Record, Take
 from bitmapd.partner.node import EXCHANGE_TIMEOUT_S, HELLO_TIMEOUT_S
 from bitmapd.partner.split import Conflicts
 from bitmapd.peer.frames import ErrorCode
+from bitmapd.peer.words import Bye, Error, Goodbye
 from bitmapd.record.extents import each, runs_of
 from tests.unit.partner.hellos import generations, hello
 from tests.unit.partner.nodes import Lasting, Phase, Proof, State, Station, Two

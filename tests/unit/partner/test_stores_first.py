@@ -6,7 +6,8 @@ import errno
 
 import pytest
 
-from bitmapd.partner.messages import Bye, Goodbye, Grant, HelloFlag, Message, Ready
+from bitmapd.partner.messages import Grant, HelloFlag, Message, Ready
+from bitmapd.peer.words import Bye, Goodbye
 from tests.unit.partner.homes import Bench
 from tests.unit.partner.nodes import Phase, State, Station, Two
 

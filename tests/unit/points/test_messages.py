@@ -19,6 +19,7 @@ from bitmapd.peer.frames import (
     PeerError,
     refusal,
 )
+from bitmapd.peer.words import Error
 from bitmapd.points.codec import (
     ENTRY,
     MAX_ENTRIES,
@@ -29,17 +30,7 @@ from bitmapd.points.codec import (
     encode,
     haves,
 )
-from bitmapd.points.messages import (
-    NIL,
-    Data,
-    Encoding,
-    Entry,
-    Error,
-    Have,
-    Message,
-    Need,
-    Sums,
-)
+from bitmapd.points.messages import NIL, Data, Encoding, Entry, Have, Message, Need, Sums
 from bitmapd.record.geometry import Geometry
 from tests.data import make_points_golden
 from tests.data.make_points_golden import INCARNATION

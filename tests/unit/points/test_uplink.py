@@ -7,25 +7,22 @@ from dataclasses import replace
 import pytest
 
 from bitmapd.peer.frames import ErrorCode
+from bitmapd.peer.words import Bye, Error, Goodbye, Pong
 from bitmapd.points import uplink
 from bitmapd.points.messages import (
     NIL,
     Applied,
     Begin,
-    Bye,
     Committed,
     Credit,
     Data,
     Encoding,
     End,
-    Error,
     Feature,
-    Goodbye,
     Have,
     Hello2,
     Message,
     Ping,
-    Pong,
     Received,
     Role,
     Taken,

@@ -11,25 +11,22 @@ import pytest
 
 from bitmapd.errors import WrongStateError
 from bitmapd.peer.frames import ErrorCode
+from bitmapd.peer.words import Bye, Error, Goodbye, Pong
 from bitmapd.points.codec import cost_bytes
 from bitmapd.points.messages import (
     NIL,
     Applied,
-    Bye,
     Committed,
     Credit,
     Data,
     Encoding,
     End,
     Entry,
-    Error,
-    Goodbye,
     Have,
     Hello2,
     Message,
     Need,
     Ping,
-    Pong,
     Received,
     Role,
 )

@@ -13,8 +13,7 @@ def state(found: str, *, split: bool = False, dials: bool = False, full: bool = 
     with_receiver = WithReceiver(
         "vol0",
         SimpleNamespace(config=SimpleNamespace(receiver_dials=dials)),
-        SimpleNamespace(room=SimpleNamespace(is_full=full)),
-        SimpleNamespace(is_split=split),
+        SimpleNamespace(is_split=split, sender=SimpleNamespace(room=SimpleNamespace(is_full=full))),
         SimpleNamespace(),
     )
     return with_receiver.state_of(found)

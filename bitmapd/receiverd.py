@@ -1,0 +1,49 @@
+"""The process of a receiver: `daemon.Daemon` without hosts (edge)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from bitmapd.config import ReceiverConfig, load_any
+from bitmapd.control.server import Handler, Progress
+from bitmapd.errors import WrongStateError
+from bitmapd.process import Process
+from bitmapd.volume.receiving import Receiving
+
+VOLUME_VERBS = (
+    "resync", "verify", "pause", "resume", "set", "resize", "partner", "takeover", "demote",
+    "dissolve",
+)  # fmt: skip
+
+
+class ReceiverProcess(Process[Receiving]):
+    """The process of a receiver."""
+
+    def _make_volume(self) -> Receiving:
+        receiving = Receiving(self._config(), asyncio.get_running_loop(), self._log.emit)
+        receiving.on_failed = self._fail
+        return receiving
+
+    def _config(self) -> ReceiverConfig:
+        config = load_any(self._paths, self._name)
+        if not isinstance(config, ReceiverConfig):
+            raise WrongStateError(f"'{self._name}' is no receiver any more")
+        return config
+
+    def _reconfigure(self) -> None:
+        self.volume.reconfigure(self._config())
+
+    def _handlers(self) -> dict[str, Handler]:
+        # What is only for volumes says so, and what a receiver can be asked.
+        only_volumes = dict.fromkeys(VOLUME_VERBS, self._refuse)
+        return only_volumes | super()._handlers() | {"points": self._points}
+
+    async def _refuse(self, args: dict[str, Any], progress: Progress) -> Any:
+        raise WrongStateError(
+            f"'{self._name}' is a receiver, and this is for volumes",
+            hint=f"'dmctl points {self._name}' shows what it holds",
+        )
+
+    async def _points(self, args: dict[str, Any], progress: Progress) -> Any:
+        return {"points": self.volume.points()}
