@@ -13,7 +13,7 @@ from bitmapd.volume.receiving import Receiving
 
 VOLUME_VERBS = (
     "resync", "verify", "pause", "resume", "set", "resize", "partner", "takeover", "demote",
-    "dissolve",
+    "dissolve", "point",
 )  # fmt: skip
 
 

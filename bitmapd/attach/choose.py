@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from bitmapd.attach.helper import HELPER_MODULE
-from bitmapd.config import VolumeConfig
+from bitmapd.config import VolumeConfig, has_receiver
 from bitmapd.errors import UsageError
 
 # A kernel's modules by name, with what they are needed for.
@@ -54,6 +54,9 @@ def resolved(config: VolumeConfig) -> VolumeConfig:
     """The configuration with `auto` decided; UsageError if dm is asked for and cannot be had."""
     if config.attach == "nbd":
         return config
+    if config.attach == "auto" and (config.node is not None or has_receiver(config)):
+        # Hosts that ask a partner, or wait for a cut, have to come through the gate.
+        return dataclasses.replace(config, attach="nbd")
     reason = why_not_dm(config.primary)
     if config.attach == "auto":
         return dataclasses.replace(config, attach="nbd" if reason else "dm")

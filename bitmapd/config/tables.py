@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from bitmapd.config.kinds import is_loopback
 from bitmapd.config.problems import ConfigError, Problem, nearest
@@ -106,7 +106,13 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
         seen.setdefault(value, key_name)
 
 
-_OF_A_PAIR = (("record_on", "both"), ("partner_ack", "memory"), ("on_cut", "wait"))
+# What only a pair has a use for, with what a volume of one node has instead.
+OF_A_PAIR: Final = {
+    "serve": "always",
+    "record_on": "both",
+    "partner_ack": "memory",
+    "on_cut": "wait",
+}
 
 
 def _judge_receiver(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
@@ -146,17 +152,15 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
     }
     missing = [name for name, value in named.items() if value is None]
     if len(missing) == len(named):
-        if config.serve != "always":
-            yield (
-                "serve",
-                UsageError(
-                    f"{config.serve} is for one of two appliances",
-                    hint="a pair needs node, partner and partner_listen",
-                ),
-            )
-        for name, usual in _OF_A_PAIR:
+        for name, usual in OF_A_PAIR.items():
             if (value := getattr(config, name)) != usual:
-                yield name, UsageError(f"{value} is for one of two appliances")
+                yield (
+                    name,
+                    UsageError(
+                        f"{value} is for one of two appliances",
+                        hint="a pair needs node, partner and partner_listen",
+                    ),
+                )
         return
     if missing:
         yield (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bitmapd.config import Paths, VolumeConfig, change_volume
+from bitmapd.config.tables import OF_A_PAIR
 from bitmapd.record import tool
 from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
 from bitmapd.volume.session import RecordSession
@@ -25,11 +26,9 @@ _SINGLE: dict[str, Any] = {  # what is refused, or has no use, without a partner
     "node": None,
     "partner": None,
     "partner_listen": None,
-    "serve": "always",
-    "record_on": "both",
-    "partner_ack": "memory",
     "takeover": "manual",
     "fence_command": None,
+    **OF_A_PAIR,
 }
 
 

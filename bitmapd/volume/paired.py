@@ -14,7 +14,6 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from bitmapd.attach.dm_mode import DmMode
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
 from bitmapd.partner.node import Proof, State
@@ -65,8 +64,7 @@ class Paired:
         self._hosts: VolumeHosts | None = None
         self._entering: asyncio.Task[None] | None = None
         self._growing = PairGrowth(parts, pair, volume)
-        if not isinstance(parts.mode, DmMode):
-            pair.node.growth.media = self._growing
+        pair.node.growth.media = self._growing
 
     # -- start and stop -----------------------------------------------------------------------
     async def start(self) -> None:

@@ -151,9 +151,7 @@ def _configure(
 
 def _with_attach(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
     """`auto` decided, so that the volume is attached in the same way whatever the machine has."""
-    asked = "listen" in table or config.node is not None or has_receiver(config)
-    if config.attach == "auto" and asked:
-        # An export was asked for; or hosts that ask a partner, or wait for a cut.
+    if config.attach == "auto" and "listen" in table:  # an export was asked for
         return dataclasses.replace(config, attach="nbd")
     config = resolved(config)
     if config.attach == "dm":

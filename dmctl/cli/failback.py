@@ -13,7 +13,7 @@ from bitmapd.config import ReceiverConfig, VolumeConfig, has_receiver, load_any
 from bitmapd.config.files import exchange_role
 from bitmapd.config.roles import receiver_table
 from bitmapd.errors import ExistsError, UsageError, WrongStateError
-from bitmapd.media.identity import identify, same_medium
+from bitmapd.media.identity import identify
 from bitmapd.receiver.format import format_journal, probe_journal
 from bitmapd.receiver.places import Places
 from bitmapd.receiver.superblock import JournalSuperblock
@@ -26,7 +26,7 @@ from bitmapd.volume.rejoining import (
     refuse_unless_old,
     save,
 )
-from dmctl.cli.checks import Findings, check_free, identified
+from dmctl.cli.checks import Findings, check_free, check_others, identified
 from dmctl.cli.context import Context, combine
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.processes import is_running, launch, start_lock
@@ -120,10 +120,7 @@ def _journal_of(
     size_bytes = (identity.size_bytes or 0) // 4096 * 4096 if identity is not None else 0
     if identity is not None:
         found.attempt(partial(Places, superblock.geometry, size_bytes))
-    for key in ("primary", "record"):
-        medium = getattr(config, key)
-        if identity is not None and found.attempt(partial(same_medium, path, medium)):
-            found.errors.append(UsageError(f"journal {path} is the {key} of volume '{name}'"))
+    check_others(context, found, {"journal": path}, {"journal": identity})
     if found.errors:
         raise combine(found.errors, f"cannot make '{name}' a receiver")
     image, now_s = identify(config.primary), int(time.time())

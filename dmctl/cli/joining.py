@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitmapd.config import VolumeConfig, changed, keys, load_volume
+from bitmapd.config.tables import OF_A_PAIR
 from bitmapd.errors import UsageError, WrongStateError
 from bitmapd.media.identity import identify
 from bitmapd.volume.conversion import become_first
@@ -42,7 +43,7 @@ def become_pair(context: Context, name: str, changes: Mapping[str, Any]) -> list
 def _pair_keys() -> list[str]:
     """What only a pair has a use for."""
     names = [key.name for key in keys().values()]
-    of_one_word = ("node", "serve", "record_on", "takeover", "cut_patience")
+    of_one_word = ("node", "takeover", "cut_patience", *OF_A_PAIR)
     return [name for name in names if name in of_one_word or name.startswith(("partner", "fence"))]
 
 

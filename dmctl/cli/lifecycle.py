@@ -126,9 +126,14 @@ def stop(context: Context, args: Namespace) -> int:
     return each(context, "stop", names, "stop", one)
 
 
+def stop_now(context: Context, name: str, timeout_s: float) -> None:
+    """Stop a volume or a receiver at once, and wait for the end of its process."""
+    _stop(context, name, Namespace(now=True, timeout=timeout_s), bar=False)
+
+
 def restart(context: Context, name: str) -> int:
     """Stop a volume at once, and start it again with nothing but what its record says."""
-    _stop(context, name, Namespace(now=True, timeout=START_TIMEOUT_S), bar=False)
+    stop_now(context, name, START_TIMEOUT_S)
     again = Namespace(names=[name], all=False, resync_all=False, timeout=START_TIMEOUT_S)
     return start(context, again)
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from argparse import Namespace
 from typing import Any
 
@@ -15,23 +14,24 @@ from bitmapd.config import Paths, ReceiverConfig, load_any
 from bitmapd.config.files import exchange_role, former_volume
 from bitmapd.config.roles import volume_table
 from bitmapd.control.events import iso_time
-from bitmapd.errors import TimeOutError, WrongStateError
+from bitmapd.errors import WrongStateError
 from bitmapd.volume.promoting import Media, promote_now
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
+from dmctl.cli.lifecycle import stop_now
 from dmctl.cli.probe import keep_rules
-from dmctl.cli.processes import Watched, is_running, launch, start_lock
+from dmctl.cli.processes import is_running, launch, start_lock
 
 STOP_TIMEOUT_S = 60.0
 
 
 def promote(context: Context, args: Namespace) -> int:
     name, output, paths = args.name, context.output, context.paths
-    config = receiver(paths, name, "promote")
+    config = receiver(paths, name)
     with start_lock(paths, name):
         if is_running(paths, name):
             _refuse_a_sender(context, name, force=args.force)
-            end(context, name)
+            stop_now(context, name, STOP_TIMEOUT_S)
         record = args.record or config.promoted_record or default_record(paths, name)
         media = Media(name, config.image, config.journal, record, config.listen)
         done = promote_now(media, force=args.force, point=args.point)
@@ -64,13 +64,15 @@ def promote(context: Context, args: Namespace) -> int:
     return 0
 
 
-def receiver(paths: Paths, name: str, verb: str) -> ReceiverConfig:
+def receiver(paths: Paths, name: str) -> ReceiverConfig:
     """WrongStateError for a volume."""
     config = load_any(paths, name)
     if isinstance(config, ReceiverConfig):
         return config
     how = "was promoted already" if config.receiver_dials else "is a volume, and no receiver"
-    raise WrongStateError(f"'{name}' {how}: there is nothing to {verb}", hint=f"dmctl start {name}")
+    raise WrongStateError(
+        f"'{name}' {how}: there is nothing to promote", hint=f"dmctl start {name}"
+    )
 
 
 def default_record(paths: Paths, name: str) -> str:
@@ -87,11 +89,3 @@ def _refuse_a_sender(context: Context, name: str, *, force: bool) -> None:
             hint=f"stop the volume first; 'dmctl promote {name} --force' takes its place"
             " all the same, and what its hosts write from then on is a second history",
         )
-
-
-def end(context: Context, name: str) -> None:
-    """Stop what runs, and wait for the end of its process."""
-    with context.control(name) as client, contextlib.closing(Watched(client)) as process:
-        client.call("stop", {"now": True}, within_s=STOP_TIMEOUT_S)
-        if not process.wait(STOP_TIMEOUT_S):
-            raise TimeOutError(f"'{name}' has stopped, and its process has not ended")

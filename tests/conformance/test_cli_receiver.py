@@ -370,6 +370,7 @@ def test_names_and_addresses_are_checked(cli: Cli) -> None:
 def test_verbs_of_volumes_are_refused_with_a_word_of_what_there_is(started: Cli) -> None:
     for words in (("pause", "vol0"), ("resize", "vol0"), ("set", "vol0", "copy-rate=1MiB")):
         refusal(started.call(*words), 14, "receiver")
+    refusal(started.call("point", "vol0"), 14, "receiver")
     refusal(started.call("wait", "vol0", "--for", "in-sync", "--timeout", "5s"), 14, "receiver")
     assert cli_keys(started) == {"role", "image", "journal", "listen"}
     started.ok("config", "check")

@@ -658,7 +658,7 @@ def test_what_only_a_pair_has_goes_with_it(short_path: Path) -> None:
         one.dmctl("stop", "vol0")
         link = one.options
         words = ["node=1", f"partner={link[3]}", f"partner-listen={link[5]}", "record-on=partner"]
-        one.dmctl("set", "vol0", *words)
+        one.dmctl("set", "vol0", *words, "on-cut=go-on")
         assert of_the_record(one)["pair"]["record_on"] == "partner"
 
 
