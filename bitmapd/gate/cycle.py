@@ -40,8 +40,8 @@ from typing import Protocol
 
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.elsewhere import Run
-from bitmapd.gate.gate import Gate, Submit, after_all
-from bitmapd.media.base import Device, Done, Scheduler, Timer
+from bitmapd.gate.gate import Gate, Submit
+from bitmapd.media.base import Device, Done, Scheduler, Timer, after_all
 from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.holder import Record

@@ -31,7 +31,7 @@ from itertools import pairwise
 
 from bitmapd.gate.elsewhere import Asks, Elsewhere
 from bitmapd.gate.eras import Eras
-from bitmapd.media.base import AllocationDone, Device, Done, Scheduler
+from bitmapd.media.base import AllocationDone, Device, Done, Scheduler, after_all
 from bitmapd.media.lost import LostWrites
 from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
@@ -384,17 +384,3 @@ class Gate(Eras):
 def _once_asked(go: Callable[[], None], no: Done) -> Done:
     """Call `go` when the primary may be read, or `no` with why it may not."""
     return lambda error: go() if error is None else no(error)
-
-
-def after_all(pieces: int, done: Done) -> Done:
-    """Answer once so many pieces have ended, with the first error."""
-    failed: OSError | None = None
-
-    def ended(error: OSError | None) -> None:
-        nonlocal pieces, failed
-        pieces -= 1
-        failed = failed or error
-        if not pieces:
-            done(failed)
-
-    return ended

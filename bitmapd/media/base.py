@@ -112,3 +112,17 @@ class Target(Device, Protocol):
 
     def open(self, done: Done) -> None:
         """Connect, or connect again; `size_bytes` is valid once `done(None)` was called."""
+
+
+def after_all(parts: int, done: Done) -> Done:
+    """What each of so many parts ends with; `done` hears when all have, and of the first error."""
+    failed: OSError | None = None
+
+    def ended(error: OSError | None) -> None:
+        nonlocal parts, failed
+        parts -= 1
+        failed = failed or error
+        if not parts:
+            done(failed)
+
+    return ended

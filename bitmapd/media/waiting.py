@@ -8,17 +8,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from bitmapd.media.base import Done
-
 Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
-async def completion(submit: Callable[[Done], None]) -> None:
-    """Await an operation with a `done` callback; its OSError is raised."""
+async def completion(submit: Callable[[Callable[[Exception | None], None]], None]) -> None:
+    """Await an operation with a `done` callback; its error is raised."""
     future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def done(error: OSError | None) -> None:
+    def done(error: Exception | None) -> None:
         if future.done():
             return
         if error is None:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from bitmapd.partner.greeting import adopted, in_memory, stores_first
+from bitmapd.partner.greeting import adopted, has, in_memory, stores_first
 from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record
 from bitmapd.partner.rights import Rights
@@ -72,7 +72,9 @@ class Exchange:
         self._copying: set[int]  # extents where a copy of the other's is under way
         node.rights.freeze()
         self._view = view = node.rights.view(
-            around.stored(), fresh=_is_fresh(mine), volatile=_is_volatile(mine)
+            around.stored(),
+            fresh=has(mine, HelloFlag.FRESH),
+            volatile=has(mine, HelloFlag.VOLATILE),
         )
         stored = runs_of(view.stored) if view.fresh else ()
         node.say(Record(runs_of(view.own), runs_of(view.owed), stored, node.rights.unfree))
@@ -86,11 +88,11 @@ class Exchange:
         mine, theirs, view, node = self._mine, self._theirs, self._view, self._node
         size = len(view.own)
         their_view = View(
-            _is_fresh(theirs),
+            has(theirs, HelloFlag.FRESH),
             bits_of(record.own, size),
             bits_of(record.owed, size),
             bits_of(record.stored, size),
-            _is_volatile(theirs),
+            has(theirs, HelloFlag.VOLATILE),
         )
         shares = share(view, their_view, node.number)
         self._copying = set(each(record.copying))
@@ -107,7 +109,7 @@ class Exchange:
             rights.learn(((0, size),))
         generations, term = adopted(mine, theirs)
         volume = mine.volume if any(mine.volume) else theirs.volume
-        volatile = in_memory(mine, theirs) and not mine.flags & HelloFlag.UNSTORED
+        volatile = in_memory(mine, theirs) and not has(mine, HelloFlag.UNSTORED)
         agree = partial(self._agreed, shares, not view.fresh or their_view.fresh)
 
         def edit(now: Lasting) -> Lasting:
@@ -176,11 +178,3 @@ class Exchange:
                     " there",
                 )
             )
-
-
-def _is_fresh(hello: Hello) -> bool:
-    return bool(hello.flags & HelloFlag.FRESH)
-
-
-def _is_volatile(hello: Hello) -> bool:
-    return bool(hello.flags & HelloFlag.VOLATILE)

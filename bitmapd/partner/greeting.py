@@ -83,7 +83,7 @@ def check(mine: Hello, theirs: Hello) -> None:
     ):
         if here != there:
             raise PeerError(ErrorCode.OTHER, f"{what}: {here!r} here, {there!r} at the partner")
-    if _is(mine, HelloFlag.GO_ON) and _is(theirs, HelloFlag.GO_ON):
+    if has(mine, HelloFlag.GO_ON) and has(theirs, HelloFlag.GO_ON):
         raise PeerError(ErrorCode.OTHER, "both nodes have on_cut = go-on: one of them may")
     missing = theirs.required & ~mine.offered | mine.required & ~theirs.offered
     if missing:
@@ -92,11 +92,11 @@ def check(mine: Hello, theirs: Hello) -> None:
 
 def standing(mine: Hello, theirs: Hello) -> Standing:
     """Who has gone on without whom; SplitBrain if both."""
-    fresh, other_fresh = _is(mine, HelloFlag.FRESH), _is(theirs, HelloFlag.FRESH)
+    fresh, other_fresh = has(mine, HelloFlag.FRESH), has(theirs, HelloFlag.FRESH)
     if fresh:
         return Standing.EVEN if other_fresh else Standing.BEHIND
     here, there = mine.generations, theirs.generations
-    alone, other_alone = _is(mine, HelloFlag.ALONE), _is(theirs, HelloFlag.ALONE)
+    alone, other_alone = has(mine, HelloFlag.ALONE), has(theirs, HelloFlag.ALONE)
     if here[0] == there[0]:
         return Standing.AHEAD if other_fresh else Standing.EVEN
     if here[0] in there[1:]:
@@ -112,13 +112,13 @@ def standing(mine: Hello, theirs: Hello) -> Standing:
 
 def relies(mine: Hello, theirs: Hello) -> bool:
     """Whether I count on the other's copy of my record while we are paired."""
-    return _is(mine, HelloFlag.RELIES) and not _is(theirs, HelloFlag.UNSTORED)
+    return has(mine, HelloFlag.RELIES) and not has(theirs, HelloFlag.UNSTORED)
 
 
 def stores_first(mine: Hello, theirs: Hello) -> bool:
     """Whether I grant what is in my stored record only: one of both wants that, and I can."""
-    wanted = _is(mine, HelloFlag.STORED) or _is(theirs, HelloFlag.STORED)
-    return wanted and not _is(mine, HelloFlag.UNSTORED)
+    wanted = has(mine, HelloFlag.STORED) or has(theirs, HelloFlag.STORED)
+    return wanted and not has(mine, HelloFlag.UNSTORED)
 
 
 def in_memory(mine: Hello, theirs: Hello) -> bool:
@@ -129,7 +129,8 @@ def in_memory(mine: Hello, theirs: Hello) -> bool:
     )
 
 
-def _is(hello: Hello, flag: HelloFlag) -> bool:
+def has(hello: Hello, flag: HelloFlag) -> bool:
+    """Whether it says so."""
     return bool(hello.flags & flag)
 
 

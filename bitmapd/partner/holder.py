@@ -35,7 +35,7 @@ from bitmapd.media.base import Done
 from bitmapd.partner.messages import Message
 from bitmapd.partner.rights import Home, Rights
 from bitmapd.peer.payloads import Runs
-from bitmapd.record.extents import runs_of
+from bitmapd.record.extents import ones, runs_of
 from bitmapd.record.holder import Ranges, Record
 from bitmapd.record.store import RecordStore
 
@@ -115,13 +115,7 @@ class PairRecord(Record):
 
     def recorded_runs(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
         own = self.rights.own
-        limit = len(own) if end is None else end
-        stop = start
-        while (first := own.find(True, stop, limit)) >= 0:
-            stop = own.find(False, first, limit)
-            if stop < 0:
-                stop = limit
-            yield first, stop
+        return ones(own, start, len(own) if end is None else end)
 
     def covered_runs(self) -> Iterator[tuple[int, int]]:
         for first, stop in runs_of(self.rights.held):

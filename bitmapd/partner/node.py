@@ -45,6 +45,7 @@ from bitmapd.partner.greeting import (
     SplitBrain,
     Standing,
     check,
+    has,
     in_memory,
     relies,
     standing,
@@ -322,7 +323,7 @@ class Node:
         self._last_paired = incarnation
         self.exchanges += 1
         mine, theirs = self._mine, self._theirs
-        claimed, claimed_there = (bool(one.flags & HelloFlag.LEAD) for one in (mine, theirs))
+        claimed, claimed_there = (has(one, HelloFlag.LEAD) for one in (mine, theirs))
         self.lead.met(claimed=claimed, claimed_there=claimed_there)
         if inherits:
             self.absorbed_extents += shares.dirty.count()
@@ -331,7 +332,7 @@ class Node:
         self.rights.thaw(shares, copying)
         if not in_memory(mine, theirs):
             self._reliance.settle()
-        self._other_goes_on = bool(theirs.flags & HelloFlag.GO_ON)
+        self._other_goes_on = has(theirs, HelloFlag.GO_ON)
         if self.lasting.gone_on:  # the other knows now; if this fails, it stays a warning
             self.ledger.change(partial(_gone_on, False), lambda error: None)
         self._phase(Phase.UP)
@@ -354,7 +355,7 @@ class Node:
     def _may_go_on(self) -> bool:
         if self.state is not State.CUT or self.phase is not Phase.CLOSED or self._going_alone:
             return False
-        return bool(self._mine.flags & HelloFlag.GO_ON)
+        return has(self._mine, HelloFlag.GO_ON)
 
     def _goes_on(self, error: OSError | None) -> None:
         if error is None and self._may_go_on:
@@ -414,8 +415,7 @@ class Node:
         compared = self.comparisons
         if not self._known or (self._other_goes_on and proof is not Proof.BYE):
             # What the other has done is known to nobody: all of it may differ.
-            self.rights.learn(((0, len(self.rights.own)),))
-            self.comparisons += 1
+            self._nobody_knows()
             self._known = True
         # Not what hosts have waited for besides: nobody has written there.
         taken = self.rights.other | self.rights.owed
@@ -429,6 +429,11 @@ class Node:
             extents=taken.count(),
             compares_everything=self.comparisons > compared,
         )
+
+    def _nobody_knows(self) -> None:
+        """All of it may be the other's, and has to be compared."""
+        self.rights.learn(((0, len(self.rights.own)),))
+        self.comparisons += 1
 
     # -- together -----------------------------------------------------------------------------
     def serve(self, hosts: Hosts) -> None:
@@ -445,6 +450,9 @@ class Node:
                 f"the partner cannot hear of it in the state '{self.state.value}'",
                 hint="let the nodes meet; a takeover moves the lead, too",
             )
+        self._claim_lead()
+
+    def _claim_lead(self) -> None:
         self.lead.take()
         self.say(messages.Lead(self.lead.claim))
 
@@ -465,8 +473,7 @@ class Node:
 
         def over(error: Exception | None) -> None:
             if error is None:
-                self.lead.take()
-                self.say(messages.Lead(self.lead.claim))
+                self._claim_lead()
             done(error)
 
         self._handover.take(force, over)
@@ -516,7 +523,7 @@ class Node:
     def record_is(self, *, failing: bool) -> None:
         """Whether the stored record cannot be written now.  HELLO says so, and both nodes count on
         that."""
-        if self.phase is Phase.UP and failing is not bool(self._mine.flags & HelloFlag.UNSTORED):
+        if self.phase is Phase.UP and failing is not has(self._mine, HelloFlag.UNSTORED):
             self.begin_anew()
 
     def begin_anew(self) -> None:
@@ -568,8 +575,7 @@ class Node:
         """The other's process has ended, so one is left that writes: it goes on, and since old
         copies of either may lie on top of newer ones everything is compared."""
         self.conflicts = None
-        self.rights.learn(((0, len(self.rights.own)),))
-        self.comparisons += 1
+        self._nobody_knows()
         self.rights.cut()
         self._absorb()
         self._become(State.ALONE if self._was_alone else State.CUT)

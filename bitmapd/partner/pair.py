@@ -19,6 +19,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 from uuid import uuid4
@@ -28,6 +29,7 @@ from bitarray import bitarray
 from bitmapd import __version__
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.media.base import Done, Scheduler
+from bitmapd.media.waiting import completion
 from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
@@ -270,16 +272,7 @@ class Pair:
     async def take(self, force: bool) -> None:
         """A planned takeover: the partner stops its hosts and gives everything.  BusyError if hosts
         are connected there, without `force`; UnreachableError if the link is lost meanwhile."""
-        taken: asyncio.Future[None] = self._loop.create_future()
-
-        def over(error: Exception | None) -> None:
-            if error is None:
-                taken.set_result(None)
-            else:
-                taken.set_exception(error)
-
-        self.node.take(force, over)
-        await taken
+        await completion(partial(self.node.take, force))
 
     async def give(self) -> bool:
         """No host is served here, until the next `take`: give everything to the partner.  False if
@@ -357,7 +350,7 @@ class Pair:
 
     def _hand_over(self) -> None:
         """A node without a way to the secondary gives what is to be copied to one that has it."""
-        there = self.is_paired and self.peer.words and _SECONDARY[min(self.peer.secondary, 2)]
+        there = self.is_paired and self.peer.words and _SECONDARY[self.peer.secondary]
         self.hands_over = there == "up" and self._home.figures()[2] == "down"
         self.rights.hand_over(self._home.idle_dirt(wanted=self.hands_over))
 

@@ -221,7 +221,7 @@ class Rights:
 
     def _give_on(self) -> None:
         if self._on_given is not None:
-            self.hand_over(range(len(self.own)))
+            self.hand_over(each(runs_of(self.held)))
             self._look_whether_given()
 
     def _look_whether_given(self) -> None:

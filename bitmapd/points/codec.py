@@ -134,8 +134,12 @@ _BY_KIND: Final = {shape.kind: shape for shape in _SHAPES.values()}
 def cost_bytes(data: Data) -> int:
     """What it takes of a journal, and of credit: a page that describes it, and its payloads in
     whole pages."""
-    payload = sum(len(entry.payload) for entry in data.entries)
-    return PAGE_BYTES + -(-payload // PAGE_BYTES) * PAGE_BYTES
+    return cost_of(sum(len(entry.payload) for entry in data.entries))
+
+
+def cost_of(payload_bytes: int) -> int:
+    """`cost_bytes` of entries with so much payload together."""
+    return PAGE_BYTES + -(-payload_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def haves(point: int, incarnation: bytes, stamps: Iterable[tuple[int, int]]) -> Iterator[Have]:

@@ -12,11 +12,12 @@ tell which of them has moved on, without a third.
 from __future__ import annotations
 
 from enum import Enum
-from typing import Final
+from typing import Final, TypeVar
 
 from bitmapd.points.messages import NIL, Hello2, Role
 
 Generations = tuple[bytes, ...]
+G = TypeVar("G")
 
 LENGTH: Final = 4
 
@@ -33,7 +34,10 @@ class Verdict(Enum):
     SPLIT_BRAIN = "both have data that the other lacks"
 
 
-def descend(generations: Generations, new: bytes) -> Generations:
+FOLLOWED: Final = (Verdict.GO_ON, Verdict.NEW_RECEIVER)
+
+
+def descend(generations: tuple[G, ...], new: G) -> tuple[G, ...]:
     """The generations after a step to a new one; the oldest is forgotten."""
     return (new, *generations)[:LENGTH]
 

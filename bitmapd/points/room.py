@@ -55,15 +55,22 @@ class Room:
         """Whether what is left would not fit if more of it were sent twice."""
         if self._uplink.point <= 1:
             return False
-        current = self._gate.current
-        blocks = current.count() + self._gate.taken.minus(current).count() + len(self._spool)
-        left_bytes = blocks * self._block_bytes
+        gate = self._gate
+        # What was written again counts twice here; that seldom matters, and without it a copy of
+        # the set has to be made: 1.5 ms for a TiB.
+        if self._fits(gate.dirty_blocks()):
+            return False
+        current = gate.current
+        return not self._fits(current.count() + gate.taken.minus(current).count())
+
+    def _fits(self, blocks: int) -> bool:
+        left_bytes = (blocks + len(self._spool)) * self._block_bytes
         pages_bytes = left_bytes // DESCRIBED_BYTES * PAGE_BYTES
-        return left_bytes + pages_bytes > self._uplink.credit_bytes
+        return left_bytes + pages_bytes <= self._uplink.credit_bytes
 
     def refuses(self, now_s: float) -> bool:
         """Whether a point is not to be begun."""
-        refuses = self.is_tight and not self._uplink.entries
+        refuses = not self._uplink.entries and self.is_tight
         if refuses:
             self._tell(now_s)
         return refuses

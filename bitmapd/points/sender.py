@@ -41,7 +41,7 @@ from bitmapd.copier.transfers import Transfers
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.cycle import CutGate, Void
 from bitmapd.gate.elsewhere import Run
-from bitmapd.media.base import Device, Done, Scheduler, Timer
+from bitmapd.media.base import Device, Done, Scheduler, Timer, after_all
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
@@ -342,7 +342,8 @@ class Sender:
 
     def _copy_ahead(self, now: float) -> None:
         most = min(AHEAD_BYTES, self.spool.limit_bytes // 2)
-        if self.room.is_tight and not self.reading.is_blocked:
+        tight = self.room.is_tight
+        if tight and not self.reading.is_blocked:
             most = 0  # what cannot be read keeps points away, and has to be tried all the same
         wait_s = self.reading.begin(now, most)
         if wait_s:
@@ -351,7 +352,7 @@ class Sender:
         if not over or self.reading.is_blocked or not self.schedule.copies_ahead:
             return
         following = self.schedule.after_round(self.left_bytes, self.meter.bytes_per_s)
-        if self.room.is_tight:
+        if tight:
             following = Next.CUT
         if following is Next.CANNOT_KEEP_UP and not self._told_slow:
             self._told_slow = True
@@ -534,21 +535,15 @@ class Sender:
             self._gate.mark(*run, self._marked)
 
     def differs(self, extents: Runs, done: Done) -> None:
-        left = len(extents)
-        first_error: OSError | None = None
+        def ended(error: OSError | None) -> None:
+            done(error)
+            self._soon()
 
-        def marked(error: OSError | None) -> None:
-            nonlocal left, first_error
-            left -= 1
-            first_error = first_error or error
-            if left <= 0:
-                done(first_error)
-                self._soon()
-
+        marked = after_all(len(extents), ended)
         for first, stop in extents:
             self._gate.mark(*self._geometry.extent_blocks(first, stop), marked)
         if not extents:
-            self._scheduler.call_soon(marked, None)
+            self._scheduler.call_soon(ended, None)
 
     def _marked(self, error: OSError | None) -> None:
         if error is not None:  # the receiver asks again with the next connection

@@ -36,8 +36,8 @@ from bitmapd.media.base import Done
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.words import Bye, Error, Pong
-from bitmapd.points.codec import MAX_ENTRIES, PAGE_BYTES, cost_bytes
-from bitmapd.points.lineage import Generations, Verdict, judge
+from bitmapd.points.codec import MAX_ENTRIES, cost_bytes, cost_of
+from bitmapd.points.lineage import FOLLOWED, Generations, Verdict, judge
 from bitmapd.points.messages import (
     NIL,
     Applied,
@@ -63,7 +63,6 @@ from bitmapd.points.spool import Spool
 from bitmapd.record.geometry import Geometry
 
 FRAME_BYTES: Final = 256 << 10  # raw; packing it takes a millisecond of the loop
-_FOLLOWED: Final = (Verdict.GO_ON, Verdict.NEW_RECEIVER)
 
 
 class Wire(Protocol):
@@ -156,7 +155,7 @@ class Uplink:
         self._wire: Wire | None = None
         self._packer = Packer(geometry, identity.volume, compress=False)
         self._sent = Sent()
-        self._kept = Sent()  # of `_sent`: what HAVE has named so far
+        self._kept = BlockSet()  # of `_sent`: what HAVE has named so far
         self._stamp = 0
         self._begun = False  # BEGIN of this point was sent over this connection
         self._ended = False  # END was sent, over whichever
@@ -292,8 +291,9 @@ class Uplink:
         self.receiver, self.applied = theirs, theirs.applied
         verdict = judge(self.hello(), theirs)
         theirs_now = theirs.generations[0]
-        self._joins = self._may_join(verdict, theirs) and theirs_now not in self._joined
-        if verdict not in _FOLLOWED and not self._may_join(verdict, theirs):
+        may_join = self._may_join(verdict, theirs)
+        self._joins = may_join and theirs_now not in self._joined
+        if verdict not in FOLLOWED and not may_join:
             self._owner.not_followed(verdict, theirs)
             self.close(PeerError(ErrorCode.SPLIT_BRAIN, verdict.value))
             return
@@ -308,13 +308,13 @@ class Uplink:
         self.credit_bytes, self.lacks_credit = theirs.credit_bytes, False
         packs = self.compress and bool(theirs.features & Feature.ZSTD)
         self._packer = Packer(self._geometry, self._identity.volume, compress=packs)
-        self._kept = Sent()
+        self._kept = BlockSet()
         self._state = _State.COMPARING
 
     def _may_join(self, verdict: Verdict, theirs: Hello2) -> bool:
         """Whether it becomes the first receiver of this generation."""
         first = self._identity.promoted and not self.known_committed and not theirs.committed
-        return first and verdict in (*_FOLLOWED, Verdict.RECEIVER_IS_OLD)
+        return first and verdict in (*FOLLOWED, Verdict.RECEIVER_IS_OLD)
 
     def _join(self, extents: Runs, generations: set[bytes]) -> None:
         wire = self._wire
@@ -338,7 +338,7 @@ class Uplink:
                 for at in range(count):
                     line = self._sent.get(first + at)
                     if line is not None and line[1] == stamp + at:
-                        self._kept.put(*line)
+                        self._kept.add(first + at, first + at + 1)
         elif have.runs:
             raise PeerError(ErrorCode.ANSWER, f"the receiver has point {have.point} open")
         theirs = self.receiver
@@ -356,11 +356,13 @@ class Uplink:
             self._committed = True
             self._owner.committed()
             return
-        before, self._sent, self._kept = self._sent, self._kept, Sent()
-        lost = BlockSet()
-        for block, *_ in before.lines():
-            if self._sent.get(block) is None:
+        lost, kept, self._kept = BlockSet(), self._kept, BlockSet()
+        for block, *_ in self._sent.lines():
+            if not kept.any(block, block + 1):
                 lost.add(block, block + 1)
+        for run in lost.runs():
+            for block in range(*run):
+                self._sent.drop(block)
         if not lost and not greeted:
             raise PeerError(
                 ErrorCode.DIGEST, f"the receiver has all of point {self.point}, and refuses it"
@@ -379,7 +381,7 @@ class Uplink:
             return None
         spooled = sorted(self._spool.first(FRAME_BYTES, MAX_ENTRIES), key=lambda entry: entry.block)
         raw_bytes = sum(len(entry.raw) for entry in spooled)
-        if self.credit_bytes < PAGE_BYTES + -(-raw_bytes // PAGE_BYTES) * PAGE_BYTES:
+        if self.credit_bytes < cost_of(raw_bytes):
             self.lacks_credit = True
             return None
         wait_s = self._throttle.delay_s(now_s, raw_bytes)

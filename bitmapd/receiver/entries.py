@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from bitmapd.points.messages import Encoding
+from bitmapd.points.messages import Encoding, Entry
 from bitmapd.points.pieces import Digest
 
 IN_IMAGE: Final = 0  # instead of a place in the journal
@@ -35,6 +35,12 @@ class Kept:
     place_bytes: int
     length_bytes: int
     encoding: Encoding
+
+
+def kept(entry: Entry, place_bytes: int, length_bytes: int) -> Kept:
+    """What is remembered of an entry whose payload is there."""
+    sum64, encoding = entry.sum64, entry.encoding
+    return Kept(entry.block, entry.stamp, entry.mask, sum64, place_bytes, length_bytes, encoding)
 
 
 class Entries:

@@ -28,7 +28,7 @@ from functools import partial
 from typing import Any, Final
 
 from bitmapd.errors import NoSpaceError, WrongStateError
-from bitmapd.media.base import Device, Done
+from bitmapd.media.base import Device, Done, after_all
 from bitmapd.media.buffers import aligned
 from bitmapd.points.messages import Entry
 from bitmapd.receiver.commit import CommitPage, PageFlag, Queued, encode_page, slot_offset
@@ -74,6 +74,7 @@ class Journal:
         self._when_landed: list[Done] = []
         self._changes: deque[tuple[Change, Done]] = deque()
         self._changing = False
+        self._recount()
 
     # -- figures --------------------------------------------------------------------------------
     @property
@@ -86,9 +87,8 @@ class Journal:
         places = self._places
         if places is None:
             return 0
-        free = sum(self._is_free(segment) for segment in self._segments)
         usable_bytes = places.segment_bytes - _LOSS_BYTES - places.geometry.block_bytes
-        return max(0, free - 1) * usable_bytes
+        return max(0, self._free - 1) * usable_bytes
 
     @property
     def limit_bytes(self) -> int:
@@ -99,8 +99,7 @@ class Journal:
     def used_bytes(self) -> int:
         if self._places is None:
             return 0
-        used = sum(not self._is_free(segment) for segment in self._segments)
-        return used * self._places.segment_bytes
+        return (len(self._segments) - self._free) * self._places.segment_bytes
 
     @property
     def queued_bytes(self) -> int:
@@ -110,6 +109,10 @@ class Journal:
     def _is_free(self, segment: Segment) -> bool:
         return not segment.points and segment is not self._current
 
+    def _recount(self) -> None:
+        """A journal of 1 TiB has 262,144 segments: too many to look at for each frame."""
+        self._free = sum(map(self._is_free, self._segments))
+
     # -- the first sender -----------------------------------------------------------------------
     def adopt(self, line: Line, now_s: int) -> Steps[None]:
         """Belong to this volume from now on.  NoSpaceError if the journal is too small for it."""
@@ -117,6 +120,7 @@ class Journal:
         yield from self._write_superblock(self.superblock.updated(now_s, line=line))
         self._places = places
         self._segments = [Segment(index) for index in range(places.segments)]
+        self._recount()
 
     def follow(self, line: Line, now_s: int) -> Steps[None]:
         """Another generation of the same volume from now on."""
@@ -142,22 +146,17 @@ class Journal:
         while left:
             batches.append(self._next_batch(places, left))
             del left[: len(batches[-1][0].entries)]
-        waiting = len(batches)
-        first: OSError | None = None
+        ended = after_all(len(batches), done)
 
         def written(error: OSError | None) -> None:
-            nonlocal waiting, first
-            waiting -= 1
-            first = first or error
             self._in_flight -= 1
             if not self._in_flight:
                 landed, self._when_landed = self._when_landed, []
                 for call in landed:
                     call(self.failure)
-            if not waiting:
-                done(first)
+            ended(error)
 
-        self._in_flight += waiting
+        self._in_flight += len(batches)
         for batch, place, buffer in batches:
             for kept in kept_entries(batch, place):
                 self.open.add(kept)
@@ -210,6 +209,7 @@ class Journal:
         segment.sequence = self._next_sequence
         self._next_sequence += 1
         self._current, self._at_bytes, self._number = segment, PAGE_BYTES, 0
+        self._recount()
         return segment
 
     # -- what becomes of it ---------------------------------------------------------------------
@@ -221,6 +221,7 @@ class Journal:
         dropped = self.open_point
         for segment in self._segments:
             segment.points.discard(dropped)
+        self._recount()
 
     def commit(self, queued: Queued) -> Steps[None]:
         """The open point is complete: make it durable, and name it."""
@@ -287,6 +288,7 @@ class Journal:
         page = dataclasses.replace(self.page, **change(self.page), sequence=self.page.sequence + 1)
         if self._current is not None and not _in_use(self._current, page.applied):
             self._current = None  # or what is appended later would have a sequence before scan_from
+            self._recount()
         used = [segment for segment in self._segments if _in_use(segment, page.applied)]
         first = min(used, key=lambda segment: segment.sequence, default=None)
         page = dataclasses.replace(
@@ -303,6 +305,7 @@ class Journal:
                 self.page = page
                 for segment in self._segments:
                     segment.points = {point for point in segment.points if point > page.applied}
+                self._recount()
             done(error)
             while self._changes and not self._changing:
                 if error is None:

@@ -26,13 +26,13 @@ from typing import Final
 from uuid import UUID
 
 from bitmapd.peer.payloads import Runs
+from bitmapd.points.lineage import descend
 from bitmapd.receiver.applier import Applier
 from bitmapd.receiver.commit import NO_FLAGS, PageFlag
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.steps import Steps
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.extents import joined
-from bitmapd.record.superblock import MAX_GENERATIONS
 
 _HALF: Final = PageFlag.PROMOTING
 
@@ -89,7 +89,7 @@ def undo(journal: Journal, line: Line) -> Steps[None]:
 
 def successor(line: Line, generation: UUID) -> Line:
     """What follows it."""
-    generations = (generation, *line.generations)[:MAX_GENERATIONS]
+    generations = descend(line.generations, generation)
     return dataclasses.replace(line, generations=generations, term=line.term + 1)
 
 

@@ -40,7 +40,7 @@ from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.words import Bye, Error, Goodbye, Pong
 from bitmapd.points.codec import cost_bytes, haves
-from bitmapd.points.lineage import Verdict, judge
+from bitmapd.points.lineage import FOLLOWED, Verdict, judge
 from bitmapd.points.messages import (
     NIL,
     Applied,
@@ -61,7 +61,7 @@ from bitmapd.points.messages import (
 from bitmapd.points.pieces import Unpacker
 from bitmapd.receiver.applier import Applier
 from bitmapd.receiver.commit import MOST_QUEUED, PageFlag, Queued, page_figures
-from bitmapd.receiver.entries import IN_IMAGE, Entries, Kept
+from bitmapd.receiver.entries import IN_IMAGE, Entries, kept
 from bitmapd.receiver.image import InPlace
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.places import Places
@@ -85,7 +85,6 @@ class State(enum.Enum):
 
 
 _GREETED: Final = (State.RECEIVING, State.COMMITTING)
-_FOLLOWS: Final = (Verdict.GO_ON, Verdict.NEW_RECEIVER)
 
 
 class Wire(Protocol):
@@ -295,7 +294,7 @@ class Receiver:
         if hello is None or self.state is not State.GREETING or self._busy:
             return
         verdict = judge(hello, self._greeting())
-        if verdict not in _FOLLOWS and not self._joins(verdict):
+        if verdict not in FOLLOWED and not self._joins(verdict):
             self.state = State.REFUSED
             self._emit("sender-refused", message=verdict.value)
             self._send(self._greeting())
@@ -399,17 +398,7 @@ class Receiver:
             self._known.in_place.write(data, lambda error: self._in_image(cost, error))
             self._in_place_bytes += cost
             for entry in data.entries:
-                self.journal.open.add(
-                    Kept(
-                        entry.block,
-                        entry.stamp,
-                        entry.mask,
-                        entry.sum64,
-                        IN_IMAGE,
-                        len(entry.payload),
-                        entry.encoding,
-                    )
-                )
+                self.journal.open.add(kept(entry, IN_IMAGE, len(entry.payload)))
         self._credit_bytes -= cost
         self._unwritten_bytes += cost
         self._unsaid_bytes += cost

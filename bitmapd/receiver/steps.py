@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
-from bitmapd.media.base import Done
+from bitmapd.media.base import Done, after_all
 
 Step = Callable[[Done], None]
 T = TypeVar("T")
@@ -38,16 +38,7 @@ def together(steps: Sequence[Step]) -> Step:
     """All of them at once, at least one; ends with the last, and with the first error."""
 
     def begin(done: Done) -> None:
-        left = len(steps)
-        first: OSError | None = None
-
-        def ended(error: OSError | None) -> None:
-            nonlocal left, first
-            left -= 1
-            first = first or error
-            if not left:
-                done(first)
-
+        ended = after_all(len(steps), done)
         for step in steps:
             step(ended)
 

@@ -20,13 +20,12 @@ def zeros(size: int) -> bitarray:
 
 def runs_of(bits: bitarray) -> Runs:
     """Maximal runs of ones."""
-    found, stop, size = [], 0, len(bits)
-    while (first := bits.find(True, stop)) >= 0:
-        stop = bits.find(False, first)
-        if stop < 0:
-            stop = size
-        found.append((first, stop))
-    return tuple(found)
+    return tuple(ones(bits, 0, len(bits)))
+
+
+def ones(bits: bitarray, first: int, stop: int) -> Iterator[Run]:
+    """Maximal runs of ones in [first, stop)."""
+    return _runs(bits, True, first, stop)
 
 
 def bits_of(runs: Runs, size: int) -> bitarray:
@@ -56,8 +55,12 @@ def joined(extents: Iterable[int]) -> Runs:
 
 def unset(bits: bitarray, first: int, stop: int) -> Iterator[Run]:
     """Maximal runs of zeros in [first, stop)."""
-    while (first := bits.find(False, first, stop)) >= 0:
-        end = bits.find(True, first, stop)
+    return _runs(bits, False, first, stop)
+
+
+def _runs(bits: bitarray, value: bool, first: int, stop: int) -> Iterator[Run]:
+    while (first := bits.find(value, first, stop)) >= 0:
+        end = bits.find(not value, first, stop)
         end = stop if end < 0 else end
         yield first, end
         first = end

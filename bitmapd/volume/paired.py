@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
+from bitmapd.media.waiting import completion
 from bitmapd.partner.node import Proof, State
 from bitmapd.partner.pair import Pair
 from bitmapd.record.geometry import Geometry
@@ -183,16 +185,7 @@ class Paired:
 
     async def resize(self, size_bytes: int) -> None:
         """Have both nodes take up that size."""
-        grown: asyncio.Future[None] = self._parts.loop.create_future()
-
-        def over(error: BitmapdError | None) -> None:
-            if error is None:
-                grown.set_result(None)
-            else:
-                grown.set_exception(error)
-
-        self.pair.node.growth.begin(size_bytes, over)
-        await grown
+        await completion(partial(self.pair.node.growth.begin, size_bytes))
 
     async def take_over(self, fenced: bool, force: bool, *, beside: bool = False) -> dict[str, Any]:
         """Let hosts in here.  A partner that is there stops its hosts and gives everything, with

@@ -107,7 +107,7 @@ def test_blocks_alone_do_not_tell_one_sending_from_another(
         here = {first + at for first, count, _ in message.runs for at in range(count)}
         for line in self._sent.lines():
             if line[0] in here:
-                self._kept.put(*line)
+                self._kept.add(line[0], line[0] + 1)
         if message.last:
             self._compared()
 

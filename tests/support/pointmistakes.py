@@ -13,6 +13,7 @@ import pytest
 
 from bitmapd.copier.transfers import Transfers
 from bitmapd.gate import clearing
+from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.cycle import CutGate
 from bitmapd.gate.eras import Eras
 from bitmapd.gate.gate import Gate, Submit
@@ -127,7 +128,7 @@ def have_ignored(patch: Patch) -> None:
     """What the receiver lacks is not sent again."""
 
     def have(self: Uplink, message: Have) -> None:
-        self._kept = self._sent
+        self._kept = BlockSet([(line[0], line[0] + 1) for line in self._sent.lines()])
         if message.last:
             self._compared()
 
