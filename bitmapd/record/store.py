@@ -59,6 +59,11 @@ class RecordStore:
             return bool(self._covered[first])
         return self._covered.find(False, first, stop) < 0
 
+    @property
+    def covered(self) -> bitarray:
+        """What `covers` asks: the live bits, for readers that ask them for each write."""
+        return self._covered
+
     def missing(self, first: int, stop: int) -> int:
         """How many of extents [first, stop) are not in the record."""
         return stop - first - self._wanted.count(True, first, stop)
