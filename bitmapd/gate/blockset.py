@@ -4,6 +4,9 @@ The set is cut into regions of 16,384 blocks (1 GiB at 64 KiB), each a bitarray 
 exists only while it has bits.  So an empty set costs nothing whatever the volume's size, taking
 over a whole era's blocks is a swap of one dictionary, and the worst case is a plain bitmap: 2 MiB
 per TiB.  A write marks its blocks in about 150 ns.
+
+A further bitmap names the regions that exist.  Without it the search for the next run walks them
+all: with 100,000 blocks scattered over 16 TiB that was 47 us a run, 460 us over 64 TiB.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from bitarray import bitarray
+from bitarray.util import zeros
 
 REGION_SHIFT = 14
 REGION_BLOCKS = 1 << REGION_SHIFT
@@ -20,10 +24,12 @@ _MASK = REGION_BLOCKS - 1
 class BlockSet:
     """Blocks are non-negative integers; ranges are [first, stop)."""
 
-    __slots__ = ("_regions",)
+    __slots__ = ("_count", "_exist", "_regions")
 
     def __init__(self, runs: Iterable[tuple[int, int]] = ()) -> None:
-        self._regions: dict[int, bitarray] = {}
+        self._regions: dict[int, bitarray] = {}  # none of them is empty
+        self._exist = bitarray()  # as long as it had to be so far
+        self._count = 0
         for first, stop in runs:
             self.add(first, stop)
 
@@ -35,29 +41,43 @@ class BlockSet:
             yield region, first & _MASK, end - (region << REGION_SHIFT)
             first = end
 
+    def _put(self, region: int, bits: bitarray) -> bitarray:
+        self._regions[region] = bits
+        if region >= len(self._exist):
+            self._exist.extend(zeros(region + 1 - len(self._exist)))
+        self._exist[region] = True
+        return bits
+
+    def _remove(self, region: int) -> None:
+        del self._regions[region]
+        self._exist[region] = False
+
     def add(self, first: int, stop: int) -> None:
-        if stop - first == 1:
+        if stop - first == 1:  # what a hit pays
             region = first >> REGION_SHIFT
             bits = self._regions.get(region)
             if bits is None:
-                bits = self._regions[region] = bitarray(REGION_BLOCKS)
-                bits.setall(False)
-            bits[first & _MASK] = True
+                bits = self._put(region, zeros(REGION_BLOCKS))
+            low = first & _MASK
+            if not bits[low]:
+                bits[low] = True
+                self._count += 1
             return
         for region, low, high in self._pieces(first, stop):
             bits = self._regions.get(region)
             if bits is None:
-                bits = self._regions[region] = bitarray(REGION_BLOCKS)
-                bits.setall(False)
+                bits = self._put(region, zeros(REGION_BLOCKS))
+            self._count += bits.count(False, low, high)
             bits[low:high] = True
 
     def discard(self, first: int, stop: int) -> None:
         for region, low, high in self._pieces(first, stop):
             bits = self._regions.get(region)
             if bits is not None:
+                self._count -= bits.count(True, low, high)
                 bits[low:high] = False
                 if not bits.any():
-                    del self._regions[region]
+                    self._remove(region)
 
     def any(self, first: int, stop: int) -> bool:
         """Whether some block of the range is in the set."""
@@ -72,7 +92,7 @@ class BlockSet:
         return False
 
     def count(self) -> int:
-        return sum(bits.count() for bits in self._regions.values())
+        return self._count
 
     def count_in(self, first: int, stop: int) -> int:
         """How many blocks of the range are in the set."""
@@ -87,8 +107,10 @@ class BlockSet:
         for region, bits in other._regions.items():
             mine = self._regions.get(region)
             if mine is None:
-                self._regions[region] = bits.copy()
+                self._put(region, bits.copy())
+                self._count += bits.count()
             else:
+                self._count += (bits & ~mine).count()
                 mine |= bits
 
     def minus(self, other: BlockSet) -> BlockSet:
@@ -97,8 +119,9 @@ class BlockSet:
         for region, bits in self._regions.items():
             theirs = other._regions.get(region)
             rest = bits.copy() if theirs is None else bits & ~theirs
-            if theirs is None or rest.any():
-                left._regions[region] = rest
+            if count := rest.count():
+                left._put(region, rest)
+                left._count += count
         return left
 
     def meets(self, other: BlockSet) -> bool:
@@ -111,12 +134,16 @@ class BlockSet:
 
     def intersect(self, other: BlockSet) -> None:
         """Keep only blocks that are in the other set, too."""
+        self._count = 0
         for region in list(self._regions):
             theirs = other._regions.get(region)
+            bits = self._regions[region]
             if theirs is not None:
-                self._regions[region] &= theirs
-            if theirs is None or not self._regions[region].any():
-                del self._regions[region]
+                bits &= theirs
+            if theirs is None or not bits.any():
+                self._remove(region)
+            else:
+                self._count += bits.count()
 
     def next_run(self, start: int, limit: int | None = None) -> tuple[int, int] | None:
         """The first run of blocks at or after `start`, cut off after `limit` blocks."""
@@ -145,8 +172,8 @@ class BlockSet:
             found = bits.find(True, start & _MASK)
             if found >= 0:
                 return (region << REGION_SHIFT) + found
-        later = min((other for other in self._regions if other > region), default=None)
-        if later is None:
+        later = self._exist.find(True, region + 1)
+        if later < 0:
             return None
         return (later << REGION_SHIFT) + self._regions[later].find(True)
 
@@ -158,5 +185,4 @@ class BlockSet:
             run = self.next_run(run[1], None if stop is None else stop - first)
 
     def __bool__(self) -> bool:
-        # `add` never leaves an empty region and `discard` removes one that became empty.
         return bool(self._regions)
