@@ -37,3 +37,14 @@ TROUBLES = {
 def test_the_rules_hold_whatever_happens(troubles: str, length: int) -> None:
     for seed in range(max(1, STEPS // len(LENGTHS) // length)):
         walk(seed, frozenset(TROUBLES[troubles]), length)
+
+
+@pytest.mark.parametrize(
+    ("seed", "troubles", "length"),
+    [
+        # The first exchange, while the record of node 1 cannot be written: node 2 has the flag.
+        pytest.param(7000282, "errors", 60, id="only-one-can-say-VOLATILE"),
+    ],
+)
+def test_walks_that_have_shown_something(seed: int, troubles: str, length: int) -> None:
+    walk(seed, frozenset(TROUBLES[troubles]), length)
