@@ -7,7 +7,8 @@ point may fill it, and can then be neither committed nor applied.
 2. While more of it might be sent twice than there is room for, nothing is copied ahead: the cut is
    next, and then each block comes once.
 3. One that is stuck all the same, with no credit left and none to come, is *hopeless* after
-   `FULL_S`: it has to be dropped, and sent anew.
+   `FULL_S`: it has to be dropped, and sent anew.  So has one that rule 1 holds back while the
+   receiver keeps sendings of it that count no more.
 
 Before point 1 the receiver writes into its image, and nothing has to fit.
 """

@@ -315,7 +315,9 @@ class Sender:
         elif not self.reading.idle or not self._has_something:
             return  # an era ends only while nothing is being read
         elif self.room.refuses(now):
-            return
+            # What the receiver holds of this point counts no more, and takes the room of it.
+            if self.uplink.has_leftovers and self.room.is_hopeless(now):
+                self._drop_point()
         elif not self.room.is_tight and self.schedule.is_much(
             self.left_bytes, self.meter.bytes_per_s
         ):

@@ -160,6 +160,7 @@ class Uplink:
         self._begun = False  # BEGIN of this point was sent over this connection
         self._ended = False  # END was sent, over whichever
         self._committed = False  # and the receiver has it
+        self.has_leftovers = False  # the receiver may hold entries of this point, counted or not
         self.point = 0  # the open one; 0: not known before the first greeting
         self.credit_bytes = 0
         self.lacks_credit = False
@@ -195,6 +196,7 @@ class Uplink:
         number = int.from_bytes(self._identity.incarnation, "little") + 1
         incarnation = (number % (1 << 128) or 1).to_bytes(16, "little")
         self._identity = replace(self._identity, incarnation=incarnation)
+        self.has_leftovers = False
         self.close(reason="the open point is dropped")
 
     # -- the connection ---------------------------------------------------------------------
@@ -401,6 +403,7 @@ class Uplink:
                 self.zero_bytes += len(item.raw)
             entries.append(entry)
         data = Data(tuple(entries))
+        self.has_leftovers = True
         self.credit_bytes -= cost_bytes(data)
         self.sent_bytes += raw_bytes
         count += self._send(data)
@@ -428,4 +431,4 @@ class Uplink:
         """The point was committed: the next one is open, and empty."""
         self._sent = Sent()
         self.point += 1
-        self._begun = self._ended = self._committed = False
+        self._begun = self._ended = self._committed = self.has_leftovers = False

@@ -614,6 +614,29 @@ def test_credit_that_may_still_come_is_waited_for() -> None:
     assert home.ended() is not None
 
 
+def test_what_the_receiver_holds_and_nobody_counts_makes_room_for_the_point() -> None:
+    """It has sendings of the open point that were all lost or written again: in its journal they
+    take the room without which the point is not begun."""
+    home = after_point_1(spool_blocks=16)
+    with_entries(home, credit_bytes=8192, applied=1)
+    incarnation = home.sender.uplink._identity.incarnation
+    home.connect()
+    home.greet(committed=1, applied=1, credit_bytes=BLOCK)  # and of its entries it names none
+    assert home.sender.uplink.entries == 0
+    for _ in range(8):
+        home.run(1.0)
+    assert home.wire.is_open
+    for _ in range(8):
+        home.run(1.0)
+    assert not home.wire.is_open
+    home.greet(committed=1, applied=1, credit_bytes=8 * 8192)
+    for _ in range(40):
+        home.run(1.0)
+    end = home.ended()
+    assert end is not None
+    assert (end.entries, end.incarnation == incarnation) == (2, False)
+
+
 def test_what_could_not_be_read_is_tried_again_in_a_journal_that_is_nearly_full() -> None:
     home = after_point_1(spool_blocks=16)
     with_entries(home, credit_bytes=5 * BLOCK, applied=1)
