@@ -11,7 +11,8 @@ Invariants:
    another way, with its dirt, and the policy hears of it here (`left`).
 2. An extent that is open elsewhere (`gate/elsewhere`) is not clean.  It is *cooled*: left to the
    gate at a barrier and, when it is closed and clean, dropped by the next tick, unless the policy
-   wants it after all.  What was cooled because the record is too large goes all the same.
+   wants it after all, clean or not.  What was cooled because the record is too large goes all the
+   same.
 3. Room for what misses bring is made after them, in the same turn of the loop and by the policy's
    order; what is over the limit for other reasons goes with the tick.
 
@@ -121,6 +122,7 @@ class Clearing:
         self._retire(self.policy.expired(now), now)
         excess = self.excess_extents
         if self._elsewhere:
+            self._take_back(now)
             self._drop_cooled(now)
             # Cooling takes until the barrier after the next, so it begins before the limit.
             excess += self.limit_extents // COOLING_PART - len(self._evicting)
@@ -145,6 +147,13 @@ class Clearing:
         for other in self._elsewhere:
             other.cool(extent for extent in extents if other.is_open(extent))
         self.drop_clean(extents, now)
+
+    def _take_back(self, now: float) -> None:
+        """What hosts write while it cools is wanted again.  It is not clean, and hosts that go on
+        writing keep it so; each write would go through the gate until they stop."""
+        for other in self._elsewhere:
+            missed = [extent for extent in other.missed() if extent not in self._evicting]
+            other.warm(extent for extent in missed if self.policy.wants(extent, now))
 
     def _drop_cooled(self, now: float) -> None:
         """Cooled extents that are closed and clean leave, unless they are wanted again."""

@@ -158,6 +158,9 @@ class DirectPath:
     def closed(self) -> list[int]:
         return self.routes.closed()
 
+    def missed(self) -> list[int]:
+        return self.routes.missed()
+
     def gone(self, extents: Iterable[int]) -> None:
         self.routes.gone(extents)
 

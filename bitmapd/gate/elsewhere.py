@@ -42,6 +42,9 @@ class Elsewhere(Protocol):
     def closed(self) -> list[int]:
         """Cooling extents that the gate alone has written since their last blocks were known."""
 
+    def missed(self) -> list[int]:
+        """Cooling extents that hosts have written through the gate since the latest barrier."""
+
     def gone(self, extents: Iterable[int]) -> None:
         """These have left the record."""
 

@@ -118,6 +118,14 @@ class Routes:
         closed = self._cooling.minus(self._open)
         return [extent for run in closed.runs() for extent in range(*run)]
 
+    def missed(self) -> list[int]:
+        """Cooling extents that hosts have written through the gate since the latest barrier."""
+        both = BlockSet()
+        if self._gated.meets(self._cooling):
+            both.update(self._gated)
+            both.intersect(self._cooling)
+        return [extent for run in both.runs() for extent in range(*run)]
+
     def gone(self, extents: Iterable[int]) -> None:
         """These have left the record."""
         for extent in extents:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import pytest
+
 from bitmapd.copier.rounds import URGENT_ERA_S
 from bitmapd.gate.elsewhere import Collected, Run
 from bitmapd.gate.routes import DIRECT, GATE, URGENT_HITS
@@ -380,6 +382,44 @@ def test_a_cooled_extent_that_is_wanted_again_stays() -> None:
     assert mirror.routes.count_direct == 1
 
 
+@pytest.mark.parametrize("barriers", [1, 2])
+def test_what_hosts_write_while_it_cools_is_direct_again(barriers: int) -> None:
+    mirror = direct(0, 1)
+    mirror.policy.expiring = [0, 1]
+    mirror.gate.tick()
+    mirror.policy.expiring, mirror.policy.kept = [], {0}
+    for _ in range(barriers):
+        barrier(mirror)
+    assert mirror.routes.count_direct == 0
+    host_wrote(mirror, 0)
+    mirror.gate.tick()
+    assert not mirror.routes.is_cooling(0), "although it is not clean"
+    assert mirror.recorded() >= {0}
+    barrier(mirror)
+    assert mirror.routes.count_direct == 1
+
+
+def test_what_nobody_wants_cools_on_though_it_is_written() -> None:
+    mirror = direct(0)
+    mirror.policy.kept = set()
+    cool(mirror, 0)
+    host_wrote(mirror, 0)
+    mirror.gate.tick()
+    assert mirror.routes.is_cooling(0)
+
+
+def test_what_the_limit_has_cooled_cools_on_though_it_is_written() -> None:
+    mirror = direct(0, 1)
+    mirror.policy.unloved = [0]
+    mirror.gate.limit_extents = 1
+    mirror.gate.tick()
+    assert mirror.routes.is_cooling(0)
+    barrier(mirror)
+    host_wrote(mirror, 0)
+    mirror.gate.tick()
+    assert mirror.routes.is_cooling(0)
+
+
 def test_unsettled_extents_are_not_cooled() -> None:
     mirror = direct(0)
     host_wrote(mirror, 0)
@@ -476,6 +516,9 @@ class Another:
 
     def closed(self) -> list[int]:
         return [extent for extent in self.cooled if extent not in self.open]
+
+    def missed(self) -> list[int]:
+        return []
 
     def gone(self, extents: Iterable[int]) -> None:
         self.left += extents
