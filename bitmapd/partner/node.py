@@ -204,6 +204,8 @@ class Node:
 
     def _lose(self) -> None:
         had_said_ready = self.phase is Phase.READY and self._exchange.has_said_ready
+        if had_said_ready and has(self._theirs, HelloFlag.GO_ON):
+            self._other_goes_on = True  # it may have come up, though this node has not
         if self._known:
             self._reliance.end()
         self._handover.lost()
@@ -332,7 +334,7 @@ class Node:
         self.rights.thaw(shares, copying)
         if not in_memory(mine, theirs):
             self._reliance.settle()
-        self._other_goes_on = has(theirs, HelloFlag.GO_ON)
+        self._other_goes_on = has(theirs, HelloFlag.GO_ON)  # and has gone on with nothing so far
         if self.lasting.gone_on:  # the other knows now; if this fails, it stays a warning
             self.ledger.change(partial(_gone_on, False), lambda error: None)
         self._phase(Phase.UP)

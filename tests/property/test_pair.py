@@ -44,6 +44,9 @@ def test_the_rules_hold_whatever_happens(troubles: str, length: int) -> None:
     [
         # The first exchange, while the record of node 1 cannot be written: node 2 has the flag.
         pytest.param(7000282, "errors", 60, id="only-one-can-say-VOLATILE"),
+        pytest.param(7000284, "errors", 1500, id="the-other-says-it-of-what-is-on-its-way"),
+        # One has READY and may go on in a cut, before the other has come up with it.
+        pytest.param(7000634, "cuts", 400, id="gone-on-before-the-other-is-up"),
     ],
 )
 def test_walks_that_have_shown_something(seed: int, troubles: str, length: int) -> None:

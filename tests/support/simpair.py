@@ -308,9 +308,22 @@ class Side:
 
     @property
     def may_lack(self) -> bool:
-        """Whether the other has gone on, and this one does not know where."""
+        """Whether the other has gone on, and this one does not know where.  One that is alone and
+        has said READY may not have noticed that the other has come up, and was cut off."""
+        other, node = self.world.sides[2 - self.number], self.node
+        is_ready = node.phase is Phase.READY and node._exchange.has_said_ready
+        return other.lasting.gone_on and (node.state is not State.ALONE or is_ready)
+
+    @property
+    def may_be_in_memory(self) -> bool:
+        """Whether VOLATILE says that what it owns may stand in the other's memory only."""
         other = self.world.sides[2 - self.number]
-        return other.lasting.gone_on and self.node.state is not State.ALONE
+        return self.lasting.volatile or (self.leaves_it_to_the_other and other.lasting.volatile)
+
+    @property
+    def leaves_it_to_the_other(self) -> bool:
+        """Its record could not be written when the two met last: the other's has to say all."""
+        return self.node.exchanges > 0 and has(self.node._mine, HelloFlag.UNSTORED)
 
     def look_at_record(self) -> None:
         self.node.record_is(failing=self.store.failing)
@@ -633,7 +646,9 @@ class World:
             same = incarnation == (side.incarnations, other.incarnations) and before is other.end
             if error is None and same and other.alive and other.stopped:
                 # What this side has handed over meanwhile is not meant.
-                if ((other.rights.own | other.rights.owed) & ~side.rights.owed).any():
+                # It may have grown, and the other not yet.
+                theirs = (other.rights.own | other.rights.owed)[: len(side.rights.own)]
+                if (theirs & ~side.rights.owed[: len(theirs)]).any():
                     raise AssertionError("TAKEN before everything was given")
                 if any(
                     op.kind == "write" for op in other.primary.pending + other.secondary.pending
@@ -953,15 +968,12 @@ class World:
             raise AssertionError(f"no stored record names blocks {unnamed}")
         for side, blocks in zip(self.sides, flying, strict=True):
             lacking = side.unnamed(blocks)
-            if self.stored_often:
+            if self.stored_often or side.leaves_it_to_the_other:
                 lacking &= self.sides[2 - side.number].unnamed(blocks)
-            if side.counts and not side.lasting.volatile and lacking:
+            if side.counts and not side.may_be_in_memory and lacking:
                 raise AssertionError(f"node {side.number} writes to {lacking}, stored nowhere")
         for side, other in ((one, two), (two, one)):
-            if not side.counts or not side.pair_record._relies or side.lasting.volatile:
-                continue
-            # Whose record cannot be written leaves the flag to the other.
-            if other.lasting.volatile and has(side.node._mine, HelloFlag.UNSTORED):
+            if not side.counts or not side.pair_record._relies or side.may_be_in_memory:
                 continue
             held = {e * PER_EXTENT for e in range(len(side.rights.held)) if side.rights.held[e]}
             if lacking := other.unnamed(held):

@@ -128,6 +128,33 @@ def test_a_clean_stop_tells_all() -> None:
     assert not it.two.node.comparisons
 
 
+def test_it_may_have_gone_on_though_this_node_has_never_come_up_with_it() -> None:
+    """The link is lost when the one that may go on has READY, and the other waits for it."""
+    it = Two()
+    it.pair()
+    it.one.node.leave(lambda _: None)
+    it.carry()
+    it.one = Station(1)
+    it.one.flags = HelloFlag.GO_ON | HelloFlag.FRESH
+    it.one.node.start()
+    it.connect()
+    it.carry(most=4, write=False)
+    for station in (it.one, it.two):
+        while station.writes:
+            station.write()
+    it.one.receive(*it.two.sent())
+    assert it.one.node.state is State.PAIRED
+    assert (it.two.node.state, it.two.node.phase) == (State.ALONE, Phase.READY)
+    it.cut()
+    write(it.one, 3)
+    it.one.write()
+    assert it.one.rights.held[3]
+    it.two.node.fenced(Proof.FENCE)
+    it.two.write()
+    assert it.two.node.comparisons
+    assert it.two.rights.own[3]
+
+
 def test_what_it_has_gone_on_with_is_remembered_until_the_two_meet() -> None:
     """A new process of it may be of another mind, and its first link lost."""
     it = cut_off()
