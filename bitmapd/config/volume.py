@@ -13,8 +13,7 @@ from bitmapd.config import kinds
 from bitmapd.config.kinds import Kind
 from bitmapd.net.uri import is_receiver
 
-DEFAULT_RECORD_LIMIT_BYTES = 1 << 30
-DEFAULT_RECORD_LIMIT_FRACTION = 10
+DEFAULT_RECORD_LIMIT_BYTES = 4 << 30  # docs/prediction.md, "The default limit"
 MIN_RECORD_LIMIT_EXTENTS = 64
 DEFAULT_CUT_PATIENCE_S = 0.05  # of a volume with a receiver
 ERA_INTERVAL_NBD_S = 1.0
@@ -111,8 +110,8 @@ class VolumeConfig:
             "record_limit",
             kinds.or_word("auto", kinds.SIZE),
             "How much the record may name, and so how much a crash makes us copy; only clean"
-            " extents are given up to keep to it. auto: 1GiB or a tenth of the volume, whichever"
-            " is smaller. Never less than 64 extents. Excludes resync_target.",
+            " extents are given up to keep to it. auto: 4GiB, or all of a smaller volume. Never"
+            " less than 64 extents. Excludes resync_target.",
             "auto",
             shared=True,
             live=True,
@@ -571,5 +570,5 @@ def effective_record_limit_bytes(config: VolumeConfig, size_bytes: int) -> int:
     """The limit that `record_limit` stands for in a volume of that size (see its manual)."""
     wanted = config.record_limit_bytes
     if wanted is None:
-        wanted = min(DEFAULT_RECORD_LIMIT_BYTES, size_bytes // DEFAULT_RECORD_LIMIT_FRACTION)
+        wanted = min(DEFAULT_RECORD_LIMIT_BYTES, size_bytes)
     return max(wanted, MIN_RECORD_LIMIT_EXTENTS * config.extent_size_bytes)
