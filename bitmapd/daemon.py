@@ -39,6 +39,7 @@ from bitmapd.config import (
     changed,
     check_name,
     from_unit_instance,
+    is_keeper,
     load_any,
     load_volume,
 )
@@ -48,7 +49,7 @@ from bitmapd.errors import BitmapdError, UsageError, explain, printable
 from bitmapd.hardening import keep_standard_descriptors, protect_memory
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort
 from bitmapd.predict.predictors import make_policy
-from bitmapd.process import Process
+from bitmapd.process import Process, start_anew
 from bitmapd.record.medium import RecordMedium
 from bitmapd.volume.conversion import become_single
 from bitmapd.volume.requestlog import check_log
@@ -84,7 +85,7 @@ class Daemon(Process[Volume]):
     def _make_volume(self) -> Volume:
         config = resolved(load_volume(self._paths, self._name))
         volume = Volume(config, self._paths, asyncio.get_running_loop(), self._log.emit)
-        volume.on_outdated = _start_anew
+        volume.on_outdated = start_anew
         return volume
 
     def _metrics_listen(self) -> str | None:
@@ -208,15 +209,6 @@ class Daemon(Process[Volume]):
         return answer
 
 
-def _start_anew() -> None:
-    """The partner has taken over: whatever this process believes to own is no longer its own.  The
-    kernel ends its I/O before the next program begins, and every descriptor is closed by that but
-    the standard ones, without which the next one would not become a daemon."""
-    for number in range(3):
-        os.set_inheritable(number, True)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
-
-
 def _write_error(paths: Paths, name: str, error: BitmapdError) -> None:
     line = json.dumps(error.to_json()) + "\n"
     with contextlib.suppress(OSError):  # the error itself goes to the log as well
@@ -250,11 +242,16 @@ def serve(paths: Paths, name: str, *, foreground: bool) -> int:
         paths.error_file(name).unlink(missing_ok=True)
         protect_memory(log.emit)
         process: type[Process[Any]] = Daemon
-        if isinstance(load_any(paths, name), ReceiverConfig):
-            # A volume's process need not have the 1 MiB that this brings.
+        config = load_any(paths, name)
+        # A volume's process need not have the 1 MiB that these bring.
+        if isinstance(config, ReceiverConfig):
             from bitmapd.receiverd import ReceiverProcess  # noqa: PLC0415
 
             process = ReceiverProcess
+        elif is_keeper(config):
+            from bitmapd.keeperd import KeeperProcess  # noqa: PLC0415
+
+            process = KeeperProcess
         asyncio.run(process(paths, name, log, last_resort).run())
     except BitmapdError as error:
         _write_error(paths, name, error)

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -244,6 +245,15 @@ class Process(ABC, Generic[S]):
                     raise WrongStateError(f"volume '{self._name}' has failed")
             await self.volume.wait(state)
         return {"state": self.volume.state}
+
+
+def start_anew() -> None:
+    """The partner has taken over: whatever this process believes to own is no longer its own.  The
+    kernel ends its I/O before the next program begins, and every descriptor is closed by that but
+    the standard ones, without which the next one would not become a daemon."""
+    for number in range(3):
+        os.set_inheritable(number, True)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _look_again(loop: asyncio.AbstractEventLoop) -> None:

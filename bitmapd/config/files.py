@@ -255,7 +255,7 @@ def _shared_things(paths: Paths, configs: Mapping[str, VolumeConfig]) -> list[Pr
     for name, config in configs.items():
         for key_name in ("uuid", "primary", "secondary", "record", "listen", "metrics_listen"):
             value = getattr(config, key_name)
-            if value is None:
+            if not value:
                 continue
             owner = owners.setdefault(str(value), name)
             if owner != name:

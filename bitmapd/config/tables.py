@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from bitmapd.config.kinds import is_loopback
 from bitmapd.config.problems import ConfigError, Problem, nearest
-from bitmapd.config.volume import VolumeConfig, keys
+from bitmapd.config.volume import KEEPER, VolumeConfig, is_keeper, keys
 from bitmapd.errors import UsageError
 from bitmapd.net.uri import NbdUri, is_receiver, is_uri, parse_receiver_uri, parse_uri
 from bitmapd.record.geometry import Geometry
@@ -58,6 +58,8 @@ def build_volume(
     for field, key in keys().items():
         if key.default is not None:
             values[field] = key.kind.parse(key.default)
+    if own.get("partner_role") == KEEPER:  # which has neither
+        values |= {"primary": "", "secondary": ""}
     values = layer(layer(values, defaults), own)
     for field, key in keys().items():
         if field not in values and key.name not in table:
@@ -88,6 +90,10 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
         Geometry(config.extent_size_bytes, config.extent_size_bytes, config.block_size_bytes)
     except UsageError as error:
         yield "extent_size, block_size", error
+    if is_keeper(config):
+        yield from _judge_keeper(config)
+        yield from _judge_partner(config)
+        return
     yield from _judge_listen(config, parse_uri(config.listen))
     if is_receiver(config.secondary):
         yield from _judge_receiver(config)
@@ -106,12 +112,37 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
         seen.setdefault(value, key_name)
 
 
+def _judge_keeper(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
+    for name in ("primary", "secondary"):
+        if getattr(config, name):
+            yield (
+                name,
+                UsageError(
+                    "a keeper reads and writes no data",
+                    hint="leave it out; a node that serves hosts has partner_role = pair",
+                ),
+            )
+    if config.node == 1:
+        yield "node", UsageError("a keeper is node 2", hint="node 1 is the one with the volume")
+    for name, usual in OF_HOSTS.items():
+        if (value := getattr(config, name)) != usual:
+            yield name, UsageError(f"{value} is for nodes that serve hosts, not for a keeper")
+
+
+# What only a node that serves hosts has a use for, with what a keeper has instead.
+OF_HOSTS: Final = {
+    "serve": "always",
+    "record_on": "both",
+    "on_cut": "wait",
+}
+
 # What only a pair has a use for, with what a volume of one node has instead.
 OF_A_PAIR: Final = {
     "serve": "always",
     "record_on": "both",
     "partner_ack": "memory",
     "on_cut": "wait",
+    "partner_role": "pair",
 }
 
 

@@ -6,20 +6,21 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Final, get_type_hints
 from uuid import UUID
 
 from bitmapd.config import kinds
 from bitmapd.config.kinds import Kind
 from bitmapd.net.uri import is_receiver
 
-DEFAULT_RECORD_LIMIT_BYTES = 4 << 30  # docs/prediction.md, "The default limit"
+DEFAULT_RECORD_LIMIT_BYTES = 1 << 30
+DEFAULT_RECORD_LIMIT_FRACTION = 10
 MIN_RECORD_LIMIT_EXTENTS = 64
 DEFAULT_CUT_PATIENCE_S = 0.05  # of a volume with a receiver
 ERA_INTERVAL_NBD_S = 1.0
 ERA_INTERVAL_DM_S = 5.0
-LONGEST_ERA_DM_S = 20.0
 FENCE_DELAYS_S = (1.0, 6.0)  # of node 1 and of node 2
+KEEPER: Final = "keeper"  # `partner_role`
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,8 @@ class VolumeConfig:
             "record_limit",
             kinds.or_word("auto", kinds.SIZE),
             "How much the record may name, and so how much a crash makes us copy; only clean"
-            " extents are given up to keep to it. auto: 4GiB, or all of a smaller volume. Never"
-            " less than 64 extents. Excludes resync_target.",
+            " extents are given up to keep to it. auto: 1GiB or a tenth of the volume, whichever"
+            " is smaller. Never less than 64 extents. Excludes resync_target.",
             "auto",
             shared=True,
             live=True,
@@ -136,8 +137,7 @@ class VolumeConfig:
             "era_interval",
             kinds.or_word("auto", kinds.INTERVAL),
             "How often written blocks are handed to the copier, 100ms to 10min. auto: 1s over nbd,"
-            " 5s with device-mapper, where the end of an era makes writes wait for a moment; up to"
-            " 20s there while many different blocks are written, for each waits once in an era.",
+            " 5s with device-mapper, where the end of an era makes writes wait for a moment.",
             "auto",
             shared=True,
             live=True,
@@ -246,6 +246,17 @@ class VolumeConfig:
             kinds.or_word("none", kinds.PARTNER),
             "Where the other appliance reaches this one.",
             "none",
+        ),
+    ]
+    partner_role: Annotated[
+        str,
+        Key(
+            "partner_role",
+            kinds.PARTNER_ROLE,
+            "What this node is to the other one: pair, one that serves hosts; or keeper, node 2,"
+            " which has no primary and no secondary and keeps the other's record; fixed when the"
+            " node is created.",
+            "pair",
         ),
     ]
     record_on: Annotated[
@@ -540,17 +551,17 @@ def taken_up(running: VolumeConfig, read: VolumeConfig) -> tuple[VolumeConfig, l
 
 
 def device_of(config: VolumeConfig) -> str:
-    """What hosts use: a device node, or the URI of the export."""
+    """What hosts use: a device node, or the URI of the export; nothing, of a keeper."""
+    if is_keeper(config):
+        return ""
     return f"/dev/mapper/{config.name}" if config.attach == "dm" else config.listen
 
 
-def effective_era_intervals_s(config: VolumeConfig) -> tuple[float, float]:
-    """The shortest and the longest interval that `era_interval` stands for (see its manual)."""
-    if config.era_interval_s is not None:
-        return config.era_interval_s, config.era_interval_s
-    if config.attach == "dm":
-        return ERA_INTERVAL_DM_S, LONGEST_ERA_DM_S
-    return ERA_INTERVAL_NBD_S, ERA_INTERVAL_NBD_S
+def effective_era_interval_s(config: VolumeConfig) -> float:
+    """The interval that `era_interval` stands for (see its manual)."""
+    if config.era_interval_s is None:
+        return ERA_INTERVAL_DM_S if config.attach == "dm" else ERA_INTERVAL_NBD_S
+    return config.era_interval_s
 
 
 def effective_fence_delay_s(config: VolumeConfig) -> float:
@@ -565,6 +576,11 @@ def effective_cut_patience_s(config: VolumeConfig) -> float:
     return DEFAULT_CUT_PATIENCE_S if config.cut_patience_s is None else config.cut_patience_s
 
 
+def is_keeper(config: VolumeConfig) -> bool:
+    """Whether it keeps the record of another node: `primary` and `secondary` are empty then."""
+    return config.partner_role == KEEPER
+
+
 def has_receiver(config: VolumeConfig) -> bool:
     """Whether the secondary keeps consistent points."""
     return is_receiver(config.secondary)
@@ -574,5 +590,5 @@ def effective_record_limit_bytes(config: VolumeConfig, size_bytes: int) -> int:
     """The limit that `record_limit` stands for in a volume of that size (see its manual)."""
     wanted = config.record_limit_bytes
     if wanted is None:
-        wanted = min(DEFAULT_RECORD_LIMIT_BYTES, size_bytes)
+        wanted = min(DEFAULT_RECORD_LIMIT_BYTES, size_bytes // DEFAULT_RECORD_LIMIT_FRACTION)
     return max(wanted, MIN_RECORD_LIMIT_EXTENTS * config.extent_size_bytes)

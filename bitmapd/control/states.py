@@ -48,6 +48,7 @@ _STATES = (
     State("copying", 0),
     State("in-sync", 0),
     State("receiving", 0),
+    State("keeping", 0),
     State("stopped", 14, "dmctl start NAME"),
 )
 STATES = {state.name: state for state in _STATES}

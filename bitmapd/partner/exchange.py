@@ -21,7 +21,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from bitmapd.partner.greeting import adopted, has, in_memory, stores_first
+from bitmapd.partner.greeting import NIL, adopted, has, in_memory, stores_first
+from bitmapd.partner.keeping import is_keeper, may_lack, nobody_knows, share_with_keeper
 from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record
 from bitmapd.partner.rights import Rights
@@ -70,13 +71,16 @@ class Exchange:
         self._agree: Callable[[int], None] | None = None  # our READY is sent
         self._first_pairing: Callable[[], None] | None = None
         self._copying: set[int]  # extents where a copy of the other's is under way
+        self._keeps = is_keeper(mine)
+        self._with_keeper = self._keeps or is_keeper(theirs)
         node.rights.freeze()
+        knows = self._keeps and not has(mine, HelloFlag.FRESH)
         self._view = view = node.rights.view(
-            around.stored(),
+            node.rights.other if knows else around.stored(),
             fresh=has(mine, HelloFlag.FRESH),
-            volatile=has(mine, HelloFlag.VOLATILE),
+            volatile=_is_unnamed(mine),
         )
-        stored = runs_of(view.stored) if view.fresh else ()
+        stored = runs_of(view.stored) if view.fresh or knows else ()
         node.say(Record(runs_of(view.own), runs_of(view.owed), stored, node.rights.unfree))
 
     @property
@@ -92,21 +96,19 @@ class Exchange:
             bits_of(record.own, size),
             bits_of(record.owed, size),
             bits_of(record.stored, size),
-            has(theirs, HelloFlag.VOLATILE),
+            _is_unnamed(theirs),
         )
-        shares = share(view, their_view, node.number)
         self._copying = set(each(record.copying))
-        rights = node.rights
-        rights.learn(record.own)
-        rights.learn(record.owed)
-        if view.fresh:
-            rights.learn(runs_of(view.stored))
-            if their_view.fresh:
-                rights.learn(record.stored)
-        elif their_view.fresh:
-            rights.owe(record.stored)
-        if shares.everything:
-            rights.learn(((0, size),))
+        if self._with_keeper:
+            shares = share_with_keeper(
+                view, their_view, keeps=self._keeps, everything=nobody_knows(mine, theirs)
+            )
+            node.rights.learn(runs_of(shares.own | shares.other))
+        else:
+            shares = share(view, their_view, node.number)
+            self._learn(record, view, their_view)
+            if shares.everything:
+                node.rights.learn(((0, size),))
         generations, term = adopted(mine, theirs)
         volume = mine.volume if any(mine.volume) else theirs.volume
         volatile = in_memory(mine, theirs) and not has(mine, HelloFlag.UNSTORED)
@@ -114,7 +116,15 @@ class Exchange:
 
         def edit(now: Lasting) -> Lasting:
             # A flag that is set stays: only `reliance` takes it back.
-            return Lasting(False, term, generations, volume, volatile or now.volatile, now.gone_on)
+            return Lasting(
+                False,
+                term,
+                generations,
+                volume,
+                volatile=volatile or now.volatile,
+                gone_on=may_lack(mine, theirs) if self._keeps else now.gone_on,
+                kept=is_keeper(theirs),
+            )
 
         def stored(error: OSError | None) -> None:
             if not self._is_current():
@@ -138,6 +148,18 @@ class Exchange:
         # READY says what GRANT says: where that has to be stored first, this has, too.
         if not (stores_first(mine, theirs) and self._around.destage(named)):
             named(None)
+
+    def _learn(self, record: Record, mine: View, theirs: View) -> None:
+        """What the other may own."""
+        rights = self._node.rights
+        rights.learn(record.own)
+        rights.learn(record.owed)
+        if mine.fresh:
+            rights.learn(runs_of(mine.stored))
+            if theirs.fresh:
+                rights.learn(record.stored)
+        elif theirs.fresh:
+            rights.owe(record.stored)
 
     def _say_ready(self, shares: Shares, agree: Callable[[int], None]) -> None:
         self._agree = agree
@@ -178,3 +200,9 @@ class Exchange:
                     " there",
                 )
             )
+
+
+def _is_unnamed(hello: Hello) -> bool:
+    """Whether what its earlier processes have written may be in no stored record: it stood in
+    memory only, or the record is lost and the node joins with a new one."""
+    return has(hello, HelloFlag.VOLATILE) or hello.volume == NIL

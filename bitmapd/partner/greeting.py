@@ -27,15 +27,16 @@ from __future__ import annotations
 
 from enum import Enum
 
-from bitmapd.partner.messages import Hello, HelloFlag
+from bitmapd.partner.messages import Hello, HelloFlag, Role
 from bitmapd.peer.frames import ErrorCode, PeerError
 
 NIL = bytes(16)
 VERSION = 1
 DIRT_AS_BLOCKS, EMBARGO, GIVES_UP, SAYS_VOLATILE, STORES_FIRST = 1, 2, 4, 8, 16
-KNOWS_GO_ON = 32
+KNOWS_GO_ON, KNOWS_KEEPERS = 32, 128
 REQUIRED = DIRT_AS_BLOCKS | EMBARGO
 OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE | STORES_FIRST | KNOWS_GO_ON
+OFFERED |= KNOWS_KEEPERS
 
 
 class Standing(Enum):
@@ -73,13 +74,16 @@ def check(mine: Hello, theirs: Hello) -> None:
         raise PeerError(ErrorCode.OTHER, f"both nodes are node {mine.node}")
     if (mine.machine, mine.incarnation) == (theirs.machine, theirs.incarnation):
         raise PeerError(ErrorCode.OTHER, "the partner's address leads to this node itself")
+    if mine.role is theirs.role is Role.KEEPER:
+        raise PeerError(ErrorCode.OTHER, "both nodes are keepers: nobody has the volume")
+    shared = Role.KEEPER not in (mine.role, theirs.role)  # the media are
     for what, here, there in (
         ("volume name", mine.name, theirs.name),
         ("extent size", mine.extent_bytes, theirs.extent_bytes),
         ("block size", mine.block_bytes, theirs.block_bytes),
         *((("volume size", mine.size_bytes, theirs.size_bytes),) if nil else ()),
-        ("primary", mine.primary, theirs.primary),
-        ("secondary", mine.secondary, theirs.secondary),
+        *((("primary", mine.primary, theirs.primary),) if shared else ()),
+        *((("secondary", mine.secondary, theirs.secondary),) if shared else ()),
     ):
         if here != there:
             raise PeerError(ErrorCode.OTHER, f"{what}: {here!r} here, {there!r} at the partner")

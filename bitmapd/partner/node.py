@@ -23,6 +23,7 @@ Invariants:
 3. A message that is not allowed in the phase of the connection ends the connection.
 4. In a split brain nothing is written or copied until the other comes as a fresh process.  Then
    everything is compared: copies of both may have landed on one another, which no record knows.
+5. A keeper (`keeping`) is waiting, paired or cut.  It serves nobody and is never alone.
 
 A crash leaves the superblock of before or after a step.  The process that comes next is fresh,
 except for a node 1 that was never paired.
@@ -42,6 +43,7 @@ from bitmapd.media.base import Scheduler, Timer
 from bitmapd.partner import messages
 from bitmapd.partner.exchange import Exchange
 from bitmapd.partner.greeting import (
+    NIL,
     SplitBrain,
     Standing,
     check,
@@ -82,8 +84,12 @@ class Node:
         rights: Rights,
         scheduler: Scheduler,
         around: Surroundings,
+        *,
+        keeps: bool = False,
     ) -> None:
+        """It `keeps` the record of the other and is nothing else."""
         self.number = number
+        self.keeps = keeps
         self.ledger = Ledger(lasting, around.store)
         self.rights = rights
         self._scheduler = scheduler
@@ -109,7 +115,7 @@ class Node:
         self._over = False  # nothing is said any more
         self._left: Callable[[bool], None] | None = None
         self._handover = Handover(rights, scheduler, self.say)
-        self._reliance = Reliance(self.ledger, around)
+        self._reliance = Reliance(self.ledger, around, self._all_stored)
         self._other_goes_on = False  # it may take places in a cut that we do not know of
         rights.on_stuck = self._look_whether_to_go_on
         self.growth = Growth(rights, scheduler, self)
@@ -123,7 +129,8 @@ class Node:
     # -- how it begins ------------------------------------------------------------------------
     def start(self) -> None:
         """A node 1 that was never paired needs nobody; any other has to meet its partner."""
-        if self.number == 1 and self.lasting.never_paired:
+        joins = self.lasting.volume == NIL
+        if self.number == 1 and self.lasting.never_paired and not (joins or self.keeps):
             self._known = True
             self.proof = Proof.NEVER
             self.rights.adopt(runs_of(self._around.stored()))
@@ -133,7 +140,7 @@ class Node:
     @property
     def serves(self) -> bool:
         """Whether requests of hosts may be taken."""
-        return self.state in (State.PAIRED, State.CUT, State.ALONE)
+        return not self.keeps and self.state in (State.PAIRED, State.CUT, State.ALONE)
 
     @property
     def going_alone(self) -> bool:
@@ -173,7 +180,7 @@ class Node:
             flags |= HelloFlag.SERVES
         if self.lasting.volatile:
             flags |= HelloFlag.VOLATILE
-        if self.lasting.gone_on:
+        if self._other_goes_on if self.keeps and self._known else self.lasting.gone_on:
             flags |= HelloFlag.GONE_ON
         return replace(
             hello,
@@ -279,7 +286,7 @@ class Node:
             return  # it ends this connection, and comes back when it has grown
         if self.state is State.SPLIT_BRAIN:
             self._outlive()
-        elif other_fresh and self._known and self.state is not State.ALONE:
+        elif other_fresh and self._known and self.state is not State.ALONE and not self.keeps:
             self._absorb()
         self._reliance.hold()
         self.rights.most_requests = theirs.most_requests
@@ -332,10 +339,11 @@ class Node:
         self._reliance.begin(relies=relies(mine, theirs))
         self.rights.store_first(stores_first(mine, theirs))
         self.rights.thaw(shares, copying)
-        if not in_memory(mine, theirs):
-            self._reliance.settle()
         self._other_goes_on = has(theirs, HelloFlag.GO_ON)  # and has gone on with nothing so far
-        if self.lasting.gone_on:  # the other knows now; if this fails, it stays a warning
+        if stores_first(mine, theirs) if self.keeps else not in_memory(mine, theirs):
+            self._reliance.settle()
+        if self.lasting.gone_on and not self.keeps:
+            # The other knows now; if this fails, it stays a warning.
             self.ledger.change(partial(_gone_on, False), lambda error: None)
         self._phase(Phase.UP)
         self._become(State.PAIRED)
@@ -390,7 +398,7 @@ class Node:
 
     def fenced(self, proof: Proof) -> None:
         """The other can write no more: serve alone, once that is durable."""
-        if self.state not in (State.WAITING, State.CUT) or self._going_alone:
+        if self.keeps or self.state not in (State.WAITING, State.CUT) or self._going_alone:
             return
         self._check_alone()
         self._going_alone = True
@@ -415,10 +423,13 @@ class Node:
         self.lead.take()
         self.proof = proof
         compared = self.comparisons
-        if not self._known or (self._other_goes_on and proof is not Proof.BYE):
+        if not self._known and self.lasting.kept and not self.lasting.volatile:
+            # Nobody else has written, and all that this node wrote is in its own record.
+            self.rights.learn(runs_of(self._around.stored()))
+        elif not self._known or (self._other_goes_on and proof is not Proof.BYE):
             # What the other has done is known to nobody: all of it may differ.
             self._nobody_knows()
-            self._known = True
+        self._known = True
         # Not what hosts have waited for besides: nobody has written there.
         taken = self.rights.other | self.rights.owed
         self.rights.alone()
@@ -472,6 +483,9 @@ class Node:
             )
         if self._left is not None:
             raise BusyError("this node is stopping")
+        if self.lasting.kept:
+            self._scheduler.call_soon(done, None)
+            return
 
         def over(error: Exception | None) -> None:
             if error is None:
@@ -485,7 +499,7 @@ class Node:
         with whether it has all of it; without a link what is ours stays ours."""
         if self._left is not None:
             raise BusyError("this node is stopping")
-        if self.state is State.PAIRED:
+        if self.state is State.PAIRED and not self.lasting.kept:
             self._handover.give(done)
         else:
             self._scheduler.call_soon(done, False)
@@ -493,6 +507,9 @@ class Node:
     def leave(self, done: Callable[[bool], None]) -> None:
         """End: no host is served any more.  Give everything to the other, and say so last; `done`
         with whether it has all of it.  Without a link what is ours stays in the record."""
+        if self.keeps:
+            self._leave_off(partial(done, False))
+            return
         if self.state is not State.PAIRED or self._handover.is_taking:
             self._reliance.when_over(partial(done, False))
             return
@@ -509,6 +526,29 @@ class Node:
         self.state = State.WAITING
         self._hang_up(None)
         self._reliance.when_over(partial(done, True))
+
+    def _leave_off(self, done: Callable[[], None]) -> None:
+        """Of a keeper: keep nothing more.  The other goes on alone from BYE on, so that comes after
+        the superblock says that the record here lacks what is written then."""
+
+        def may_go(error: OSError | None) -> None:
+            if error is None and self.phase is Phase.UP:
+                self.say(words.Bye(words.Goodbye.STOPPED))
+            self.finish(done)
+
+        if self.phase is Phase.UP:
+            self._other_goes_on = True
+            self.ledger.change(partial(_gone_on, True), may_go)
+        else:
+            self.finish(done)
+
+    def part(self, done: Callable[[], None]) -> None:
+        """End, where the other is a keeper: what is ours stays in both records.  No host is served
+        any more, and nothing is copied."""
+        if self.phase is Phase.UP:
+            self.rights.flush()
+            self.say(words.Bye(words.Goodbye.STOPPED))
+        self.finish(done)
 
     def finish(self, done: Callable[[], None]) -> None:
         """Nothing is said or heard any more.  Call back when the stored record stands for itself,
@@ -539,6 +579,11 @@ class Node:
         self._hang_up(None)
         if message.reason == words.Goodbye.STOPPED:
             self.fenced(Proof.BYE)
+
+    def _all_stored(self, now: Lasting) -> Lasting:
+        """The superblock once the stored record names all that this node knows."""
+        gone_on = self._other_goes_on if self.keeps else now.gone_on
+        return replace(now, volatile=False, gone_on=gone_on)
 
     # -- neither ------------------------------------------------------------------------------
     def shut_out(self, why: str) -> None:
@@ -585,6 +630,8 @@ class Node:
 
     # -- while paired -------------------------------------------------------------------------
     def _grant(self, message: messages.Grant, sequence: int) -> None:
+        if self.keeps:
+            raise PeerError(ErrorCode.KIND, "a keeper has nothing to write, and takes no extent")
         self.rights.granted(message, sequence)
 
     def _take_asked(self, message: messages.Take, _: int) -> None:

@@ -35,6 +35,7 @@ from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import (
     KNOWS_GO_ON,
+    KNOWS_KEEPERS,
     NIL,
     OFFERED,
     REQUIRED,
@@ -71,6 +72,7 @@ class Names:
     relies: bool = False  # record_on = partner
     stored: bool = False  # partner_ack = stored
     goes_on: bool = False  # on_cut = go-on
+    keeps: bool = False  # partner_role = keeper
 
 
 @dataclass(slots=True)
@@ -172,7 +174,7 @@ class Pair:
         self.rights = Rights(geometry, number, batches, self._hands)
         self.rights.has_room = self._has_room
         self.record = PairRecord(store, self.rights)
-        self.node = Node(number, lasting, self.rights, loop, self)
+        self.node = Node(number, lasting, self.rights, loop, self, keeps=names.keeps)
         self.fence = Fence(self.node, loop, home)
         self.peer = Peer()
         self.since_s = loop.time()  # of the state
@@ -248,6 +250,11 @@ class Pair:
         return self.node.state is State.PAIRED
 
     @property
+    def has_keeper(self) -> bool:
+        """Whether the partner keeps the record and is nothing else."""
+        return self.node.lasting.kept
+
+    @property
     def is_alone(self) -> bool:
         return self.node.state is State.ALONE
 
@@ -287,10 +294,21 @@ class Pair:
         self.send_ping()
 
     async def leave(self) -> bool:
-        """No host is served any more: give everything to the partner.  False if it is not there."""
+        """No host is served any more: give everything to the partner.  False if it is not there, or
+        a keeper."""
+        if self.has_keeper:
+            return False
         given: asyncio.Future[bool] = self._loop.create_future()
         self.node.leave(given.set_result)
         return await given
+
+    async def part(self) -> None:
+        """No host is served and nothing copied any more: a keeper hears so.  What the stored record
+        has to name is in there on return, as far as that can be."""
+        if self.has_keeper:
+            over = asyncio.Event()
+            self.node.part(over.set)
+            await over.wait()
 
     def look_at_record(self) -> None:
         """Whether it can be written; the partner counts on what was said of that."""
@@ -345,11 +363,13 @@ class Pair:
                 f" (state '{self.node.state.value}')",
             )
         self._told_slow = slow
-        is_cut = self.node.state is State.CUT
+        is_cut = self.node.state is State.CUT and not self.has_keeper  # which nobody need fence
         self.fence.tick(self._loop.time() - self.since_s if is_cut else None, waiting)
 
     def _hand_over(self) -> None:
         """A node without a way to the secondary gives what is to be copied to one that has it."""
+        if self.node.keeps or self.has_keeper:
+            return
         there = self.is_paired and self.peer.words and _SECONDARY[self.peer.secondary]
         self.hands_over = there == "up" and self._home.figures()[2] == "down"
         self.rights.hand_over(self._home.idle_dirt(wanted=self.hands_over))
@@ -366,6 +386,8 @@ class Pair:
         link = {Phase.CLOSED: "down", Phase.UP: "up"}.get(node.phase, "exchanging")
         return {
             "node": node.number,
+            "role": role_of(node.keeps),
+            "kept": node.lasting.kept,
             "state": node.state.value,
             "link": link,
             "copier": node.lead.is_here,
@@ -377,11 +399,12 @@ class Pair:
             if peer is None
             else {
                 "name": peer.name,
+                "role": role_of(peer.role is Role.KEEPER),
                 "version": peer.program,
                 "incarnation": f"{peer.incarnation:016x}",
                 "dirty_bytes": self.peer.dirty_bytes,
                 "lag_seconds": round(self.peer.age_s, 3),
-                "secondary": _SECONDARY[self.peer.secondary],
+                "secondary": None if peer.role is Role.KEEPER else _SECONDARY[self.peer.secondary],
                 "serves": self.peer.lets_hosts_in,
             },
             "serving": self.lets_hosts_in,
@@ -544,6 +567,8 @@ class Pair:
             flags, required = flags | HelloFlag.STORED, required | STORES_FIRST
         if names.goes_on:
             flags, required = flags | HelloFlag.GO_ON, required | KNOWS_GO_ON
+        if names.keeps:
+            required |= KNOWS_KEEPERS
         if self._stored_record.failing:
             flags |= HelloFlag.UNSTORED
         return Hello(
@@ -551,7 +576,7 @@ class Pair:
             node=self.node.number,
             lowest=VERSION,
             highest=VERSION,
-            role=Role.PAIR,
+            role=Role.KEEPER if names.keeps else Role.PAIR,
             flags=flags,
             required=required,
             offered=OFFERED,
@@ -574,7 +599,8 @@ class Pair:
         )
 
     def stored(self) -> bitarray:
-        return self._at_start
+        # What a keeper has learnt since its start does not count less than what it found then.
+        return self._stored_record.recorded if self.node.keeps else self._at_start
 
     def other_died(self, extents: Runs) -> None:
         aborted = self.node.proof is Proof.FENCE and self.fence.settings.aborts_io
@@ -590,7 +616,6 @@ class Pair:
         if state is not self._state:
             before, self._state, self.since_s = self._state, state, self._loop.time()
             if state is State.PAIRED:
-                self.fence.paired()
                 self._home.emit("partner-up", was=before.value)
             elif state is State.OUTDATED:
                 self._home.outdated()
@@ -600,6 +625,11 @@ class Pair:
         if event in ("partner-refused", "partner-protocol-error"):
             self._last_failure = str(fields["message"])
         self._home.emit(event, **fields)
+
+
+def role_of(keeps: bool) -> str:
+    """As the status names it, and the configuration."""
+    return "keeper" if keeps else "pair"
 
 
 def _machine_id() -> bytes:

@@ -23,7 +23,6 @@ everything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.states import Lasting, Surroundings
@@ -32,9 +31,13 @@ from bitmapd.partner.states import Lasting, Surroundings
 class Reliance:
     """See the module docstring."""
 
-    def __init__(self, ledger: Ledger, around: Surroundings) -> None:
+    def __init__(
+        self, ledger: Ledger, around: Surroundings, stored: Callable[[Lasting], Lasting]
+    ) -> None:
+        """`stored` makes the superblock of a node whose stored record names all that it knows."""
         self._ledger = ledger
         self._around = around
+        self._stored = stored
         self._token: object | None = None  # of what is under way to have the flag go
         self._may_end = False  # nothing relies on memory, and all that can be known is
         self._when_over: list[Callable[[], None]] = []
@@ -68,7 +71,7 @@ class Reliance:
 
         def stored(error: OSError | None) -> None:
             if token is self._token and error is None:
-                self._ledger.change(_not_volatile, over)
+                self._ledger.change(self._stored, over)
             else:
                 over(error)
 
@@ -90,9 +93,6 @@ class Reliance:
 
     def tick(self) -> None:
         """Once a second: what could not be stored is tried again."""
-        if self._may_end and self._token is None and self._ledger.lasting.volatile:
+        lasting = self._ledger.lasting
+        if self._may_end and self._token is None and self._stored(lasting) != lasting:
             self.settle()
-
-
-def _not_volatile(lasting: Lasting) -> Lasting:
-    return replace(lasting, volatile=False)

@@ -53,7 +53,9 @@ class Lasting:
     generations: tuple[bytes, ...]
     volume: bytes  # UUID; nil while this node waits to join
     volatile: bool = False  # what counts may be in the memory of a node only (`reliance`)
-    gone_on: bool = False  # took places in a cut that the other does not know of
+    gone_on: bool = False  # took places in a cut that the other does not know of; of a keeper: the
+    # other may have done so, or what is known stands in memory only (`keeping`)
+    kept: bool = False  # the partner that was met last is a keeper
 
 
 class Wire(Protocol):

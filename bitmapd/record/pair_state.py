@@ -5,8 +5,8 @@ outlives a process of either: which node this is, whether it went on without the
 stored bits are worth.  It stands in a place of its own, and counts only with the incompatible
 feature PAIR: a program that does not know of pairs would write past the partner.
 
-1. A record keeps its volume's UUID for ever; `volume` is the pair's.  They are the same at node 1.
-   Node 2 has none until it joins, and needs no new format to do so.
+1. A record keeps its volume's UUID for ever; `volume` is the pair's.  They are the same at the node
+   that the volume was made at.  One that joins has none until then, and needs no new format for it.
 2. A node without the pair's UUID has never been paired.
 3. What is not in this module is zero; anything else is damage, never guessed at.
 """
@@ -33,8 +33,9 @@ NO_STATE: Final = bytes(STATE_BYTES)
 class PairFlag(enum.IntFlag):
     VOLATILE = 1  # the stored bits may lack what only the partner's memory holds
     ALONE = 2  # went on without the partner, which was proven unable to write
-    GONE_ON = 4  # took places of its own while it did not know of the partner
+    GONE_ON = 4  # took places while it did not know of the partner; of a keeper: may lack places
     NEVER_PAIRED = 8  # no exchange with a partner was ever finished
+    KEPT = 16  # the partner is a keeper: nobody else writes
 
 
 NO_PAIR_FLAGS: Final = PairFlag(0)
@@ -76,8 +77,8 @@ class PairState:
             raise UsageError("the nil UUID names no pair")
         if not 0 <= self.flags <= _KNOWN_FLAGS:
             raise UsageError(f"the pair's flags {int(self.flags):#x} are not known")
-        if self.volume is None and (self.node == 1 or not self.flags & PairFlag.NEVER_PAIRED):
-            raise UsageError(f"node {self.node} has no UUID of the pair; only a joining node 2 may")
+        if self.volume is None and not self.flags & PairFlag.NEVER_PAIRED:
+            raise UsageError(f"node {self.node} has no UUID of the pair; only one that joins may")
         if len(self.machine) != len(_NIL):
             raise UsageError(f"the machine id has {len(self.machine)} bytes; it needs 16")
         for label, number in (("term", self.term), ("partner's session", self.partner_session)):

@@ -144,8 +144,6 @@ class Superblock:
             raise UsageError("the state of a pair goes with the feature that says that it is one")
         if (self.points is not None) is not bool(self.incompatible & Incompatible.POINTS):
             raise UsageError("the state of points goes with the feature that says there are some")
-        if pair is not None and pair.node == 1 and pair.volume != self.volume_uuid:
-            raise UsageError(f"node 1 has the volume's UUID for the pair's, not {pair.volume}")
 
     @property
     def clean(self) -> bool:

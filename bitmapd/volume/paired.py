@@ -200,6 +200,13 @@ class Paired:
         elif not pair.is_alone:
             if fenced:
                 pair.take_over(Proof.WORD)
+            elif pair.has_keeper:
+                raise UnreachableError(
+                    f"the keeper of volume '{name}' is not there, and its record would lack what"
+                    " hosts write from now on",
+                    hint="bring it back; or see to it that it is never asked for that record (it"
+                    f" may come back as this node's keeper), then 'dmctl takeover {name} --fenced'",
+                )
             elif pair.fence.is_configured:
                 await pair.fence.run()
             else:

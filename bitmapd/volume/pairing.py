@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
 
-from bitmapd.config import VolumeConfig, effective_fence_delay_s
+from bitmapd.config import VolumeConfig, effective_fence_delay_s, is_keeper
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.errors import BusyError, UsageError
 from bitmapd.gate.gate import Gate
@@ -25,7 +25,7 @@ from bitmapd.net.uri import parse_partner_uri
 from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import NIL
 from bitmapd.partner.node import Lasting, State
-from bitmapd.partner.pair import Batches, Names, Pair
+from bitmapd.partner.pair import Batches, Home, Names, Pair
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.transport import Settings
 from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
@@ -120,7 +120,7 @@ def make_pair(
     loop: asyncio.AbstractEventLoop,
     batches: Batches,
     aside: Aside,
-    home: VolumeHome,
+    home: Home,
     media: Sequence[KernelDevice],
 ) -> Pair | None:
     """None for a single appliance.  `media`: what is claimed for the pair once it is joined."""
@@ -140,6 +140,7 @@ def make_pair(
             relies=config.record_on == "partner",
             stored=config.partner_ack == "stored",
             goes_on=config.on_cut == "go-on",
+            keeps=is_keeper(config),
         ),
         link_settings(config, seeks=state.node == 1 and state.never_paired),
         loop,
@@ -160,6 +161,7 @@ def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
         volume=NIL if state.volume is None else state.volume.bytes,
         volatile=PairFlag.VOLATILE in state.flags,
         gone_on=PairFlag.GONE_ON in state.flags,
+        kept=PairFlag.KEPT in state.flags,
     )
 
 
@@ -191,6 +193,7 @@ async def _write(
         generations=from_ids(lasting.generations),
         volatile=lasting.volatile,
         gone_on=lasting.gone_on,
+        kept=lasting.kept,
         record_on=RecordOn[config.record_on.upper()],
         partner_ack=PartnerAck[config.partner_ack.upper()],
     )

@@ -33,7 +33,7 @@ from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
-from bitmapd.config import Paths, VolumeConfig, atomic_write
+from bitmapd.config import Paths, VolumeConfig, atomic_write, is_keeper
 from bitmapd.errors import ForeignRecordError, UsageError
 from bitmapd.media.fingerprint import fingerprint
 from bitmapd.net.uri import is_receiver, is_remote
@@ -102,7 +102,8 @@ class RecordSession:
             )
         self._check_pair(superblock)
         self._check_points(superblock)
-        check_primary(config, self._paths, superblock, self.loaded.bits.count())
+        if not is_keeper(config):
+            check_primary(config, self._paths, superblock, self.loaded.bits.count())
         state = self._known_state()
         known = int(state.get("session", 0))
         hint = (
@@ -233,6 +234,7 @@ class RecordSession:
         volatile: bool = False,
         alone: bool = False,
         gone_on: bool = False,
+        kept: bool = False,
         **changes: Any,
     ) -> None:
         """What pairing has come to, in one update, durable on return.  `volume` is the pair's;
@@ -246,6 +248,7 @@ class RecordSession:
             (PairFlag.ALONE, alone),
             (PairFlag.GONE_ON, gone_on),
             (PairFlag.NEVER_PAIRED, never_paired),
+            (PairFlag.KEPT, kept),
         ):
             if is_set:
                 flags |= flag

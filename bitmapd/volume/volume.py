@@ -24,7 +24,7 @@ from bitmapd.attach.mode import DRAIN_TIMEOUT_S
 from bitmapd.config import (
     Paths,
     VolumeConfig,
-    effective_era_intervals_s,
+    effective_era_interval_s,
     taken_up,
 )
 from bitmapd.control.catalogue import lookup
@@ -308,6 +308,8 @@ class Volume:
         try:
             await completion(self._parts.primary.flush)
             self.gate.drop_all_clean()
+            if self._paired is not None:
+                await self._paired.pair.part()
             self._parts.store.flush_clears()
             await completion(self._parts.store.when_idle)
         except OSError as error:
@@ -483,8 +485,7 @@ class Volume:
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
         if isinstance(self.copier, Copier):
-            rounds = self.copier.rounds
-            rounds.era_interval_s, rounds.longest_era_s = effective_era_intervals_s(config)
+            self.copier.rounds.era_interval_s = effective_era_interval_s(config)
             self.copier.late.bound_s = config.late_writes_s
         if self._receiver is not None:
             self._receiver.reconfigure(config)

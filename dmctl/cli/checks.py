@@ -88,8 +88,11 @@ def check(
     name: str,
     table: dict[str, Any],
     config: VolumeConfig | None,
+    *,
+    joins: bool = False,
 ) -> Superblock | None:
-    """Everything that can be known before anything is written; None if a part is missing."""
+    """Everything that can be known before anything is written; None if a part is missing.  A node
+    that `joins` copies nothing by itself."""
     media = {key: str(table[key]) for key in ("primary", "secondary", "record")}
     known = {key: found.attempt(partial(identified, key, value)) for key, value in media.items()}
     with found.collect():
@@ -113,8 +116,8 @@ def check(
     _check_certificates(found, config)
     if geometry is None:
         return None
-    size_bytes = _check_secondary(found, config, geometry, secondary)
-    joins = config.node == 2  # what node 1 does with the secondary was asked there
+    joins = joins or config.node == 2  # what node 1 does with the secondary was asked before
+    size_bytes = _check_secondary(found, config, geometry, secondary, joins=joins)
     overwrites = secondary is not None and secondary.kind != "receiver"
     if secondary is not None and overwrites and config.initial_sync != "skip" and not joins:
         _check_copies(context, found, config, primary, secondary)
@@ -139,7 +142,7 @@ def check(
     if (
         record is not None
         and not record.read_only
-        and not _check_record(context, found, config, record, geometry)
+        and not check_record(context, found, config, record, geometry)
     ):
         # As after a process that died: what it had sent may land late.
         superblock = dataclasses.replace(superblock, session=1)
@@ -210,7 +213,7 @@ def check_others(
             for role in ("image", "journal") if receives else ("primary", "secondary", "record"):
                 used = getattr(other, role)
                 try:
-                    same = known[key] is not None and same_medium(value, used)
+                    same = known[key] is not None and used and same_medium(value, used)
                 except BitmapdError:
                     continue  # the other volume's medium is not there
                 if same:
@@ -259,7 +262,12 @@ def _check_certificates(found: Findings, config: VolumeConfig) -> None:
 
 
 def _check_secondary(
-    found: Findings, config: VolumeConfig, geometry: Geometry, identity: Identity | None
+    found: Findings,
+    config: VolumeConfig,
+    geometry: Geometry,
+    identity: Identity | None,
+    *,
+    joins: bool,
 ) -> int | None:
     """The secondary's size, once everything about it has been checked."""
     target, need = config.secondary, geometry.size_bytes
@@ -270,14 +278,14 @@ def _check_secondary(
             _check_size(found, config, need, export.size_bytes, export.block_size_bytes)
             if config.node is not None and not export.takes_many:
                 found.errors.append(unshared(target))
-            if config.initial_sync == "skip" and export.size_bytes >= need and config.node != 2:
+            if config.initial_sync == "skip" and export.size_bytes >= need and not joins:
                 with open_file(config.primary) as read:
                     _check_samples(config, first_difference(read, export.read, need))
             return export.size_bytes
         return None
     have = identity.size_bytes or 0
     _check_size(found, config, need, have, identity.logical_block_bytes or 512)
-    if config.node == 2:
+    if joins:
         return have
     with found.collect():
         content = None if identity.read_only else signature(target)
@@ -340,7 +348,7 @@ def _check_samples(config: VolumeConfig, offset: int | None) -> None:
         )
 
 
-def _check_record(
+def check_record(
     context: Context,
     found: Findings,
     config: VolumeConfig,

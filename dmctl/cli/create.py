@@ -31,9 +31,11 @@ from bitmapd.config import (
     device_of,
     effective_record_limit_bytes,
     has_receiver,
+    is_keeper,
     load_defaults,
     render,
 )
+from bitmapd.config.volume import KEEPER
 from bitmapd.errors import BitmapdError, ExistsError, UsageError, explain
 from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, Superblock, record_size_bytes
@@ -42,6 +44,7 @@ from bitmapd.units import human_size
 from bitmapd.volume.sides import forget_copies
 from dmctl.cli.checks import Findings, check
 from dmctl.cli.context import Context, combine
+from dmctl.cli.keeper import check_keeper, check_role
 from dmctl.cli.pair import as_node, check_fencing
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
@@ -53,8 +56,8 @@ OPTION_KEYS = (
     "primary", "secondary", "record", "attach", "listen", "extent_size", "block_size",
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
-    "node", "partner", "partner_listen", "record_on", "partner_ack", "on_cut", "partner_name",
-    "partner_fingerprint",
+    "node", "partner", "partner_listen", "partner_role", "record_on",
+    "partner_ack", "on_cut", "partner_name", "partner_fingerprint",
     "partner_certificates", "partner_timeout", "partner_wait", "serve", "fence_command",
     "fence_options",
     "fence_delay", "fence_timeout", "fence_aborts_io", "takeover", "cut_patience",
@@ -79,9 +82,16 @@ def create(context: Context, args: Namespace) -> int:
         check_points(table, config)
     with found.collect():
         check_fencing(table, config)
-    superblock = check(context, found, name, table, config)
+    with found.collect():
+        check_role(args, table, config)
+    if table.get("partner_role") == KEEPER:
+        superblock = check_keeper(context, found, name, config, args)
+    elif "primary" in table and "secondary" in table:
+        superblock = check(context, found, name, table, config, joins=args.join)
+    else:
+        superblock = None
     if config is not None and superblock is not None:
-        superblock = as_node(config, superblock, found.notes)
+        superblock = as_node(config, superblock, found.notes, joins=args.join)
         if has_receiver(config):
             superblock = superblock.with_points(PointsState())
     if found.errors or config is None or superblock is None:
@@ -109,7 +119,8 @@ def create(context: Context, args: Namespace) -> int:
         return 0
     for note in plan["notes"]:
         context.output.say(f"note: {note}")
-    context.output.say(f"volume '{name}' is created; 'dmctl start {name}' starts it")
+    what = f"a keeper of '{name}'" if is_keeper(config) else f"volume '{name}'"
+    context.output.say(f"{what} is created; 'dmctl start {name}' starts it")
     return 0
 
 
@@ -171,7 +182,8 @@ def _plan(config: VolumeConfig, superblock: Superblock, found: Findings) -> dict
     geometry = superblock.geometry
     limit = effective_record_limit_bytes(config, geometry.size_bytes)
     notes = list(found.notes)
-    if config.resync_target_s is None and config.record_limit_bytes is None:
+    own_limit = config.resync_target_s is not None or config.record_limit_bytes is not None
+    if not (own_limit or is_keeper(config)):
         notes.append(f"the record is limited to {human_size(limit)}; see --record-limit")
     return {
         "name": config.name,
@@ -201,7 +213,9 @@ def _make(
     context: Context, config: VolumeConfig, superblock: Superblock, table: dict[str, Any]
 ) -> None:
     # What was given stands in the file as it is understood; geometry is fixed from now on.
-    pinned = {*table, "attach", "extent_size", "block_size"}
+    pinned = {*table, "extent_size", "block_size"}
+    if not is_keeper(config):
+        pinned.add("attach")
     kept = {key: value for key, value in render(config, pinned).items() if key in pinned}
     ones = superblock.initial_sync is not InitialSync.NONE
     # The checks above said what may be overwritten; the tool's own look again would know less.
@@ -213,4 +227,5 @@ def _make(
         with suppress(BitmapdError, OSError):
             wipe(config)
         raise
-    forget_copies(context.paths, superblock.secondary)
+    if superblock.secondary:
+        forget_copies(context.paths, superblock.secondary)

@@ -53,7 +53,9 @@ def takeover(context: Context, args: Namespace) -> int:
     if output.as_json:
         output.json("takeover", {"name": name, **answer})
         return 0
-    if args.fenced:
+    if args.fenced and partner["kept"]:
+        output.say("this relies on your word that the keeper's record as it is will not be used")
+    elif args.fenced:
         output.say("this relies on your word that the partner can write neither side any more")
     if partner["state"] == "paired":
         there = "goes on as it was" if args.beside else "has stopped its hosts"
@@ -194,6 +196,7 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("node", str(figures["node"])),
         ("state", f"{figures['state']} for {figures['since']:.0f} s"),
+        *((("role", role),) if (role := _role(figures)) else ()),
         ("hosts", _hosts(figures["serving"], peer)),
         ("link", link),
         ("lead", "this node" if figures["copier"] else "the partner"),
@@ -225,11 +228,22 @@ def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         found.append(
             (
                 "partner",
-                f"{peer['version']}, secondary {peer['secondary']}, {peer['dirty_bytes']} bytes to"
-                f" copy, {peer['lag_seconds']:.1f} s behind",
+                f"{peer['version']}, keeps the record"
+                if peer["role"] == "keeper"
+                else f"{peer['version']}, secondary {peer['secondary']}, {peer['dirty_bytes']}"
+                f" bytes to copy, {peer['lag_seconds']:.1f} s behind",
             )
         )
     return found
+
+
+def _role(figures: dict[str, Any]) -> str | None:
+    """Which of the two is a keeper, if one is."""
+    if figures["role"] == "keeper":
+        return "keeper: the partner has the volume, this node its record"
+    if figures["kept"]:
+        return "the partner is a keeper of this node's record"
+    return None
 
 
 def _hosts(here: bool, peer: dict[str, Any] | None) -> str:

@@ -15,6 +15,7 @@ from bitmapd.config import (
     VolumeConfig,
     check_name,
     device_of,
+    is_keeper,
     load_any,
     remove_volume,
 )
@@ -46,6 +47,8 @@ def start(context: Context, args: Namespace) -> int:
             if args.resync_all:
                 if isinstance(config, ReceiverConfig):
                     raise WrongStateError(f"'{name}' is a receiver: it has no record")
+                if is_keeper(config):
+                    raise WrongStateError(f"'{name}' is a keeper here: it compares nothing")
                 _distrust(context, config, running=running)
             if not running:
                 launch(context.paths, name, args.timeout)
@@ -54,6 +57,10 @@ def start(context: Context, args: Namespace) -> int:
             already = " already" if result == "running" else ""
             context.output.say(f"receiver '{name}' runs{already}: {config.listen}")
             return {"result": result, "device": config.listen, "paused": False}
+        if is_keeper(config):
+            already = " already" if result == "running" else ""
+            context.output.say(f"the keeper of '{name}' runs{already}")
+            return {"result": result, "device": "", "paused": False}
         if config.node is not None:
             _wait_for_partner(context, config)
         already = " already" if result == "running" else ""
@@ -117,6 +124,11 @@ def stop(context: Context, args: Namespace) -> int:
         if isinstance(config := _must_exist(context, name), ReceiverConfig):
             kept = "" if answer.get("clean") else "; what its journal has is applied after a start"
             context.output.say(f"receiver '{config.name}' is stopped{kept}")
+            return {"result": "stopped", **answer}
+        if config is not None and is_keeper(config):
+            context.output.say(
+                f"the keeper of '{name}' is stopped; its record names {left} extents"
+            )
             return {"result": "stopped", **answer}
         if answer.get("paused"):
             rest += f"; it stays paused, until 'dmctl resume {name}' after the next start"
@@ -308,7 +320,10 @@ def remove(context: Context, args: Namespace) -> int:
     from dmctl.cli.probe import keep_rules  # noqa: PLC0415  (imports the whole format)
 
     keep_rules(context, *(local_media(config).values() if config is not None else ()))
-    context.output.say(f"volume '{name}' is removed; primary and secondary are as they were")
+    if config is not None and is_keeper(config):
+        context.output.say(f"the keeper of '{name}' is removed")
+    else:
+        context.output.say(f"volume '{name}' is removed; primary and secondary are as they were")
     if context.output.as_json:
         body = {"name": name, "result": "removed", "record_wiped": bool(args.wipe_record)}
         context.output.json("remove", body)

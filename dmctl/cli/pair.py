@@ -3,7 +3,7 @@
 Either node is created by the same command, with its number and a record of its own.  Node 1 is the
 volume: its record has everything to be copied first, and it serves without a partner until it has
 met one.  Node 2 joins: its record names nothing, knows no volume yet, and it serves nobody before
-it has met node 1.
+it has met node 1.  So does a new node 1 in the place of one that is lost with its record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from bitmapd.config import VolumeConfig, has_receiver
+from bitmapd.config import VolumeConfig, has_receiver, is_keeper
 from bitmapd.errors import UsageError
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock
 from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
@@ -44,11 +44,15 @@ def fence_problem(path: str) -> tuple[str, str] | None:
     return None
 
 
-def as_node(config: VolumeConfig, superblock: Superblock, notes: list[str]) -> Superblock:
-    """The superblock of this node; as it is for a single appliance."""
+def as_node(
+    config: VolumeConfig, superblock: Superblock, notes: list[str], *, joins: bool = False
+) -> Superblock:
+    """The superblock of this node; as it is for a single appliance.  Node 2 always joins, node 1
+    if it takes the place of one that is lost."""
     if config.node is None:
         return superblock
-    volume = superblock.volume_uuid if config.node == 1 else None
+    joins = joins or config.node == 2
+    volume = None if joins else superblock.volume_uuid
     state = PairState(
         node=config.node,
         volume=volume,
@@ -56,8 +60,13 @@ def as_node(config: VolumeConfig, superblock: Superblock, notes: list[str]) -> S
         record_on=RecordOn[config.record_on.upper()],
         partner_ack=PartnerAck[config.partner_ack.upper()],
     )
-    if config.node == 2:
+    if joins and config.node == 1:
+        notes.append(
+            "the node that was node 1 must never run again: it would write beside this one"
+        )
+    elif joins and not is_keeper(config):
         notes.append("node 2 copies nothing at first: node 1 makes the secondary equal")
+    if joins:
         superblock = dataclasses.replace(
             superblock, flags=RecordFlag(0), initial_sync=InitialSync.NONE
         )

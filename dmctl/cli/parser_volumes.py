@@ -37,21 +37,23 @@ def add_volumes(commands: Commands) -> None:
     )
     add_name(create)
     for option, metavar, text in (
-        ("--primary", "DEV", "block device or file with the data"),
+        ("--primary", "DEV", "block device or file with the data; a keeper has none"),
         ("--secondary", "TARGET", "block device, file, nbd://HOST[:PORT]/EXPORT, nbds://… (TLS),"
          " nbd+unix:///EXPORT?socket=PATH, or a receiver, which keeps consistent points:"
-         " receiver+tls://HOST[:PORT]/NAME or receiver+unix:///NAME?socket=PATH"),
+         " receiver+tls://HOST[:PORT]/NAME or receiver+unix:///NAME?socket=PATH; a keeper has"
+         " none"),
         ("--record", "DEV", "block device or file for the record"),
     ):  # fmt: skip
-        completed(create.add_argument(option, metavar=metavar, required=True, help=text), FILE)
+        needed = option == "--record"
+        completed(create.add_argument(option, metavar=metavar, required=needed, help=text), FILE)
     for option, metavar, text in (
         ("--attach", "auto|dm|nbd", "how hosts reach the volume: /dev/mapper/NAME, or an NBD"
          " export; auto is dm where the kernel has it and the primary is a block device"),
         ("--listen", "URI", "where to export (default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd)"),
         ("--extent-size", "SIZE", "unit of the record (default 1MiB)"),
         ("--block-size", "SIZE", "unit of copying (default 64KiB)"),
-        ("--record-limit", "SIZE", "how much a crash may make us copy (default: 4GiB, or all"
-         " of a smaller volume; never less than 64 extents)"),
+        ("--record-limit", "SIZE", "how much a crash may make us copy (default: 1GiB or a tenth of"
+         " the volume, whichever is smaller; never less than 64 extents)"),
         ("--resync-target", "DURATION", "how long copying after a crash may take, instead of"
          " --record-limit"),
         ("--era-interval", "DURATION", "how often writes are handed to the copier (default 1s, with"
@@ -69,6 +71,9 @@ def add_volumes(commands: Commands) -> None:
         ("--partner", "URI", "where the other appliance is reached: tls://HOST[:PORT] or"
          " unix:///PATH"),
         ("--partner-listen", "URI", "where the other appliance reaches this one"),
+        ("--partner-role", "pair|keeper", "what this node is to the other: one that serves hosts"
+         " (default), or a keeper, node 2, which keeps the other's record and nothing else"),
+        ("--size", "SIZE", "of a keeper: how large the volume is that the other node has"),
         ("--record-on", "both|partner", "what a write to a new place waits for: this node's"
          " record and the partner (default), or the partner alone, quicker where the record"
          " is slow; if both nodes then lose power, everything is compared"),
@@ -117,6 +122,12 @@ def add_volumes(commands: Commands) -> None:
         action="store_true",
         default=None,
         help="the fence command also ends what the other has on its way to the storage",
+    )
+    create.add_argument(
+        "--join",
+        action="store_true",
+        help="this is node 1 of a pair that exists, and its record is lost: what differs is fetched"
+        " from the partner at the first start; the node that was node 1 must never run again",
     )
     create.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
     create.add_argument(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from bitmapd.config.receiver import ReceiverConfig
-from bitmapd.config.volume import VolumeConfig
+from bitmapd.config.volume import VolumeConfig, is_keeper
 from bitmapd.net.uri import is_remote
 
 PATIENCE_S = 30.0
@@ -51,6 +51,8 @@ def local_media(config: VolumeConfig | ReceiverConfig) -> dict[str, str]:
     """Role -> path of the media that are waited for."""
     if isinstance(config, ReceiverConfig):
         return {"image": config.image, "journal": config.journal}
+    if is_keeper(config):
+        return {"record": config.record}
     media = {"primary": config.primary, "record": config.record}
     if not is_remote(config.secondary):
         media["secondary"] = config.secondary

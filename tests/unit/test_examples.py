@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bitmapd.config import Paths, keys, load_all
+from bitmapd.config import Paths, is_keeper, keys, load_all
 from bitmapd.control import metrics
 from bitmapd.control.catalogue import EVENTS
 from bitmapd.control.states import STATES
@@ -36,6 +36,16 @@ def test_the_two_nodes_of_an_example_fit_together(link: str) -> None:
     for key in ("primary", "secondary", "extent_size_bytes", "block_size_bytes"):
         assert getattr(one, key) == getattr(two, key)
     assert one.record != two.record
+
+
+def test_a_node_and_its_keeper_in_the_examples_fit_together() -> None:
+    folders = [EXAMPLES / "keeper" / name for name in ("node1", "keeper")]
+    one, keeper = (load_all(Paths(folder, Path("/run/dmctl")))["db"] for folder in folders)
+    assert (one.node, keeper.node, one.partner_role) == (1, 2, "pair")
+    assert is_keeper(keeper)
+    assert (one.partner, one.partner_listen) == (keeper.partner_listen, keeper.partner)
+    for key in ("extent_size_bytes", "block_size_bytes"):
+        assert getattr(one, key) == getattr(keeper, key)
 
 
 def test_the_two_nodes_that_fence_by_scsi_take_off_one_another_s_key() -> None:

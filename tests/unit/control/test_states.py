@@ -36,6 +36,6 @@ def test_every_state_that_is_not_well_has_a_hint_and_a_status() -> None:
 
 def test_every_state_is_in_the_help() -> None:
     lines = check_codes().splitlines()
-    assert lines[0] == "  0 copying, in-sync, receiving"
+    assert lines[0] == "  0 copying, in-sync, receiving, keeping"
     named = {name.strip(",") for line in lines for name in line.split()[1:]}
     assert named == set(STATES)

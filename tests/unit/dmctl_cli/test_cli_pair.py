@@ -130,6 +130,7 @@ def test_a_volume_without_a_partner_is_recorded_here(nodes: dict[int, Cli]) -> N
 
 
 FIGURES: dict[str, Any] = {
+    "role": "pair", "kept": False,
     "node": 2, "state": "cut", "link": "down", "copier": False, "term": 4, "since": 12.3,
     "hands_over": False,
     "own_extents": 5, "partner_extents": 6, "owed_extents": 1, "waiting_requests": 3,
@@ -156,13 +157,19 @@ def test_what_people_see_of_a_partner_that_is_gone() -> None:
 
 
 def test_what_people_see_of_one_that_is_there() -> None:
-    peer = {"version": "0.1", "secondary": "up", "dirty_bytes": 512, "lag_seconds": 1.5,
-            "serves": True}  # fmt: skip
+    peer = {"version": "0.1", "role": "pair", "secondary": "up", "dirty_bytes": 512,
+            "lag_seconds": 1.5, "serves": True}  # fmt: skip
     shown = dict(rows(FIGURES | {"state": "paired", "link": "up", "copier": True, "peer": peer}))
     assert shown["hosts"] == "let in at the partner"
     assert shown["link"] == "up, 0.50 ms there and back"
     assert shown["lead"] == "this node"
     assert shown["partner"] == "0.1, secondary up, 512 bytes to copy, 1.5 s behind"
+    assert "role" not in shown
+    kept = {"state": "paired", "kept": True, "peer": peer | {"role": "keeper", "secondary": None}}
+    shown = dict(rows(FIGURES | kept))
+    assert shown["role"] == "the partner is a keeper of this node's record"
+    assert shown["partner"] == "0.1, keeps the record"
+    assert "this node its record" in dict(rows(FIGURES | {"role": "keeper"}))["role"]
 
 
 def test_the_exit_status_of_each_state() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 
 import pytest
 
@@ -14,7 +15,7 @@ from bitmapd.partner.split import Conflicts
 from bitmapd.peer.frames import ErrorCode
 from bitmapd.peer.words import Bye, Error, Goodbye
 from bitmapd.record.extents import each, runs_of
-from tests.unit.partner.hellos import generations, hello
+from tests.unit.partner.hellos import NIL, generations, hello
 from tests.unit.partner.nodes import Lasting, Phase, Proof, State, Station, Two
 
 FAILED = OSError(errno.EIO, "simulated")
@@ -1005,3 +1006,13 @@ def test_the_lead_is_not_moved_behind_the_other_ones_back() -> None:
     with pytest.raises(UnreachableError):
         it.two.node.take_lead()
     assert leads(it) == (True, False)
+
+
+def test_a_node_that_joins_a_partner_that_has_begun_anew_too_has_everything_compared() -> None:
+    """What its predecessor wrote alone may be in no record: its own is a new one."""
+    joins = Station(2, paired=False)
+    joins.node.ledger.lasting = replace(joins.node.lasting, volume=NIL)
+    it = Two(Station(1, stored=((3, 4),)), joins)
+    it.pair()
+    assert it.one.rights.own.all()
+    assert it.one.node.comparisons == 1

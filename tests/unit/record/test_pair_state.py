@@ -117,8 +117,8 @@ def test_other_features_stay_when_a_volume_becomes_a_pair() -> None:
         ({"node": 3}, "node 3 of a pair"),
         ({"volume": UUID(int=0)}, "nil UUID"),
         ({"volume": None}, "node 2 has no UUID of the pair"),
-        ({"volume": None, "node": 1, "flags": PairFlag.NEVER_PAIRED}, "node 1 has no UUID"),
-        ({"flags": PairFlag(16)}, "flags 0x10"),
+        ({"volume": None, "node": 1}, "node 1 has no UUID of the pair"),
+        ({"flags": PairFlag(32)}, "flags 0x20"),
         ({"machine": bytes(15)}, "machine id has 15 bytes"),
         ({"term": 1 << 64}, "term"),
         ({"partner_session": -1}, "partner's session -1"),
@@ -129,13 +129,11 @@ def test_what_contradicts_itself_cannot_be_made(changes: dict[str, Any], message
         dataclasses.replace(FULL, **changes)
 
 
-def test_a_state_goes_with_its_feature_and_node_1_with_its_own_uuid() -> None:
+def test_a_state_goes_with_its_feature() -> None:
     with pytest.raises(UsageError, match="goes with the feature"):
         make(pair=FULL)
     with pytest.raises(UsageError, match="goes with the feature"):
         make(incompatible=int(Incompatible.PAIR))
-    with pytest.raises(UsageError, match="node 1 has the volume's UUID"):
-        make().with_pair(PairState(node=1, volume=OTHER))
 
 
 PAIR = encode_superblock(make().with_pair(FULL))
@@ -148,9 +146,8 @@ PAIR = encode_superblock(make().with_pair(FULL))
         (patched(PAIR, 24, "<Q", 0), "a pair's state without a pair"),
         (patched(RAW, 847, "B", 1), "a pair's state without a pair"),
         (patched(PAIR, 808, "B", 3), "node 3 of a pair"),
-        (patched(PAIR, 808, "B", 1), "node 1 has the volume's UUID"),
         (patched(PAIR, 792, "16s", b""), "node 2 has no UUID"),
-        (patched(PAIR, 809, "B", 16), "flags 0x10"),
+        (patched(PAIR, 809, "B", 32), "flags 0x20"),
         (patched(PAIR, 810, "B", 3), "RecordOn"),
         (patched(PAIR, 811, "B", 2), "PartnerAck"),
         (patched(PAIR, 815, "B", 1), "have to be zero"),
@@ -197,6 +194,7 @@ def test_a_state_for_programs() -> None:
         "alone": False,
         "gone_on": True,
         "never_paired": False,
+        "kept": False,
         "record_on": "local",
         "partner_ack": "stored",
         "term": 0x1122334455667788,
