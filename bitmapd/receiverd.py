@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from bitmapd.config import ReceiverConfig, load_any
@@ -37,13 +38,34 @@ class ReceiverProcess(Process[Receiving]):
     def _handlers(self) -> dict[str, Handler]:
         # What is only for volumes says so, and what a receiver can be asked.
         only_volumes = dict.fromkeys(VOLUME_VERBS, self._refuse)
-        return only_volumes | super()._handlers() | {"points": self._points}
+        return (
+            only_volumes
+            | super()._handlers()
+            | {
+                "points": self._points,
+                "test-failover": self._test_failover,
+            }
+        )
 
     async def _refuse(self, args: dict[str, Any], progress: Progress) -> Any:
         raise WrongStateError(
             f"'{self._name}' is a receiver, and this is for volumes",
             hint=f"'dmctl points {self._name}' shows what it holds",
         )
+
+    async def _test_failover(self, args: dict[str, Any], progress: Progress) -> Any:
+        from bitmapd.volume.drill import Wanted  # noqa: PLC0415  (a server that is rarely needed)
+
+        if args.get("end"):
+            return {"ended": await self._to_its_end(self.volume.end_drill(), progress)}
+        folder, point = args.get("overlay"), args.get("point")
+        wanted = Wanted(
+            str(args["listen"]),
+            int(args["limit_bytes"]),
+            None if point is None else int(point),
+            self._paths.state_dir if folder is None else Path(str(folder)),
+        )
+        return await self._while_asked(self.volume.begin_drill(wanted), progress)
 
     async def _points(self, args: dict[str, Any], progress: Progress) -> Any:
         return {"points": self.volume.points()}

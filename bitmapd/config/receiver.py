@@ -97,6 +97,17 @@ class ReceiverConfig:
         ),
     ]
 
+    view_limit_bytes: Annotated[
+        int,
+        Key(
+            "view_limit",
+            kinds.SIZE,
+            "How much 'dmctl test-failover' may keep of what is written to its view, or overwritten"
+            " in the image meanwhile, unless it says otherwise.",
+            "1GiB",
+        ),
+    ]
+
     @property
     def record(self) -> str:
         """What its process holds a lock on, as that of a volume does on its record."""

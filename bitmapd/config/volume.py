@@ -13,12 +13,12 @@ from bitmapd.config import kinds
 from bitmapd.config.kinds import Kind
 from bitmapd.net.uri import is_receiver
 
-DEFAULT_RECORD_LIMIT_BYTES = 1 << 30
-DEFAULT_RECORD_LIMIT_FRACTION = 10
+DEFAULT_RECORD_LIMIT_BYTES = 4 << 30  # docs/prediction.md, "The default limit"
 MIN_RECORD_LIMIT_EXTENTS = 64
 DEFAULT_CUT_PATIENCE_S = 0.05  # of a volume with a receiver
 ERA_INTERVAL_NBD_S = 1.0
 ERA_INTERVAL_DM_S = 5.0
+LONGEST_ERA_DM_S = 20.0
 FENCE_DELAYS_S = (1.0, 6.0)  # of node 1 and of node 2
 KEEPER: Final = "keeper"  # `partner_role`
 
@@ -112,8 +112,8 @@ class VolumeConfig:
             "record_limit",
             kinds.or_word("auto", kinds.SIZE),
             "How much the record may name, and so how much a crash makes us copy; only clean"
-            " extents are given up to keep to it. auto: 1GiB or a tenth of the volume, whichever"
-            " is smaller. Never less than 64 extents. Excludes resync_target.",
+            " extents are given up to keep to it. auto: 4GiB, or all of a smaller volume. Never"
+            " less than 64 extents. Excludes resync_target.",
             "auto",
             shared=True,
             live=True,
@@ -137,7 +137,8 @@ class VolumeConfig:
             "era_interval",
             kinds.or_word("auto", kinds.INTERVAL),
             "How often written blocks are handed to the copier, 100ms to 10min. auto: 1s over nbd,"
-            " 5s with device-mapper, where the end of an era makes writes wait for a moment.",
+            " 5s with device-mapper, where the end of an era makes writes wait for a moment; up to"
+            " 20s there while many different blocks are written, for each waits once in an era.",
             "auto",
             shared=True,
             live=True,
@@ -557,11 +558,13 @@ def device_of(config: VolumeConfig) -> str:
     return f"/dev/mapper/{config.name}" if config.attach == "dm" else config.listen
 
 
-def effective_era_interval_s(config: VolumeConfig) -> float:
-    """The interval that `era_interval` stands for (see its manual)."""
-    if config.era_interval_s is None:
-        return ERA_INTERVAL_DM_S if config.attach == "dm" else ERA_INTERVAL_NBD_S
-    return config.era_interval_s
+def effective_era_intervals_s(config: VolumeConfig) -> tuple[float, float]:
+    """The shortest and the longest interval that `era_interval` stands for (see its manual)."""
+    if config.era_interval_s is not None:
+        return config.era_interval_s, config.era_interval_s
+    if config.attach == "dm":
+        return ERA_INTERVAL_DM_S, LONGEST_ERA_DM_S
+    return ERA_INTERVAL_NBD_S, ERA_INTERVAL_NBD_S
 
 
 def effective_fence_delay_s(config: VolumeConfig) -> float:
@@ -590,5 +593,5 @@ def effective_record_limit_bytes(config: VolumeConfig, size_bytes: int) -> int:
     """The limit that `record_limit` stands for in a volume of that size (see its manual)."""
     wanted = config.record_limit_bytes
     if wanted is None:
-        wanted = min(DEFAULT_RECORD_LIMIT_BYTES, size_bytes // DEFAULT_RECORD_LIMIT_FRACTION)
+        wanted = min(DEFAULT_RECORD_LIMIT_BYTES, size_bytes)
     return max(wanted, MIN_RECORD_LIMIT_EXTENTS * config.extent_size_bytes)

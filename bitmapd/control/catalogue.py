@@ -723,6 +723,37 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "view-opened",
+        Level.NOTICE,
+        ("point", "device"),
+        "of a receiver: `dmctl test-failover` exports this point; later ones are applied meanwhile",
+        "nothing",
+    ),
+    EventKind(
+        "view-closed",
+        Level.NOTICE,
+        ("point",),
+        "the view of this point has ended, and what was written to it is gone",
+        "nothing",
+    ),
+    EventKind(
+        "view-full",
+        Level.WARNING,
+        ("point", "limit_bytes", "message"),
+        "what the view of a point needs to stay there is more than its limit: the view has ended,"
+        " and points are applied as before",
+        "begin another one with a larger `--view-limit`",
+    ),
+    EventKind(
+        "view-error",
+        Level.ERROR,
+        ("point", "message"),
+        "the overlay or the image could not be read or written for the view of a point, or took too"
+        " long: the view has ended, and points are applied as before",
+        "look at both media, and begin another one",
+        is_error=True,
+    ),
+    EventKind(
         "split-brain",
         Level.CRITICAL,
         ("message",),

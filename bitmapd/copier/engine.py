@@ -73,6 +73,7 @@ class Copier:
         *,
         check_secondary: Callable[[], OSError | None],  # is what was opened the right medium?
         era_interval_s: float,
+        longest_era_s: float | None = None,  # the same
         late_writes_s: float = 0.0,
         piece_bytes: int = 1 << 20,
         read_primary: Callable[[int, memoryview, Done], None] | None = None,
@@ -137,6 +138,7 @@ class Copier:
             self._settling,
             self.proceed,
             era_interval_s=era_interval_s,
+            longest_era_s=era_interval_s if longest_era_s is None else longest_era_s,
         )
 
     # -- control --------------------------------------------------------------------------

@@ -130,6 +130,7 @@ class DirectPath:
         self.window_s_total = 0.0
         self.window_s_last = 0.0
         self.window_s_max = 0.0
+        self.marked_blocks = 0
         self.on_ended: Callable[[], None] = lambda: None
 
     @property
@@ -238,6 +239,7 @@ class DirectPath:
             self._is_put_off = False
             self._seen_before, self._seen = self._seen, seen
             self._since_era = landed.era + 1
+            self.marked_blocks = sum(stop - first for first, stop in landed.runs)
             self.barriers += 1
             self.skipped += landed.skipped
             self.window_s_total += landed.window_s

@@ -55,6 +55,10 @@ class Elsewhere(Protocol):
     def barrier(self, recorded: Iterable[Run], done: Collected) -> None: ...
 
     @property
+    def marked_blocks(self) -> int:
+        """How many blocks the latest barrier has brought."""
+
+    @property
     def wants_barrier(self) -> bool: ...
 
     @property

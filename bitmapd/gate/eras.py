@@ -142,6 +142,12 @@ class Eras:
         return any(other.wants_barrier for other in self._elsewhere)
 
     @property
+    def marked_blocks(self) -> int:
+        """How many blocks the latest barrier has brought from elsewhere: each has cost hosts
+        something when it was first written in its era."""
+        return max((other.marked_blocks for other in self._elsewhere), default=0)
+
+    @property
     def era_is_urgent(self) -> bool:
         """Whether somebody who writes elsewhere should not have to wait for the end of the era."""
         return any(other.is_urgent for other in self._elsewhere)

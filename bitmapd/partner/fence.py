@@ -60,6 +60,9 @@ class Fence:
     def is_configured(self) -> bool:
         return self.settings.command is not None
 
+    def paired(self) -> None:
+        self._trigger.paired()
+
     def tick(self, cut_for_s: float | None, waiting: int) -> None:
         """Once a second; see `Trigger.is_due`."""
         due = self._trigger.is_due(self.settings, self._loop.time(), cut_for_s, waiting)

@@ -8,8 +8,9 @@ Invariants:
 1. Without a command nothing is fenced: a time-out proves nothing.
 2. A node begins by itself only in a cut, after `delay_s`, and only if a host here waits for the
    other: a node that stands by, with no hosts, does not shoot the one that serves.
-3. Once one attempt has ended the next one by itself comes after `RETRY_S` at the earliest: an agent
-   that fails, or two nodes that shoot in turn, must not go round and round.
+3. Once one attempt has ended the next one by itself comes after `RETRY_S` at the earliest, unless
+   the nodes have been paired meanwhile: an agent that fails must not go round and round, and hosts
+   need not wait when a node that has come back dies again.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class Trigger:
         if cut_for_s is None or not waiting or cut_for_s < settings.delay_s:
             return False
         return now_s - self._ended_s >= RETRY_S
+
+    def paired(self) -> None:
+        """The nodes are together: the next cut is another one."""
+        self._ended_s = -math.inf
 
     def ended(self, now_s: float) -> None:
         """An attempt is over, whoever had asked for it."""

@@ -616,6 +616,7 @@ class Pair:
         if state is not self._state:
             before, self._state, self.since_s = self._state, state, self._loop.time()
             if state is State.PAIRED:
+                self.fence.paired()
                 self._home.emit("partner-up", was=before.value)
             elif state is State.OUTDATED:
                 self._home.outdated()

@@ -29,7 +29,7 @@ from bitmapd.media.base import Device, Done, Scheduler
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.pieces import whole_mask
 from bitmapd.receiver.commit import Queued
-from bitmapd.receiver.image import Redo
+from bitmapd.receiver.image import Guard, Redo
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import Line
@@ -72,6 +72,15 @@ class Applier:
         if self._journal.page.queue and not self.is_at_work and self._journal.failure is None:
             self.is_at_work = True
             run(self.apply(), lambda error, _: self._ended(error))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the image is a point, and not between two."""
+        return not (self._partly or self._journal.page.inconsistent_until)
+
+    def guard(self, guard: Guard | None) -> None:
+        """Who is asked before the image is overwritten; to be set while it is whole."""
+        self._redo.guard = guard
 
     def when_applied(self, done: Done) -> None:
         """Call it when the queue has become shorter."""

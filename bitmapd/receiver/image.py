@@ -5,7 +5,8 @@ Invariants:
 2. Entries are written in order of place, contiguous ones as one write of up to 1 MiB, and only the
    pieces that they have.
 3. An entry that is wrong when it is read again is not written: `apply` says which ones were.
-4. `InPlace`, for the first point only, writes what has just been received.  Two writes to one block
+4. Before a window is written whoever looks at the image (`guard`) has what it needs of it.
+5. `InPlace`, for the first point only, writes what has just been received.  Two writes to one block
    are never in flight together, so that the later one wins.
 
 A crash leaves any part of a point in the image; applying it once more makes it whole, since its
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Final
+from typing import Final, Protocol
 
 from bitmapd.media.base import Device, Done
 from bitmapd.media.buffers import aligned
@@ -36,8 +37,17 @@ WINDOW_BYTES: Final = MIB
 Piece = tuple[int, Content]  # offset in the image, what is to be there
 
 
+class Guard(Protocol):
+    """Who looks at the image as it is; `view.View`."""
+
+    def preserve(self, blocks: Sequence[int], done: Done) -> None:
+        """These, in order of place, are about to be overwritten.  Always ends well."""
+
+
 class Redo:
     """Of one volume; see the module docstring."""
+
+    guard: Guard | None = None
 
     def __init__(self, geometry: Geometry, volume: bytes, journal: Device, image: Device) -> None:
         self._geometry = geometry
@@ -67,6 +77,8 @@ class Redo:
                 else:
                     pieces += placed(self._geometry, kept.block, kept.mask, raw)
             if pieces:
+                if self.guard is not None:
+                    yield partial(self.guard.preserve, [kept.block for kept in window])
                 yield together(list(writes(self._image, pieces)))
         return bad
 

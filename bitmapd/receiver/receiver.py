@@ -192,6 +192,11 @@ class Receiver:
         applies = self._volume is not None and self._volume.applier.is_at_work
         return not (self._busy or applies or self._unwritten_bytes)
 
+    @property
+    def applier(self) -> Applier | None:
+        """None before the first sender."""
+        return None if self._volume is None else self._volume.applier
+
     def _follow(self) -> _Volume | None:
         """What depends on the volume, once it is known."""
         line = self.journal.superblock.line

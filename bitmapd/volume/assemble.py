@@ -31,7 +31,7 @@ from bitmapd.config import (
     Paths,
     VolumeConfig,
     effective_cut_patience_s,
-    effective_era_interval_s,
+    effective_era_intervals_s,
     effective_record_limit_bytes,
     has_receiver,
 )
@@ -382,6 +382,7 @@ def _make_copier(
     pool: BufferPool,
     emit: Callable[..., None],
 ) -> Copier:
+    shortest_s, longest_s = effective_era_intervals_s(config)
     return Copier(
         session.superblock.geometry,
         gate,
@@ -395,7 +396,8 @@ def _make_copier(
         check_secondary=partial(
             wrong_secondary, secondary, session.secondary_mismatch, shared=session.pair is not None
         ),
-        era_interval_s=effective_era_interval_s(config),
+        era_interval_s=shortest_s,
+        longest_era_s=longest_s,
         late_writes_s=config.late_writes_s,
         read_primary=primary.read_aside,
     )

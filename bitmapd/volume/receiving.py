@@ -15,13 +15,13 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitmapd import __version__
 from bitmapd.config import ReceiverConfig
 from bitmapd.control.catalogue import lookup
 from bitmapd.control.events import iso_time
-from bitmapd.errors import BitmapdError, ForeignRecordError, WrongStateError, explain
+from bitmapd.errors import BitmapdError, BusyError, ForeignRecordError, WrongStateError, explain
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.claims import Claim
 from bitmapd.media.identity import identify
@@ -39,6 +39,9 @@ from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import JournalSuperblock
 from bitmapd.volume.receiver_status import described, points
 from bitmapd.volume.rejoining import differing
+
+if TYPE_CHECKING:
+    from bitmapd.volume.drill import Drill, Wanted
 
 T = TypeVar("T")
 
@@ -76,6 +79,7 @@ class Receiving:
         self._hurried = asyncio.Event()
         self._stopping = False
         self._last_error: dict[str, str] | None = None
+        self._drill: Drill | None = None
 
     def emit(self, event: str, **fields: Any) -> None:
         if lookup(event).is_error:
@@ -161,6 +165,7 @@ class Receiving:
         self._stopping = True
         if now:
             self.hurry()
+        await self.end_drill()
         self._transport.close()
         self.receiver.leave()
         while not (self._hurried.is_set() or self.receiver.is_idle):
@@ -230,8 +235,39 @@ class Receiving:
     def silent_media(self) -> str:
         return f"the image {self.config.image} or the journal {self.config.journal}"
 
+    async def begin_drill(self, wanted: Wanted) -> dict[str, Any]:
+        """Export the point that the image has; the `view` of the status."""
+        from bitmapd.volume.drill import Drill  # noqa: PLC0415  (a server that is rarely needed)
+
+        name = self.config.name
+        if self._drill is not None:
+            raise BusyError(
+                f"a point of '{name}' is being looked at already",
+                hint=f"'dmctl test-failover {name} --end' ends that",
+            )
+        drill = Drill(name, self.receiver, self._image, self._engine, self.emit, self._drill_ended)
+        self._drill = drill
+        try:
+            await drill.begin(wanted)
+        except BaseException:
+            self._drill = None
+            raise
+        return drill.figures() or {}
+
+    async def end_drill(self) -> bool:
+        """Whether there was one."""
+        drill, self._drill = self._drill, None
+        if drill is not None:
+            await drill.end()
+        return drill is not None
+
+    def _drill_ended(self) -> None:
+        self._drill = None
+
     def status(self) -> dict[str, Any]:
         superblock, figures = self.journal.superblock, self.receiver.figures()
+        if self._drill is not None:
+            figures["view"] = self._drill.figures()
         return described(self.config, self.state, superblock, figures, self._last_error)
 
     def points(self) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from bitmapd.attach.mode import DRAIN_TIMEOUT_S
 from bitmapd.config import (
     Paths,
     VolumeConfig,
-    effective_era_interval_s,
+    effective_era_intervals_s,
     taken_up,
 )
 from bitmapd.control.catalogue import lookup
@@ -485,7 +485,8 @@ class Volume:
         self.config = config
         self.copier.throttle.set_rate(config.copy_rate_bytes_per_s)
         if isinstance(self.copier, Copier):
-            self.copier.rounds.era_interval_s = effective_era_interval_s(config)
+            rounds = self.copier.rounds
+            rounds.era_interval_s, rounds.longest_era_s = effective_era_intervals_s(config)
             self.copier.late.bound_s = config.late_writes_s
         if self._receiver is not None:
             self._receiver.reconfigure(config)

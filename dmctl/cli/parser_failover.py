@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from bitmapd.units import parse_size
 from dmctl.cli.options import (
     FILE,
     Commands,
@@ -167,7 +168,50 @@ def add_receivers(commands: Commands) -> None:
     add_name(points)
 
 
+def _add_drill(commands: Commands) -> None:
+    drill = add_command(
+        commands,
+        "test-failover",
+        "drill:test_failover",
+        "look at the point that a receiver's image has, while it goes on receiving",
+        "Exports it over NBD, to be read, mounted and written. What is written there goes to an"
+        " overlay and is thrown away. Points are received, committed and applied meanwhile: what"
+        " they overwrite in the image is copied to the overlay before. If that is full the view"
+        " ends, its clients are cut off, and the receiver goes on; a client who finds no room gets"
+        " ENOSPC. Nothing of it outlives the receiver's process. Ends with status 12 if there is a"
+        " view already, 14 without a whole point, or with another one than --point.",
+    )
+    add_name(drill)
+    drill.add_argument(
+        "--listen",
+        metavar="URI",
+        help="where clients connect (default: nbd+unix:///NAME?socket=RUN_DIR/NAME.view)",
+    )
+    drill.add_argument(
+        "--view-limit",
+        type=typed(parse_size),
+        metavar="SIZE",
+        help="how large the overlay may become (default: view_limit of its file, else 1GiB)",
+    )
+    completed(
+        drill.add_argument(
+            "--overlay",
+            metavar="DIR",
+            help="folder for the overlay, a file without a name (default CONFIG_DIR/state)",
+        ),
+        FILE,
+    )
+    drill.add_argument(
+        "--point",
+        type=typed(count),
+        metavar="P",
+        help="the point that is meant: refused unless the image has it",
+    )
+    drill.add_argument("--end", action="store_true", help="end it, and throw the overlay away")
+
+
 def add_roles(commands: Commands) -> None:
+    _add_drill(commands)
     promote = add_command(
         commands,
         "promote",

@@ -52,8 +52,8 @@ def add_volumes(commands: Commands) -> None:
         ("--listen", "URI", "where to export (default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd)"),
         ("--extent-size", "SIZE", "unit of the record (default 1MiB)"),
         ("--block-size", "SIZE", "unit of copying (default 64KiB)"),
-        ("--record-limit", "SIZE", "how much a crash may make us copy (default: 1GiB or a tenth of"
-         " the volume, whichever is smaller; never less than 64 extents)"),
+        ("--record-limit", "SIZE", "how much a crash may make us copy (default: 4GiB, or all"
+         " of a smaller volume; never less than 64 extents)"),
         ("--resync-target", "DURATION", "how long copying after a crash may take, instead of"
          " --record-limit"),
         ("--era-interval", "DURATION", "how often writes are handed to the copier (default 1s, with"

@@ -24,6 +24,8 @@ GIB = 1024 * MIB
 LIMITS = (64 * MIB, 256 * MIB, 1024 * MIB)
 POLICIES = ("superset", "drbd-al", "lru", "belady")
 ACTIVITY_LOG = "drbd-al:1237"
+DEFAULT_LIMITS = (*LIMITS, 2048 * MIB, 4096 * MIB, 8192 * MIB)
+SPEED = 100e6  # bytes a second
 RANDOM_GIB = (0.125, 1, 64, 1024)
 
 
@@ -92,6 +94,21 @@ def updates(others: list[Trace], recorded: list[Trace]) -> None:
         )
 
 
+def default_limit(traces: list[Trace]) -> None:
+    """What a larger limit saves, and what it would have copied after a power cut."""
+    print("\nUpdates per 1,000 writes, then mean and p99 of what a power cut leaves, in seconds at")
+    print("100 MB/s.\n")
+    row("trace", *map(size, DEFAULT_LIMITS))
+    row(*["---"] * (1 + len(DEFAULT_LIMITS)))
+    for trace in traces:
+        cells = []
+        for limit in DEFAULT_LIMITS:
+            found = replay(trace, "superset", Params(record_limit_bytes=limit))
+            mean_s, p99_s = found.mean_resync_bytes / SPEED, found.p99_resync_bytes / SPEED
+            cells.append(f"{found.updates_per_1000:.1f}; {mean_s:.1f} {p99_s:.1f}")
+        row(trace.name, *cells)
+
+
 def part(ours: Result, other: Result) -> float:
     return ours.updates_per_1000 / other.updates_per_1000
 
@@ -111,7 +128,9 @@ def without_pattern() -> None:
 
 def main() -> None:
     recorded = sorted(RECORDED.glob("*-*.csv.gz"))
-    updates(list(map(load_trace, sys.argv[1:])), [load_trace(str(path)) for path in recorded])
+    others, traces = list(map(load_trace, sys.argv[1:])), [load_trace(str(p)) for p in recorded]
+    updates(others, traces)
+    default_limit(others + traces)
     without_pattern()
 
 

@@ -164,17 +164,22 @@ def test_an_agent_that_fails_proves_nothing(
 
 
 def test_by_itself_once_a_host_waits(make: Make, agents: Agents) -> None:
-    pair = make("--takeover", "auto")
-    frozen(pair, 2)
+    """Also of a node that came back and dies again at once."""
+    pair = make("--takeover", "auto", "--cut-patience", "20s")
     with pair[1].events() as events, pair[1].host() as host:
-        host.submit(WRITE, 33 * MIB, 4 * KIB, noise(7, 4 * KIB))
-        events.wait("fence-started", plug="node2")
-        events.wait("fenced")
-        events.wait("takeover", proof="fence")
-        assert host.reply().error == 0
+        for shots in (1, 2):
+            pid = frozen(pair, 2)
+            host.submit(WRITE, (33 + shots) * MIB, 4 * KIB, noise(7, 4 * KIB))
+            events.wait("fence-started", plug="node2")
+            events.wait("fenced")
+            events.wait("takeover", proof="fence")
+            assert host.reply().error == 0
+            assert len(agents.shots()) == shots
+            assert pair.partner(1)["state"] == "alone"
+            wait_gone(pid)
+            pair[2].start()
+            pair.until(1, "paired")
         host.disconnect()
-    assert len(agents.shots()) == 1
-    assert pair.partner(1)["state"] == "alone"
 
 
 def test_two_that_shoot_at_once_leave_one(make: Make, agents: Agents) -> None:

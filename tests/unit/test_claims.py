@@ -1,12 +1,15 @@
-"""Every claim of the pair has a test, and every test that is named is there."""
+"""Every claim of the pair and each crash of a point has a test, and the tests are there."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from tests.property.test_points_crashes import ROWS
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "tests" / "claims.md"
+CRASHES = ROOT / "tests" / "crashes.md"
 # Claims of one appliance with a record of its own are those before 16 and their twins.
 PAIR = {*range(16, 36), *range(48, 68), *range(80, 100)}
 
@@ -24,8 +27,19 @@ def test_every_claim_has_a_test() -> None:
     assert set().union(*(claims for claims, _ in rows())) == PAIR
 
 
+def crashes() -> dict[str, list[str]]:
+    lines = [
+        [cell.strip() for cell in text.split("|")] for text in CRASHES.read_text().splitlines()
+    ]
+    return {line[1]: line[4].split(", ") for line in lines if line[1:2] and line[1].isdigit()}
+
+
+def test_each_crash_that_is_played_is_in_the_table() -> None:
+    assert crashes().keys() >= ROWS.keys()
+
+
 def test_every_test_is_there() -> None:
-    for _, names in rows():
+    for names in [names for _, names in rows()] + list(crashes().values()):
         for name in names:
             path, _, test = name.strip("`").partition("::")
             text = (ROOT / path).read_text()

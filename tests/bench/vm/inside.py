@@ -137,8 +137,6 @@ class Bench:
             self._rig.keep_awake()
             stack = self._rig.stacks[name]
             stack.call("set", era_interval="300ms")
-            # The era that has begun lasts as long as it was to last.
-            stack.touch()
             stack.make_ready()
             with stack.watched() as deltas, stack.sampled() as windows_s:
                 loads.fio(stack.device, load, self._scale.window_s, 0, 1)

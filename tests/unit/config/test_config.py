@@ -389,7 +389,7 @@ def test_3_a_file_that_is_too_much_is_a_problem_of_its_volume(write: Write, text
 
 @pytest.mark.parametrize(
     ("size_bytes", "limit_bytes"),
-    [(1 << 40, 1 << 30), (5 << 30, 1 << 29), (100 << 20, 64 << 20), (1, 64 << 20)],
+    [(1 << 40, 4 << 30), (3 << 30, 3 << 30), (100 << 20, 100 << 20), (1, 64 << 20)],
 )
 def test_automatic_record_limit(write: Write, size_bytes: int, limit_bytes: int) -> None:
     config = load_volume(write(vol0=toml_of()), "vol0")

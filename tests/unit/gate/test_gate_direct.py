@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
-from bitmapd.copier.rounds import URGENT_ERA_S
+from bitmapd.copier.rounds import MARKS_PER_S, URGENT_ERA_S
 from bitmapd.gate.elsewhere import Collected, Run
 from bitmapd.gate.routes import DIRECT, GATE, URGENT_HITS
 from tests.support.mirror import (
@@ -206,6 +206,25 @@ def test_a_busy_gate_is_relieved_before_the_era_is_over() -> None:
     mirror.run(URGENT_ERA_S)
     assert mirror.routes.loads == 1
     assert mirror.routes.count_direct == 1
+
+
+@pytest.mark.parametrize(
+    ("marked", "lasts_s"),
+    [(MARKS_PER_S, 1), (MARKS_PER_S + 1, 2), (2 * MARKS_PER_S + 1, 4), (1 << 20, 5)],
+)
+def test_an_era_is_longer_after_one_that_let_many_writes_wait(marked: int, lasts_s: float) -> None:
+    other = Another()
+    mirror = begun(elsewhere=(other,))
+    mirror.copier.rounds.longest_era_s = 5.0
+    other.wants_barrier = True
+    mirror.run(1.0)
+    assert other.done is not None
+    ended, other.done, other.marked_blocks = other.done, None, marked
+    ended([])
+    mirror.run(lasts_s - 1)
+    assert other.done is None
+    mirror.run(2.0)
+    assert other.done is not None
 
 
 def test_the_table_has_what_is_durably_recorded() -> None:
@@ -503,6 +522,7 @@ class Another:
         self.left: list[int] = []
         self.written = self.being_written = self.wants_barrier = self.is_urgent = False
         self.host_load = (0, 0)
+        self.marked_blocks = 0
         self.done: Collected | None = None
 
     def is_open(self, extent: int) -> bool:

@@ -41,6 +41,13 @@ def test_what_an_agent_reads() -> None:
     assert said == b"action=off\nplug=3\nip=10.0.0.9\npassword=a b\n"
 
 
+def test_a_node_that_came_back_and_dies_again_is_fenced_at_once() -> None:
+    trigger = Trigger()
+    trigger.ended(100.0)
+    trigger.paired()
+    assert trigger.is_due(AUTO, 101.0, 60.0, 1)
+
+
 def test_a_log_gets_the_end_of_what_an_agent_prints_on_one_line() -> None:
     assert last_words(b"") == ""
     assert last_words(b"no\n  way \x1b[31m \xff\n") == "no way ?[31m \ufffd"
