@@ -136,6 +136,11 @@ def _boolean(value: Any) -> bool:
     return value
 
 
+def _switch(value: Any) -> bool:
+    """A boolean that may be given as a word, too, by an option or `dmctl set`."""
+    return _boolean(value == "true" if value in ("true", "false") else value)
+
+
 def _path(value: Any) -> str:
     path = _text(value)
     if not path.startswith("/"):
@@ -311,6 +316,7 @@ INTERVAL = Kind("duration", _interval, format_duration)
 POINT_INTERVAL = Kind("duration", _point_interval, format_duration)
 WORD = Kind("name", _word, str)
 BOOLEAN = Kind("true | false", _boolean, bool)
+SWITCH = Kind("true | false", _switch, bool)
 METRICS = Kind("unix:PATH | LOOPBACK:PORT", _metrics, str)
 RECORD_ON = choice("both", "partner", "local")
 PARTNER_ACK = choice("memory", "stored")

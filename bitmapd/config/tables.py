@@ -141,6 +141,7 @@ OF_A_PAIR: Final = {
     "serve": "always",
     "record_on": "both",
     "partner_ack": "memory",
+    "record_fallback": True,
     "on_cut": "wait",
     "partner_role": "pair",
 }
@@ -188,7 +189,7 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
                 yield (
                     name,
                     UsageError(
-                        f"{value} is for one of two appliances",
+                        f"{str(value).lower()} is for one of two appliances",
                         hint="a pair needs node, partner and partner_listen",
                     ),
                 )

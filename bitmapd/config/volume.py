@@ -284,6 +284,17 @@ class VolumeConfig:
             idle=True,
         ),
     ]
+    record_fallback: Annotated[
+        bool,
+        Key(
+            "record_fallback",
+            kinds.SWITCH,
+            "Whether the partner's copy of this node's record counts while the record itself cannot"
+            " be written; else writes to new places fail then.",
+            True,
+            idle=True,
+        ),
+    ]
     on_cut: Annotated[
         str,
         Key(

@@ -540,6 +540,30 @@ _EVENTS = (
         "nothing",
     ),
     EventKind(
+        "record-fallback",
+        Level.WARNING,
+        ("message",),
+        "this node's record cannot be written, and the partner's copy of it counts in its place; if"
+        " the partner is lost, too, writes to new places wait",
+        "mend the record's device, or replace it: *A record's device fails* in"
+        " [failover.md](failover.md)",
+        limited=True,
+    ),
+    EventKind(
+        "partner-record-error",
+        Level.WARNING,
+        (),
+        "the partner cannot write its record",
+        "`dmctl events` at the partner says why; do not stop this node before that is mended",
+    ),
+    EventKind(
+        "partner-record-ok",
+        Level.NOTICE,
+        (),
+        "the partner's record can be written again",
+        "nothing",
+    ),
+    EventKind(
         "gone-on",
         Level.WARNING,
         (),

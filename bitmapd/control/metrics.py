@@ -72,6 +72,7 @@ PARTNER_GAUGES = {
     "partner_extents": "Extents that the partner may write, as far as this node knows.",
     "owed_extents": "Extents that were given to the partner, which has not confirmed that yet.",
     "serving": "1 while this node lets hosts in.",
+    "record_fallback": "1 while the partner's copy counts in the place of this node's record.",
     "waiting_requests": "Requests of hosts that wait for the partner.",
     "oldest_wait_seconds": "How long requests of hosts have waited for the partner.",
     "rtt_seconds": "Last time that a message took there and back.",

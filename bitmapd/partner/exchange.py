@@ -143,7 +143,9 @@ class Exchange:
                 self._first_pairing = partial(node.ledger.change, edit, stored)
                 self._look_for_ready()
             else:
-                node.ledger.change(edit, stored)
+                # A node that cannot write its record leaves to the other what has to be certain.
+                certain = not has(mine, HelloFlag.UNSTORED)
+                node.ledger.change(edit, stored, certain=certain)
 
         # READY says what GRANT says: where that has to be stored first, this has, too.
         if not (stores_first(mine, theirs) and self._around.destage(named)):

@@ -15,8 +15,8 @@ Invariants:
 1. `covers` is never true for what this node may not write.
 2. An extent that leaves this node's record leaves `own` in the same event (`Rights.drop`), and the
    stored one unless it is the other's from then on.
-3. `add` calls back once every extent has been granted and is stored, or one could not be stored.
-   What was granted stays ours in any case.
+3. `add` calls back once every extent has been granted and is stored, or one could not be stored
+   and the partner cannot stand in for that (`standin`).  What was granted stays ours in any case.
 4. A write that was granted and waits only for its own page holds the extent here until it has been
    submitted (`reserved` of `Rights`).  One that still waits for another extent holds nothing, so no
    circle of waiting arises.
@@ -74,10 +74,11 @@ class Copies(Protocol):
 class _Batch:
     """One `add` that waits for rights and for the stored record."""
 
-    __slots__ = ("done", "error", "reserved", "rights", "stored")
+    __slots__ = ("done", "error", "first", "reserved", "rights", "stored")
 
-    def __init__(self, done: Done) -> None:
+    def __init__(self, done: Done, first: int) -> None:
         self.done = done
+        self.first = first  # one of its extents
         self.error: OSError | None = None
         self.rights = 0  # that have not come
         self.stored = True
@@ -98,6 +99,7 @@ class PairRecord(Record):
         self._held = rights.held
         self._stored = store.covered  # the second bit that a hit asks; `held` again while we rely
         self._relies = False
+        self.on_unwritten: Callable[[], bool] = lambda: False  # whether the partner may stand in
 
     # -- questions ------------------------------------------------------------------------
     def covers(self, first: int, stop: int) -> bool:
@@ -129,7 +131,7 @@ class PairRecord(Record):
 
     # -- changes --------------------------------------------------------------------------
     def add(self, needed: Ranges, extra: Ranges, done: Done) -> bool:
-        rights, batch = self.rights, _Batch(done)
+        rights, batch = self.rights, _Batch(done, needed[0][0])
         for first, stop in needed:
             for extent in rights.obtain(first, stop):
                 batch.rights += 1
@@ -164,12 +166,19 @@ class PairRecord(Record):
     def _has_stored(self, batch: _Batch, error: OSError | None) -> None:
         batch.stored = True
         if batch.error is None:
-            if error is not None:
-                batch.fail(error)
+            if error is not None and not self._relies:
+                self._was_not_stored(batch, error)
             elif not batch.rights:
                 batch.done(None)
         for extent in batch.reserved:
             self.rights.release(extent)
+
+    def _was_not_stored(self, batch: _Batch, error: OSError) -> None:
+        if self.on_unwritten():
+            batch.rights += 1
+            self.rights.want_anew(batch.first, partial(self._granted, batch, batch.first))
+        else:
+            batch.fail(error)
 
     def drop(self, extents: Iterable[int]) -> None:
         gone = self.rights.drop(extents)

@@ -62,6 +62,7 @@ from bitmapd.partner.reliance import Reliance
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares, SplitRights
 from bitmapd.partner.split import Conflicts, conflicts
+from bitmapd.partner.standin import StandIn
 from bitmapd.partner.states import Lasting, Phase, Proof, State, Surroundings, Wire
 from bitmapd.peer import words
 from bitmapd.peer.frames import ErrorCode, PeerError
@@ -118,6 +119,7 @@ class Node:
         self._reliance = Reliance(self.ledger, around, self._all_stored)
         self._other_goes_on = False  # it may take places in a cut that we do not know of
         rights.on_stuck = self._look_whether_to_go_on
+        self.stand_in = StandIn(rights, scheduler, self, around.emit)
         self.growth = Growth(rights, scheduler, self)
         self.lead = Lead(number)
 
@@ -216,6 +218,7 @@ class Node:
         if self._known:
             self._reliance.end()
         self._handover.lost()
+        self.stand_in.lost()
         self.growth.lost()
         self._phase(Phase.CLOSED)
         if self._left is not None:
@@ -336,6 +339,7 @@ class Node:
         self.lead.met(claimed=claimed, claimed_there=claimed_there)
         if inherits:
             self.absorbed_extents += shares.dirty.count()
+        self.stand_in.met(mine, theirs)
         self._reliance.begin(relies=relies(mine, theirs))
         self.rights.store_first(stores_first(mine, theirs))
         self.rights.thaw(shares, copying)
@@ -561,12 +565,6 @@ class Node:
         """Once a second."""
         self._reliance.tick()
         self._look_whether_to_go_on()
-
-    def record_is(self, *, failing: bool) -> None:
-        """Whether the stored record cannot be written now.  HELLO says so, and both nodes count on
-        that."""
-        if self.phase is Phase.UP and failing is not has(self._mine, HelloFlag.UNSTORED):
-            self.begin_anew()
 
     def begin_anew(self) -> None:
         """End the connection, for what was said on it is not so; another one comes."""

@@ -73,6 +73,7 @@ class Names:
     stored: bool = False  # partner_ack = stored
     goes_on: bool = False  # on_cut = go-on
     keeps: bool = False  # partner_role = keeper
+    falls_back: bool = True  # record_fallback
 
 
 @dataclass(slots=True)
@@ -175,6 +176,8 @@ class Pair:
         self.rights.has_room = self._has_room
         self.record = PairRecord(store, self.rights)
         self.node = Node(number, lasting, self.rights, loop, self, keeps=names.keeps)
+        self.node.stand_in.on = names.falls_back
+        self.record.on_unwritten = self.node.stand_in.unwritten
         self.fence = Fence(self.node, loop, home)
         self.peer = Peer()
         self.since_s = loop.time()  # of the state
@@ -312,7 +315,7 @@ class Pair:
 
     def look_at_record(self) -> None:
         """Whether it can be written; the partner counts on what was said of that."""
-        self.node.record_is(failing=self._stored_record.failing)
+        self.node.stand_in.record_is(failing=self._stored_record.failing)
 
     async def end(self) -> None:
         """The volume stops: what is stored has to stand for itself, as far as that can be."""
@@ -406,10 +409,12 @@ class Pair:
                 "lag_seconds": round(self.peer.age_s, 3),
                 "secondary": None if peer.role is Role.KEEPER else _SECONDARY[self.peer.secondary],
                 "serves": self.peer.lets_hosts_in,
+                "record_failing": node.stand_in.partner_fails,
             },
             "serving": self.lets_hosts_in,
             "volatile": node.lasting.volatile,
             "gone_on": node.lasting.gone_on,
+            "record_fallback": node.stand_in.counts,
             "own_extents": rights.own_extents,
             "partner_extents": rights.other.count(),
             "owed_extents": rights.owed.count(),
@@ -571,6 +576,8 @@ class Pair:
             required |= KNOWS_KEEPERS
         if self._stored_record.failing:
             flags |= HelloFlag.UNSTORED
+            if names.falls_back and not names.keeps:
+                flags, required = flags | HelloFlag.RELIES, required | SAYS_VOLATILE
         return Hello(
             volume=NIL,
             node=self.node.number,

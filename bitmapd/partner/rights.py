@@ -162,6 +162,19 @@ class Rights:
             if self.stance is Stance.CUT:
                 self._scheduler.call_soon(self.on_stuck)
 
+    def want_anew(self, extent: int, waiter: Waiter) -> None:
+        """Call `waiter` once the nodes have come together again, or at `look_again`, if the extent
+        is ours then; else as for any that is not."""
+        if self._refusal is not None:
+            self._scheduler.call_soon(waiter, self._refusal)
+        else:
+            self._wants.wait_anew(extent, waiter, self._scheduler.time())
+
+    def look_again(self) -> None:
+        """Whoever waits for an extent that is ours need not wait any longer."""
+        for extent in [extent for extent in self._wants.waiters if self.held[extent]]:
+            self._wants.serve(extent)
+
     @property
     def goes_on(self) -> bool:
         return self._claims.goes_on

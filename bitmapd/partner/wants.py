@@ -59,8 +59,12 @@ class Wants:
 
     # -- what is wanted -------------------------------------------------------------------------
     def wait(self, extent: int, waiter: Waiter, now_s: float) -> None:
-        self.waiters.setdefault(extent, []).append((now_s, waiter))
+        self.wait_anew(extent, waiter, now_s)
         self.seek(extent)
+
+    def wait_anew(self, extent: int, waiter: Waiter, now_s: float) -> None:
+        """As `wait`, and nothing is done for it before the nodes begin anew."""
+        self.waiters.setdefault(extent, []).append((now_s, waiter))
 
     def seek(self, extent: int) -> None:
         """Do what brings a right that is waited for."""

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from bitmapd.config import VolumeConfig, effective_fence_delay_s, is_keeper
 from bitmapd.copier.engine import Copier, CopyState
-from bitmapd.errors import BusyError, UsageError
+from bitmapd.errors import BitmapdError, BusyError, UsageError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.base import Target
 from bitmapd.media.claims import Claim
@@ -141,6 +141,7 @@ def make_pair(
             stored=config.partner_ack == "stored",
             goes_on=config.on_cut == "go-on",
             keeps=is_keeper(config),
+            falls_back=config.record_fallback,
         ),
         link_settings(config, seeks=state.node == 1 and state.never_paired),
         loop,
@@ -185,18 +186,21 @@ async def _write(
                 await medium.joined(Claim(state.node, volume))
         except BusyError as error:
             raise OSError(errno.EBUSY, error.message) from error
-    await aside(
-        session.store_pair,
-        volume,
-        never_paired=lasting.never_paired,
-        term=lasting.term,
-        generations=from_ids(lasting.generations),
-        volatile=lasting.volatile,
-        gone_on=lasting.gone_on,
-        kept=lasting.kept,
-        record_on=RecordOn[config.record_on.upper()],
-        partner_ack=PartnerAck[config.partner_ack.upper()],
-    )
+    try:
+        await aside(
+            session.store_pair,
+            volume,
+            never_paired=lasting.never_paired,
+            term=lasting.term,
+            generations=from_ids(lasting.generations),
+            volatile=lasting.volatile,
+            gone_on=lasting.gone_on,
+            kept=lasting.kept,
+            record_on=RecordOn[config.record_on.upper()],
+            partner_ack=PartnerAck[config.partner_ack.upper()],
+        )
+    except BitmapdError as error:  # as the record's tool says it
+        raise OSError(errno.EIO, error.message) from error
 
 
 def link_settings(config: VolumeConfig, *, seeks: bool) -> Settings:
@@ -232,6 +236,8 @@ def fence_settings(config: VolumeConfig) -> FenceSettings:
 
 def state_of_pair(pair: Pair) -> str | None:
     """The state of the volume where the pair decides it."""
+    if pair.is_paired and pair.node.stand_in.partner_fails:
+        return "degraded"
     return {
         State.WAITING: "waiting",
         State.CUT: "degraded",

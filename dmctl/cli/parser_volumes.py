@@ -79,6 +79,9 @@ def add_volumes(commands: Commands) -> None:
          " is slow; if both nodes then lose power, everything is compared"),
         ("--partner-ack", "memory|stored", "when the partner counts as having recorded a place:"
          " once it is in its memory (default), or in its stored record"),
+        ("--record-fallback", "true|false", "whether the partner's copy of this node's record"
+         " counts while the record itself cannot be written; else writes to new places fail"
+         " (default true)"),
         ("--on-cut", "wait|go-on", "what a write to a place of nobody's does while the link is"
          " lost; go-on at one node at most: the other compares everything when it takes over"
          " (default wait)"),
@@ -296,8 +299,8 @@ def add_copying(commands: Commands) -> None:
         " trace=FILE, which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that."
         " The new values are also written to the volume's configuration."
         " node=1 partner=URI partner-listen=URI, and what else a pair needs, make a stopped volume"
-        " node 1 of two appliances; node 2 is then created. record-on, partner-ack and"
-        " on-cut may be changed while the volume is stopped.",
+        " node 1 of two appliances; node 2 is then created. record-on, partner-ack, record-fallback"
+        " and on-cut may be changed while the volume is stopped.",
     )
     add_name(change)
     change.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="what to change")

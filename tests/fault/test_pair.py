@@ -26,10 +26,11 @@ PARTNER_KEYS = {
     "partner_extents", "owed_extents", "embargoed_extents", "waiting_requests",
     "oldest_wait_seconds", "rtt_seconds", "messages_total", "asks_total", "handovers_total",
     "refused_guesses_total", "exchanges_total", "absorbed_extents_total", "compared_extents_total",
-    "proof", "hands_over", "serving",
+    "proof", "hands_over", "serving", "record_fallback",
 }  # fmt: skip
 PEER_KEYS = {
     "name", "version", "incarnation", "dirty_bytes", "lag_seconds", "secondary", "serves",
+    "record_failing",
 }  # fmt: skip
 
 

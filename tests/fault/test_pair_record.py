@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.faulty import FaultyDisk, faulty_disk
 from tests.support.pairs import Pair
-from tests.support.volumes import KIB, MIB, noise
+from tests.support.volumes import KIB, MIB, make_file, noise
 
 
 @pytest.fixture
@@ -165,6 +168,96 @@ def test_what_the_partner_has_stored_needs_no_flag_and_no_comparison(storing: Pa
     assert pair.equal()
     assert pair[2].read(10 * MIB, MIB) == here
     assert pair[1].read(30 * MIB, MIB) == there
+
+
+# -- a record's device fails ------------------------------------------------------------------
+
+
+@pytest.fixture
+def failing(short_path: Path) -> Iterator[tuple[Pair, FaultyDisk]]:
+    """Node 1's record is on a disk that fails when told to."""
+    backing = make_file(short_path / "record1", 2 * MIB)
+    with ExitStack() as stack:
+        disk = stack.enter_context(faulty_disk(short_path / "faulty", backing))
+        # Predictions would leave no misses in so small a volume.
+        pair = stack.enter_context(Pair(short_path, 64 * MIB, "--predictor", "lru"))
+        pair[1].record = disk.path
+        pair.create()
+        pair.start()
+        in_sync(pair)
+        pair[1].until(lambda _: not pair[1].recorded())  # so that every write to it needs a page
+        yield pair, disk
+
+
+def test_hosts_do_not_notice_that_a_record_fails(failing: tuple[Pair, FaultyDisk]) -> None:
+    pair, disk = failing
+    for node in (1, 2):
+        pair[node].dmctl("pause", "vol0")
+    data = noise(41, MIB)
+    with disk.failing("pwrite"), pair[1].events() as events:
+        pair[1].write(10 * MIB, data)
+        events.wait("record-fallback")
+        pair[1].write(11 * MIB, data)
+        assert pair.partner(1)["record_fallback"]
+        assert pair.partner(2)["peer"]["record_failing"]
+        assert superblock(pair, 2)["volatile"], "this record has the flag for both"
+        assert [pair[node].status()["state"] for node in (1, 2)] == ["degraded", "degraded"]
+    pair[1].until(lambda status: not status["partner"]["record_fallback"])
+    pair[2].until(lambda status: not status["partner"]["volatile"])
+    assert {10, 11} <= pair[1].recorded()
+    for node in (1, 2):
+        pair[node].dmctl("resume", "vol0")
+    in_sync(pair)
+    assert pair.equal()
+
+
+def test_new_places_wait_if_the_partner_dies_as_well(failing: tuple[Pair, FaultyDisk]) -> None:
+    pair, disk = failing
+    with disk.failing("pwrite"):
+        pair[1].write(10 * MIB, noise(42, MIB))
+        pair[2].kill()
+        pair.until(1, "cut")
+        with pair[1].host() as host:
+            host.submit(1, 33 * MIB, 4 * KIB, noise(43, 4 * KIB))
+            pair[1].until(lambda status: status["partner"]["waiting_requests"] == 1)
+            refused = pair[1].refused("takeover", "vol0", "--fenced")
+            assert "could not be recorded" in refused["message"]
+            pair[2].start()
+            assert host.reply().error == 0
+            host.disconnect()
+        assert pair.until(2, "paired")["peer"]["record_failing"]
+    in_sync(pair)
+    assert pair.equal()
+
+
+def test_both_die_while_one_record_alone_has_the_flag(failing: tuple[Pair, FaultyDisk]) -> None:
+    pair, disk = failing
+    data = noise(44, MIB)
+    with disk.failing("pwrite"):
+        pair[1].write(10 * MIB, data)
+        both_die(pair)
+    partners = both_start(pair)
+    assert partners[1]["compared_extents_total"] == 64
+    assert pair[2].read(10 * MIB, MIB) == data
+    in_sync(pair)
+    assert pair.equal()
+
+
+def test_without_a_fallback_new_places_fail_as_at_a_single_volume(
+    failing: tuple[Pair, FaultyDisk],
+) -> None:
+    pair, disk = failing
+    pair[1].stop()
+    pair[1].dmctl("set", "vol0", "record-fallback=false")
+    pair[1].start()
+    pair.until(1, "paired")
+    with disk.failing("pwrite"), pair[1].host() as host:
+        host.submit(1, 33 * MIB, 4 * KIB, noise(45, 4 * KIB))
+        assert host.reply().error == errno.EIO
+        assert not pair.partner(1)["record_fallback"]
+        host.disconnect()
+    in_sync(pair)
+    assert pair.equal()
 
 
 # -- going on in a cut ------------------------------------------------------------------------

@@ -26,9 +26,12 @@ TROUBLES = {
     "stops": ("cut", "stop"),
     "planned": ("cut", "take"),
     "errors": ("cut", "errors", "hand-over"),
+    "records": ("cut", "records", "crash", "takeover"),
     "growth": ("cut", "resize", "crash"),
     "lies": ("lie", "hand-over"),
-    "everything": (*("cut", "crash", "takeover", "hand-over", "stop", "take", "errors", "resize"),),
+    "everything": (
+        *("cut", "crash", "takeover", "hand-over", "stop", "take", "errors", "records", "resize"),
+    ),
 }
 
 

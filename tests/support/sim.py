@@ -239,8 +239,9 @@ class SimDisk:
 
     def _fail_badly(self, op: SimOp, luck: Chooser) -> None:
         if op.kind == "write":
+            share = (0.0, 0.5, 1.0)[int(luck.random() * 3)]  # of it lands
             for at in range(0, len(op.data), SECTOR):
-                if luck.random() < 0.5:
+                if luck.random() < share:
                     piece = op.data[at : at + SECTOR]
                     self.carry_out(op.offset_bytes + at, piece, op.fua and luck.random() < 0.7)
         elif op.kind == "flush":

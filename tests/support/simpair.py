@@ -15,7 +15,8 @@ What is checked:
 3. Where primary and secondary differ, or a write is on its way, each live node that knows anything
    has the extent in its records, and one of the stored records names it, or the flag VOLATILE
    stands in one of the superblocks.  A node that writes has either in its own, or what it writes
-   is in the other's stored record (partner_ack = stored).
+   is in the other's stored record (partner_ack = stored); or the flag is in the other's, if its own
+   record cannot be written.
 4. Reads are those of one disk with two doors.
 5. No message is refused, and nobody sees a split brain, since every proof of death is true.
 6. A node that has said BYE or TAKEN owns nothing, and nothing of its is on its way.
@@ -160,6 +161,7 @@ class Side:
         self.session = 0
         self.record_image = blank_image(GEOMETRY)
         self.lasting = Lasting(True, 1, (b"\1" * 16, NIL, NIL, NIL), VOLUME.bytes)
+        self.broken = False  # nothing can be written to the record's device
         self.sent: dict[str, int] = {}
         self.ghosts: list[tuple[Path, SimOp]] = []
         self.primary: Path
@@ -177,6 +179,7 @@ class Side:
         self.stored = world.rng.random() < world.stored_often
         self.loop = SimLoop()
         self.record = SimDisk("record", len(self.record_image), self.record_image)
+        self.record.luck = world.rng
         self.primary = Path("primary", world.primary, world.primary_landed)
         self.secondary = Path("secondary", world.secondary, lambda offset, data: None)
         self.secondary.writes_late = "errors" in world.troubles
@@ -221,6 +224,8 @@ class Side:
         self.events: list[tuple[str, dict[str, object]]] = []
         self.node = Node(self.number, self.lasting, self.rights, self.loop, _Around(self))
         self.node.serve(self)
+        self.node.stand_in.on = world.falls_back
+        self.pair_record.on_unwritten = self.node.stand_in.unwritten
         hands.on_unstored = lambda: self.loop.call_soon(self.node.begin_anew)
         self.node.growth.media = _Media(self)
         self.leaving = self.gone = False
@@ -245,6 +250,7 @@ class Side:
         for write, _ in self.superblocks[:1]:
             if world.rng.random() < 0.5:
                 write()
+        self.superblocks = []
         self.record_image = self.record.crash(world.rng)
         world.answers_lost(self)
         if self.end is not None:
@@ -304,6 +310,8 @@ class Side:
             flags |= HelloFlag.GO_ON
         if self.store.failing:
             flags |= HelloFlag.UNSTORED
+            if self.world.falls_back:
+                flags |= HelloFlag.RELIES
         return flags
 
     @property
@@ -325,8 +333,23 @@ class Side:
         """Its record could not be written when the two met last: the other's has to say all."""
         return self.node.exchanges > 0 and has(self.node._mine, HelloFlag.UNSTORED)
 
+    def replace_record(self) -> None:
+        """`dmctl record replace`: it names nothing, and says so."""
+        size_bytes = self.world.sides[2 - self.number].durable_blocks * BLOCK
+        self.record_image = blank_image(replace(GEOMETRY, size_bytes=size_bytes))
+        joins = self.number == 2
+        volume = NIL if joins else VOLUME.bytes
+        generations = (self.world.rng.randbytes(16), NIL, NIL, NIL)
+        self.lasting = Lasting(joins, 0, generations, volume, volatile=True)
+
     def look_at_record(self) -> None:
-        self.node.record_is(failing=self.store.failing)
+        self.node.stand_in.record_is(failing=self.store.failing)
+
+    def keeps_from(self, other: Side) -> bool:
+        """Whether it has not given everything, but for what the other has handed over meanwhile."""
+        both = min(self.geometry.extents, other.geometry.extents)
+        mine = self.rights.own | self.rights.owed
+        return (mine[:both] & ~other.rights.owed[:both]).any() or mine[both:].any()
 
     def known(self) -> bitarray:
         return self.rights.own | self.rights.other | self.rights.owed
@@ -479,6 +502,7 @@ class World:
         self.record_on = self.rng.choice(("both", "partner", "either"))  # the latter: at each start
         self.stored_often = self.rng.choice((0.0, 0.5, 1.0))  # partner_ack, at each start
         self.goes_on = self.rng.choice((0, 1, 2))  # the node that goes on in a cut, if any
+        self.falls_back = self.rng.random() < 0.7  # record_fallback
         self._swift = self.rng.random() < 0.5  # a link that is lost comes back soon
         self._writes_superblocks = self.rng.choice((0.05, 0.5))  # how soon they are written
         self.log: list[str] = []
@@ -609,9 +633,10 @@ class World:
 
     def _meet(self) -> None:
         """Both are paired before anything else happens."""
-        self.connect()
         while any(side.node.state is not State.PAIRED for side in self.sides):
+            self.connect()
             for side in self.sides:
+                self.notice(side)
                 self.deliver(side)
                 self.superblock(side)
 
@@ -646,9 +671,7 @@ class World:
             same = incarnation == (side.incarnations, other.incarnations) and before is other.end
             if error is None and same and other.alive and other.stopped:
                 # What this side has handed over meanwhile is not meant.
-                # It may have grown, and the other not yet.
-                theirs = (other.rights.own | other.rights.owed)[: len(side.rights.own)]
-                if (theirs & ~side.rights.owed[: len(theirs)]).any():
+                if other.keeps_from(side):
                     raise AssertionError("TAKEN before everything was given")
                 if any(
                     op.kind == "write" for op in other.primary.pending + other.secondary.pending
@@ -675,7 +698,7 @@ class World:
             same = incarnation == (side.incarnations, other.incarnations) and before is other.end
             if all_of_it and same and side.stopped:
                 # What the other has handed over meanwhile is not meant.
-                if ((side.rights.own | side.rights.owed) & ~other.rights.owed).any():
+                if side.keeps_from(other):
                     raise AssertionError("not everything was given")
                 if any(op.kind == "write" for op in side.primary.pending + side.secondary.pending):
                     raise AssertionError("given with writes on their way")
@@ -724,6 +747,8 @@ class World:
             side.node.shut_out("reservation conflict")
         else:
             kind = disk.pending[index].kind
+            if disk is side.record and side.broken and not disk.fail_next.get(kind):
+                disk.fail_next[kind] = [errno.EIO]
             disk.finish(index)
             if kind == "open":
                 disk.greet(side.loop, self.rng)
@@ -734,10 +759,16 @@ class World:
         if not side.alive or not side.superblocks:
             return False
         write, done = side.superblocks.pop(0)
-        write()
-        done(None)
+        fails = side.broken or (self._errs and self.rng.random() < 0.1)
+        if not fails or self.rng.random() < 0.5:  # one that fails has landed, or has not
+            write()
+        done(OSError(errno.EIO, "simulated") if fails else None)
         side.loop.run_soon()
         return True
+
+    @property
+    def _errs(self) -> bool:
+        return "records" in self.troubles and not self.healing
 
     def deliver(self, side: Side) -> bool:
         """One frame to this side."""
@@ -835,6 +866,8 @@ class World:
                 self.take(side)
         elif what == "errors":
             self.error(side)
+        elif what == "records":
+            self.device(side)
         elif what == "stop":
             if not side.alive:
                 self.restart(side)
@@ -888,11 +921,29 @@ class World:
             disk.fail_next.setdefault(kind, []).extend([errno.EIO] * errors)
         side.loop.run_soon()
 
+    def device(self, side: Side) -> None:
+        """That of the record fails for good, is well again, or another one takes its place."""
+        if not side.broken:
+            side.broken = self.rng.random() < 0.5
+        elif side.alive or self.rng.random() < 0.5:
+            side.broken = False
+        else:
+            side.replace_record()
+            side.broken = False
+            self.log.append(f"{side.number}: has a new record")
+        if side.alive and not side.broken:
+            side.record.fail_next = {"write": [errno.EIO]} if self.rng.random() < 0.3 else {}
+        self.log.append(f"{side.number}: the record's device fails: {side.broken}")
+
     def crash(self, side: Side) -> None:
         self.log.append(f"{side.number}: dies")
         side.die()
 
     def restart(self, side: Side) -> None:
+        if side.broken:
+            return  # no process can begin
+        if side.lasting.volume == NIL:
+            side.replace_record()  # the volume may have grown meanwhile, and who joins has its size
         self.log.append(f"{side.number}: starts")
         side.lay_ghosts()
         side.boot()
@@ -1048,7 +1099,9 @@ class World:
                 self.crash(self.rng.choice(split))
             for side in self.sides:
                 outdated = side.node.state is State.OUTDATED
-                if side.alive and (outdated or side.shut_out or side.gone):
+                side.broken = False
+                joins = side.lasting.volume == NIL
+                if side.alive and (outdated or side.shut_out or side.gone or joins):
                     self.crash(side)
                 if not side.alive:
                     self.restart(side)

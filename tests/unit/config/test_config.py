@@ -109,6 +109,7 @@ def test_builtin_defaults(write: Write) -> None:
         partner_role="pair",
         record_on="both",
         partner_ack="memory",
+        record_fallback=True,
         on_cut="wait",
         partner_name=None,
         partner_fingerprint=None,
@@ -618,6 +619,7 @@ def test_settings_of_points_are_refused_without_a_receiver(write: Write) -> None
         ("serve", "on-promote"),
         ("record_on", "partner"),
         ("partner_ack", "stored"),
+        ("record_fallback", "false"),
         ("on_cut", "go-on"),
     ],
 )

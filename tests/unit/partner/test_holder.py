@@ -83,6 +83,14 @@ class Holder:
         self.rights.thaw(Shares(zeros(EXTENTS), zeros(EXTENTS), zeros(EXTENTS)), ())
         self.loop.run_soon()
 
+    def pair_again(self) -> None:
+        """The nodes have begun anew, and each has what it had."""
+        own, other = self.rights.own.copy(), self.rights.other.copy()
+        self.rights.cut()
+        self.rights.freeze()
+        self.rights.thaw(Shares(own, other, zeros(EXTENTS)), ())
+        self.loop.run_soon()
+
     def _send(self, message: Message) -> int:
         self.sent.append(message)
         return len(self.sent)

@@ -41,6 +41,19 @@ def test_one_update_at_a_time_each_made_from_what_the_last_has_left() -> None:
     assert it.done == [("term", None), ("again", None), ("flag", None)]
 
 
+def test_after_a_failure_what_changes_nothing_is_written_too_unless_nobody_counts_on_it() -> None:
+    """The one that failed may have landed all the same."""
+    it, error = Book(), OSError(errno.EIO, "simulated")
+    it.change("flag", lambda now: replace(now, volatile=True))
+    it.write(error)
+    it.ledger.change(lambda now: now, lambda error: it.done.append(("easy", error)), certain=False)
+    assert it.done[1:] == [("easy", None)]
+    it.change("same", lambda now: now)
+    assert it.write() == OLD
+    it.change("again", lambda now: now)
+    assert it.done[2:] == [("same", None), ("again", None)]
+
+
 def test_an_update_that_failed_counts_for_nothing() -> None:
     it, error = Book(), OSError(errno.EIO, "simulated")
     it.change("term", lambda now: replace(now, term=7))

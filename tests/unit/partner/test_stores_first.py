@@ -196,20 +196,20 @@ def test_the_first_pairing_waits_for_both() -> None:
 def test_nodes_begin_anew_when_the_record_fails_and_when_it_is_well() -> None:
     it = stored_pair()
     it.pair()
-    it.two.node.record_is(failing=False)
+    it.two.node.stand_in.record_is(failing=False)
     assert it.two.node.phase is Phase.UP
-    it.two.node.record_is(failing=True)
+    it.two.node.stand_in.record_is(failing=True)
     assert it.two.sent()[-1] == Bye(Goodbye.RECONNECTING)
     assert it.two.node.state is State.CUT
-    it.two.node.record_is(failing=True)  # there is no link to end
+    it.two.node.stand_in.record_is(failing=True)  # there is no link to end
     it.two.node.begin_anew()
     it.cut()
     it.two.flags = HelloFlag.UNSTORED
     it.pair()
     assert not it.one.relies, "its own record counts"
-    it.two.node.record_is(failing=True)
+    it.two.node.stand_in.record_is(failing=True)
     assert it.two.node.phase is Phase.UP
-    it.two.node.record_is(failing=False)
+    it.two.node.stand_in.record_is(failing=False)
     assert it.two.node.phase is Phase.CLOSED
 
 
