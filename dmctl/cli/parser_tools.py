@@ -11,6 +11,7 @@ from dmctl.cli.options import (
     Commands,
     add_command,
     add_device,
+    add_name,
     add_names,
     completed,
     latency,
@@ -49,6 +50,23 @@ def add_records(commands: Commands) -> None:
             "--output", metavar="FILE", required=True, help="a new file, or an empty device"
         ),
         FILE,
+    )
+    replace = add_command(
+        actions,
+        "replace",
+        "newrecord:replace",
+        "give a node of a pair a new record",
+        "For a record that is lost, of a volume that is stopped at this node. The new one names"
+        " nothing: the partner, which has gone on, says what differs once the node is started. If"
+        " both nodes were stopped everything is compared. A record that can be read is better moved"
+        " with 'record repair', which keeps what it names.",
+    )
+    add_name(replace)
+    add_device(replace, "device or file of the new record")
+    replace.add_argument(
+        "--force",
+        action="store_true",
+        help="overwrite what is on it: a record of another volume, or one that is not clean",
     )
     probe = add_command(
         commands,

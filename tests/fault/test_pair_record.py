@@ -243,6 +243,34 @@ def test_both_die_while_one_record_alone_has_the_flag(failing: tuple[Pair, Fault
     assert pair.equal()
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_lost_record_is_replaced_and_the_partner_says_what_differs(
+    short_path: Path, lost: int
+) -> None:
+    other = 3 - lost
+    with Pair(short_path) as pair:
+        pair.create()
+        pair.start()
+        in_sync(pair)
+        pair[lost].write(10 * MIB, noise(46, MIB))
+        pair[lost].kill()
+        pair[lost].record.write_bytes(bytes(MIB))
+        assert pair[lost].dmctl_process("start", "vol0").returncode
+        new = make_file(short_path / "new", 2 * MIB)
+        assert pair[other].refused("record", "replace", "vol0", str(new))["exit_status"] == 14
+        pair[lost].dmctl("record", "replace", "vol0", str(new))
+        pair[lost].start()
+        for node in (1, 2):
+            assert pair.until(node, "paired")["compared_extents_total"] == 0
+        pair[lost].until(lambda status: not status["partner"]["volatile"])
+        in_sync(pair)
+        assert pair.equal()
+        pair[lost].kill()
+        pair[lost].dmctl("record", "replace", "vol0", str(new), "--force")
+        pair[other].kill()
+        assert both_start(pair)[1]["compared_extents_total"] == 64, "nobody can know"
+
+
 def test_without_a_fallback_new_places_fail_as_at_a_single_volume(
     failing: tuple[Pair, FaultyDisk],
 ) -> None:

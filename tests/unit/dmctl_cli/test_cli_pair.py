@@ -45,6 +45,37 @@ def record(cli: Cli) -> dict[str, Any]:
     return dump
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_new_record_names_nothing_and_says_that_this_is_not_all(
+    nodes: dict[int, Cli], number: int
+) -> None:
+    cli = nodes[number]
+    cli.ok(*words(nodes, number))
+    before = load_volume(cli.paths, "vol0")
+    cli.medium("new", MIB)
+    cli.ok("record", "replace", "vol0", f"{cli.folder}/new")
+    config = load_volume(cli.paths, "vol0")
+    assert (config.record, config.uuid) == (f"{cli.folder}/new", before.uuid)
+    dump = cli.ok("record", "dump", config.record, "--json").json
+    pair = dump["superblock"]["pair"]
+    assert dump["extents"]["recorded"] == 0
+    assert (pair["node"], pair["volatile"], pair["term"]) == (number, True, 0)
+    assert pair["volume_uuid"] == (str(config.uuid) if number == 1 else None)
+    assert pair["never_paired"] is (number == 2)
+    small = f"{cli.folder}/small"
+    Path(small).write_bytes(bytes(4096))
+    assert cli.call("record", "replace", "vol0", small).status == 13
+    assert load_volume(cli.paths, "vol0").record == config.record
+
+
+def test_a_volume_without_a_partner_gets_no_new_record(nodes: dict[int, Cli]) -> None:
+    cli = nodes[1]
+    media = [f"--{key}={cli.folder}/{key[0]}" for key in ("primary", "secondary", "record")]
+    cli.ok("create", "vol0", *media)
+    told = cli.call("record", "replace", "vol0", f"{cli.folder}/r")
+    assert (told.status, "no partner" in told.err) == (2, True)
+
+
 def test_node_1_is_the_volume_and_everything_is_to_be_copied(nodes: dict[int, Cli]) -> None:
     nodes[1].ok(*words(nodes, 1))
     dump = record(nodes[1])
