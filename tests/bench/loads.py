@@ -51,6 +51,7 @@ class Outcome:
     bytes_per_s: float
     mean_us: float
     p99_us: float
+    p999_us: float
 
 
 def loads(region_bytes: int, whole_bytes: int) -> list[Load]:
@@ -100,9 +101,11 @@ def _fio(options: list[str], seconds: int) -> Outcome:
     if job["error"]:
         raise RuntimeError(f"fio reported error {job['error']}: {' '.join(command)}")
     side = max((job["read"], job["write"]), key=lambda one: one["total_ios"])
+    percentiles = side["clat_ns"].get("percentile", {})
     return Outcome(
         iops=side["iops"],
         bytes_per_s=side["bw_bytes"],
         mean_us=side["lat_ns"]["mean"] / 1000,
-        p99_us=side["clat_ns"].get("percentile", {}).get("99.000000", 0) / 1000,
+        p99_us=percentiles.get("99.000000", 0) / 1000,
+        p999_us=percentiles.get("99.900000", 0) / 1000,
     )
