@@ -95,6 +95,10 @@ POINT_GAUGES = {
 POINT_COUNTERS = {
     "committed_total": ("points_committed", "Points that the receiver has committed."),
     "wire_bytes_total": ("point_wire_bytes", "Bytes that went to the receiver."),
+    "changed_bytes_total": (
+        "point_changed_bytes",
+        "What changed from one committed point to the next, in pieces of 4 KiB.",
+    ),
     "cbw_total": ("cbw", "Blocks that were read because a host was about to write them."),
     "cbw_wait_seconds_total": ("cbw_wait_seconds", "Time that hosts waited for these reads."),
 }

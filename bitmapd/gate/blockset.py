@@ -63,12 +63,18 @@ class BlockSet:
                 bits[low] = True
                 self._count += 1
             return
-        for region, low, high in self._pieces(first, stop):
-            bits = self._regions.get(region)
-            if bits is None:
-                bits = self._put(region, zeros(REGION_BLOCKS))
-            self._count += bits.count(False, low, high)
-            bits[low:high] = True
+        if first >> REGION_SHIFT == (stop - 1) >> REGION_SHIFT:
+            self._add(first >> REGION_SHIFT, first & _MASK, (stop - 1 & _MASK) + 1)
+            return
+        for piece in self._pieces(first, stop):
+            self._add(*piece)
+
+    def _add(self, region: int, low: int, high: int) -> None:
+        bits = self._regions.get(region)
+        if bits is None:
+            bits = self._put(region, zeros(REGION_BLOCKS))
+        self._count += bits.count(False, low, high)
+        bits[low:high] = True
 
     def discard(self, first: int, stop: int) -> None:
         for region, low, high in self._pieces(first, stop):

@@ -10,7 +10,8 @@ Order of a write while a cut is open:
 1. A pending block among its blocks?  Wait until they were read, then begin anew.
 2. As in `Gate`: its extents are in the record, or get there.  Whatever it waited for, 1 is asked
    again: what was clean may have left the record meanwhile, and a cut may have come.
-3. Nothing is pending and all is recorded: it is marked and submitted in that same event.
+3. Nothing is pending and all is recorded: it is marked and submitted in that same event, with the
+   pieces that it changes (`changes`).
 
 Invariants:
 1. A write belongs to the point if and only if it was submitted before `begin_cut`: a pending block
@@ -25,6 +26,8 @@ Invariants:
 4. Nothing becomes pending after the cut.  Whoever has blocks copied again while one is open gives
    it up first.
 5. A trim is a hint: it leaves pending blocks out.  A zeroing is a write.
+6. Whatever marks blocks and is not a host's write says in the same event that it is not known what
+   of them changed; but for `send_again`, since what was not committed is known all the while.
 
 What was read, and what was sent, counts as copied and not settled (`unsettled`): no extent of it
 leaves the record before the point is committed and the primary was flushed.
@@ -39,6 +42,7 @@ from functools import partial
 from typing import Protocol
 
 from bitmapd.gate.blockset import BlockSet
+from bitmapd.gate.changes import PIECE_SHIFT, Changes
 from bitmapd.gate.elsewhere import Run
 from bitmapd.gate.gate import Gate, Submit
 from bitmapd.media.base import Device, Done, Scheduler, Timer, after_all
@@ -98,6 +102,9 @@ class CutGate(Gate):
     ) -> None:
         super().__init__(geometry, primary, store, policy, scheduler, limit_extents=limit_extents)
         self.patience_s = patience_s
+        self.changes = Changes(geometry, self.current)
+        self._current_era.marks = self.changes.pieces
+        self._mark_shift = PIECE_SHIFT
         self._cutting = False  # something may be pending
         self._waiting: list[_Waiter] = []  # oldest first
         self._timer: Timer | None = None
@@ -110,9 +117,15 @@ class CutGate(Gate):
         """This is the instant.  Calls back when pending blocks may be read.  To be called as
         `take_era`, which this is."""
         self._cutting = True
+        self.changes.cut()
         # A hit is counted in nanoseconds: while no cut is open, `write` is that of `Gate`.
         self.write = self._write_in_cut  # type: ignore[method-assign]
         self.take_era(ready)
+
+    def take_era(self, ready: Callable[[], None]) -> None:
+        super().take_era(ready)
+        self.changes.begin_era(self.current)
+        self._current_era.marks = self.changes.pieces
 
     @property
     def is_cutting(self) -> bool:
@@ -146,26 +159,50 @@ class CutGate(Gate):
         """Blocks were sent and did not arrive: dirty, as if they had been written again."""
         self._current_era.mark(first, stop, self._scheduler.time())
 
-    # -- what would make something pending (invariant 4) ----------------------------------
+    def settle(self, extents: Iterable[int]) -> None:
+        self.changes.committed()
+        super().settle(extents)
+
+    # -- what marks blocks, and may make some pending (invariants 4 and 6) ------------------
     def take_recorded(self) -> None:
         self.give_up_cut(Void.ASKED)
         super().take_recorded()
+        self._unknown(self._store.recorded_runs())
 
     def take_everything(self, done: Done) -> None:
         self.give_up_cut(Void.ASKED)
         super().take_everything(done)
+        self.changes.unknown(0, self._geometry.blocks)
+
+    def mark(self, first: int, stop: int, done: Done) -> None:
+        def marked(error: OSError | None) -> None:
+            if error is None:
+                self.changes.unknown(first, stop)
+            done(error)
+
+        super().mark(first, stop, marked)
 
     def grow(self, geometry: Geometry, *, mine: bool = True) -> None:
         self.give_up_cut(Void.ASKED)
+        first = self._geometry.size_bytes // geometry.block_bytes
         super().grow(geometry, mine=mine)
+        self.changes.unknown(first, geometry.blocks)
 
     def forget_copied(self) -> set[int]:
         self.give_up_cut(Void.FLUSH_ERROR)
-        return super().forget_copied()
+        extents = super().forget_copied()
+        self._unknown((extent, extent + 1) for extent in extents)
+        return extents
 
     def unsettle(self, extents: Iterable[int]) -> None:
         self.give_up_cut(Void.FLUSH_ERROR)
-        super().unsettle(extents)
+        gone = list(extents)
+        super().unsettle(gone)
+        self._unknown((extent, extent + 1) for extent in gone)
+
+    def _unknown(self, extents: Iterable[Run]) -> None:
+        for first, stop in extents:
+            self.changes.unknown(*self._geometry.extent_blocks(first, stop))
 
     def is_hot(self, first: int, stop: int) -> bool:
         """What is pending has to be read, whether or not it is to be copied once more."""
@@ -190,7 +227,7 @@ class CutGate(Gate):
         fua: bool,
     ) -> None:
         if not self._cutting:
-            super()._land(verb, offset_bytes, length_bytes, submit, done, fua)
+            self._submit(verb, offset_bytes, length_bytes, submit, done, fua)
         elif verb == "trim":
             pieces = self._beside_pending(offset_bytes, length_bytes)
             if not pieces:
@@ -198,12 +235,25 @@ class CutGate(Gate):
                 return
             ended = after_all(len(pieces), done)
             for at, count in pieces:
-                super()._land(verb, at, count, submit, ended, fua)
+                self._submit(verb, at, count, submit, ended, fua)
         else:
             # From the record on: what this write waits for now may let its extents be evicted.
             again = partial(self._bring, verb, offset_bytes, length_bytes, submit, done, fua)
             if not self._waits(*self._geometry.block_span(offset_bytes, length_bytes), again):
-                super()._land(verb, offset_bytes, length_bytes, submit, done, fua)
+                self._submit(verb, offset_bytes, length_bytes, submit, done, fua)
+
+    def _submit(
+        self,
+        verb: str,
+        offset_bytes: int,
+        length_bytes: int,
+        submit: Submit,
+        done: Done,
+        fua: bool,
+    ) -> None:
+        """`Gate._land`, with the pieces that are changed."""
+        self.changes.written(offset_bytes, length_bytes)
+        super()._land(verb, offset_bytes, length_bytes, submit, done, fua)
 
     def _beside_pending(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
         """The parts of a range that are in no pending block: (offset, length) in bytes."""

@@ -79,7 +79,7 @@ class Gate(Eras):
         self._primary = primary
         self._asks = asks
         self._extent_shift = geometry.extent_bytes.bit_length() - 1
-        self._block_shift = geometry.block_bytes.bit_length() - 1
+        self._mark_shift = geometry.block_bytes.bit_length() - 1  # from bytes to an era's marks
         self.lost_writes = LostWrites()  # of the primary; hosts and copier share its flushes
         self.on_flush_error: Callable[[OSError], None] | None = None
         self.on_primary_error: PrimaryFailed | None = None  # told before the host is
@@ -155,8 +155,8 @@ class Gate(Eras):
         era = self._current_era
         if era.since_s is None:
             era.since_s = now
-        shift = self._block_shift
-        era.blocks.add(offset_bytes >> shift, (end >> shift) + 1)
+        shift = self._mark_shift
+        era.marks.add(offset_bytes >> shift, (end >> shift) + 1)
         flight = self._flight
         flight.in_flight += 1
 

@@ -45,13 +45,14 @@ Run = tuple[int, int]  # blocks [first, stop)
 class Era:
     """The blocks of one era, and since when there are some.
 
-    A write that hits marks its blocks without a call to here.
+    A write that hits marks its blocks without a call to here, by adding to `marks`: the blocks
+    themselves, or what brings them along (`changes`).
     """
 
-    __slots__ = ("blocks", "since_s")
+    __slots__ = ("blocks", "marks", "since_s")
 
     def __init__(self) -> None:
-        self.blocks = BlockSet()
+        self.blocks = self.marks = BlockSet()
         self.since_s: float | None = None
 
     def mark(self, first: int, stop: int, now_s: float) -> None:

@@ -23,9 +23,8 @@ from xxhash import xxh3_64_intdigest, xxh3_128_intdigest
 
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.points.messages import Encoding, Entry
-from bitmapd.record.geometry import Geometry
+from bitmapd.record.geometry import PIECE_BYTES, Geometry
 
-PIECE_BYTES: Final = 4096
 MAX_BLOCK_BYTES: Final = 64 * PIECE_BYTES
 LEVEL: Final = 1
 # An entry that zstd makes less than a twentieth shorter is sent as it is; after so many in a row

@@ -28,7 +28,7 @@ from bitmapd.gate.cycle import CutGate
 from bitmapd.gate.elsewhere import Run
 from bitmapd.media.base import Done, Scheduler
 from bitmapd.media.buffers import BufferPool
-from bitmapd.points.pieces import whole_mask
+from bitmapd.points.pieces import gather, whole_mask
 from bitmapd.points.spool import Spool
 from bitmapd.record.geometry import Geometry
 
@@ -198,15 +198,18 @@ class Reading:
         """A read has ended; the content belongs to whoever read it."""
         if self._revoked:
             return
-        geometry, taken = self._geometry, self._gate.taken
+        geometry, gate, taken = self._geometry, self._gate, self._gate.taken
         block_bytes = geometry.block_bytes
         first = offset_bytes // block_bytes
         came = BlockSet()
         for block in range(first, first - (-len(content) // block_bytes)):
             if taken.any(block, block + 1):
                 at = (block - first) * block_bytes
-                raw = bytes(content[at : at + block_bytes])
-                self._spool.put(block, whole_mask(geometry, block), raw)
+                mask = gate.changes.of(block, pending=gate.is_cutting)
+                if mask is None:
+                    mask = whole_mask(geometry, block)
+                raw = gather(geometry, block, mask, content[at : at + block_bytes])
+                self._spool.put(block, mask, bytes(raw))
                 came.add(block, block + 1)
         for run in came.runs():
             self._owner.has_read(*run)

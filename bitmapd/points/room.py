@@ -65,7 +65,8 @@ class Room:
         return not self._fits(current.count() + gate.taken.minus(current).count())
 
     def _fits(self, blocks: int) -> bool:
-        left_bytes = (blocks + len(self._spool)) * self._block_bytes
+        left_bytes = min(blocks * self._block_bytes, self._gate.changes.most_bytes)
+        left_bytes += self._spool.held_bytes
         pages_bytes = left_bytes // DESCRIBED_BYTES * PAGE_BYTES
         return left_bytes + pages_bytes <= self._uplink.credit_bytes
 

@@ -145,6 +145,8 @@ class Sender:
         self.primary_failed_s = float("-inf")
         self.voids = dict.fromkeys(Void, 0)
         self.points = 0  # committed by this process
+        self.changed_bytes = 0  # between them, in pieces
+        self._point_changed_bytes = 0
         self.cut_s: float | None = None  # of the newest committed point
         self._point_cut_s = 0.0
         self._point_wall_ns = 0
@@ -256,9 +258,10 @@ class Sender:
 
     @property
     def left_bytes(self) -> int:
-        """What is dirty and not in the open point."""
-        blocks = self._gate.dirty_blocks()
-        return min(blocks * self._geometry.block_bytes, self._geometry.size_bytes)
+        """What is dirty and not in the open point, or more: pieces that changed count until the
+        point is committed."""
+        blocks_bytes = self._gate.dirty_blocks() * self._geometry.block_bytes
+        return min(blocks_bytes, self._gate.changes.most_bytes, self._geometry.size_bytes)
 
     @property
     def transfers(self) -> Transfers:
@@ -457,6 +460,7 @@ class Sender:
 
     def _end(self) -> None:
         self.phase = Phase.ENDED
+        self._point_changed_bytes = self._gate.changes.cut_bytes
         self.uplink.end(self._point_wall_ns, self._label)
         self.closing.begin(self.uplink.point)
 
@@ -465,6 +469,7 @@ class Sender:
             self._reports.last_error = error
         self.phase = Phase.OPEN
         self.points += 1
+        self.changed_bytes += self._point_changed_bytes
         self.cut_s = self._point_cut_s
         self._emit("point-committed", point=self.uplink.point)
         self._label = ""
@@ -589,6 +594,7 @@ class Sender:
             "void_total": {reason.value: count for reason, count in self.voids.items()},
             "sent_bytes_total": self.uplink.sent_bytes,
             "wire_bytes_total": self.uplink.wire_bytes,
+            "changed_bytes_total": self.changed_bytes,
             "cbw_total": self.reading.copies_before_write,
             "cbw_wait_seconds_total": round(self._gate.wait_s, 3),
             "cbw_wait_seconds_max": round(self._gate.longest_wait_s, 3),

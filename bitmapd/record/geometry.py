@@ -14,6 +14,8 @@ KIB = 1 << 10
 MIB = 1 << 20
 TIB = 1 << 40
 
+PIECE_BYTES = 4 * KIB  # what is known of within a block, and sent by itself
+
 MIN_BLOCK_BYTES = 4 * KIB
 MAX_EXTENT_BYTES = 64 * MIB
 MAX_EXTENTS = 1 << 26

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from functools import partial
 
 import pytest
 
-from bitmapd.points.messages import Have
+from bitmapd.points.messages import Data, Have
 from bitmapd.points.pieces import Digest
 from bitmapd.points.sender import Phase
 from bitmapd.points.uplink import Uplink
+from bitmapd.receiver.receiver import Receiver, State
+from bitmapd.record.geometry import PIECE_BYTES
 from tests.support import simpoints
-from tests.support.pointmistakes import MISTAKES
+from tests.support.pointmistakes import (
+    MISTAKES,
+    pieces_of_what_is_unknown,
+    pieces_since_the_cut,
+)
 from tests.support.policies import KeepNothing
 from tests.support.sim import drain
 from tests.support.simpoints import World, Wrong
@@ -154,3 +161,99 @@ def test_an_extent_that_left_the_record_while_a_write_waited_is_recorded_again()
         world.advance(3.0)
         world.check()
     assert world.at_rest()
+
+
+def sent_masks(world: World, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(block, mask) of all that is sent from now on."""
+    sent: list[tuple[int, int]] = []
+
+    def take(receiver: Receiver, data: Data) -> None:
+        sent.extend((entry.block, entry.mask) for entry in data.entries)
+        right(receiver, data)
+
+    right = Receiver._take_data
+    receiver = world.machine.receiver
+    monkeypatch.setitem(receiver._allowed, (State.RECEIVING, Data), partial(take, receiver))
+    return sent
+
+
+def write_pieces(world: World, block: int, piece: int, fill: int) -> None:
+    offset = block * BLOCK + piece * PIECE_BYTES
+    world.site.write(offset, bytes([fill]) * PIECE_BYTES, lambda error: None)
+    world.run_soon()
+    drain(world.site.loop, world.site.record, world.site.primary)
+
+
+def point(world: World) -> None:
+    """Cut, send, commit, apply."""
+    world.site.sender.cut()
+    world.settle()
+    world.check()
+
+
+def twice_in_a_point(world: World) -> None:
+    """A piece is sent, the cut is given up, and another piece of the block is written."""
+    put(world, 1, 1)
+    point(world)
+    write_pieces(world, 1, 0, 2)
+    world.site.sender.cut()
+    world.run_soon()
+    world.site.gate.give_up_cut(simpoints.ASKED)
+    world.finish(world.site.primary)  # the read
+    while world.to_receiver():
+        world.run_soon()
+    write_pieces(world, 1, 2, 3)
+    world.advance(3.0)
+
+
+def test_a_block_is_sent_with_all_that_changed_since_the_last_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = connected()
+    twice_in_a_point(world)
+    sent = sent_masks(world, monkeypatch)
+    point(world)
+    assert sent == [(1, 0b0101)]
+    write_pieces(world, 1, 3, 4)
+    del sent[:]
+    point(world)
+    assert sent == [(1, 0b1000)]
+
+
+def test_pieces_of_a_cut_that_was_given_up_must_not_be_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces_since_the_cut(monkeypatch)
+    world = connected()
+    twice_in_a_point(world)
+    with pytest.raises(Wrong, match="I1"):
+        point(world)
+
+
+def written_before_and_after_a_crash() -> Quiet:
+    world = connected()
+    put(world, 1, 1)
+    point(world)
+    write_pieces(world, 1, 0, 2)
+    world.crash_sender(power=False)
+    world.connect()
+    write_pieces(world, 1, 2, 3)
+    return world
+
+
+def test_after_a_crash_of_the_sender_blocks_are_sent_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = written_before_and_after_a_crash()
+    sent = sent_masks(world, monkeypatch)
+    point(world)
+    assert dict(sent)[1] == 0b1111
+
+
+def test_what_the_record_names_after_a_crash_is_not_known_by_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pieces_of_what_is_unknown(monkeypatch)
+    world = written_before_and_after_a_crash()
+    with pytest.raises(Wrong, match="I1"):
+        point(world)

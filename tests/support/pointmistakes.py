@@ -14,6 +14,7 @@ import pytest
 from bitmapd.copier.transfers import Transfers
 from bitmapd.gate import clearing
 from bitmapd.gate.blockset import BlockSet
+from bitmapd.gate.changes import Changes
 from bitmapd.gate.cycle import CutGate
 from bitmapd.gate.eras import Eras
 from bitmapd.gate.gate import Gate, Submit
@@ -153,6 +154,26 @@ def late_read_counts(patch: Patch) -> None:
     patch.setattr(Transfers, "carries", carries)
 
 
+def pieces_since_the_cut(patch: Patch) -> None:
+    """What a cut that was given up would have sent of a block is not sent with the next."""
+
+    def cut(self: Changes) -> None:
+        self.committed()
+        right(self)
+
+    right = Changes.cut
+    patch.setattr(Changes, "cut", cut)
+
+
+def pieces_of_what_is_unknown(patch: Patch) -> None:
+    """A block that the record names after a crash is sent with what was written since."""
+
+    def unknown(self: Changes, first: int, stop: int) -> None:
+        pass
+
+    patch.setattr(Changes, "unknown", unknown)
+
+
 MISTAKES: dict[str, Callable[[Patch], None]] = {
     mistake.__name__: mistake
     for mistake in (
@@ -165,5 +186,7 @@ MISTAKES: dict[str, Callable[[Patch], None]] = {
         cleared_with_other_dirt,
         have_ignored,
         late_read_counts,
+        pieces_since_the_cut,
+        pieces_of_what_is_unknown,
     )
 }

@@ -105,7 +105,8 @@ def test_a_pair_adds_its_own() -> None:
 def test_points_have_metrics_where_there_are_some() -> None:
     points = {
         "age_seconds": 31.5, "interval_seconds": 30.0, "number": 4, "spool_bytes": 9,
-        "spool_limit_bytes": 99, "committed_total": 3, "wire_bytes_total": 1000, "cbw_total": 2,
+        "spool_limit_bytes": 99, "committed_total": 3, "wire_bytes_total": 1000,
+        "changed_bytes_total": 4096, "cbw_total": 2,
         "cbw_wait_seconds_total": 0.25, "void_total": {"slow": 1, "spool": 0},
     }  # fmt: skip
     receiver = {"connected": True, "committed": 4, "applied": 3, "queued_bytes": 8}
@@ -118,6 +119,7 @@ def test_points_have_metrics_where_there_are_some() -> None:
         "bitmapd_point_number": 4,
         "bitmapd_points_committed_total": 3,
         "bitmapd_point_wire_bytes_total": 1000,
+        "bitmapd_point_changed_bytes_total": 4096,
         "bitmapd_point_void_total": 0,  # of the last reason
     }
     assert 'bitmapd_point_void_total{reason="slow",volume="vol0"} 1.0' in text

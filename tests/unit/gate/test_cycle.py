@@ -8,7 +8,7 @@ import pytest
 
 from bitmapd.gate.cycle import PATIENCE_S, CutGate, Void
 from bitmapd.media.buffers import aligned
-from bitmapd.record.geometry import Geometry
+from bitmapd.record.geometry import PIECE_BYTES, Geometry
 from bitmapd.record.store import RecordStore
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Answers, LoggedDisk, ScriptedPolicy
 from tests.support.records import blank_image, load_image
@@ -21,8 +21,8 @@ Runs = list[tuple[int, int]]
 class Cuts:
     """A gate with a reader that notes what it is asked for."""
 
-    def __init__(self) -> None:
-        self.geometry = Geometry(EXTENTS * EXTENT, EXTENT, BLOCK)
+    def __init__(self, block_bytes: int = BLOCK) -> None:
+        self.geometry = Geometry(EXTENTS * EXTENT, EXTENT, block_bytes)
         image = blank_image(self.geometry)
         self.loop = SimLoop()
         self.record = LoggedDisk("record", len(image), image)
@@ -335,3 +335,103 @@ def test_outside_of_cuts_nobody_waits(cuts: Cuts) -> None:
     assert cuts.trim(BLOCK, BLOCK) == []
     assert cuts.primary.asked("trim") == [(1, 1)]
     assert (cuts.gate.waits, cuts.wanted) == (0, [])
+
+
+# -- pieces: blocks of an extent, and requests of a piece each --------------------------------
+
+
+@pytest.fixture
+def pieces() -> Cuts:
+    cuts = Cuts(EXTENT)
+    assert BLOCK == PIECE_BYTES
+    return cuts
+
+
+def masks(cuts: Cuts, *blocks: int, pending: bool = False) -> list[int | None]:
+    return [cuts.gate.changes.of(block, pending=pending) for block in blocks]
+
+
+def test_every_change_of_a_host_is_known_by_its_pieces(pieces: Cuts) -> None:
+    pieces.put(1)  # a miss
+    pieces.put(2, 3)  # a hit, and a miss over two blocks
+    pieces.gate.zero(9 * BLOCK, BLOCK, lambda error: None)
+    pieces.trim(15 * BLOCK, BLOCK)
+    pieces.drain()
+    assert masks(pieces, 0, 1, 2, 3) == [0b1110, 0b0001, 0b0010, 0b1000]
+    assert list(pieces.gate.current.runs()) == [(0, 4)]
+
+
+def test_what_is_written_after_the_cut_is_not_of_the_point(pieces: Cuts) -> None:
+    pieces.put(1)
+    pieces.cut()
+    pieces.write(2)
+    pieces.gate.copied(0, 1)
+    pieces.drain()
+    pieces.gate.zero(3 * BLOCK, BLOCK, lambda error: None)
+    pieces.trim(0, BLOCK)
+    pieces.drain()
+    assert (masks(pieces, 0, pending=True), masks(pieces, 0)) == ([0b0010], [0b1111])
+    pieces.settle()
+    assert masks(pieces, 0) == [0b1101]
+
+
+def test_a_write_that_waits_while_its_point_is_committed_is_of_the_next_one(pieces: Cuts) -> None:
+    pieces.write(1)  # a miss
+    pieces.cut()
+    pieces.settle()
+    pieces.drain()
+    assert list(pieces.gate.current.runs()) == [(0, 1)]
+    assert masks(pieces, 0) == [0b0010]
+
+
+@pytest.mark.parametrize("way", ["mark", "recorded", "everything", "forgotten", "unsettled"])
+def test_what_no_host_wrote_is_sent_whole(pieces: Cuts, way: str) -> None:
+    gate = pieces.gate
+    pieces.put(0)
+    pieces.cut()
+    gate.copied(0, 1)
+    gate.end_cut()
+    errors: Answers = []
+    if way == "mark":
+        gate.mark(0, 1, errors.append)
+    elif way == "recorded":
+        gate.take_recorded()
+    elif way == "everything":
+        gate.take_everything(errors.append)
+    elif way == "forgotten":
+        gate.forget_copied()
+    else:
+        gate.unsettle(gate.begin_settle())
+    pieces.drain()
+    gate.settle(gate.begin_settle())  # of the cut before it
+    pieces.put(1)
+    assert masks(pieces, 0) == [None]
+    pieces.cut()
+    assert masks(pieces, 0, pending=True) == [None]
+
+
+def test_a_mark_that_the_record_does_not_take_marks_nothing(pieces: Cuts) -> None:
+    errors: Answers = []
+    pieces.record.fail_next = {"write": [5]}
+    pieces.gate.mark(0, 1, errors.append)
+    pieces.drain()
+    assert isinstance(errors[0], OSError)
+    pieces.put(1)
+    assert masks(pieces, 0) == [0b0010]
+
+
+def test_the_new_part_of_a_volume_is_sent_whole(pieces: Cuts) -> None:
+    pieces.gate.grow(Geometry(2 * EXTENTS * EXTENT, EXTENT, EXTENT))
+    pieces.gate.changes.written(EXTENTS * EXTENT, BLOCK)
+    pieces.put(0)
+    assert masks(pieces, EXTENTS, 0) == [None, 0b0001]
+
+
+def test_what_did_not_arrive_is_sent_with_the_same_pieces(pieces: Cuts) -> None:
+    pieces.put(1)
+    pieces.cut()
+    pieces.gate.copied(0, 1)
+    pieces.gate.end_cut()
+    pieces.gate.send_again(0, 1)
+    pieces.put(2)
+    assert masks(pieces, 0) == [0b0110]
