@@ -1,11 +1,12 @@
-"""Mistakes of a sender or its gate that the simulation of points has to find.
+"""Mistakes of a sender, its gate or its receiver that the simulation of points has to find.
 
 Each is made by a class or a function in place of the right one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,12 @@ from bitmapd.points.messages import Have
 from bitmapd.points.reading import Reading
 from bitmapd.points.sender import Sender
 from bitmapd.points.uplink import Uplink
+from bitmapd.receiver import commit, journal
+from bitmapd.receiver.applier import Applier
+from bitmapd.receiver.commit import Queued
+from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.places import COMMIT_OFFSETS
+from bitmapd.receiver.steps import Steps
 
 Patch = pytest.MonkeyPatch
 
@@ -174,6 +181,58 @@ def pieces_of_what_is_unknown(patch: Patch) -> None:
     patch.setattr(Changes, "unknown", unknown)
 
 
+def committed_before_the_flush(patch: Patch) -> None:
+    """The commit page is written before the journal's flush."""
+
+    def unflushed(self: Journal, queued: Queued) -> Steps[None]:
+        with _unflushed(self.device):
+            yield from right(self, queued)
+
+    right = Journal.commit
+    patch.setattr(Journal, "commit", unflushed)
+
+
+def one_commit_page(patch: Patch) -> None:
+    """A commit page is written over the one before it."""
+    patch.setattr(journal, "slot_offset", lambda sequence: COMMIT_OFFSETS[1])
+    patch.setattr(commit, "slot_offset", lambda sequence: COMMIT_OFFSETS[1])
+
+
+def applied_before_the_flush(patch: Patch) -> None:
+    """A point is said to be applied before the image's flush."""
+
+    def write(self: Applier, *arguments: Any) -> Steps[None]:
+        with _unflushed(self._image):
+            yield from right(self, *arguments)
+
+    right = Applier._write
+    patch.setattr(Applier, "_write", write)
+
+
+def another_process_resumed(patch: Patch) -> None:
+    """What another process has sent towards the open point counts for this one."""
+
+    def drop(self: Journal, incarnation: bytes) -> Steps[None]:
+        kept, points = self.open, [set(segment.points) for segment in self._segments]
+        yield from right(self, incarnation)
+        self.open = kept
+        for segment, numbers in zip(self._segments, points, strict=True):
+            segment.points |= numbers
+
+    right = Journal.drop
+    patch.setattr(Journal, "drop", drop)
+
+
+@contextmanager
+def _unflushed(device: Any) -> Iterator[None]:
+    """Its flushes end at once, and do nothing."""
+    flush, device.flush = device.flush, lambda done: done(None)
+    try:
+        yield
+    finally:
+        device.flush = flush
+
+
 MISTAKES: dict[str, Callable[[Patch], None]] = {
     mistake.__name__: mistake
     for mistake in (
@@ -188,5 +247,9 @@ MISTAKES: dict[str, Callable[[Patch], None]] = {
         late_read_counts,
         pieces_since_the_cut,
         pieces_of_what_is_unknown,
+        committed_before_the_flush,
+        one_commit_page,
+        applied_before_the_flush,
+        another_process_resumed,
     )
 }
