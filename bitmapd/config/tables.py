@@ -105,7 +105,7 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
             yield "secondary", UsageError("is the volume's own export")
     yield from _judge_partner(config)
     seen: dict[str, str] = {}
-    for key_name in ("primary", "secondary", "record"):
+    for key_name in ("primary", "secondary", "record", "partner_record"):
         value = getattr(config, key_name)
         if value in seen:
             yield key_name, UsageError(f"is the same as {seen[value]}")
@@ -142,6 +142,7 @@ OF_A_PAIR: Final = {
     "record_on": "both",
     "partner_ack": "memory",
     "record_fallback": True,
+    "partner_record": None,
     "on_cut": "wait",
     "partner_role": "pair",
 }

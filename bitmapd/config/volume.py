@@ -345,6 +345,17 @@ class VolumeConfig:
             "2s",
         ),
     ]
+    partner_record: Annotated[
+        str | None,
+        Key(
+            "partner_record",
+            kinds.or_word("none", kinds.PATH),
+            "The other node's record device as seen from here. A takeover by a node that has not"
+            " met the other reads it, and need not compare everything.",
+            "none",
+            idle=True,
+        ),
+    ]
     partner_wait_s: Annotated[
         float,
         Key(

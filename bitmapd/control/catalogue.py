@@ -550,6 +550,22 @@ _EVENTS = (
         limited=True,
     ),
     EventKind(
+        "partner-record-read",
+        Level.NOTICE,
+        ("device", "extents"),
+        "a takeover by a node that has not met the other: the other's record at `device` names"
+        " `extents`, and with what this node's names they are copied; nothing is compared",
+        "nothing",
+    ),
+    EventKind(
+        "partner-record-unusable",
+        Level.WARNING,
+        ("device", "message"),
+        "a takeover by a node that has not met the other: the other's record cannot be read, or"
+        " does not say all, so everything is compared",
+        "look at `partner_record` if that was not to be expected",
+    ),
+    EventKind(
         "partner-record-error",
         Level.WARNING,
         (),

@@ -413,26 +413,45 @@ class Node:
             return replace(now, never_paired=False, term=now.term + 1, generations=generations)
 
         def stored(error: OSError | None) -> None:
-            self._going_alone = False
-            self._around.changed()
             if error is not None:
                 self._around.emit("takeover-failed", message=f"cannot write the record: {error}")
-                return
+                over()
+            elif self._is_unknown(proof) and not self.lasting.volatile:
+                self._around.partner_record(read)
+            else:
+                read(None)
+
+        def read(found: bitarray | None) -> None:
             if self.state in (State.WAITING, State.CUT):
-                self._be_alone(proof)
+                self._be_alone(proof, found)
+            over()
+
+        def over() -> None:
+            self._going_alone = False
+            self._around.changed()
 
         self.ledger.change(edit, stored)
 
-    def _be_alone(self, proof: Proof) -> None:
+    def _is_unknown(self, proof: Proof) -> bool:
+        """Whether the other may have written what is not known here."""
+        if not self._known:
+            return not self.lasting.kept or self.lasting.volatile
+        return self._other_goes_on and proof is not Proof.BYE
+
+    def _be_alone(self, proof: Proof, theirs: bitarray | None) -> None:
+        """`theirs`: what the other's stored record names, if that is needed and counts."""
         self.lead.take()
         self.proof = proof
         compared = self.comparisons
-        if not self._known and self.lasting.kept and not self.lasting.volatile:
-            # Nobody else has written, and all that this node wrote is in its own record.
-            self.rights.learn(runs_of(self._around.stored()))
-        elif not self._known or (self._other_goes_on and proof is not Proof.BYE):
+        unknown = self._is_unknown(proof)
+        if unknown and theirs is None:
             # What the other has done is known to nobody: all of it may differ.
             self._nobody_knows()
+        elif not self._known:
+            # All that this node wrote is in its own record.
+            self.rights.learn(runs_of(self._around.stored()))
+        if unknown and theirs is not None:
+            self.rights.learn(runs_of(theirs))
         self._known = True
         # Not what hosts have waited for besides: nobody has written there.
         taken = self.rights.other | self.rights.owed

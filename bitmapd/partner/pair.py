@@ -27,9 +27,9 @@ from uuid import uuid4
 from bitarray import bitarray
 
 from bitmapd import __version__
-from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
+from bitmapd.errors import BitmapdError, SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.media.base import Done, Scheduler
-from bitmapd.media.waiting import completion
+from bitmapd.media.waiting import Aside, completion
 from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
@@ -46,16 +46,19 @@ from bitmapd.partner.greeting import (
 from bitmapd.partner.holder import Copies, Hands, Mirror, PairRecord
 from bitmapd.partner.messages import IDLE, Hello, HelloFlag, Message, Ping, Role
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
+from bitmapd.partner.otherrecord import why_not
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer.connection import Connection
 from bitmapd.peer.frames import Frame, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.transport import PeerTransport, Settings
 from bitmapd.peer.words import Pong
+from bitmapd.record import tool
 from bitmapd.record.extents import zeros
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 
+READ_TIMEOUT_S: Final = 30.0  # for the other's record, in a takeover
 SLOW_S: Final = 5.0  # a host's request waits so long for the partner: reported once
 
 _SECONDARY: Final = ("up", "down", "paused")  # the number that PING gives is the place here
@@ -74,6 +77,7 @@ class Names:
     goes_on: bool = False  # on_cut = go-on
     keeps: bool = False  # partner_role = keeper
     falls_back: bool = True  # record_fallback
+    partner_record: str | None = None  # the other's record device as seen from here
 
 
 @dataclass(slots=True)
@@ -415,6 +419,7 @@ class Pair:
             "volatile": node.lasting.volatile,
             "gone_on": node.lasting.gone_on,
             "record_fallback": node.stand_in.counts,
+            "partner_record": self._names.partner_record,
             "own_extents": rights.own_extents,
             "partner_extents": rights.other.count(),
             "owed_extents": rights.owed.count(),
@@ -608,6 +613,35 @@ class Pair:
     def stored(self) -> bitarray:
         # What a keeper has learnt since its start does not count less than what it found then.
         return self._stored_record.recorded if self.node.keeps else self._at_start
+
+    def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
+        path = self._names.partner_record
+        if path is None:
+            self._loop.call_soon(done, None)
+            return
+        task = self._loop.create_task(self._read_other(path, done))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _read_other(self, path: str, done: Callable[[bitarray | None], None]) -> None:
+        aside, problem = Aside("partner-record"), None
+        try:
+            loaded = await asyncio.wait_for(aside(tool.load, path), READ_TIMEOUT_S)
+        except TimeoutError:
+            problem = f"it has not been read within {READ_TIMEOUT_S:.0f} s"
+        except BitmapdError as error:
+            problem = error.message
+        else:
+            node, geometry = self.node, self._geometry
+            problem = why_not(loaded.superblock, node.lasting, node.number, geometry)
+            if problem is None:
+                self.emit("partner-record-read", device=path, extents=loaded.bits.count())
+                done(loaded.bits)
+                return
+        finally:
+            aside.close()
+        self.emit("partner-record-unusable", device=path, message=problem)
+        done(None)
 
     def other_died(self, extents: Runs) -> None:
         aborted = self.node.proof is Proof.FENCE and self.fence.settings.aborts_io

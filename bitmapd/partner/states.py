@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -87,6 +88,10 @@ class Surroundings(Protocol):
 
     def stored(self) -> bitarray:
         """What the stored record named when this process began."""
+
+    def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
+        """Read what the other node's stored record names; call back, later, with that, or with None
+        if it cannot be reached or does not count (`otherrecord`)."""
 
     def other_died(self, extents: Runs) -> None:
         """These were its own, or may have been, and are ours now: what it had sent to the secondary

@@ -142,6 +142,7 @@ def make_pair(
             goes_on=config.on_cut == "go-on",
             keeps=is_keeper(config),
             falls_back=config.record_fallback,
+            partner_record=config.partner_record,
         ),
         link_settings(config, seeks=state.node == 1 and state.never_paired),
         loop,

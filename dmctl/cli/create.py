@@ -57,13 +57,15 @@ OPTION_KEYS = (
     "record_limit", "resync_target", "era_interval", "initial_sync", "predictor", "copy_rate",
     "late_writes",     "tls_certificates", "allow_plaintext_loopback", "metrics_listen",
     "node", "partner", "partner_listen", "partner_role", "record_on",
-    "partner_ack", "record_fallback", "on_cut", "partner_name",
+    "partner_ack", "record_fallback", "on_cut", "partner_name", "partner_record",
     "partner_fingerprint",
     "partner_certificates", "partner_timeout", "partner_wait", "serve", "fence_command",
     "fence_options",
     "fence_delay", "fence_timeout", "fence_aborts_io", "takeover", "cut_patience",
     "point_interval", "spool_limit", "compress", "start_alone",
 )  # fmt: skip
+
+_PATHS = {"primary", "record", "partner_record", "tls_certificates", "partner_certificates"}
 
 
 def create(context: Context, args: Namespace) -> int:
@@ -135,9 +137,7 @@ def _table(args: Namespace) -> dict[str, Any]:
         value = getattr(args, key)
         if value is None:
             continue
-        if key in ("primary", "record", "tls_certificates", "partner_certificates") or (
-            key == "secondary" and "://" not in value
-        ):
+        if key in _PATHS or (key == "secondary" and "://" not in value):
             value = os.path.abspath(value) if value else value
         table[key] = value
     return table

@@ -82,6 +82,8 @@ def add_volumes(commands: Commands) -> None:
         ("--record-fallback", "true|false", "whether the partner's copy of this node's record"
          " counts while the record itself cannot be written; else writes to new places fail"
          " (default true)"),
+        ("--partner-record", "DEV", "the other's record device as seen from here: a takeover by a"
+         " node that has not met the other reads it, and need not compare everything"),
         ("--on-cut", "wait|go-on", "what a write to a place of nobody's does while the link is"
          " lost; go-on at one node at most: the other compares everything when it takes over"
          " (default wait)"),
@@ -299,8 +301,8 @@ def add_copying(commands: Commands) -> None:
         " trace=FILE, which records the requests of hosts for 'dmctl simulate'; 'trace=' ends that."
         " The new values are also written to the volume's configuration."
         " node=1 partner=URI partner-listen=URI, and what else a pair needs, make a stopped volume"
-        " node 1 of two appliances; node 2 is then created. record-on, partner-ack, record-fallback"
-        " and on-cut may be changed while the volume is stopped.",
+        " node 1 of two appliances; node 2 is then created. record-on, partner-ack,"
+        " record-fallback, partner-record and on-cut may be changed while the volume is stopped.",
     )
     add_name(change)
     change.add_argument("changes", metavar="KEY=VALUE", nargs="+", help="what to change")

@@ -288,6 +288,60 @@ def test_without_a_fallback_new_places_fail_as_at_a_single_volume(
     assert pair.equal()
 
 
+# -- the other's record -----------------------------------------------------------------------
+
+
+def both_dead(pair: Pair) -> bytes:
+    """Each record names what the other does not; returns what was written at 10 and 30 MiB."""
+    pair[1].dmctl("set", "vol0", f"partner-record={pair[2].record}")
+    pair.start()
+    in_sync(pair)
+    for node in (1, 2):
+        pair[node].dmctl("pause", "vol0")
+    data = noise(51, MIB)
+    pair[1].write(10 * MIB, data)
+    pair[2].write(30 * MIB, data)
+    both_die(pair)
+    pair[1].dmctl_process("start", "vol0")
+    pair.until(1, "waiting")
+    return data
+
+
+def test_of_two_dead_nodes_one_returns_and_reads_the_record_of_the_other(short_path: Path) -> None:
+    with Pair(short_path) as pair:
+        pair.create()
+        data = both_dead(pair)
+        theirs = pair[2].record.read_bytes()
+        with pair[1].events() as events:
+            answer = json.loads(pair[1].dmctl("--json", "takeover", "vol0", "--fenced"))
+            assert events.wait("partner-record-read")["device"] == str(pair[2].record)
+        assert answer["partner"]["compared_extents_total"] == 0
+        pair[1].dmctl("resume", "vol0")
+        pair[1].wait_in_sync()
+        assert pair.equal()
+        assert pair[1].read(10 * MIB, MIB) == pair[1].read(30 * MIB, MIB) == data
+        assert pair[2].record.read_bytes() == theirs, "it is never written"
+        pair[2].start()
+        assert pair.until(2, "paired")["compared_extents_total"] == 0
+
+
+@pytest.mark.parametrize("wrong", ["lost", "ours", "volatile"])
+def test_a_record_that_does_not_count_leads_to_a_comparison(short_path: Path, wrong: str) -> None:
+    words = ("--record-on", "partner") if wrong == "volatile" else ()
+    with Pair(short_path, 64 * MIB, *words) as pair:
+        pair.create()
+        both_dead(pair)
+        if wrong == "lost":
+            pair[2].record.write_bytes(bytes(MIB))
+        elif wrong == "ours":
+            pair[2].record.write_bytes(pair[1].record.read_bytes())
+        answer = json.loads(pair[1].dmctl("--json", "takeover", "vol0", "--fenced"))
+        assert answer["partner"]["compared_extents_total"] == 64
+        pair[1].dmctl("resume", "vol0")
+        pair[1].wait_in_sync()
+        assert pair.equal()
+
+
 # -- going on in a cut ------------------------------------------------------------------------
 
 

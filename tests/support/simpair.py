@@ -33,6 +33,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from random import Random
+from uuid import UUID
 
 from bitarray import bitarray
 
@@ -48,6 +49,7 @@ from bitmapd.partner.growth import Answer
 from bitmapd.partner.holder import Hands, PairRecord
 from bitmapd.partner.messages import Hello, HelloFlag, Message, Role
 from bitmapd.partner.node import Lasting, Node, Phase, Proof, State
+from bitmapd.partner.otherrecord import why_not
 from bitmapd.partner.rights import MOST_REQUESTS, Rights
 from bitmapd.peer import frames
 from bitmapd.peer.frames import PeerError
@@ -55,7 +57,9 @@ from bitmapd.peer.payloads import Runs
 from bitmapd.record import layout
 from bitmapd.record.extents import each, runs_of, zeros
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.pair_state import PairFlag, PairState
 from bitmapd.record.store import RecordStore
+from bitmapd.record.superblock import from_ids
 from tests.support.policies import MischievousPolicy
 from tests.support.records import VOLUME, blank_image, load_image, superblock
 from tests.support.sim import LATE_S, SECTOR, SimDisk, SimLoop, SimOp
@@ -414,6 +418,27 @@ class _Around:
     def stored(self) -> bitarray:
         return self._side.at_start
 
+    def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
+        side = self._side
+        other, world = side.world.sides[2 - side.number], side.world
+        found: bitarray | None = None
+        if world.reads_other and not other.broken:
+            loaded = load_image(bytes(other.record.durable if other.alive else other.record_image))
+            last = other.lasting
+            pair = PairState(
+                other.number,
+                None if last.volume == NIL else UUID(bytes=last.volume),
+                (PairFlag.VOLATILE if last.volatile else PairFlag(0))
+                | (PairFlag.NEVER_PAIRED if last.never_paired else PairFlag(0)),
+            )
+            block = replace(
+                loaded.superblock.with_pair(pair), generations=from_ids(last.generations)
+            )
+            problem = why_not(block, side.node.lasting, side.number, side.geometry)
+            world.log.append(f"{side.number}: reads the other's record, {problem}")
+            found = loaded.bits if problem is None else None
+        side.loop.call_soon(done, found)
+
     def other_died(self, extents: Runs) -> None:
         """The paths of this world land nothing late after `lay_ghosts`."""
 
@@ -502,6 +527,7 @@ class World:
         self.record_on = self.rng.choice(("both", "partner", "either"))  # the latter: at each start
         self.stored_often = self.rng.choice((0.0, 0.5, 1.0))  # partner_ack, at each start
         self.goes_on = self.rng.choice((0, 1, 2))  # the node that goes on in a cut, if any
+        self.reads_other = self.rng.random() < 0.5  # partner_record
         self.falls_back = self.rng.random() < 0.7  # record_fallback
         self._swift = self.rng.random() < 0.5  # a link that is lost comes back soon
         self._writes_superblocks = self.rng.choice((0.05, 0.5))  # how soon they are written

@@ -110,6 +110,7 @@ def test_builtin_defaults(write: Write) -> None:
         record_on="both",
         partner_ack="memory",
         record_fallback=True,
+        partner_record=None,
         on_cut="wait",
         partner_name=None,
         partner_fingerprint=None,
@@ -620,6 +621,7 @@ def test_settings_of_points_are_refused_without_a_receiver(write: Write) -> None
         ("record_on", "partner"),
         ("partner_ack", "stored"),
         ("record_fallback", "false"),
+        ("partner_record", "/dev/r2"),
         ("on_cut", "go-on"),
     ],
 )

@@ -59,6 +59,8 @@ class Station:
         self.died: list[Runs] = []
         self.relies, self.destage_waits = False, False
         self.destages: list[Done] = []
+        self.readings: list[Callable[[bitarray | None], None]] = []  # of the other's record
+        self.reads_late = False
         self.writes: deque[tuple[Lasting, Callable[[OSError | None], None]]] = deque()
         self.on_change: Callable[[], None] = lambda: None
         self.cable = Cable()
@@ -91,6 +93,11 @@ class Station:
     def stored(self) -> bitarray:
         return self.was_stored
 
+    def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
+        self.readings.append(done)
+        if not self.reads_late:
+            self.read(None)
+
     def other_died(self, extents: Runs) -> None:
         self.died.append(extents)
 
@@ -111,6 +118,12 @@ class Station:
         done(error)
         self.loop.run_soon()
         return lasting
+
+    def read(self, found: Runs | None) -> None:
+        """The other's record names these; or cannot be read."""
+        bits = None if found is None else bits_of(found, len(self.rights.own))
+        self.loop.call_soon(self.readings.pop(), bits)
+        self.loop.run_soon()
 
     def told(self, event: str) -> list[dict[str, object]]:
         return [fields for name, fields in self.events if name == event]
