@@ -42,6 +42,15 @@ def test_the_rules_hold_whatever_happens(troubles: str, length: int) -> None:
         walk(seed, frozenset(TROUBLES[troubles]), length)
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("troubles", sorted(TROUBLES.keys() - {"lies", "hand-overs"}))
+def test_they_hold_for_a_keeper_and_its_host_whose_record_is_lost_again_and_again(
+    troubles: str, length: int
+) -> None:
+    for seed in range(max(1, STEPS // len(LENGTHS) // length // 3)):
+        walk(seed, frozenset(TROUBLES[troubles]), length, kept=True)
+
+
 @pytest.mark.parametrize(
     ("seed", "troubles", "length"),
     [

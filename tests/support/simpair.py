@@ -20,6 +20,9 @@ What is checked:
 4. Reads are those of one disk with two doors.
 5. No message is refused, and nobody sees a split brain, since every proof of death is true.
 6. A node that has said BYE or TAKEN owns nothing, and nothing of its is on its way.
+Of a keeper, node 2 of a world that is `kept`, 3 holds as well, while the host cannot have gone on
+without it; and its stored record alone names what differs, or says that it may lack something.
+
 Once somebody has lied of a death (trouble "lie") 1, 2, 3 and 5 hold no more; 4 does, and what
 follows.
 And after `heal`: both are paired, nobody waits, nothing is dirty, both sides are equal.
@@ -60,6 +63,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.pair_state import PairFlag, PairState
 from bitmapd.record.store import RecordStore
 from bitmapd.record.superblock import from_ids
+from bitmapd.volume.keeping import NoHosts
 from tests.support.policies import MischievousPolicy
 from tests.support.records import VOLUME, blank_image, load_image, superblock
 from tests.support.sim import LATE_S, SECTOR, SimDisk, SimLoop, SimOp
@@ -163,6 +167,7 @@ class Side:
         self.alive = False
         self.incarnations = 0
         self.session = 0
+        self.keeps = world.kept and number == 2
         self.record_image = blank_image(GEOMETRY)
         self.lasting = Lasting(True, 1, (b"\1" * 16, NIL, NIL, NIL), VOLUME.bytes)
         self.broken = False  # nothing can be written to the record's device
@@ -180,6 +185,7 @@ class Side:
         self.relies = world.record_on == "partner"  # what the configuration says
         if world.record_on == "either":
             self.relies = world.rng.random() < 0.5
+        self.relies = self.relies and not self.keeps
         self.stored = world.rng.random() < world.stored_often
         self.loop = SimLoop()
         self.record = SimDisk("record", len(self.record_image), self.record_image)
@@ -222,11 +228,17 @@ class Side:
             piece_bytes=2 * BLOCK,
             late_writes_s=LATE_S if "errors" in world.troubles else 0.0,
         )
-        hands.attach(self.gate, self.copier, self.pair_record)
+        if self.keeps:
+            nothing = NoHosts()
+            hands.attach(nothing, nothing, self.pair_record)
+        else:
+            hands.attach(self.gate, self.copier, self.pair_record)
         self.end: End | None = None
         self.superblocks: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
         self.events: list[tuple[str, dict[str, object]]] = []
-        self.node = Node(self.number, self.lasting, self.rights, self.loop, _Around(self))
+        self.node = Node(
+            self.number, self.lasting, self.rights, self.loop, _Around(self), keeps=self.keeps
+        )
         self.node.serve(self)
         self.node.stand_in.on = world.falls_back
         self.pair_record.on_unwritten = self.node.stand_in.unwritten
@@ -240,7 +252,8 @@ class Side:
         self.shut_out = False  # its ways to the media are fenced
         self.requests = 0  # of hosts, that are not answered
         self.node.start()
-        self.copier.start()
+        if not self.keeps:
+            self.copier.start()
         self.loop.run_soon()
 
     def die(self) -> None:
@@ -296,7 +309,8 @@ class Side:
 
     def hello(self) -> Hello:
         return Hello(
-            volume=NIL, node=self.number, lowest=1, highest=1, role=Role.PAIR,
+            volume=NIL, node=self.number, lowest=1, highest=1,
+            role=Role.KEEPER if self.keeps else Role.PAIR,
             flags=self._flags(),
             required=REQUIRED, offered=OFFERED, term=0,
             incarnation=self.number * 1000 + self.incarnations, session=self.session,
@@ -323,6 +337,8 @@ class Side:
         """Whether the other has gone on, and this one does not know where.  One that is alone and
         has said READY may not have noticed that the other has come up, and was cut off."""
         other, node = self.world.sides[2 - self.number], self.node
+        if self.keeps and (self.world.lacking or (other.alive and other.node.state is State.ALONE)):
+            return True
         is_ready = node.phase is Phase.READY and node._exchange.has_said_ready
         return other.lasting.gone_on and (node.state is not State.ALONE or is_ready)
 
@@ -386,7 +402,7 @@ class Side:
 
     @property
     def knows(self) -> bool:
-        return self.counts and self.node.serves
+        return self.counts and (self.node._known if self.keeps else self.node.serves)
 
 
 class _Around:
@@ -416,7 +432,7 @@ class _Around:
         return self._side.hello()
 
     def stored(self) -> bitarray:
-        return self._side.at_start
+        return self._side.store.recorded if self._side.keeps else self._side.at_start
 
     def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
         side = self._side
@@ -502,9 +518,12 @@ class _Media:
 class World:
     """See the module docstring.  `troubles` are the names of what may go wrong."""
 
-    def __init__(self, seed: int, troubles: frozenset[str]) -> None:
+    def __init__(self, seed: int, troubles: frozenset[str], *, kept: bool = False) -> None:
         self.rng = Random(seed)
-        self.troubles = troubles
+        self.kept = kept  # node 2 is a keeper
+        self.lacking = False  # it may lack something, although it lives
+        self.told = False  # that nobody will be given its record as it is
+        self.troubles = troubles - {"lie", "hand-over"} | {"replace"} if kept else troubles
         self.primary, self.secondary = Shared(LARGEST), Shared(LARGEST)
         for shared, old in ((self.primary, b"\xaa"), (self.secondary, b"\xbb")):
             for content in (shared.durable, shared.visible):
@@ -529,6 +548,8 @@ class World:
         self.goes_on = self.rng.choice((0, 1, 2))  # the node that goes on in a cut, if any
         self.reads_other = self.rng.random() < 0.5  # partner_record
         self.falls_back = self.rng.random() < 0.7  # record_fallback
+        if kept:
+            self.goes_on %= 2
         self._swift = self.rng.random() < 0.5  # a link that is lost comes back soon
         self._writes_superblocks = self.rng.choice((0.05, 0.5))  # how soon they are written
         self.log: list[str] = []
@@ -607,7 +628,7 @@ class World:
     def step(self) -> None:
         if not self._stalls or self.rng.random() < self._stalls_end:
             self._stalls = {
-                (number, what): self.rng.random() < 0.25
+                (number, what): self.rng.random() < self._stalls_often(number, what)
                 for number in (1, 2)
                 for what in ("record", "primary", "secondary", "frames")
             }
@@ -657,6 +678,10 @@ class World:
             self.leave(side)
             self.yield_hosts(side)
 
+    def _stalls_often(self, number: int, what: str) -> float:
+        """A keeper has nothing else to do than to write its record."""
+        return 0.75 if self.kept and (number, what) == (2, "record") else 0.25
+
     def _meet(self) -> None:
         """Both are paired before anything else happens."""
         while any(side.node.state is not State.PAIRED for side in self.sides):
@@ -672,7 +697,7 @@ class World:
         is_there = other.alive and other.copier.state is CopyState.RUNNING
         away = side.copier.state is CopyState.LINK_DOWN
         side.copier.rounds.hands_over = on = away and is_there
-        if on and side.node.state is State.PAIRED:
+        if on and side.node.state is State.PAIRED and not self.kept:
             side.rights.hand_over(side.gate.idle_dirt(EXTENTS))
 
     def yield_hosts(self, side: Side) -> None:
@@ -685,7 +710,7 @@ class World:
     def take(self, side: Side) -> None:
         """A planned takeover by this side."""
         other = self.sides[2 - side.number]
-        if not side.alive or side.node.state is not State.PAIRED or side.leaving:
+        if not side.alive or side.node.state is not State.PAIRED or side.leaving or side.keeps:
             return
         incarnation = side.incarnations, other.incarnations
         before = other.end
@@ -748,12 +773,42 @@ class World:
         def left(all_given: bool) -> None:
             self.log.append(f"{side.number}: has left, {all_given}")
             side.requests = 0
-            if all_given:
-                if any(op.kind == "write" for op in side.primary.pending + side.secondary.pending):
+            if all_given or self.kept:
+                if not self.kept and any(
+                    op.kind == "write" for op in side.primary.pending + side.secondary.pending
+                ):
                     raise AssertionError(f"node {side.number} said BYE with writes on their way")
                 side.gone = True
 
-        side.node.leave(left)
+        if self.kept:
+            side.node.part(lambda: left(False))
+        else:
+            side.node.leave(left)
+
+    def leave_off(self, keeper: Side) -> None:
+        """A clean stop of a keeper."""
+        self.log.append("the keeper leaves off")
+
+        def left(given: bool) -> None:
+            keeper.gone = True
+
+        keeper.node.leave(left)
+
+    def replace(self, host: Side) -> None:
+        """The machine of the host is lost, and its record; another one takes its place."""
+        keeper = self.sides[1]
+        image = keeper.record.durable if keeper.alive else keeper.record_image
+        geometry = load_image(image).superblock.geometry
+        same = host.durable_blocks == keeper.durable_blocks == geometry.blocks
+        met = not (host.lasting.never_paired or keeper.lasting.never_paired)
+        if self.told or not same or not met:
+            return
+        if host.alive:
+            self.crash(host)
+        self.log.append("1: its record is lost")
+        self.lacking = self.lacking or host.lasting.gone_on
+        host.record_image = blank_image(geometry)
+        host.lasting = Lasting(True, 0, (self.rng.randbytes(16), NIL, NIL, NIL), NIL)
 
     def finish(self, side: Side, *, anything: bool) -> bool:
         """One disk operation of this side."""
@@ -872,7 +927,12 @@ class World:
     # -- what goes wrong ----------------------------------------------------------------------
     def trouble(self, side: Side) -> None:
         what = self.rng.choice(sorted(self.troubles) or ["nothing"])
-        if what == "cut":
+        if what == "replace":
+            self.replace(self.sides[0])
+        elif side.keeps and what == "stop" and side.alive and side.node._known:
+            if self.rng.random() < 0.3 and not side.node._over:
+                self.leave_off(side)
+        elif what == "cut":
             self.cut()
         elif what == "crash":
             if side.alive and self.rng.random() < 0.5:
@@ -981,6 +1041,14 @@ class World:
             return
         if side.node.phase is not Phase.CLOSED or side.node.lasting.never_paired:
             return
+        if side.keeps:
+            return
+        if self.kept:
+            self.log.append("1: goes on without its keeper")
+            self.told = self.lacking = True
+            side.node.fenced(Proof.WORD)
+            side.loop.run_soon()
+            return
         if other.alive and self.rng.random() < 0.5:
             self.cut()
             other.shut_out = True  # it lives, and what it writes is refused
@@ -1017,6 +1085,8 @@ class World:
         if self.lied:
             return
         one, two = self.sides
+        if self._are_paired:
+            self.told = self.lacking = False
         live = [side for side in self.sides if side.knows]
         if one.counts and two.counts:
             both = min(one.geometry.extents, two.geometry.extents)
@@ -1041,8 +1111,13 @@ class World:
                 if not side.may_lack and not side.names(block):
                     raise AssertionError(f"node {side.number} does not name block {block}")
         unnamed = one.unnamed(may_differ) & two.unnamed(may_differ)
-        if unnamed and not any(side.lasting.volatile for side in self.sides):
+        # A host whose record is lost leaves it to the keeper, which says so if it cannot tell.
+        excused = one.lasting.volume == NIL and two.lasting.gone_on
+        if unnamed and not (excused or any(side.lasting.volatile for side in self.sides)):
             raise AssertionError(f"no stored record names blocks {unnamed}")
+        complete = self.kept and not (two.lasting.gone_on or two.lasting.never_paired or self.told)
+        if complete and (lacking := two.unnamed(may_differ)):
+            raise AssertionError(f"the keeper has not stored {lacking}, and does not say so")
         for side, blocks in zip(self.sides, flying, strict=True):
             lacking = side.unnamed(blocks)
             if self.stored_often or side.leaves_it_to_the_other:
@@ -1055,6 +1130,16 @@ class World:
             held = {e * PER_EXTENT for e in range(len(side.rights.held)) if side.rights.held[e]}
             if lacking := other.unnamed(held):
                 raise AssertionError(f"node {other.number} has not stored {lacking}")
+
+    @property
+    def _are_paired(self) -> bool:
+        """With one another, as both see it."""
+        one, two = self.sides
+        if any(not side.alive or side.node.state is not State.PAIRED for side in self.sides):
+            return False
+        return (
+            one.end is not None and two.end is not None and one.end.connection is two.end.connection
+        )
 
     def _flying(self, side: Side) -> set[int]:
         ops = [op for path, op in side.ghosts if path.name == "primary"]
@@ -1192,9 +1277,9 @@ class Broken(AssertionError):
     """A walk that ended where it must not."""
 
 
-def walk(seed: int, troubles: frozenset[str], length: int) -> World:
+def walk(seed: int, troubles: frozenset[str], length: int, *, kept: bool = False) -> World:
     """So many steps, then everything heals; `Broken` says how to see it again."""
-    world = World(seed, troubles)
+    world = World(seed, troubles, kept=kept)
     step = 0
     try:
         while step < length:
@@ -1205,7 +1290,7 @@ def walk(seed: int, troubles: frozenset[str], length: int) -> World:
     except Exception as error:
         told = "\n".join(world.log[-40:])
         raise Broken(
-            f"seed {seed}, {sorted(troubles)}, step {step} of {length}: {error!r}\n{told}\n"
-            f"{world.state()}"
+            f"seed {seed}{', kept' * kept}, {sorted(troubles)}, step {step} of {length}:"
+            f" {error!r}\n{told}\n{world.state()}"
         ) from error
     return world
