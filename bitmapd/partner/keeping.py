@@ -12,6 +12,7 @@ What differs after both have met is named by the record of one of them, or of bo
 | is fresh | its own stored record and the keeper's: of one that lives in its memory, else stored |
 | is fresh, so is the keeper, and the flag VOLATILE is set in one superblock | nobody knows |
 | joins, its record being new | the keeper's record; unless that *lacks* something: nobody knows |
+| is fresh, and its record volatile, for which a new one passes | so if the keeper lives |
 
 A keeper's record lacks something, in its superblock the flag GONE_ON, while what it has granted
 stands in its memory only, and where the host may take places without it: in a cut, if that has
@@ -42,8 +43,11 @@ def nobody_knows(mine: Hello, theirs: Hello) -> bool:
         return False
     if host.volume == NIL:
         return has(keeper, HelloFlag.GONE_ON)
-    volatile = has(host, HelloFlag.VOLATILE) or has(keeper, HelloFlag.VOLATILE)
-    return has(keeper, HelloFlag.FRESH) and volatile
+    volatile = has(host, HelloFlag.VOLATILE)
+    if has(keeper, HelloFlag.FRESH):
+        return volatile or has(keeper, HelloFlag.VOLATILE)
+    # The host's record may be a new one, which says no more than this.
+    return volatile and has(keeper, HelloFlag.GONE_ON)
 
 
 def share_with_keeper(mine: View, theirs: View, *, keeps: bool, everything: bool) -> Shares:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import rawnbd
 from tests.support.keepers import Kept
-from tests.support.volumes import KIB, MIB, Volume, noise
+from tests.support.volumes import KIB, MIB, Volume, make_file, noise
 
 EXTENTS = 64
 NO_GUESS = ("--predictor", "lru")  # what is recorded was written
@@ -347,3 +347,15 @@ def test_a_keeper_of_node_1_and_one_of_the_same_number_are_refused(short_path: P
         kept.create()
         role = kept.host.refused("set", "vol0", "partner-role=keeper")
         assert role["exit_status"] == 2
+
+
+def test_the_same_machine_with_a_new_record_fetches_it_too(kept: Kept) -> None:
+    behind(kept, 3, 40)
+    kept.host.kill()
+    os.unlink(kept.host.record)
+    new = make_file(kept.host.folder / "new", MIB)
+    kept.host.dmctl("record", "replace", "vol0", str(new))
+    kept.host.start()
+    assert kept.until(kept.host, "paired")["compared_extents_total"] == 0
+    kept.host.wait_in_sync()
+    assert kept.equal()

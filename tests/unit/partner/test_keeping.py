@@ -86,7 +86,9 @@ def test_both_come_to_the_same_and_the_keeper_owns_nothing(
     [
         ({}, FRESH | VOLATILE | GONE_ON, False),  # it has lived, and knows itself
         ({"flags": FRESH}, HelloFlag(0), False),
-        ({"flags": FRESH | VOLATILE}, GONE_ON, False),  # what is in the keeper's memory is there
+        ({"flags": FRESH | VOLATILE}, HelloFlag(0), False),  # what is in its memory is there
+        ({"flags": FRESH | VOLATILE}, GONE_ON, True),  # the record may be a new one
+        ({"flags": FRESH}, GONE_ON, False),
         ({"flags": FRESH | VOLATILE}, FRESH, True),
         ({"flags": FRESH}, FRESH | VOLATILE, True),
         ({"flags": FRESH}, FRESH | GONE_ON, False),  # its own record names what the other lacks
@@ -221,6 +223,20 @@ def test_a_keeper_that_stores_first_lacks_nothing_from_the_start() -> None:
     it.two.flags = STORED
     it.pair()
     assert not it.two.node.lasting.gone_on
+
+
+def test_a_keeper_that_cannot_write_what_it_lacks_is_none() -> None:
+    it = Kept()
+    it.two.flags = HelloFlag.UNSTORED
+    it.connect()
+    for _ in range(10):
+        it.carry(write=False)
+        if it.one.writes:
+            it.one.write()
+        if it.two.writes:
+            it.two.write(FAILED)
+    assert it.two.node.state is State.WAITING
+    assert it.one.node.state is not State.PAIRED
 
 
 # -- one ends ---------------------------------------------------------------------------------
