@@ -201,7 +201,7 @@ SLOW_NOTE = (
 )
 MIX_NOTE = (
     "The mix is 9 of 10 writes to a tenth of the volume, the others anywhere; the volume has the"
-    " default settings, and so a record of a quarter of its size (64 extents of 1 MiB)."
+    " default settings."
 )
 WINDOW_NOTE = (
     "The time from suspend to resume, as the wiring helper measures it. Eras of 300 ms, so that"
