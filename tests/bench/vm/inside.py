@@ -149,7 +149,8 @@ class Bench:
     def databases(self) -> Results:
         """SQLite on ext4 on each of them."""
         left_out = {rig.THREE, rig.PAUSED}
-        names = [name for name in rig.MAIN if name in self._rig.devices and name not in left_out]
+        wanted = [name for name in (*rig.MAIN, rig.MIX) if name not in left_out]
+        names = [name for name in wanted if name in self._rig.devices]
         outcomes: dict[str, list[Results]] = {name: [] for name in names}
         for repeat in range(self._scale.repeats):
             turn = repeat % len(names)
@@ -166,6 +167,28 @@ class Bench:
         title = "SQLite, one row a transaction, on ext4"
         self._tell(title, _rates(outcomes))
         return {"name": loads.DATABASE, "title": title, "unit": "1/s", "outcomes": outcomes}
+
+    def fills(self) -> Results:
+        """A source tree is unpacked into a fresh ext4, and synced; the volume has the default
+        settings, and its record is empty."""
+        wanted = (rig.LINEAR, rig.FRESH, *rig.PEERS)
+        names = [name for name in wanted if name in self._rig.devices]
+        outcomes: dict[str, list[Results]] = {name: [] for name in names}
+        with loads.source_tree() as tree:
+            for repeat in range(self._scale.repeats):
+                turn = repeat % len(names)
+                for name in names[turn:] + names[:turn]:
+                    self._rig.keep_awake()
+                    stack = self._rig.stacks.get(name)
+                    if stack is not None:
+                        stack.until(lambda status: not status["record_extents"], "at rest")
+                    with _mounted(self._rig.devices[name]) as folder:
+                        outcomes[name].append({"rate": loads.unpack(tree, folder)})
+                    if stack is not None:
+                        stack.settle()
+        title = "first fill: a source tree is unpacked on ext4, and synced"
+        self._tell(title, _rates(outcomes))
+        return {"name": loads.FILL, "title": title, "unit": "MiB/s", "outcomes": outcomes}
 
     def equal(self) -> dict[str, bool]:
         """Stops the volumes."""
@@ -204,9 +227,12 @@ def measure(scale: Scale) -> Results:
         began_s = time.monotonic()
         made = stack.enter_context(rig.rig(folder))
         print("bench: contenders: " + ", ".join(made.devices), flush=True)
-        whole = {rig.SEGMENTS, rig.MIX, rig.MISSES}  # their loads have no region
-        for device in {device for name, device in made.devices.items() if name not in whole}:
-            loads.fill(device, loads.REGION_BYTES)
+        untouched = {rig.SEGMENTS, rig.FRESH, rig.MISSES}
+        whole = {rig.LINEAR, rig.MIX, *rig.PEERS}  # the mix is written everywhere
+        filled = {name: device for name, device in made.devices.items() if name not in untouched}
+        for device in set(filled.values()):
+            everywhere = device in {filled[name] for name in whole if name in filled}
+            loads.fill(device, rig.SIZE_BYTES if everywhere else loads.REGION_BYTES)
         for volume in made.stacks.values():
             volume.settle()
         print(f"bench: set up: {time.monotonic() - began_s:.0f} s", flush=True)
@@ -221,9 +247,10 @@ def measure(scale: Scale) -> Results:
             ("slow", lambda: bench.compare(loads.RANDOM_WRITES, (rig.SLOW_LINEAR, rig.SLOW_HITS))),
             ("spread", lambda: bench.compare(loads.SPREAD, (rig.LINEAR, rig.HITS, rig.SEGMENTS))),
             ("misses", bench.misses),
-            ("mixed", lambda: bench.compare(loads.MIXED, (rig.LINEAR, rig.MIX))),
+            ("mixed", lambda: bench.compare(loads.MIXED, (rig.LINEAR, rig.MIX, *rig.PEERS))),
             ("windows", bench.windows),
             ("database", bench.databases),
+            ("fill", bench.fills),
             ("equal", bench.equal),
         ):
             began_s = time.monotonic()

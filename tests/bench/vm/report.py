@@ -19,6 +19,8 @@ READS_OF_LINEAR = 0.95
 WINDOW_MS = 10.0
 WINDOW_SHARE = 0.01
 SEGMENTS_PART = 0.9
+MIX_BARS = ((rig.LINEAR, 0.75), (rig.MD, 1.0), (rig.MIRROR, 1.0), (rig.DRBD, 2.0))
+FILL_OF_MD = 0.8
 
 
 def rates(load: Results, name: str) -> list[float]:
@@ -82,7 +84,7 @@ def mixed_rows(results: Results) -> tuple[Row, list[Row]]:
     head = ["load", "1/s", "mean us", "hits", "in the kernel", "of dm-linear", "table changes"]
     rows = []
     for load in [*results["misses"], *results["mixed"]]:
-        (name,) = [one for one in load["outcomes"] if one != rig.LINEAR]
+        (name,) = {rig.MISSES, rig.MIX}.intersection(load["outcomes"])
         mean_us = statistics.median(one["mean_us"] for one in load["outcomes"][name])
         rows.append(
             [
@@ -168,6 +170,13 @@ def bar_rows(results: Results) -> list[Row]:
     fsync = _by_name(results["spread"], "spread-fsync")
     what = "writes with fdatasync, 2,000 segments, of one segment"
     at_least(what, SEGMENTS_PART, ratio(fsync, rig.SEGMENTS, rig.HITS))
+    for depth in (1, 16):
+        load = _by_name(results["mixed"], f"mix{depth}")
+        for peer, least in MIX_BARS:
+            what = f"mix, default settings, depth {depth}, of {peer}"
+            at_least(what, least, ratio(load, rig.MIX, peer))
+    what = f"first fill of a file system, default settings, of {rig.MD}"
+    at_least(what, FILL_OF_MD, ratio(results["fill"], rig.FRESH, rig.MD))
     for name, equal in results["equal"].items():
         judge(f"both ends equal afterwards: {name}", "yes", float(equal), equal, 0)
     return rows
@@ -182,15 +191,16 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
         parts.append(("NOT MEASURED", note, table(["contender", "reason"], rows)))
     for load in results["main"]:
         parts.append((load["title"], "", table(*load_rows(load))))
-    load = results["database"]
-    parts.append((load["title"], "", table(*load_rows(load))))
+    for load in (results["database"], results["fill"], *results["mixed"]):
+        note = MIX_NOTE if load in results["mixed"] else ""
+        parts.append((load["title"], note, table(*load_rows(load))))
     for load in results["slow"]:
         heading = f"On disks that take {rig.LATENCY_US} us: {load['title']}"
         parts.append((heading, SLOW_NOTE, table(*load_rows(load, rig.SLOW_LINEAR))))
     for load in results["spread"]:
         heading = f"One segment and 2,000 segments: {load['title']}"
         parts.append((heading, "At 999 places 256 KiB apart.", table(*load_rows(load))))
-    parts.append(("Misses and a mix", MIX_NOTE, table(*mixed_rows(results))))
+    parts.append(("Misses and a mix, by the way they took", "", table(*mixed_rows(results))))
     parts.append(("How long a barrier holds writes", WINDOW_NOTE, table(*window_rows(results))))
     return parts
 

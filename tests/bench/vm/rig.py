@@ -20,7 +20,8 @@ MISS_EXTENT_BYTES = 64 * KIB
 RAW, LINEAR, ERA = "raw device", "dm-linear", "dm-era alone"
 THREE = "dm-linear, three deep"
 HITS, PAUSED = "stack, all hits", "stack, all hits, paused"
-SEGMENTS, MIX, MISSES = "stack, 2,000 segments", "stack, mix", "stack, all misses"
+SEGMENTS, MISSES = "stack, 2,000 segments", "stack, all misses"
+MIX, FRESH = "stack, defaults", "stack, defaults, nothing recorded"
 MD, MD_BEHIND = "md raid1, bitmap", "md raid1, bitmap, write-behind"
 MIRROR = "dm-mirror, disk log"
 DRBD, DRBD_ALONE = "DRBD 8.4, protocol A", "DRBD 8.4, disconnected"
@@ -40,6 +41,7 @@ SHAPES = {
     SEGMENTS: Shape("segs", SIZE_BYTES, PLACE_BYTES // 2, _ROOMY),
     MISSES: Shape("miss", SIZE_BYTES, MISS_EXTENT_BYTES, _ROOMY),
     MIX: Shape("mix", SIZE_BYTES, MIB),
+    FRESH: Shape("fresh", SIZE_BYTES, MIB),
 }
 
 
@@ -53,7 +55,7 @@ class Rig:
     versions: dict[str, str] = field(default_factory=dict)
 
     def keep_awake(self) -> None:
-        for stack in set(self.stacks.values()):
+        for stack in {stack for name, stack in self.stacks.items() if name != FRESH}:
             stack.keep_awake()
 
 

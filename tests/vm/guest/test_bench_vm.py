@@ -24,14 +24,18 @@ def results() -> inside.Results:
 def test_every_contender_is_measured_under_every_load(results: inside.Results) -> None:
     assert results["missing"] == {}
     assert [load["name"] for load in results["main"]] == ["rw16", "rr1", "fsync"]
-    for load in [*results["main"], results["database"], *results["spread"], *results["mixed"]]:
+    singles = [results["database"], results["fill"]]
+    for load in [*results["main"], *singles, *results["spread"], *results["mixed"]]:
         assert rig.LINEAR in load["outcomes"]
         for name, outcomes in load["outcomes"].items():
             assert [one["rate"] > 0 for one in outcomes] == [True], (load["name"], name)
     for load in results["main"]:
         if load["name"] != "rr1":
             assert set(rig.PEERS) | {rig.HITS} <= set(load["outcomes"])
-    assert set(results["database"]["outcomes"]) >= {rig.HITS, *rig.PEERS}
+    assert set(results["database"]["outcomes"]) >= {rig.HITS, rig.MIX, *rig.PEERS}
+    assert set(results["fill"]["outcomes"]) >= {rig.FRESH, *rig.PEERS}
+    for load in results["mixed"]:
+        assert set(load["outcomes"]) >= {rig.MIX, *rig.PEERS}
 
 
 def test_hits_are_hits_and_misses_are_misses(results: inside.Results) -> None:
@@ -60,7 +64,7 @@ def test_the_report_names_every_bar(results: inside.Results) -> None:
     assert {row[-1] for row in rows} <= {"met", "MISSED", "-"}
     results |= {"machine": {"processor": "one"}, "command": "make bench-vm", "missing": {"x": "y"}}
     text = report.to_markdown(results)
-    assert text.count("\n## ") == 2 + 3 + 1 + 1 + 1 + 2 + 1
+    assert text.count("\n## ") == 2 + 3 + 1 + 1 + 1 + 1 + 1 + 2 + 1
     assert "nothing is known of them" in text
 
 
