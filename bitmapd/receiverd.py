@@ -43,6 +43,7 @@ class ReceiverProcess(Process[Receiving]):
             | super()._handlers()
             | {
                 "points": self._points,
+                "drop-point": self._drop_point,
                 "test-failover": self._test_failover,
             }
         )
@@ -66,6 +67,10 @@ class ReceiverProcess(Process[Receiving]):
             self._paths.state_dir if folder is None else Path(str(folder)),
         )
         return await self._while_asked(self.volume.begin_drill(wanted), progress)
+
+    async def _drop_point(self, args: dict[str, Any], progress: Progress) -> Any:
+        await self._to_its_end(self.volume.drop_point(int(args["point"])), progress)
+        return {}
 
     async def _points(self, args: dict[str, Any], progress: Progress) -> Any:
         return {"points": self.volume.points()}

@@ -17,6 +17,7 @@ import toml
 from bitmapd.config.kinds import check_name
 from bitmapd.config.problems import Problem, config_error, denied, nearest
 from bitmapd.config.receiver import ROLE, ReceiverConfig, build_receiver
+from bitmapd.config.roles import OF_RECEIVERS
 from bitmapd.config.tables import build_volume, layer, parse_table, render
 from bitmapd.config.volume import VolumeConfig, keys
 from bitmapd.errors import ExistsError, NotFoundError, UsageError, WrongStateError
@@ -279,6 +280,9 @@ def create_volume(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
 def exchange_role(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
     """Give a site its other role: what its file said is kept beside it, for the way back."""
     path = paths.volume_file(name)
+    if "role" in table:
+        before = _former_table(path, True)
+        table = {key: before[key] for key in before.keys() & OF_RECEIVERS} | dict(table)
     atomic_write(_former(path, "role" not in table), path.read_bytes())
     head = f"# {name}.  'dmctl config show --explain {name}' explains every key.\n"
     atomic_write(path, head + toml.dumps(dict(table)))
@@ -286,8 +290,12 @@ def exchange_role(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
 
 def former_volume(paths: Paths, name: str) -> dict[str, Any]:
     """What the file of a receiver said while it was a volume; empty if it never was one."""
+    return _former_table(paths.volume_file(name), False)
+
+
+def _former_table(path: Path, of_receiver: bool) -> dict[str, Any]:
     try:
-        return read_table(_former(paths.volume_file(name), False))[0]
+        return read_table(_former(path, of_receiver))[0]
     except FileNotFoundError:
         return {}
 

@@ -23,6 +23,7 @@ from bitmapd.units import (
     parse_size,
 )
 
+MOST_RETAINED = 48  # points that are kept by rule; the directory of a journal has 64
 MAX_NAME_CHARS = 64  # what the superblock of a record has room for
 
 _NAME = re.compile(r"[A-Za-z0-9+_][A-Za-z0-9+_.-]*", re.ASCII)
@@ -32,6 +33,7 @@ _WORD = re.compile(r"[a-z0-9][a-z0-9-]{0,31}", re.ASCII)
 _HOST_NAME = re.compile(r"[A-Za-z0-9*]([A-Za-z0-9.-]{0,252})", re.ASCII)
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _FENCE_OPTION = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+_RULE = re.compile(r"([0-9]{1,3}) *x *([0-9a-z.]+)", re.ASCII)
 _FENCE_ACTIONS = ("off", "reboot")
 _LOOPBACK = re.compile(r"localhost|::1|127(\.[0-9]{1,3}){3}", re.ASCII)
 
@@ -188,6 +190,36 @@ def _render_options(pairs: tuple[tuple[str, str], ...]) -> str:
     return shlex.join(f"{key}={item}" for key, item in pairs) or "none"
 
 
+def _retain(value: Any) -> tuple[tuple[int, float], ...]:
+    rules = []
+    for word in _text(value).split(","):
+        found = _RULE.fullmatch(word.strip())
+        if found is None:
+            raise UsageError(
+                f"{word.strip()!r} is no NUMBER x INTERVAL", hint="write '24 x 1h, 14 x 1d'"
+            )
+        days = found[2].endswith("d") and parse_duration(f"{found[2][:-1]}h") * 24
+        interval_s = days or parse_duration(found[2])
+        if interval_s < 1 or not int(found[1]):
+            raise UsageError(f"{word.strip()!r} keeps nothing", hint="an interval is 1s or longer")
+        rules.append((int(found[1]), interval_s))
+    total = sum(most for most, _ in rules)
+    if total > MOST_RETAINED:
+        raise UsageError(
+            f"{_quoted(value)} keeps {total} points",
+            hint=f"the journal has room for {MOST_RETAINED}, and those with a label",
+        )
+    return tuple(rules)
+
+
+def _render_retain(rules: tuple[tuple[int, float], ...]) -> str:
+    words = []
+    for most, interval_s in rules:
+        days, rest_s = divmod(interval_s, 86400)
+        words.append(f"{most} x {format_duration(interval_s) if rest_s else f'{days:.0f}d'}")
+    return ", ".join(words)
+
+
 def _uuid(value: Any) -> UUID:
     try:
         return UUID(_text(value))
@@ -314,6 +346,7 @@ DURATION = Kind("duration", _positive_duration, format_duration)
 PATIENCE = Kind("duration", lambda value: parse_duration(_text(value)), format_duration)
 INTERVAL = Kind("duration", _interval, format_duration)
 POINT_INTERVAL = Kind("duration", _point_interval, format_duration)
+RETAIN = Kind("NUMBER x INTERVAL, …", _retain, _render_retain)
 WORD = Kind("name", _word, str)
 BOOLEAN = Kind("true | false", _boolean, bool)
 SWITCH = Kind("true | false", _switch, bool)

@@ -97,6 +97,38 @@ class ReceiverConfig:
         ),
     ]
 
+    retain: Annotated[
+        tuple[tuple[int, float], ...] | None,
+        Key(
+            "retain",
+            kinds.or_word("none", kinds.RETAIN),
+            "Which older points stay: '24 x 1h, 14 x 1d' are the first points of the newest 24"
+            " hours and 14 days that have one. Points with a label stay besides, until they are"
+            " dropped.",
+            "none",
+        ),
+    ]
+    point_hook: Annotated[
+        str | None,
+        Key(
+            "point_hook",
+            kinds.or_word("none", kinds.COMMAND),
+            "Program that keeps points of the image, called with keep, drop or restore, the name,"
+            " point, image, time and label; without it the image has to be a file that can be"
+            " cloned, on XFS or btrfs.",
+            "none",
+        ),
+    ]
+    hook_timeout_s: Annotated[
+        float,
+        Key(
+            "hook_timeout",
+            kinds.DURATION,
+            "How long point_hook may take to keep or drop a point; then it is ended, and the point"
+            " is not kept.",
+            "1min",
+        ),
+    ]
     view_limit_bytes: Annotated[
         int,
         Key(

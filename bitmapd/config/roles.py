@@ -24,6 +24,9 @@ OF_THE_ROLE: Final = frozenset(
     }
 )  # fmt: skip
 
+# Of a receiver: what an administrator has chosen for it, whatever its media are.
+OF_RECEIVERS: Final = frozenset({"retain", "point_hook", "hook_timeout", "view_limit"})
+
 
 def volume_table(
     receiver: ReceiverConfig,

@@ -754,6 +754,37 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "point-kept",
+        Level.NOTICE,
+        ("point", "label"),
+        "at a receiver: a copy of this point was made, so it stays when newer ones come",
+        "nothing",
+    ),
+    EventKind(
+        "point-not-kept",
+        Level.ERROR,
+        ("point", "reason"),
+        "at a receiver: this point had to stay, for its label or by `retain`, and no copy of it"
+        " could be made; points go on",
+        "see the reason: room beside the image, `point_hook`, or too many points that are kept",
+        is_error=True,
+    ),
+    EventKind(
+        "point-dropped",
+        Level.NOTICE,
+        ("point",),
+        "at a receiver: this point is kept no longer, by `retain` or by command",
+        "nothing",
+    ),
+    EventKind(
+        "point-not-dropped",
+        Level.WARNING,
+        ("point", "reason"),
+        "at a receiver: the copy of a point that is kept no longer cannot be taken away; the next"
+        " start tries it again",
+        "see the reason",
+    ),
+    EventKind(
         "point-damaged",
         Level.ERROR,
         ("blocks",),

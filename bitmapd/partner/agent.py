@@ -1,4 +1,4 @@
-"""One run of a fence agent: a program of somebody else's, which may do anything (edge).
+"""One run of a program of somebody else's, such as a fence agent, which may do anything (edge).
 
 `run` blocks, so it belongs into a thread: even the start may wait for a disk, and the loop serves
 hosts meanwhile.
@@ -24,6 +24,7 @@ import select
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 KEPT_BYTES = 4096
@@ -40,22 +41,23 @@ class Run:
     output: bytes
 
 
-def run(command: str, said: bytes, timeout_s: float, wanted: int) -> Run:
-    """Run it with `said` on standard input.  OSError if it cannot be started.  `wanted`: the end of
-    a pipe whose other end is closed once nobody wants it any more; closed on return."""
+def run(command: str, said: bytes, timeout_s: float, wanted: int, words: Sequence[str] = ()) -> Run:
+    """Run it with `words`, and with `said` on standard input.  OSError if it cannot be started.
+    `wanted`: the end of a pipe whose other end is closed once nobody wants it any more; closed on
+    return."""
     try:
-        return _run(command, said, timeout_s, wanted)
+        return _run([command, *words], said, timeout_s, wanted)
     finally:
         os.close(wanted)
 
 
-def _run(command: str, said: bytes, timeout_s: float, wanted: int) -> Run:
+def _run(command: list[str], said: bytes, timeout_s: float, wanted: int) -> Run:
     stdin = os.memfd_create("fence", os.MFD_CLOEXEC)
     try:
         os.write(stdin, said)
         os.lseek(stdin, 0, os.SEEK_SET)
         process = subprocess.Popen(
-            [command],
+            command,
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -1,7 +1,8 @@
 """Points that are committed become the image, one after the other.
 
-For each: all of its entries are verified, it is written to the image, the image is flushed, the
-commit page says that it is applied, its space is free.
+For each: all of its entries are verified, it is written to the image, the image is flushed, what it
+changes joins the map of the newest kept point, the commit page says that it is applied, its space
+is free; and a copy of the image is made, if the point is to stay (`keeping`).
 
 Invariants:
 1. Nothing of a point is written before all of it was verified.
@@ -14,6 +15,7 @@ Invariants:
 4. Only if a part of a point that waits may be in the image the commit page says that the image is
    inconsistent until the next point.  After a start nobody knows, so then it may.
 5. An error of the image ends nothing: what was written is written again after `RETRY_S`.
+6. While a copy of the image is made nothing is written to it.
 
 A crash leaves a queue, which is applied again.
 """
@@ -31,6 +33,7 @@ from bitmapd.points.pieces import whole_mask
 from bitmapd.receiver.commit import Queued
 from bitmapd.receiver.image import Guard, Redo
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.keeping import Keeping
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.extents import runs_of
@@ -54,7 +57,13 @@ class Applier:
     """See the module docstring."""
 
     def __init__(
-        self, journal: Journal, image: Device, line: Line, scheduler: Scheduler, owner: Owner
+        self,
+        journal: Journal,
+        image: Device,
+        line: Line,
+        scheduler: Scheduler,
+        owner: Owner,
+        keeping: Keeping,
     ) -> None:
         self.missing: Runs = ()
         self.is_at_work = False
@@ -64,12 +73,15 @@ class Applier:
         self._redo = Redo(line.geometry, line.volume.bytes, journal.device, image)
         self._scheduler = scheduler
         self._owner = owner
+        self.keeping = keeping
+        page = journal.page
+        self._cut_ns = page.committed_ns if page.applied == page.committed else None
         self._partly = bool(journal.page.queue)  # some of it may be in the image
         self._when_applied: list[Done] = []
 
     def go_on(self) -> None:
-        """There may be something in the queue."""
-        if self._journal.page.queue and not self.is_at_work and self._journal.failure is None:
+        """There may be something in the queue, or a point to be kept."""
+        if self._journal.page.applied and not self.is_at_work and self._journal.failure is None:
             self.is_at_work = True
             run(self.apply(), lambda error, _: self._ended(error))
 
@@ -95,6 +107,7 @@ class Applier:
     def apply(self) -> Steps[None]:
         """Until nothing is queued, or what is first in the queue has to wait for a later point."""
         journal = self._journal
+        yield from self._settle()
         while queue := journal.page.queue:
             wrong, missing = yield from self._examine(queue)
             if missing is None:
@@ -139,10 +152,25 @@ class Applier:
             if (yield from self._redo.apply(journal.points[point], blocks)):
                 return  # it rots under our hands: examine it again
         yield self._image.flush
-        yield from journal.applied(max(wrong))
-        self._partly = False
+        per = self._geometry.blocks_per_extent
+        yield from self.keeping.add(
+            block // per for point in wrong for block, _ in journal.points[point].stamps()
+        )
+        last = max(wrong)
+        cut_ns = next(queued.wall_ns for queued in journal.page.queue if queued.point == last)
+        yield from journal.applied(last)
+        self._partly, self._cut_ns = False, cut_ns
         self.missing = ()
         self._owner.applied(journal.page.applied)
         waiting, self._when_applied = self._when_applied, []
         for call in waiting:
             call(None)
+        yield from self._settle()
+
+    def _settle(self) -> Steps[None]:
+        """Keep the point that the image is.  A part of the next one may be in it if that is queued
+        at the start, but not if the point is wanted: then nothing followed it."""
+        page = self._journal.page
+        if page.applied == page.committed:
+            self._cut_ns = page.committed_ns
+        yield from self.keeping.settle(page.applied, self._cut_ns if self.is_whole else None)

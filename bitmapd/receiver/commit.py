@@ -11,6 +11,7 @@ points are between the two.
 3. Points are committed one after the other: those queued are `applied` + 1 to `committed`.
 4. `incarnation` is that of the sender whose open point may be taken up.  What another one has sent
    towards a point is void from the moment that this page is durable.
+5. `kept_sequence` is that of a directory of kept points that was durable before this page.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NEVER: Final = 1 << 63  # inconsistent until point 1: there never was a point
 _HEAD: Final = struct.Struct("<8sQ16s16sQQQQII")
 _QUEUED: Final = struct.Struct("<Q16sQ16sQ")
 _TAIL_AT: Final = _HEAD.size + MOST_QUEUED * _QUEUED.size
-_TAIL: Final = struct.Struct("<QQ16sQ")
+_TAIL: Final = struct.Struct("<QQ16sQQ")
 _CRC: Final = struct.Struct("<I")
 _CRC_AT: Final = PAGE_BYTES - 4
 _SALT: Final = b"bitmapd commit page"
@@ -79,6 +80,7 @@ class CommitPage:
     scan_from: int
     incarnation: bytes
     committed_ns: int
+    kept_sequence: int = 0
 
     @property
     def fault(self) -> str | None:
@@ -123,7 +125,13 @@ def encode_page(page: CommitPage) -> bytes:
     for number, queued in enumerate(page.queue):
         _QUEUED.pack_into(raw, _HEAD.size + number * _QUEUED.size, *dataclasses.astuple(queued))
     _TAIL.pack_into(
-        raw, _TAIL_AT, page.first_segment, page.scan_from, page.incarnation, page.committed_ns
+        raw,
+        _TAIL_AT,
+        page.first_segment,
+        page.scan_from,
+        page.incarnation,
+        page.committed_ns,
+        page.kept_sequence,
     )
     _CRC.pack_into(raw, _CRC_AT, _checksum(raw, page.journal))
     return bytes(raw)
@@ -141,7 +149,9 @@ def decode_page(raw: Raw, journal: bytes, slot: int) -> CommitPage:
     _, sequence, owner, generation, term, committed, applied, until, flags, count = (
         _HEAD.unpack_from(raw)
     )
-    first_segment, scan_from, incarnation, committed_ns = _TAIL.unpack_from(raw, _TAIL_AT)
+    first_segment, scan_from, incarnation, committed_ns, kept_sequence = _TAIL.unpack_from(
+        raw, _TAIL_AT
+    )
     queue = tuple(
         Queued(*_QUEUED.unpack_from(raw, _HEAD.size + number * _QUEUED.size))
         for number in range(min(count, MOST_QUEUED))
@@ -160,6 +170,7 @@ def decode_page(raw: Raw, journal: bytes, slot: int) -> CommitPage:
         scan_from,
         incarnation,
         committed_ns,
+        kept_sequence,
     )
     fault = page.fault
     if fault is None and (count != len(queue) or sequence % 2 != slot or owner != journal):

@@ -1,8 +1,8 @@
 """Making a journal, and looking at one that nobody uses (edge; blocks).
 
-A journal is made in this order, each step durable before the next: old superblocks and commit pages
-are taken away, the first commit page is written, then the superblocks.  A crash leaves no journal,
-or the new one.  What was in it before has another salt.
+A journal is made in this order, each step durable before the next: old superblocks, commit pages
+and directories are taken away, the first commit page is written, then the superblocks.  A crash
+leaves no journal, or the new one.  What was in it before has another salt.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ from pathlib import Path
 
 from bitmapd.errors import FormatTooNewError, NotFoundError, RecordDamagedError
 from bitmapd.receiver.commit import CommitPage, choose_page, encode_page, first_page, slot_offset
-from bitmapd.receiver.places import COMMIT_OFFSETS, PAGE_BYTES
+from bitmapd.receiver.directory import Directory, choose_directory
+from bitmapd.receiver.places import (
+    COMMIT_OFFSETS,
+    DIRECTORY_BYTES,
+    DIRECTORY_OFFSETS,
+    PAGE_BYTES,
+)
 from bitmapd.receiver.superblock import JournalSuperblock, choose_superblock, encode_superblock
 from bitmapd.record.copies import SUPERBLOCK_OFFSETS, Choice
 from bitmapd.record.medium import Reader, RecordMedium
@@ -24,7 +30,7 @@ def format_journal(path: str | Path, superblock: JournalSuperblock) -> None:
     buffer = memoryview(mmap.mmap(-1, PAGE_BYTES))
     with RecordMedium.open(path) as medium:
         medium.lock()
-        for offset_bytes in (*SUPERBLOCK_OFFSETS, *COMMIT_OFFSETS):
+        for offset_bytes in (*SUPERBLOCK_OFFSETS, *COMMIT_OFFSETS, *DIRECTORY_OFFSETS):
             medium.write(offset_bytes, buffer, os.RWF_DSYNC)
         page = first_page(superblock.journal.bytes)
         buffer[:] = encode_page(page)
@@ -51,6 +57,19 @@ def examine_journal(path: str | Path) -> tuple[JournalSuperblock, CommitPage]:
         slots = [next(reader.units(offset, 1)) for offset in COMMIT_OFFSETS]
         page, _ = choose_page(slots, choice.superblock.journal.bytes)
     return choice.superblock, page
+
+
+def examine_directory(path: str | Path) -> Directory:
+    """Which points a journal that nobody uses says are kept; NotFoundError if there is none."""
+    superblock, page = examine_journal(path)
+    slots: list[bytes | None] = []
+    with RecordMedium.open_read_only(path) as medium:
+        reader = Reader(medium, os.preadv)
+        for offset in DIRECTORY_OFFSETS:
+            units = list(reader.units(offset, DIRECTORY_BYTES // PAGE_BYTES))
+            read = [bytes(unit) for unit in units if unit is not None]
+            slots.append(b"".join(read) if len(read) == len(units) else None)
+    return choose_directory(slots, superblock.journal.bytes, page.kept_sequence)[0]
 
 
 def _probe(medium: RecordMedium) -> Choice[JournalSuperblock] | None:

@@ -32,8 +32,9 @@ from bitmapd.media.base import Device, Done, after_all
 from bitmapd.media.buffers import aligned
 from bitmapd.points.messages import Entry
 from bitmapd.receiver.commit import CommitPage, PageFlag, Queued, encode_page, slot_offset
+from bitmapd.receiver.directory import Directory, directory_offset, encode_directory
 from bitmapd.receiver.entries import Entries
-from bitmapd.receiver.places import PAGE_BYTES, Places, padded
+from bitmapd.receiver.places import DIRECTORY_BYTES, PAGE_BYTES, Places, padded
 from bitmapd.receiver.scan import Scanned, Segment, kept_entries
 from bitmapd.receiver.segments import Batch, encode_batch, encode_segment
 from bitmapd.receiver.steps import Steps
@@ -59,6 +60,7 @@ class Journal:
         self.open = scanned.open
         self.device = device
         self.failure: OSError | None = None
+        self.directory = scanned.directory
         self._on_failure = on_failure
         self._stale_copy = scanned.choice.stale_copy
         self._segments = scanned.segments
@@ -269,6 +271,18 @@ class Journal:
         named = {"flags": flags, "generation": line.generations[0].bytes, "term": line.term}
         yield from self._changed(lambda page: named)
 
+    # -- kept points ----------------------------------------------------------------------------
+    def name_kept(self, directory: Directory) -> Steps[None]:
+        """Another directory of kept points; one at a time.  It counts when it is durable."""
+        buffer = aligned(DIRECTORY_BYTES)
+        buffer[:] = encode_directory(directory, self.superblock.journal.bytes)
+        yield partial(self._write, directory_offset(directory.sequence), buffer, True)
+        self.directory = directory
+
+    def put(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        """A page of a change map, durably."""
+        self._write(offset_bytes, buffer, True, done)
+
     # -- commit pages ---------------------------------------------------------------------------
     def _changed(self, change: Change) -> Steps[None]:
         """Durable when it goes on, and after all that was asked for before."""
@@ -295,6 +309,7 @@ class Journal:
             page,
             scan_from=self._next_sequence if first is None else first.sequence,
             first_segment=0 if first is None else first.index,
+            kept_sequence=self.directory.sequence,
         )
         buffer = aligned(PAGE_BYTES)
         buffer[:] = encode_page(page)

@@ -1,8 +1,8 @@
 """Where things are in a journal (pure); docs/format.md has the tables.
 
-The superblocks, the commit pages and the directory have fixed places.  The change maps follow,
-sized by the volume's extents, and from the next whole MiB on there are segments to the end of the
-journal.
+The superblocks, the directories of kept points and the commit pages have fixed places.  The change
+maps follow, sized by the volume's extents, and from the next whole MiB on there are segments to the
+end of the journal.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from bitmapd.record.geometry import MIB, Geometry
 
 PAGE_BYTES: Final = 4096
 COMMIT_OFFSETS: Final = (131072, 135168)
-DIRECTORY_OFFSET: Final = 139264
+DIRECTORY_OFFSETS: Final = (4096, 69632)
+DIRECTORY_BYTES: Final = 20480
 MAPS_OFFSET: Final = 143360
 MOST_KEPT: Final = 64
+MAP_SECTOR_BYTES: Final = 512
+MAP_SECTOR_EXTENTS: Final = (MAP_SECTOR_BYTES - 4) * 8  # a checksum, and bits
 SEGMENT_BYTES: Final = 4 * MIB
 MIN_JOURNAL_BYTES: Final = 64 * MIB
 MIN_SEGMENTS: Final = 8
@@ -52,14 +55,21 @@ class Places:
     @property
     def map_bytes(self) -> int:
         """Of one change map."""
-        return padded(-(-self.geometry.extents // 8))
+        sectors = -(-self.geometry.extents // MAP_SECTOR_EXTENTS)
+        return padded(sectors * MAP_SECTOR_BYTES)
 
     def map_offset(self, slot: int) -> int:
         return MAPS_OFFSET + slot * self.map_bytes
 
     @property
+    def maps(self) -> int:
+        """How many change maps there is room for."""
+        return min(MOST_KEPT, (self.segments_offset - MAPS_OFFSET) // self.map_bytes)
+
+    @property
     def segments_offset(self) -> int:
-        return -(-self.map_offset(MOST_KEPT) // MIB) * MIB
+        bits_bytes = padded(-(-self.geometry.extents // 8))
+        return -(-(MAPS_OFFSET + MOST_KEPT * bits_bytes) // MIB) * MIB
 
     @property
     def segments(self) -> int:

@@ -3,18 +3,21 @@
 | step | is durable | a crash behind it |
 | --- | --- | --- |
 | 1 | commit page: a promotion is under way | undone by the next start: a receiver as before |
-| 2 | what is queued is in the image | the same, further on |
+| 2 | what is queued is in the image; which older point is wanted | the same, further on |
 | 3 | a new record, made by the owner | the same: the record is made anew |
 | 4 | superblock: a new generation, the term is one larger | the promotion goes on with 3 |
-| 5 | commit page: promoted | it goes on behind this |
+| 5 | the image is the older point | it goes on with 3, and makes it that once more |
+| 6 | commit page: promoted | it goes on behind this |
 
 Nobody else works on journal and image meanwhile.
 
 1. The image holds a point as a whole when the generation changes; or the administrator was told
    that it does not, and forced it.
-2. What the newest committed point has and the image has not is in `Ready.since`: the old primary
-   has it and its record need not name it, so the new record has to.
+2. What the newest committed point has and the image will not have is in `Ready.since`: the old
+   primary has it and its record need not name it, so the new record has to.  That is what is queued
+   and cannot be read; and with an older point the maps of all kept points from that one on.
 3. From 4 on a sender of the old generation is refused, whichever of its points it knows.
+4. The image becomes an older point behind 4 only: before, it may have to go on as a receiver's.
 """
 
 from __future__ import annotations
@@ -25,14 +28,18 @@ from enum import Enum
 from typing import Final
 from uuid import UUID
 
+from bitarray import bitarray
+
+from bitmapd.errors import WrongStateError
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.lineage import descend
 from bitmapd.receiver.applier import Applier
 from bitmapd.receiver.commit import NO_FLAGS, PageFlag
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.keeping import Keeping
 from bitmapd.receiver.steps import Steps
 from bitmapd.receiver.superblock import Line
-from bitmapd.record.extents import joined
+from bitmapd.record.extents import runs_of, zeros
 
 _HALF: Final = PageFlag.PROMOTING
 
@@ -50,6 +57,7 @@ class Ready:
     """`point`: what the image holds.  `since`: extents of which newer points were committed."""
 
     point: int
+    wall_ns: int  # of its cut
     since: Runs
     obstacle: Obstacle | None
 
@@ -62,12 +70,30 @@ def has_new_generation(journal: Journal) -> bool:
     return bool(page.flags & _HALF) and page.term < line.term
 
 
-def prepare(journal: Journal, applier: Applier, line: Line, *, force: bool) -> Steps[Ready]:
-    """Steps 1 and 2.  With an obstacle that is not forced everything is as before."""
-    if not has_new_generation(journal):
+def prepare(
+    journal: Journal, applier: Applier, line: Line, *, force: bool, point: int | None = None
+) -> Steps[Ready]:
+    """Steps 1 and 2.  With an obstacle that is not forced everything is as before.  `point`: a kept
+    one, instead of the newest; a promotion that goes on has the one that it began with."""
+    goes_on, keeping = has_new_generation(journal), applier.keeping
+    if not goes_on:
         yield from journal.flagged(_HALF, line)
         yield from applier.apply()
-    page = journal.page
+        yield from keeping.choose(point)
+    page, chosen = journal.page, keeping.chosen
+    if point is not None and (chosen is None or chosen.point != point):
+        if goes_on:
+            begun = page.applied if chosen is None else chosen.point
+            raise WrongStateError(
+                f"a promotion was begun with point {begun}, and can only go on",
+                hint="the same without a point does that",
+            )
+        yield from undo(journal, line)
+        raise WrongStateError(f"of point {point} no copy could be made")
+    since = _unread(journal, line)
+    if chosen is not None:
+        since |= yield from keeping.changed_since(chosen.point)
+        return Ready(chosen.point, chosen.wall_ns, runs_of(since), None)
     obstacle = None
     if not page.committed:
         obstacle = Obstacle.NEVER
@@ -75,11 +101,21 @@ def prepare(journal: Journal, applier: Applier, line: Line, *, force: bool) -> S
         obstacle = Obstacle.DAMAGED
     elif page.inconsistent_until:
         obstacle = Obstacle.INCONSISTENT
-    per = line.geometry.blocks_per_extent
-    extents = {kept.block // per for entries in journal.points.values() for kept in entries}
-    if obstacle is not None and not force and not has_new_generation(journal):
+    if obstacle is not None and not force and not goes_on:
         yield from undo(journal, line)
-    return Ready(page.applied, joined(extents), obstacle)
+    return Ready(page.applied, page.committed_ns, runs_of(since), obstacle)
+
+
+def _unread(journal: Journal, line: Line) -> bitarray:
+    """The extents of what is committed and not in the image."""
+    per, extents = line.geometry.blocks_per_extent, zeros(line.geometry.extents)
+    for queued in journal.page.queue:
+        entries = journal.points[queued.point]
+        if (queued.entries, queued.digest) != (entries.count, entries.digest()):
+            extents.setall(True)  # nobody knows what is lost
+        for block, _ in entries.stamps():
+            extents[block // per] = True
+    return extents
 
 
 def undo(journal: Journal, line: Line) -> Steps[None]:
@@ -93,9 +129,10 @@ def successor(line: Line, generation: UUID) -> Line:
     return dataclasses.replace(line, generations=generations, term=line.term + 1)
 
 
-def finish(journal: Journal, line: Line, now_s: int) -> Steps[None]:
-    """Steps 4 and 5, with the successor."""
+def finish(journal: Journal, keeping: Keeping, line: Line, now_s: int) -> Steps[None]:
+    """Steps 4 to 6, with the successor."""
     if journal.superblock.line != line:
         yield from journal.follow(line, now_s)
     if not journal.page.flags & PageFlag.PROMOTED:
+        yield from keeping.restore()
         yield from journal.flagged(PageFlag.PROMOTED, line)

@@ -64,7 +64,9 @@ from bitmapd.receiver.commit import MOST_QUEUED, PageFlag, Queued, page_figures
 from bitmapd.receiver.entries import IN_IMAGE, Entries, kept
 from bitmapd.receiver.image import InPlace
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.keeping import NO_KEEPER, Keeper, Keeping
 from bitmapd.receiver.places import Places
+from bitmapd.receiver.retention import Rules
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.geometry import MIB, Geometry
@@ -121,6 +123,7 @@ class _Volume:
     unpacker: Unpacker
     in_place: InPlace
     applier: Applier
+    keeping: Keeping
 
 
 class Receiver:
@@ -136,9 +139,12 @@ class Receiver:
         now_s: Callable[[], int],
         emit: Callable[..., None],
         differs: Runs | None = None,
+        keeper: Keeper = NO_KEEPER,
+        rules: Rules = (),
     ) -> None:
-        """`differs`: where the image may have something else than the point before the sender's
-        generation began, if the image is an old primary."""
+        """`keeper`, `rules`: how points are kept, and which.  `differs`: where the image may have
+        something else than the point before the sender's generation began, if the image is an old
+        primary."""
         self.state = State.WAITING
         self.journal = journal
         self._image = image
@@ -157,6 +163,7 @@ class Receiver:
         self._differs = differs
         self._followed: Hello2 | None = None  # of the newest sender that was followed
         self._scheduler = scheduler
+        self._keeper, self._rules = keeper, rules
         self._volume = self._follow()
         self._allowed: dict[tuple[State, type], Callable[[Any], None]] = {
             (State.WAITING, Hello2): self._take_hello,
@@ -197,16 +204,23 @@ class Receiver:
         """None before the first sender."""
         return None if self._volume is None else self._volume.applier
 
+    @property
+    def keeping(self) -> Keeping | None:
+        """None before the first sender."""
+        return None if self._volume is None else self._volume.keeping
+
     def _follow(self) -> _Volume | None:
         """What depends on the volume, once it is known."""
         line = self.journal.superblock.line
         if line is None:
             return None
         volume = line.volume.bytes
+        keeping = Keeping(self.journal, line, self._keeper, self._rules, self._emit)
         return _Volume(
             Unpacker(line.geometry, volume),
             InPlace(line.geometry, volume, self._image),
-            Applier(self.journal, self._image, line, self._scheduler, self),
+            Applier(self.journal, self._image, line, self._scheduler, self, keeping),
+            keeping,
         )
 
     # -- connections ----------------------------------------------------------------------------
@@ -359,7 +373,9 @@ class Receiver:
             extent_bytes=0 if geometry is None else geometry.extent_bytes,
             committed=page.committed,
             applied=page.applied,
-            oldest_kept=0,
+            oldest_kept=min(
+                (kept.point for kept in self.journal.directory.points if kept.has_map), default=0
+            ),
             role=Role.PROMOTED if promoted else Role.RECEIVER,
             features=Feature.ZSTD,
             credit_bytes=self._room_bytes,
@@ -459,10 +475,12 @@ class Receiver:
         self.state = State.COMMITTING
         self._busy = True
         queued = Queued(end.point, end.incarnation, end.entries, end.digest16, begin.wall_ns)
-        run(self._committing(queued), lambda error, _: self._committed(queued, error))
+        steps = self._committing(queued, begin.label)
+        run(steps, lambda error, _: self._committed(queued, error))
 
-    def _committing(self, queued: Queued) -> Steps[None]:
+    def _committing(self, queued: Queued, label: str) -> Steps[None]:
         journal = self.journal
+        yield from self._known.keeping.name(queued.point, queued.wall_ns, label)
         if not journal.page.committed:
             yield from self._known.in_place.flush()
             yield from self._take_generation()
@@ -522,6 +540,7 @@ class Receiver:
         journal = self.journal
         return page_figures(journal.page) | {
             "connected": self.state in _GREETED,
+            "kept": [kept.point for kept in journal.directory.points if kept.has_map],
             "queued_bytes": journal.queued_bytes,
             "journal_bytes": journal.used_bytes,
             "journal_limit_bytes": journal.limit_bytes,

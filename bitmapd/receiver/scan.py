@@ -29,8 +29,15 @@ from bitmapd.peer.frames import PeerError
 from bitmapd.points.codec import with_payload
 from bitmapd.points.pieces import Unpacker
 from bitmapd.receiver.commit import CommitPage, choose_page
+from bitmapd.receiver.directory import Directory, choose_directory
 from bitmapd.receiver.entries import Entries, Kept, kept
-from bitmapd.receiver.places import COMMIT_OFFSETS, PAGE_BYTES, Places
+from bitmapd.receiver.places import (
+    COMMIT_OFFSETS,
+    DIRECTORY_BYTES,
+    DIRECTORY_OFFSETS,
+    PAGE_BYTES,
+    Places,
+)
 from bitmapd.receiver.segments import Batch, decode_batch, decode_segment
 from bitmapd.receiver.steps import Steps, together
 from bitmapd.receiver.superblock import JournalSuperblock, choose_superblock
@@ -59,6 +66,7 @@ class Scanned:
     points: dict[int, Entries] = field(default_factory=dict)
     open: Entries = field(default_factory=Entries)
     next_sequence: int = 1
+    directory: Directory = field(default_factory=Directory)
 
 
 def read(device: Device, offset_bytes: int, length_bytes: int) -> Steps[memoryview | None]:
@@ -93,7 +101,13 @@ def scan(device: Device) -> Steps[Scanned]:
     for offset in COMMIT_OFFSETS:
         pages.append((yield from read(device, offset, PAGE_BYTES)))
     page, faults = choose_page(pages, choice.superblock.journal.bytes)
-    found = Scanned(choice, page, choice.warnings + choice.notes + faults)
+    slots: list[memoryview | None] = []
+    for offset in DIRECTORY_OFFSETS:
+        slots.append((yield from read(device, offset, DIRECTORY_BYTES)))
+    journal = choice.superblock.journal.bytes
+    directory, lost = choose_directory(slots, journal, page.kept_sequence)
+    notes = choice.warnings + choice.notes + faults + lost
+    found = Scanned(choice, page, notes, directory=directory)
     line = choice.superblock.line
     if line is not None:
         places = Places(line.geometry, choice.superblock.journal_bytes)

@@ -7,6 +7,7 @@ buffer that the step was given.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
@@ -43,3 +44,30 @@ def together(steps: Sequence[Step]) -> Step:
             step(ended)
 
     return begin
+
+
+class Turn:
+    """Steps of which no two are carried out at once: whoever comes first goes first."""
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        self._waiting: deque[Done] = deque()
+
+    def alone(self, steps: Steps[T]) -> Steps[T]:
+        """These steps, when all before them have ended."""
+        if self._is_taken:
+            yield self._waiting.append
+        self._is_taken = True  # whoever gives it passes it on at once
+        try:
+            result = yield from steps
+        except Exception:
+            self._give()
+            raise
+        self._give()
+        return result
+
+    def _give(self) -> None:
+        if self._waiting:
+            self._waiting.popleft()(None)
+        else:
+            self._is_taken = False

@@ -14,16 +14,20 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Final
 from uuid import uuid4
 
-from bitmapd.errors import WrongStateError, explain
+from bitmapd.config import ReceiverConfig
+from bitmapd.errors import UsageError, WrongStateError, explain
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.claims import Claim
 from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.peer.payloads import Runs
 from bitmapd.receiver.applier import Applier
+from bitmapd.receiver.directory import Keep
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.keeping import Keeper, Keeping
 from bitmapd.receiver.promotion import (
     Obstacle,
     finish,
@@ -36,6 +40,7 @@ from bitmapd.receiver.superblock import Line
 from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
 from bitmapd.record.points_state import PointsState
+from bitmapd.volume.copies import keeper_of
 from bitmapd.volume.receiving import carried_out
 
 
@@ -72,9 +77,23 @@ class _Quiet:
         """Raised by the step that it ended."""
 
 
-async def promote(media: Media, *, force: bool, point: int | None = None) -> Promoted:
+@dataclass(frozen=True, slots=True)
+class Which:
+    """Of the points that there are; the newest if neither is given."""
+
+    point: int | None = None
+    label: str | None = None
+
+
+NEWEST: Final = Which()
+
+
+async def promote(
+    media: Media, config: ReceiverConfig, *, force: bool, which: Which = NEWEST
+) -> Promoted:
     """WrongStateError if there is nothing to promote, or it is worth less than it should be and
-    that was not forced: then everything is as before.  `point`: the one that is wanted."""
+    that was not forced, UsageError if a label is that of several points: then everything is as
+    before."""
     loop = asyncio.get_running_loop()
     engine = AioEngine(loop)
     opened: list[KernelDevice] = []
@@ -82,7 +101,8 @@ async def promote(media: Media, *, force: bool, point: int | None = None) -> Pro
         for path in (media.image, media.journal):
             device = await engine.call(partial(KernelDevice, path, engine, claim=Claim()))
             opened.append(device)
-        return await _promote(media, opened[0], opened[1], force=force, point=point)
+        keeper = await engine.call(partial(keeper_of, config, engine))
+        return await _promote(media, opened[0], opened[1], keeper, force=force, which=which)
     except OSError as error:
         raise explain(error, f"receiver '{media.name}'") from error
     finally:
@@ -95,9 +115,14 @@ async def promote(media: Media, *, force: bool, point: int | None = None) -> Pro
 
 
 async def _promote(
-    media: Media, image: KernelDevice, device: KernelDevice, *, force: bool, point: int | None
+    media: Media,
+    image: KernelDevice,
+    device: KernelDevice,
+    keeper: Keeper,
+    *,
+    force: bool,
+    which: Which,
 ) -> Promoted:
-    loop = asyncio.get_running_loop()
     scanned = await carried_out(scan(device))
     journal = Journal(device, scanned, lambda error: None)
     line = journal.superblock.line
@@ -106,15 +131,12 @@ async def _promote(
             f"receiver '{media.name}' has never had a sender: there is nothing to promote"
         )
     goes_on = has_new_generation(journal)
-    if point is not None and point != journal.page.committed:
-        raise WrongStateError(
-            f"receiver '{media.name}' does not have point {point}: its newest one is"
-            f" {journal.page.committed}, and it keeps no others",
-            hint=f"'dmctl points {media.name}' lists them",
-        )
+    point = _find(media.name, journal, which)
     await asyncio.to_thread(_check_record, media, line)
-    applier = Applier(journal, image, line, loop, _Quiet())
-    ready = await carried_out(prepare(journal, applier, line, force=force))
+    keeping = Keeping(journal, line, keeper, (), lambda event, **fields: None)
+    loop = asyncio.get_running_loop()
+    applier = Applier(journal, image, line, loop, _Quiet(), keeping)
+    ready = await carried_out(prepare(journal, applier, line, force=force, point=point))
     if ready.obstacle is not None and not force and not goes_on:
         raise WrongStateError(
             f"the image of receiver '{media.name}' cannot be relied upon: {ready.obstacle.value}",
@@ -122,9 +144,36 @@ async def _promote(
         )
     after = line if goes_on else successor(line, uuid4())
     await asyncio.to_thread(_make_record, media, after, ready.since)
-    await carried_out(finish(journal, after, int(time.time())))
+    await carried_out(finish(journal, keeping, after, int(time.time())))
     extents = sum(stop - first for first, stop in ready.since)
-    return Promoted(after, ready.point, journal.page.committed_ns, extents, ready.obstacle)
+    return Promoted(after, ready.point, ready.wall_ns, extents, ready.obstacle)
+
+
+def _find(name: str, journal: Journal, which: Which) -> int | None:
+    """The number of an older point that is wanted; None: the newest."""
+    newest, points = journal.page.committed, journal.directory.points
+    there = {newest} | {kept.point for kept in points if kept.state is not Keep.GOING}
+    if which.label is None:
+        found = [which.point] if which.point in there else []
+        wanted = f"point {which.point}"
+    else:
+        found = [kept.point for kept in points if kept.label == which.label]
+        found = [point for point in found if point in there and point <= newest]
+        wanted = f"a point with the label {which.label!r}"
+    if which == NEWEST:
+        return None
+    if not found:
+        raise WrongStateError(
+            f"receiver '{name}' does not have {wanted}",
+            hint=f"'dmctl points {name}' lists what it has",
+        )
+    if len(found) > 1:
+        numbers = ", ".join(map(str, found))
+        raise UsageError(
+            f"receiver '{name}' has several points with the label {which.label!r}: {numbers}",
+            hint=f"'dmctl promote {name} --point P' takes one of them",
+        )
+    return None if found[0] == newest else found[0]
 
 
 def _check_record(media: Media, line: Line) -> None:
@@ -161,6 +210,8 @@ def _make_record(media: Media, line: Line, named: Runs) -> None:
     tool.format_record(media.record, superblock, ones=False, force=True, named=named)
 
 
-def promote_now(media: Media, *, force: bool, point: int | None = None) -> Promoted:
+def promote_now(
+    media: Media, config: ReceiverConfig, *, force: bool, which: Which = NEWEST
+) -> Promoted:
     """As `promote`, in a loop of its own."""
-    return asyncio.run(promote(media, force=force, point=point))
+    return asyncio.run(promote(media, config, force=force, which=which))

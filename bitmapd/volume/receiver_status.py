@@ -7,6 +7,7 @@ from typing import Any
 from bitmapd.config import ReceiverConfig
 from bitmapd.control.events import iso_time
 from bitmapd.receiver.commit import CommitPage
+from bitmapd.receiver.directory import Directory
 from bitmapd.receiver.superblock import JournalSuperblock
 
 _NUMBERS = (
@@ -44,21 +45,33 @@ def described(
     }
 
 
-def points(page: CommitPage, payload_bytes: dict[int, int]) -> list[dict[str, Any]]:
-    """Those that can be produced, oldest first: number, time of the cut, what the journal has of
-    it, and whether it is in the image (`applied`) or waits for that (`committed`)."""
-    found: list[dict[str, Any]] = []
-    if page.applied and not page.inconsistent_until:
-        newest = page.applied == page.committed and page.committed_ns
-        at = iso_time(page.committed_ns / 1e9) if newest else None
-        found.append({"point": page.applied, "at": at, "bytes": None, "state": "applied"})
-    found += [
-        {
-            "point": queued.point,
-            "at": iso_time(queued.wall_ns / 1e9),
-            "bytes": payload_bytes.get(queued.point),
-            "state": "committed",
+def points(
+    page: CommitPage, directory: Directory, payload_bytes: dict[int, int]
+) -> list[dict[str, Any]]:
+    """Those that can be had, oldest first: number, time of the cut, label, whether it stays when
+    newer ones come, and bytes by state.  `kept`: the volume's size at that point, of which there is
+    a copy; `applied`: it is in the image; `committed`: what the journal has of it."""
+    kept = {one.point: one for one in directory.points if one.has_map}
+    labels = {one.point: one.label for one in directory.points}
+    found: dict[int, dict[str, Any]] = {}
+
+    def add(point: int, wall_ns: int | None, size_bytes: int | None, state: str) -> None:
+        found[point] = {
+            "point": point,
+            "at": iso_time(wall_ns / 1e9) if wall_ns else None,
+            "bytes": size_bytes,
+            "state": state,
+            "label": labels.get(point, ""),
+            "kept": point in kept,
         }
-        for queued in page.queue
-    ]
-    return found
+
+    for point, one in kept.items():
+        add(point, one.wall_ns, one.size_bytes, "kept")
+    if page.applied and not page.inconsistent_until:
+        wall_ns = page.committed_ns if page.applied == page.committed else None
+        if page.applied in kept:
+            wall_ns = kept[page.applied].wall_ns
+        add(page.applied, wall_ns, None, "applied")
+    for queued in page.queue:
+        add(queued.point, queued.wall_ns, payload_bytes.get(queued.point), "committed")
+    return [found[point] for point in sorted(found)]

@@ -21,7 +21,14 @@ from bitmapd import __version__
 from bitmapd.config import ReceiverConfig
 from bitmapd.control.catalogue import lookup
 from bitmapd.control.events import iso_time
-from bitmapd.errors import BitmapdError, BusyError, ForeignRecordError, WrongStateError, explain
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    ForeignRecordError,
+    NotFoundError,
+    WrongStateError,
+    explain,
+)
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.claims import Claim
 from bitmapd.media.identity import identify
@@ -37,6 +44,7 @@ from bitmapd.receiver.receiver import Identity, Receiver, State
 from bitmapd.receiver.scan import Scanned, scan
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import JournalSuperblock
+from bitmapd.volume.copies import keeper_of
 from bitmapd.volume.receiver_status import described, points
 from bitmapd.volume.rejoining import differing
 
@@ -152,6 +160,8 @@ class Receiving:
             lambda: int(time.time()),
             self.emit,
             differs,
+            keeper_of(self.config, self._engine),
+            self.config.retain or (),
         )
 
     def _failed(self, error: OSError) -> None:
@@ -273,4 +283,11 @@ class Receiving:
     def points(self) -> list[dict[str, Any]]:
         journal = self.journal
         sizes = {number: entries.payload_bytes for number, entries in journal.points.items()}
-        return points(journal.page, sizes)
+        return points(journal.page, journal.directory, sizes)
+
+    async def drop_point(self, point: int) -> None:
+        """NotFoundError if it is not kept."""
+        keeping = self.receiver.keeping
+        if keeping is None:
+            raise NotFoundError(f"receiver '{self.config.name}' has no point yet")
+        await carried_out(keeping.drop(point))

@@ -151,6 +151,18 @@ def add_receivers(commands: Commands) -> None:
         ("--sender-fingerprint", "SHA-256", "of the sender's certificate, if no other may do"),
     ):
         receive.add_argument(option, metavar=metavar, help=text)
+    receive.add_argument(
+        "--retain",
+        metavar="RULES",
+        help="which older points stay, such as '24 x 1h, 14 x 1d'; the image has to be a file that"
+        " can be cloned, unless --point-hook is given",
+    )
+    completed(
+        receive.add_argument(
+            "--point-hook", metavar="PROGRAM", help="what keeps points instead of clones"
+        ),
+        FILE,
+    )
     receive.add_argument("--dry-run", action="store_true", help="print the plan, change nothing")
     receive.add_argument(
         "--force",
@@ -162,10 +174,15 @@ def add_receivers(commands: Commands) -> None:
         "points",
         "receive:points",
         "show the points that a receiver holds",
-        "Number, time of the cut and state of each point that can be produced: 'applied' is in the"
-        " image, 'committed' in the journal. Of a receiver that does not run its journal is read.",
+        "Number, time of the cut, state and label of each point that can be produced: 'applied' is"
+        " in the image, 'committed' in the journal, of a 'kept' one there is a copy. Of a receiver"
+        " that does not run its journal is read. --drop ends with status 10 if there is no such"
+        " point, 14 if the receiver does not run.",
     )
     add_name(points)
+    points.add_argument(
+        "--drop", type=typed(count), metavar="P", help="do without this kept point from now on"
+    )
 
 
 def _add_drill(commands: Commands) -> None:
@@ -220,16 +237,20 @@ def add_roles(commands: Commands) -> None:
         "Puts the newest committed point into the image, and serves it over NBD, a volume like any"
         " other, with a record of its own: what is written from then on is named there, for the way"
         " back. Ends with status 14, and changes nothing, while the sender is connected or if the"
-        " image is not a whole point, unless --force is given. If it is cut short the same command"
-        " goes on; see 'The other site is lost' in docs/recovery.md.",
+        " image is not a whole point, unless --force is given. With --point or --label an older"
+        " point that is kept: what changed since is named in the record, so that failback finds it."
+        " If it is cut short the same command goes on; see 'The other site is lost' in"
+        " docs/recovery.md.",
     )
     add_name(promote)
-    promote.add_argument(
+    which = promote.add_mutually_exclusive_group()
+    which.add_argument(
         "--point",
         type=typed(count),
         metavar="P",
-        help="the point that is meant: refused unless it is the newest one",
+        help="the point that is meant: the newest one, or one that is kept",
     )
+    which.add_argument("--label", metavar="L", help="the same by the label of a point")
     completed(
         promote.add_argument(
             "--record",

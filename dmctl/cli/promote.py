@@ -15,7 +15,7 @@ from bitmapd.config.files import exchange_role, former_volume
 from bitmapd.config.roles import volume_table
 from bitmapd.control.events import iso_time
 from bitmapd.errors import WrongStateError
-from bitmapd.volume.promoting import Media, promote_now
+from bitmapd.volume.promoting import Media, Which, promote_now
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
 from dmctl.cli.lifecycle import stop_now
@@ -34,7 +34,8 @@ def promote(context: Context, args: Namespace) -> int:
             stop_now(context, name, STOP_TIMEOUT_S)
         record = args.record or config.promoted_record or default_record(paths, name)
         media = Media(name, config.image, config.journal, record, config.listen)
-        done = promote_now(media, force=args.force, point=args.point)
+        which = Which(args.point, args.label)
+        done = promote_now(media, config, force=args.force, which=which)
         line = done.line
         before = former_volume(paths, name)
         table = volume_table(config, line.volume, line.geometry, record, before)

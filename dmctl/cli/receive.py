@@ -36,24 +36,33 @@ from bitmapd.errors import (
     UsageError,
     WrongStateError,
     explain,
+    printable,
 )
 from bitmapd.media.identity import Identity, same_medium, signature
 from bitmapd.net.tls import node_context
-from bitmapd.receiver.format import examine_journal, format_journal, probe_journal
+from bitmapd.receiver.format import (
+    examine_directory,
+    examine_journal,
+    format_journal,
+    probe_journal,
+)
 from bitmapd.receiver.places import Places
 from bitmapd.receiver.superblock import JournalSuperblock
 from bitmapd.record import tool
 from bitmapd.record.geometry import MIB, Geometry
 from bitmapd.record.medium import RecordMedium
 from bitmapd.units import human_size
+from bitmapd.volume.copies import clone_obstacle
 from bitmapd.volume.receiver_status import points as points_of
 from dmctl.cli.checks import Findings, check_free, check_others, identified
 from dmctl.cli.context import Context, combine
+from dmctl.cli.copying import ask
 
 LEAST_IMAGE_BYTES = MIB  # an extent of the usual size
 ROOM_FOR = 10  # a journal of a tenth of the image is a good size
 _MEDIA = ("image", "journal")
-_OPTIONS = ("image", "journal", "listen", "sender_name", "sender_fingerprint", "certificates")
+_PATHS = (*_MEDIA, "certificates", "point_hook")
+_OPTIONS = (*_PATHS, "listen", "sender_name", "sender_fingerprint", "retain")
 
 
 def receive(context: Context, args: Namespace) -> int:
@@ -73,6 +82,8 @@ def receive(context: Context, args: Namespace) -> int:
     superblock = _check(context, found, name, table)
     if config is not None and config.certificates is not None:
         found.attempt(partial(node_context, config.certificates, accepts=True))
+    if config is not None:
+        _check_keeping(found, config)
     if found.errors or config is None or superblock is None:
         raise combine(found.errors, f"cannot make the receiver '{name}'")
     plan = {
@@ -111,8 +122,7 @@ def _table(args: Namespace) -> dict[str, Any]:
     for key in _OPTIONS:
         value = getattr(args, key)
         if value is not None:
-            is_path = key in (*_MEDIA, "certificates") and value
-            table[key] = os.path.abspath(value) if is_path else value
+            table[key] = os.path.abspath(value) if key in _PATHS and value else value
     return table
 
 
@@ -173,6 +183,16 @@ def _check_size(found: Findings, image_bytes: int, have: int, path: str, kind: s
         )
 
 
+def _check_keeping(found: Findings, config: ReceiverConfig) -> None:
+    """Whether points can be kept, if that is wanted."""
+    if config.retain is None or config.point_hook is not None:
+        return
+    obstacle = clone_obstacle(config.image)
+    if obstacle is not None:
+        hint = "put the image on XFS or btrfs, or give --point-hook PROGRAM; or do without --retain"
+        found.errors.append(UsageError(f"no points can be retained: {obstacle}", hint))
+
+
 def _check_image(found: Findings, path: str, identity: Identity) -> None:
     have = identity.size_bytes or 0
     if have < LEAST_IMAGE_BYTES:
@@ -228,6 +248,13 @@ def points(context: Context, args: Namespace) -> int:
     config = load_any(context.paths, name)
     if not isinstance(config, ReceiverConfig):
         raise WrongStateError(f"'{name}' is a volume; its receiver, if it has one, has the points")
+    if args.drop is not None:
+        ask(context, name, "drop-point", {"point": args.drop})
+        if output.as_json:
+            output.json("points", {"name": name, "dropped": args.drop})
+        else:
+            output.say(f"receiver '{name}' does without point {args.drop} now")
+        return 0
     found = _points(context, config)
     if output.as_json:
         output.json("points", {"name": name, "points": found})
@@ -240,11 +267,12 @@ def points(context: Context, args: Namespace) -> int:
             str(point["point"]),
             point["at"] or "-",
             "-" if point["bytes"] is None else human_size(point["bytes"]),
-            point["state"],
+            point["state"] if point["state"] == "kept" or not point["kept"] else "applied, kept",
+            printable(point["label"]) or "-",
         ]
         for point in found
     ]
-    output.table(["POINT", "CUT AT", "IN THE JOURNAL", "STATE"], rows)
+    output.table(["POINT", "CUT AT", "SIZE", "STATE", "LABEL"], rows)
     return 0
 
 
@@ -255,4 +283,4 @@ def _points(context: Context, config: ReceiverConfig) -> list[dict[str, Any]]:
             return answer
     except WrongStateError:
         _, page = examine_journal(config.journal)
-        return points_of(page, {})
+        return points_of(page, examine_directory(config.journal), {})

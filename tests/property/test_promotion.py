@@ -19,6 +19,7 @@ from bitmapd.points.lineage import Verdict, judge
 from bitmapd.receiver.applier import Applier
 from bitmapd.receiver.commit import NO_FLAGS, PageFlag
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.keeping import NO_KEEPER, Keeping
 from bitmapd.receiver.promotion import (
     Obstacle,
     Ready,
@@ -66,7 +67,8 @@ class Bench:
         line = self.journal.superblock.line
         assert line is not None
         self.line: Line = line
-        self.applier = Applier(self.journal, image, line, self.loop, Silent())
+        self.keeping = Keeping(self.journal, line, NO_KEEPER, (), lambda event, **fields: None)
+        self.applier = Applier(self.journal, image, line, self.loop, Silent(), self.keeping)
 
     def steps(self, *, force: bool = False) -> Steps[Ready]:
         """All of it; where the owner makes the new record there is nothing to do here."""
@@ -74,7 +76,7 @@ class Bench:
         ready = yield from prepare(self.journal, self.applier, self.line, force=force)
         if ready.obstacle is None or force:
             line = self.line if went_on else successor(self.line, NEW)
-            yield from finish(self.journal, line, 1_767_225_800)
+            yield from finish(self.journal, self.keeping, line, 1_767_225_800)
         return ready
 
     def go(self, *, force: bool = False, effects: int | None = None) -> Ready | None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
 
+from bitmapd.media.base import Done
 from bitmapd.peer.frames import Frame, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.words import Error
@@ -40,10 +42,13 @@ from bitmapd.points.messages import (
 from bitmapd.points.pieces import Packer, digest, gather, whole_mask
 from bitmapd.receiver import places
 from bitmapd.receiver.commit import encode_page, first_page, slot_offset
+from bitmapd.receiver.directory import KeptPoint
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.keeping import NO_KEEPER
 from bitmapd.receiver.receiver import Identity, Receiver
+from bitmapd.receiver.retention import Rules
 from bitmapd.receiver.scan import Scanned, scan
-from bitmapd.receiver.steps import run
+from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import JournalSuperblock, encode_superblock
 from bitmapd.record.copies import SUPERBLOCK_OFFSETS
 from bitmapd.record.geometry import Geometry
@@ -58,6 +63,7 @@ JOURNAL_BYTES = (1 << 20) + SEGMENTS * SEGMENT
 JOURNAL = UUID("5d8f1c1e-0a3b-4c5d-8e7f-102132435465")
 VOLUME = UUID("7a1c6f0e-3b52-4c8d-9d6e-1f2a3b4c5d6e")
 GENERATION = UUID("10000000-0000-4000-8000-00000000000a")
+STORED = 16  # copies of points
 
 
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +160,11 @@ class Machine:
     """A receiver's disks, and the process on them."""
 
     differs: Runs | None = None  # of an image that was a primary
+    rules: Rules = ()
 
-    def __init__(self, image: SimDisk, journal: SimDisk) -> None:
+    def __init__(self, image: SimDisk, journal: SimDisk, store: SimDisk | None = None) -> None:
+        """`store`: where copies of points are kept, if they are."""
+        self.store = store
         self.loop = SimLoop()
         self.image, self.journal = image, journal
         self.failures: list[OSError] = []
@@ -171,6 +180,8 @@ class Machine:
             lambda: 1_767_225_700,
             lambda event, **fields: self.events.append((event, fields)),
             self.differs,
+            NO_KEEPER if store is None else SimKeeper(image, store),
+            self.rules,
         )
         self.receiver.start()
 
@@ -192,8 +203,8 @@ class Machine:
         self.receiver.fail()
 
     @property
-    def disks(self) -> tuple[SimDisk, SimDisk]:
-        return self.image, self.journal
+    def disks(self) -> tuple[SimDisk, ...]:
+        return (self.image, self.journal, *([] if self.store is None else [self.store]))
 
     def settle(self) -> None:
         drain(self.loop, *self.disks)
@@ -208,8 +219,7 @@ class Machine:
 
     def crash(self, rng: random.Random) -> Machine:
         """The process that comes after a power cut at this moment."""
-        image, journal = (SimDisk(d.name, d.size_bytes, d.crash(rng)) for d in self.disks)
-        return type(self)(image, journal)
+        return type(self)(*(SimDisk(d.name, d.size_bytes, d.crash(rng)) for d in self.disks))
 
     def kill(self, rng: random.Random) -> Machine:
         """The process that comes after this one was killed: the disks go on, and what it had asked
@@ -232,6 +242,41 @@ class Machine:
         return machine
 
 
+class SimKeeper:
+    """Copies of the image on a disk that forgets and tears, as its own are."""
+
+    obstacle: str | None = None
+
+    def __init__(self, image: SimDisk, store: SimDisk) -> None:
+        self.image, self.store = image, store
+
+    def keep(self, kept: KeptPoint, done: Done) -> None:
+        run(self._copied(self.image, 0, self.store, place(kept.point)), _said(done))
+
+    def drop(self, kept: KeptPoint, done: Done) -> None:
+        self.store.zero(place(kept.point), IMAGE_BYTES, done)
+
+    def restore(self, kept: KeptPoint, done: Done) -> None:
+        run(self._copied(self.store, place(kept.point), self.image, 0), _said(done))
+
+    def _copied(self, source: SimDisk, at: int, target: SimDisk, to: int) -> Steps[None]:
+        buffer = memoryview(bytearray(IMAGE_BYTES))
+        half = IMAGE_BYTES // 2
+        for start in (0, half):
+            yield partial(source.read, at + start, buffer[start : start + half])
+            yield partial(target.write, to + start, buffer[start : start + half])
+        yield target.flush
+
+
+def _said(done: Done) -> Callable[[OSError | None, None], None]:
+    return lambda error, _: done(error)
+
+
+def place(point: int) -> int:
+    """Where the copy of a point is in the store."""
+    return point % STORED * IMAGE_BYTES
+
+
 def fresh() -> Machine:
     """A receiver that has just been made."""
     image = SimDisk("image", IMAGE_BYTES)
@@ -251,6 +296,8 @@ class Script:
         self.serial = 0
         self.incarnation = NIL
         self.sent_entries = 0
+        self.label = ""  # of the points that it ends
+        self.step_ns = 1  # between two points
         self.restart()
 
     def restart(self) -> None:
@@ -380,11 +427,10 @@ class Script:
             self.wire.say(self.begin())
 
     # -- points -------------------------------------------------------------------------------
-    def begin(self) -> Begin:
-        wall_ns = 1_767_225_600_000_000_000 + self.point
-        return Begin(
-            self.point, self.incarnation, self.point - 1, wall_ns, 0, GEOMETRY.size_bytes, ""
-        )
+    def begin(self, label: str = "") -> Begin:
+        wall_ns = 1_767_225_600_000_000_000 + self.point * self.step_ns
+        size_bytes = GEOMETRY.size_bytes
+        return Begin(self.point, self.incarnation, self.point - 1, wall_ns, 0, size_bytes, label)
 
     def send(self, most: int = 1) -> bool:
         """Some dirty blocks, in one DATA."""
@@ -422,6 +468,8 @@ class Script:
 
     def _say_end(self) -> None:
         assert self.wire is not None
+        if self.label:
+            self.wire.say(self.begin(self.label))  # the label is that of the cut
         self.wire.say(self.end_message())
 
     def end_message(self) -> End:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bitmapd.config import build_receiver
 from bitmapd.errors import BusyError, NotFoundError, RecordDamagedError
 from bitmapd.receiver.commit import CommitPage, Queued, first_page
+from bitmapd.receiver.directory import NO_SLOT, Directory, Keep, KeptPoint
 from bitmapd.receiver.format import examine_journal, format_journal, probe_journal
 from bitmapd.receiver.places import MIN_JOURNAL_BYTES
 from bitmapd.record.copies import SUPERBLOCK_OFFSETS
@@ -70,18 +73,44 @@ def page(**changes: object) -> CommitPage:
 def test_the_points_that_can_be_produced() -> None:
     queued = Queued(8, bytes(16), 3, bytes(16), 1_767_225_600_000_000_000)
     at = "2026-01-01T00:00:00.000+00:00"
+    none = Directory()
     consistent = page(
         applied=7, committed=8, queue=(queued,), inconsistent_until=0, committed_ns=queued.wall_ns
     )
-    assert points(consistent, {8: 4096}) == [
-        {"point": 7, "at": None, "bytes": None, "state": "applied"},
-        {"point": 8, "at": at, "bytes": 4096, "state": "committed"},
+    applied_7 = {"point": 7, "at": None, "bytes": None, "state": "applied"}
+    plain: dict[str, Any] = {"label": "", "kept": False}
+    assert points(consistent, none, {8: 4096}) == [
+        applied_7 | plain,
+        {"point": 8, "at": at, "bytes": 4096, "state": "committed"} | plain,
     ]
     applied = page(applied=8, committed=8, inconsistent_until=0, committed_ns=queued.wall_ns)
-    assert points(applied, {}) == [{"point": 8, "at": at, "bytes": None, "state": "applied"}]
-    assert points(page(), {}) == []
+    applied_8 = {"point": 8, "at": at, "bytes": None, "state": "applied"} | plain
+    assert points(applied, none, {}) == [applied_8]
+    assert points(page(), none, {}) == []
     between = page(applied=7, committed=8, queue=(queued,), inconsistent_until=9)
-    assert [point["point"] for point in points(between, {})] == [8]
+    assert [point["point"] for point in points(between, none, {})] == [8]
+
+
+def test_points_that_are_kept_are_shown_with_their_labels() -> None:
+    queued = Queued(8, bytes(16), 3, bytes(16), 1_767_225_600_000_000_000)
+    kept = KeptPoint(3, queued.wall_ns, bytes(16), 1 << 20, Keep.KEPT, 0, "before")
+    here = replace(kept, point=7, slot=1, label="here")
+    wanted = replace(kept, point=8, state=Keep.WANTED, slot=NO_SLOT, label="soon")
+    going = replace(kept, point=2, state=Keep.GOING, slot=NO_SLOT, label="gone")
+    directory = Directory(1, (going, kept, here, wanted))
+    consistent = page(applied=7, committed=8, queue=(queued,), inconsistent_until=0)
+    found = [
+        (point["point"], point["state"], point["label"], point["kept"], point["bytes"])
+        for point in points(consistent, directory, {})
+    ]
+    assert found == [
+        (3, "kept", "before", True, 1 << 20),
+        (7, "applied", "here", True, None),
+        (8, "committed", "soon", False, None),
+    ]
+    between = page(applied=7, committed=8, queue=(queued,), inconsistent_until=9)
+    states = [point["state"] for point in points(between, directory, {})]
+    assert states == ["kept", "kept", "committed"]
 
 
 def test_the_status_of_a_receiver_without_a_volume() -> None:

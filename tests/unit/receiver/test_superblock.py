@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from bitmapd.errors import FormatTooNewError, NoSpaceError, RecordDamagedError, UsageError
 from bitmapd.receiver.places import (
     COMMIT_OFFSETS,
-    DIRECTORY_OFFSET,
+    DIRECTORY_BYTES,
+    DIRECTORY_OFFSETS,
     MAPS_OFFSET,
     MIN_JOURNAL_BYTES,
     PAGE_BYTES,
@@ -30,6 +31,7 @@ from bitmapd.receiver.superblock import (
     encode_superblock,
     has_magic,
 )
+from bitmapd.record.copies import SUPERBLOCK_OFFSETS
 from bitmapd.record.geometry import Geometry
 from tests.data.make_journal_golden import GENERATION, LINE, VOLUME, superblock
 
@@ -140,10 +142,14 @@ def test_the_newer_of_two_copies_of_one_journal_counts() -> None:
 
 def test_places_do_not_overlap() -> None:
     places = Places(Geometry(1 << 40), 10 << 30)
-    assert COMMIT_OFFSETS[1] + PAGE_BYTES == DIRECTORY_OFFSET
-    assert DIRECTORY_OFFSET + PAGE_BYTES == MAPS_OFFSET == places.map_offset(0)
+    assert COMMIT_OFFSETS[1] + PAGE_BYTES <= MAPS_OFFSET == places.map_offset(0)
+    assert SUPERBLOCK_OFFSETS[0] + PAGE_BYTES == DIRECTORY_OFFSETS[0]
+    assert DIRECTORY_OFFSETS[0] + DIRECTORY_BYTES <= SUPERBLOCK_OFFSETS[1]
+    assert SUPERBLOCK_OFFSETS[1] + PAGE_BYTES == DIRECTORY_OFFSETS[1]
+    assert DIRECTORY_OFFSETS[1] + DIRECTORY_BYTES <= COMMIT_OFFSETS[0]
     assert places.map_bytes * 8 >= places.geometry.extents
-    assert places.map_offset(64) <= places.segments_offset
+    assert places.maps >= 63
+    assert places.map_offset(places.maps) <= places.segments_offset
     assert places.segments_offset % (1 << 20) == 0
     assert places.segment_offset(places.segments) <= 10 << 30
     assert places.segment_offset(places.segments) + SEGMENT_BYTES > 10 << 30
