@@ -12,7 +12,7 @@ VM_CORE := $(addprefix tests/vm/guest/test_,volume.py barrier.py helper.py stack
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo demo-failover demo-pair test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-points bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
+.PHONY: help setup demo demo-failover demo-pair test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-points bench-point-traces bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,6 +77,9 @@ bench-pair: setup  ## two appliances beside one and a bare echo; writes docs/ben
 
 bench-points: setup  ## points beside a plain secondary, the link, failback; writes docs/benchmarks-points.md
 	$(PYTHON) -m tests.bench.points $(BENCH_ARGS)
+
+bench-point-traces: setup  ## what points cost on the recorded traces, counted in simulated time; TRACES="more.csv.gz"
+	$(PYTHON) -m tests.bench.pointtraces --traces $(TRACES)
 
 bench-prediction: setup  ## updates of every policy on the recorded traces; TRACES="more.csv.gz"
 	$(PYTHON) -m tests.bench.prediction $(TRACES)

@@ -14,7 +14,7 @@ from bitmapd.net.uri import NbdUri, is_receiver, is_uri, parse_receiver_uri, par
 from bitmapd.record.geometry import Geometry
 
 _EXCLUSIVE = ("record_limit", "resync_target")
-_OF_POINTS = ("point_interval", "spool_limit", "compress")
+_OF_POINTS = ("point_interval", "spool_limit", "spool", "spool_file_limit", "compress")
 
 
 def parse_table(

@@ -486,6 +486,22 @@ class VolumeConfig:
             live=True,
         ),
     ]
+    spool: Annotated[
+        str | None,
+        Key(
+            "spool",
+            kinds.or_word("none", kinds.PATH),
+            "Folder for a file without a name that takes what is beyond spool_limit, so that larger"
+            " points cost hosts less. Its file system has to have O_TMPFILE, as ext4, XFS and btrfs"
+            " do; it should not be on the disk of the primary.",
+            "none",
+            shared=True,
+        ),
+    ]
+    spool_file_limit_bytes: Annotated[
+        int,
+        Key("spool_file_limit", kinds.SIZE, "How large that file may become.", "4GiB", shared=True),
+    ]
     compress: Annotated[
         str,
         Key(

@@ -675,6 +675,16 @@ _EVENTS = (
         limited=True,
     ),
     EventKind(
+        "spool-error",
+        Level.ERROR,
+        ("blocks", "message"),
+        "the spool's file cannot be read or written, or is full; memory alone has to do for a"
+        " minute. `blocks` were in it and are read anew; if a cut was open it is given up",
+        "see to the disk of the folder that `spool` names",
+        is_error=True,
+        limited=True,
+    ),
+    EventKind(
         "cannot-keep-up",
         Level.WARNING,
         ("left_bytes", "bytes_per_second", "message"),

@@ -91,6 +91,11 @@ POINT_GAUGES = {
     "number": ("point_number", "Number of the newest point that the receiver has."),
     "spool_bytes": ("spool_bytes", "Read for a point and not sent."),
     "spool_limit_bytes": ("spool_limit_bytes", "How much of that there may be."),
+    "spool_file_bytes": ("spool_file_bytes", "What of it is in the spool's file."),
+    "spool_file_limit_bytes": (
+        "spool_file_limit_bytes",
+        "How much of that there may be; 0 after an error of the file.",
+    ),
 }
 POINT_COUNTERS = {
     "committed_total": ("points_committed", "Points that the receiver has committed."),

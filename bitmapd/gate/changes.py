@@ -20,6 +20,7 @@ changes are dense.  A crash loses it: what the record names at the start is unkn
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from bitarray.util import zeros
@@ -124,6 +125,15 @@ class Changes:
             for begin, end in pieces.runs(first, stop):
                 mask |= (1 << (end - first)) - (1 << (begin - first))
         return mask or None
+
+    def bytes_in(self, runs: Iterable[tuple[int, int]]) -> int:
+        """What has changed of these blocks since the last point."""
+        count = 0
+        for run in runs:
+            for block in range(*run):
+                mask = self.of(block, pending=False)
+                count += 1 << self._shift if mask is None else mask.bit_count()
+        return count * PIECE_BYTES
 
     @property
     def most_bytes(self) -> int:

@@ -33,6 +33,8 @@ from bitmapd.points.spool import Spool
 from bitmapd.record.geometry import Geometry
 
 URGENT_BYTES: Final = 256 << 10  # of one read that a host waits for
+# In flight in a cut: what is read for hosts queues behind it at the disk, 5 ms at 200 MB/s.
+IN_CUT_BYTES: Final = 1 << 20
 
 ReadPrimary = Callable[[int, memoryview, Done], None]
 
@@ -121,6 +123,8 @@ class Reading:
     def begin(self, now_s: float, most_bytes: int) -> float | None:
         """Read until the spool holds so much; as `Transfers.begin`, None too if it does."""
         room = most_bytes - self._spool.held_bytes
+        if self._gate.is_cutting:
+            room = min(room, IN_CUT_BYTES)
         return self.transfers.begin(now_s, room) if room > 0 else None
 
     def revoke(self) -> None:

@@ -66,7 +66,7 @@ class Room:
 
     def _fits(self, blocks: int) -> bool:
         left_bytes = min(blocks * self._block_bytes, self._gate.changes.most_bytes)
-        left_bytes += self._spool.held_bytes
+        left_bytes += self._spool.all_bytes
         pages_bytes = left_bytes // DESCRIBED_BYTES * PAGE_BYTES
         return left_bytes + pages_bytes <= self._uplink.credit_bytes
 

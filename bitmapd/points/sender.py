@@ -21,6 +21,7 @@ Invariants:
    than the cut, and was not pending, gets into its point, and nothing at all from the last read
    until the point is closed.
 3. No host waits for the receiver, the link, or the superblock.
+4. A file that the spool has beside memory decides nothing: what fails there is dirty again.
 
 A crash loses spool and phase.  The record names all that is not settled, the next process has
 another incarnation, and its first point has all of it.
@@ -47,6 +48,7 @@ from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
 from bitmapd.points.lineage import Verdict
 from bitmapd.points.messages import Hello2, Message
+from bitmapd.points.overflow import Overflow
 from bitmapd.points.reading import Reading, ReadPrimary
 from bitmapd.points.room import Room
 from bitmapd.points.schedule import Next, Schedule
@@ -57,6 +59,7 @@ from bitmapd.record.geometry import Geometry
 Emit = Callable[..., None]
 
 LOOK_S: Final = 1.0
+COUNTED_BLOCKS: Final = 2048  # one by one: 4 ms
 AHEAD_BYTES: Final = 8 << 20  # that are read ahead of the link without a cut
 SPOOL_BYTES: Final = 256 << 20
 INTERVAL_S: Final = 30.0
@@ -97,9 +100,11 @@ class Sender:
         secondary: str,
         piece_bytes: int = 1 << 20,
         read_primary: ReadPrimary | None = None,
+        spool_file: Device | None = None,
     ) -> None:
         """`secondary` names the receiver in events; `read_primary` is used instead of
-        `primary.read`: a way that leaves hosts the loop."""
+        `primary.read`: a way that leaves hosts the loop.  `spool_file` takes what memory has no
+        room for; what is in it means nothing."""
         self._geometry = geometry
         self._gate = gate
         self._scheduler = scheduler
@@ -111,7 +116,12 @@ class Sender:
         self.meter = SpeedMeter()
         self.passes = Passes(geometry)
         self.spool = Spool(settings.spool_bytes)
+        self.overflow: Overflow | None = None
+        if spool_file is not None:
+            self.overflow = Overflow(self.spool, spool_file, scheduler.time, self)
+            self.spool.beyond = self.overflow
         self.schedule = Schedule(settings.interval_s, settings.spool_bytes)
+        self._count_room()
         self.uplink = Uplink(
             geometry,
             identity,
@@ -201,6 +211,14 @@ class Sender:
         self._wanted, self._label = True, label
         self.wake()
 
+    def limit_spool(self, limit_bytes: int) -> None:
+        """Memory that it may take from now on."""
+        self.spool.limit_bytes = limit_bytes
+        self._count_room()
+
+    def _count_room(self) -> None:
+        self.schedule.spool_bytes = self.spool.limit_bytes + (self.file_limit_bytes or 0)
+
     def begin_pass(self, *, compare: bool, predecessor: bool = False) -> None:
         """Follow what is in `gate.taken` now until all of it is in a committed point.  Nothing is
         compared, since nobody reads the image past the receiver; nor does anything land late."""
@@ -235,7 +253,8 @@ class Sender:
     @property
     def idle(self) -> bool:
         """Whether nothing is in flight here, whatever the receiver does."""
-        return not self._barrier and self.reading.idle and self.closing.idle
+        spool_is_idle = self.overflow is None or self.overflow.idle
+        return not self._barrier and self.reading.idle and self.closing.idle and spool_is_idle
 
     @property
     def stuck(self) -> bool:
@@ -262,6 +281,23 @@ class Sender:
         point is committed."""
         blocks_bytes = self._gate.dirty_blocks() * self._geometry.block_bytes
         return min(blocks_bytes, self._gate.changes.most_bytes, self._geometry.size_bytes)
+
+    @property
+    def _left_now_bytes(self) -> int:
+        """The same as exactly as can be told without holding up hosts."""
+        gate = self._gate
+        if gate.dirty_blocks() > COUNTED_BLOCKS:
+            return self.left_bytes
+        dirty = gate.current.minus(BlockSet())
+        dirty.update(gate.taken)
+        return gate.changes.bytes_in(dirty.runs())
+
+    @property
+    def file_limit_bytes(self) -> int | None:
+        """How much there may be beside what memory has; None without a file."""
+        if self.overflow is None:
+            return None
+        return self.overflow.limit_bytes if self.overflow.works else 0
 
     @property
     def transfers(self) -> Transfers:
@@ -296,6 +332,8 @@ class Sender:
                 self._changed()  # whoever asked for the pause waits for this
             return
         now = self._scheduler.time()
+        if self.overflow is not None:
+            self.overflow.proceed()
         if self.phase is Phase.OPEN and self.state is CopyState.RUNNING:
             self._go_on(now)
         elif self.phase is Phase.READING:
@@ -336,7 +374,7 @@ class Sender:
         return bool(self._wanted or gate.wants_era or gate.taken or gate.has_copied)
 
     def _next_round(self) -> None:
-        self.schedule.begin_round(self.left_bytes)
+        self.schedule.begin_round(self._left_now_bytes)
         self._barrier = True
         self._gate.take_era(self._round_began)
 
@@ -356,7 +394,7 @@ class Sender:
         over = wait_s is None and self.reading.idle and not len(self.spool)
         if not over or self.reading.is_blocked or not self.schedule.copies_ahead:
             return
-        following = self.schedule.after_round(self.left_bytes, self.meter.bytes_per_s)
+        following = self.schedule.after_round(self._left_now_bytes, self.meter.bytes_per_s)
         if tight:
             following = Next.CUT
         if following is Next.CANNOT_KEEP_UP and not self._told_slow:
@@ -474,6 +512,7 @@ class Sender:
         self._emit("point-committed", point=self.uplink.point)
         self._label = ""
         self._told_slow = False
+        self._count_room()
         self.room.next_point()
         self.uplink.next_point()
         self.schedule.committed()
@@ -514,18 +553,28 @@ class Sender:
 
     # -- the receiver (`UplinkOwner`) ---------------------------------------------------------
     def linked(self, lost: BlockSet) -> None:
+        self._send_again(lost, Void.LINK)
+        if self.phase is Phase.ENDED:
+            self.uplink.end(self._point_wall_ns, self._label)
+        self._link_is_up()
+        self._soon()
+
+    def _send_again(self, lost: BlockSet, reason: Void) -> None:
+        """What was read of these is nowhere any more."""
         per = self._geometry.blocks_per_extent
         for first, stop in lost.runs():
             self.passes.again(range(first // per, (stop - 1) // per + 1))
             self._gate.send_again(first, stop)
         if lost and self.phase in (Phase.CUTTING, Phase.READING):
-            self._gate.give_up_cut(Void.LINK)
+            self._gate.give_up_cut(reason)
         elif lost and self.phase in (Phase.SENDING, Phase.ENDED):
-            self._void(Void.LINK)
-        if self.phase is Phase.ENDED:
-            self.uplink.end(self._point_wall_ns, self._label)
-        self._link_is_up()
-        self._soon()
+            self._void(reason)
+
+    # -- the spool's file (`OverflowOwner`) ---------------------------------------------------
+    def spool_failed(self, error: OSError, lost: BlockSet) -> None:
+        self._emit("spool-error", blocks=lost.count(), message=error.strerror or str(error))
+        self._count_room()
+        self._send_again(lost, Void.SPOOL)
 
     def _link_is_up(self) -> None:
         if self.state is CopyState.LINK_DOWN:
@@ -600,6 +649,8 @@ class Sender:
             "cbw_wait_seconds_max": round(self._gate.longest_wait_s, 3),
             "spool_bytes": self.spool.held_bytes,
             "spool_limit_bytes": self.spool.limit_bytes,
+            "spool_file_bytes": None if self.overflow is None else self.overflow.held_bytes,
+            "spool_file_limit_bytes": self.file_limit_bytes,
             "eta_seconds": None if not speed else round(self.left_bytes / speed, 1),
         }
 

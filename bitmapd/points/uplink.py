@@ -382,6 +382,8 @@ class Uplink:
         if wire is None or not self.is_ready or not len(self._spool) or not wire.has_room:
             return None
         spooled = sorted(self._spool.first(FRAME_BYTES, MAX_ENTRIES), key=lambda entry: entry.block)
+        if not spooled:
+            return None  # it comes back to memory
         raw_bytes = sum(len(entry.raw) for entry in spooled)
         if self.credit_bytes < cost_of(raw_bytes):
             self.lacks_credit = True

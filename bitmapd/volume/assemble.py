@@ -62,6 +62,7 @@ from bitmapd.volume.requestlog import Recording
 from bitmapd.volume.secondary import make_secondary, open_secondary, wrong_secondary
 from bitmapd.volume.session import RecordSession
 from bitmapd.volume.sides import NoteKeeper
+from bitmapd.volume.spoolfile import open_spool
 
 if TYPE_CHECKING:
     from bitmapd.volume.sending import ReceiverLink
@@ -127,6 +128,7 @@ class Parts(_Base):
     engine: AioEngine
     primary: KernelDevice
     record: KernelDevice
+    spool_file: KernelDevice | None
     secondary: Target | None  # None: a receiver
     store: RecordStore  # what is stored
     names: Record  # what the gate asks; the same, or over it
@@ -214,8 +216,9 @@ class Parts(_Base):
             self.receiver.close()
         if self.secondary is not None:
             self.secondary.close()
-        for device in (self.primary, self.record):
-            await self.engine.call(device.close)
+        for device in (self.primary, self.record, self.spool_file):
+            if device is not None:
+                await self.engine.call(device.close)
         await self._until_idle()
         await self.aside(self.session.close)
         self.aside.close()
@@ -315,11 +318,17 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     await hints.begin()
     copier: Mirror
     receiver: ReceiverLink | None = None
+    spool_file: KernelDevice | None = None
     pool = BufferPool(loop, COPY_POOL_BYTES)
     if secondary is None:
         from bitmapd.volume.sending import ReceiverLink, make_sender  # noqa: PLC0415  (`mirror`)
 
-        copier = make_sender(config, session, gate, primary, loop, aside, pool, owner)
+        if config.spool is not None:
+            spool_file = await engine.call(
+                partial(open_spool, config.spool, config.spool_file_limit_bytes, engine)
+            )
+            opened.append(spool_file.close)
+        copier = make_sender(config, session, gate, primary, loop, aside, pool, owner, spool_file)
         receiver = ReceiverLink(config, loop, copier, session, owner)
         opened.append(receiver.close)
     else:
@@ -353,6 +362,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         engine=engine,
         primary=primary,
         record=record,
+        spool_file=spool_file,
         secondary=secondary,
         store=store,
         names=names,

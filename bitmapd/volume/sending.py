@@ -266,6 +266,7 @@ def make_sender(
     aside: Aside,
     pool: BufferPool,
     owner: Owner,
+    spool_file: KernelDevice | None,
 ) -> Sender:
     if not isinstance(gate, CutGate):
         raise TypeError("a sender needs the gate that can be cut")
@@ -293,6 +294,7 @@ def make_sender(
         time.time_ns,
         secondary=config.secondary,
         read_primary=primary.read_aside,
+        spool_file=spool_file,
     )
 
 

@@ -116,7 +116,7 @@ class WithReceiver:
     def reconfigure(self, config: VolumeConfig) -> None:
         sender, gate = self.sender, self._parts.gate
         sender.schedule.interval_s = config.point_interval_s
-        sender.schedule.spool_bytes = sender.spool.limit_bytes = config.spool_limit_bytes
+        sender.limit_spool(config.spool_limit_bytes)
         sender.uplink.compress = config.compress == "auto"
         if isinstance(gate, CutGate):
             gate.patience_s = effective_cut_patience_s(config)

@@ -62,7 +62,7 @@ OPTION_KEYS = (
     "partner_certificates", "partner_timeout", "partner_wait", "serve", "fence_command",
     "fence_options",
     "fence_delay", "fence_timeout", "fence_aborts_io", "takeover", "cut_patience",
-    "point_interval", "spool_limit", "compress", "start_alone",
+    "point_interval", "spool_limit", "spool", "spool_file_limit", "compress", "start_alone",
 )  # fmt: skip
 
 _PATHS = {"primary", "record", "partner_record", "tls_certificates", "partner_certificates"}

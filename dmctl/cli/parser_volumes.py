@@ -110,6 +110,8 @@ def add_volumes(commands: Commands) -> None:
          " 30s)"),
         ("--spool-limit", "SIZE", "with a receiver: memory for what was read for a point and not"
          " sent (default 256MiB)"),
+        ("--spool", "DIR", "with a receiver: where a file takes what is beyond that"),
+        ("--spool-file-limit", "SIZE", "how large it may become (default 4GiB)"),
         ("--compress", "auto|off", "with a receiver: compress what is sent where that pays (default"
          " auto)"),
         ("--start-alone", "yes|no", "with a receiver: let hosts in at a start before it has said"

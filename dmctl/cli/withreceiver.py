@@ -17,7 +17,9 @@ from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.points.pieces import MAX_BLOCK_BYTES
 from bitmapd.units import format_size
 
-OPTIONS = ("point_interval", "spool_limit", "compress", "start_alone")
+OPTIONS = (
+    "point_interval", "spool_limit", "spool", "spool_file_limit", "compress", "start_alone",
+)  # fmt: skip
 
 
 def check_points(table: Mapping[str, Any], config: VolumeConfig | None) -> None:

@@ -30,6 +30,7 @@ from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.peer.frames import PeerError
 from bitmapd.points.messages import NIL, Committed, End, Message
+from bitmapd.points.overflow import BATCH_BYTES
 from bitmapd.points.sender import Sender, Settings
 from bitmapd.points.uplink import Identity
 from bitmapd.predict.policy import Policy
@@ -137,6 +138,7 @@ class Site:
     ) -> None:
         self.world = world
         self.primary, self.record, self.ledger = primary, record, ledger
+        self.spool_file = SimDisk("spool", BATCH_BYTES * 3)
         self.loop = SimLoop()
         self.incarnation = world.rng.randbytes(16)
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -170,6 +172,7 @@ class Site:
             lambda: 1_767_225_600_000_000_000,
             secondary="receiver",
             piece_bytes=2 * BLOCK,
+            spool_file=self.spool_file,
         )
         primary.submitted = world.submitted
         begin_cut = self.gate.begin_cut
@@ -218,6 +221,8 @@ class World:
         """Add up what this process of the sender has done."""
         sender = self.site.sender
         self.count["cbw"] += sender.reading.copies_before_write
+        if sender.overflow is not None:
+            self.count["spooled-out"] += sender.overflow.written_bytes
         self.count["waits"] += self.site.gate.waits
         for reason, count in sender.voids.items():
             self.count[f"void-{reason.value}"] += count
@@ -346,7 +351,7 @@ class World:
 
     @property
     def disks(self) -> tuple[SimDisk, ...]:
-        return *self.sender_disks, *self.machine.disks
+        return *self.sender_disks, self.site.spool_file, *self.machine.disks
 
     def finish(self, disk: SimDisk, index: int = 0) -> None:
         disk.finish(index)
@@ -403,6 +408,9 @@ class World:
             sender.cut("label")
         elif x < 0.82:
             self.site.primary.fail_next.setdefault("flush", []).append(5)
+        elif x < 0.85:
+            kind = self.rng.choice(("read", "write"))
+            self.site.spool_file.fail_next.setdefault(kind, []).append(5)
         elif x < 0.92:
             self.crash_sender(power=self.rng.random() < 0.7)
         else:

@@ -105,7 +105,8 @@ def test_a_pair_adds_its_own() -> None:
 def test_points_have_metrics_where_there_are_some() -> None:
     points = {
         "age_seconds": 31.5, "interval_seconds": 30.0, "number": 4, "spool_bytes": 9,
-        "spool_limit_bytes": 99, "committed_total": 3, "wire_bytes_total": 1000,
+        "spool_limit_bytes": 99, "spool_file_bytes": None, "spool_file_limit_bytes": 0,
+        "committed_total": 3, "wire_bytes_total": 1000,
         "changed_bytes_total": 4096, "cbw_total": 2,
         "cbw_wait_seconds_total": 0.25, "void_total": {"slow": 1, "spool": 0},
     }  # fmt: skip
@@ -126,6 +127,8 @@ def test_points_have_metrics_where_there_are_some() -> None:
     rest = samples(text)
     assert (rest["bitmapd_receiver_up"], rest["bitmapd_receiver_applied"]) == (1, 3)
     assert (rest["bitmapd_cbw_total"], rest["bitmapd_spool_bytes"]) == (2, 9)
+    assert rest["bitmapd_spool_file_limit_bytes"] == 0
+    assert "bitmapd_spool_file_bytes" not in rest, "there is no file"
     unknown = samples(render(status | {"points": points | {"age_seconds": None}}).decode())
     assert "bitmapd_point_age_seconds" not in unknown
     plain = samples(render(STATUS | {"points": None, "receiver": None}).decode())

@@ -35,10 +35,12 @@ def words(cli: Cli, **options: str) -> list[str]:
 def test_a_volume_with_a_receiver_is_served_over_nbd_and_everything_is_to_be_sent(
     cli: Cli,
 ) -> None:
-    cli.ok(*words(cli, point_interval="300ms", spool_limit="8MiB", start_alone="no"))
+    spool = {"spool_limit": "8MiB", "spool": str(cli.folder), "spool_file_limit": "1GiB"}
+    cli.ok(*words(cli, point_interval="300ms", start_alone="no", **spool))
     config = load_volume(cli.paths, "vol0")
     assert (config.secondary, config.attach) == (FAR, "nbd")
     assert (config.point_interval_s, config.spool_limit_bytes) == (0.3, 8 * MIB)
+    assert (config.spool, config.spool_file_limit_bytes) == (str(cli.folder), 1024 * MIB)
     loaded = tool.load(cli.folder / "r")
     assert loaded.superblock.secondary == FAR
     assert loaded.bits.all()

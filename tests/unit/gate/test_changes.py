@@ -87,6 +87,8 @@ def test_a_block_that_was_marked_unknown_is_sent_whole_though_pieces_of_it_were_
     assert (volume.of(1, pending=True), volume.of(1)) == (None, None)
     assert volume.changes.cut_bytes == 2 * BLOCK
     assert volume.changes.most_bytes == 2 * BLOCK + 2 * PIECE_BYTES
+    volume.write(9, 2)
+    assert volume.changes.bytes_in([(0, 1), (2, 3)]) == BLOCK + 2 * PIECE_BYTES
     volume.changes.unknown(0, 1)
     volume.changes.committed()
     volume.write(0)

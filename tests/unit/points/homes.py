@@ -31,7 +31,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from tests.support.mirror import BLOCK, EXTENT, Answers, LoggedDisk, ScriptedPolicy
 from tests.support.records import blank_image, load_image
-from tests.support.sim import SimLoop, drain
+from tests.support.sim import SimDisk, SimLoop, drain
 
 VOLUME, OURS, THEIRS, GENERATION = (bytes([number]) * 16 for number in (1, 2, 3, 4))
 EXTENTS = 8
@@ -110,6 +110,7 @@ class Home:
         pool_bytes: int = 1 << 20,
         identity: Identity = IDENTITY,
         compress: bool = True,
+        spool_file: SimDisk | None = None,
     ) -> None:
         self.geometry = Geometry(EXTENTS * EXTENT, EXTENT, BLOCK)
         image = blank_image(self.geometry)
@@ -124,6 +125,9 @@ class Home:
         self.gate = CutGate(
             self.geometry, self.primary, self.store, self.policy, self.loop, limit_extents=100
         )
+        self.disks: list[SimDisk] = [self.record, self.primary]
+        if spool_file is not None:
+            self.disks.append(spool_file)
         self.ledger = Ledger()
         self.pool = BufferPool(self.loop, pool_bytes)
         self.sender = Sender(
@@ -140,6 +144,7 @@ class Home:
             lambda: 1_700_000_000_000_000_000,
             secondary="receiver",
             piece_bytes=2 * BLOCK,
+            spool_file=spool_file,
         )
         self.wire = FakeWire()
         self.changes = 0
@@ -172,7 +177,7 @@ class Home:
 
     def run(self, seconds: float = 0.0) -> None:
         self.loop.advance(seconds)
-        drain(self.loop, self.record, self.primary)
+        drain(self.loop, *self.disks)
 
     def turn(self) -> None:
         self.loop.run_soon()

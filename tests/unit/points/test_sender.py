@@ -12,9 +12,11 @@ from bitmapd.copier.engine import CopyState
 from bitmapd.copier.throttle import Throttle
 from bitmapd.gate.cycle import PATIENCE_S, Void
 from bitmapd.points.messages import Applied, Begin, Committed, Credit, Data, End, Need
+from bitmapd.points.overflow import BATCH_BYTES
 from bitmapd.points.sender import Phase
 from bitmapd.record.geometry import Geometry
 from tests.support.mirror import BLOCK, EXTENT
+from tests.support.sim import SimDisk, drain
 from tests.unit.points.homes import EXTENTS, OURS, Home, begun
 
 
@@ -927,3 +929,95 @@ def test_points_of_a_process_follow_those_of_the_one_before() -> None:
     assert first.sender.figures()["number"] == 0
     second = Home(identity=replace(first.sender.uplink._identity, committed=6))
     assert second.sender.uplink.known_committed == 6
+
+
+# -- the spool's file -----------------------------------------------------------------------------
+
+
+def with_file() -> tuple[Home, SimDisk]:
+    """Sixteen blocks of a cut have been read with a memory of eight, and nothing could be sent."""
+    disk = SimDisk("spool", 16 * BATCH_BYTES)
+    home = begun(spool_blocks=8, spool_file=disk)
+    home.put(0, 16)
+    home.wire.has_room = False
+    home.run(1.0)
+    assert home.sender.phase is Phase.SENDING, "hosts wait for nothing any more"
+    return home, disk
+
+
+def test_a_point_larger_than_memory_is_read_at_once_where_there_is_a_file() -> None:
+    home, _ = with_file()
+    figures = home.sender.figures()
+    assert figures["spool_bytes"] + figures["spool_file_bytes"] == 16 * BLOCK
+    assert figures["spool_bytes"] <= 4 * BLOCK
+    assert figures["spool_file_limit_bytes"] == 16 * BATCH_BYTES
+    home.wire.has_room = True
+    home.sender.drained(home.wire)
+    home.run()
+    told = home.told()
+    sent = [entry.block for m in told if isinstance(m, Data) for entry in m.entries]
+    assert sorted(sent) == list(range(16))
+    assert isinstance(told[-1], End)
+    home.commit(1)
+    assert home.recorded() == set()
+
+
+def test_without_a_file_it_is_read_as_it_is_sent() -> None:
+    home = begun(spool_blocks=8)
+    home.put(0, 16)
+    home.wire.has_room = False
+    home.run(1.0)
+    assert home.sender.phase is not Phase.SENDING
+    assert home.sender.figures()["spool_file_bytes"] is None
+    assert home.sender.figures()["spool_file_limit_bytes"] is None
+
+
+def test_what_the_file_loses_is_read_anew_and_the_cut_is_given_up() -> None:
+    home, disk = with_file()
+    disk.fail_next = {"read": [errno.EIO]}
+    home.wire.has_room = True
+    home.sender.drained(home.wire)
+    home.run()
+    assert home.sender.phase is Phase.OPEN
+    assert home.sender.voids[Void.SPOOL] == 1
+    assert home.sender.figures()["spool_file_limit_bytes"] == 0
+    (error,) = (fields for name, fields in home.events if name == "spool-error")
+    assert error["blocks"] > 0
+    assert "point-void" in home.names()
+    home.run(3.0)
+    assert home.ended() is not None
+    home.commit(1)
+    assert home.recorded() == set()
+
+
+def test_a_file_that_is_full_leaves_what_memory_has() -> None:
+    disk = SimDisk("spool", 16 * BATCH_BYTES)
+    disk.fail_next = {"write": [errno.ENOSPC]}
+    home = begun(spool_blocks=8, spool_file=disk)
+    home.put(0, 4)
+    home.wire.has_room = False
+    home.run(1.0)
+    home.put(6)
+    home.wire.has_room = True
+    home.sender.drained(home.wire)
+    home.run()
+    assert home.ended() is not None
+    assert "spool-error" in home.names()
+    assert sum(home.sender.voids.values()) == 0
+
+
+def test_a_stop_waits_for_the_file() -> None:
+    disk = SimDisk("spool", 16 * BATCH_BYTES)
+    home = begun(spool_blocks=8, spool_file=disk)
+    home.put(0, 4)
+    home.wire.has_room = False
+    home.sender.cut()
+    home.turn()
+    drain(home.loop, home.primary)
+    assert disk.pending
+    stopped: list[bool] = []
+    home.sender.stop(lambda: stopped.append(True))
+    home.turn()
+    assert stopped == []
+    drain(home.loop, disk)
+    assert stopped == [True]
