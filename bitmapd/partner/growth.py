@@ -17,8 +17,8 @@ Invariants:
 4. A link that is lost ends the command, or not: it may be given again, and finds what is done.
 
 A crash leaves each node with its old or its new size.  A new size that was never shown comes with a
-record that names all of the new part; the old end is named by the record of the first, or by the
-node that grows after it.
+record that names all of the new part, and the extent of the old end, also if the superblock's write
+had failed and that extent has been given away and dropped since (`record/page_writer`).
 """
 
 from __future__ import annotations

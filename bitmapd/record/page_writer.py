@@ -11,7 +11,9 @@ Invariants:
 3. A batch is done when every page that it asked for has been written as it was then, or later, with
    the first error there was.
 4. A page that is to have more extents (`prepare_growth`) has them as ones in every write from then
-   on, whether the volume grows or not, until `grow` gives them to the owner.
+   on, whether the volume grows or not, until `grow` gives them to the owner; and the one in which
+   the volume ends, too.  For a superblock that says the larger size may be on the medium although
+   its write has failed, and what is new in that extent is then named by nothing else.
 5. A write that is in flight for longer than `SLOW_S` is reported once (`record-slow`): it is no
    error, so nobody would hear of it.  `record-ok` ends that, and ends errors: no write is overdue,
    and what failed has been written again.
@@ -88,6 +90,7 @@ class _Page:
         "first",
         "highest",
         "index",
+        "last",
         "lazy",
         "newest_slot",
         "sequence",
@@ -103,6 +106,7 @@ class _Page:
         self.first = index * EXTENTS_PER_PAGE
         self.stop = min(self.first + EXTENTS_PER_PAGE, extents)
         self.end = self.stop  # from `stop` to here it is written as ones (`prepare_growth`)
+        self.last: int | None = None  # extent that is written as one as well
         self.newest_slot = state.newest_slot
         self.sequence = state.sequence
         self.highest = state.highest  # highest sequence that was ever tried
@@ -138,6 +142,7 @@ class PageWriter:
         contents: Contents,
     ) -> None:
         self._volume = loaded.superblock.volume_uuid.bytes
+        self._short = geometry.short_extent  # in which the volume ends, if not with it
         self._device = device
         self._scheduler = scheduler
         self._emit = emit
@@ -222,7 +227,8 @@ class PageWriter:
         self._spare += _buffers(max(0, missing))
         page = self._pages[-1]
         page.end = max(page.end, min(page.first + EXTENTS_PER_PAGE, geometry.extents))
-        if page.end == page.stop:
+        page.last = self._short
+        if page.end == page.stop and page.last is None:
             self._scheduler.call_soon(done, None)
         else:
             self.ask(page.index, Batch(done))
@@ -231,6 +237,9 @@ class PageWriter:
         """The last page belongs to the owner up to the new end; `added` are on the medium."""
         last = self._pages[-1]
         last.stop = min(last.first + EXTENTS_PER_PAGE, geometry.extents)
+        self._short = geometry.short_extent
+        if last.last is not None:
+            last.last, last.lazy = None, True  # it may have been dropped
         for state in added:
             self._pages.append(_Page(len(self._pages), geometry.extents, state, self._spare.pop()))
 
@@ -266,6 +275,9 @@ class PageWriter:
         page.highest = sequence
         bits = self._contents.begin_write(page.first, page.stop)
         content = bits if page.end == page.stop else bits + bitarray("1") * (page.end - page.stop)
+        if page.last is not None:
+            content = content.copy()
+            content[page.last - page.first] = True
         payload, previous = content.tobytes(), page.sequence
         encode_page_into(page.buffer, self._volume, page.index, sequence, previous, payload)
         if any(batch.adds for batch in batches):

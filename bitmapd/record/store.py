@@ -154,8 +154,9 @@ class RecordStore:
                 self._pages.outdated(extent // EXTENTS_PER_PAGE)
 
     def prepare_growth(self, geometry: Geometry, done: Done) -> None:
-        """Have the last page name what a larger volume will have on it, and call back when it does
-        durably.  Every later write of the page names it as well.
+        """Have the last page name what a larger volume will have on it, and the extent in which the
+        volume ends now, and call back when it does durably.  Every later write of the page names
+        them as well, also if that extent is dropped.
 
         Nothing of that shows before `grow`, and a load cuts it off until the superblock says the
         larger size.  So it need not be taken back, and may be asked for again with any size.

@@ -7,11 +7,15 @@ docs/partner-protocol.md names the rules that hold after every step.
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
-from tests.support.simpair import walk
+from bitmapd.errors import BitmapdError
+from bitmapd.media.buffers import aligned
+from bitmapd.partner.node import State
+from tests.support.simpair import BLOCK, EXTENT, SIZE, World, walk
 
 STEPS = int(os.environ.get("PAIR_STEPS", "24000"))
 LENGTHS = (60, 400, 1500)  # of one walk
@@ -28,6 +32,7 @@ TROUBLES = {
     "errors": ("cut", "errors", "hand-over"),
     "records": ("cut", "records", "crash", "takeover"),
     "growth": ("cut", "resize", "crash"),
+    "failing growth": ("cut", "resize", "crash", "records"),
     "lies": ("lie", "hand-over"),
     "everything": (
         *("cut", "crash", "takeover", "hand-over", "stop", "take", "errors", "records", "resize"),
@@ -63,3 +68,70 @@ def test_they_hold_for_a_keeper_and_its_host_whose_record_is_lost_again_and_agai
 )
 def test_walks_that_have_shown_something(seed: int, troubles: str, length: int) -> None:
     walk(seed, frozenset(TROUBLES[troubles]), length)
+
+
+def settle(world: World, turns: int) -> None:
+    """Everything that is under way ends, and what is clean leaves the records."""
+    for _ in range(turns):
+        moved = True
+        while moved:
+            moved = False
+            for side in world.sides:
+                while world.deliver(side) or world.superblock(side):
+                    moved = True
+                while world.finish(side, anything=True):
+                    moved = True
+        for side in world.sides:
+            side.gate.policy.generous = False
+            side.loop.advance(1.1)
+            side.gate.tick()
+            side.rights.tick()
+            side.node.tick()
+        world.check()
+
+
+def test_a_new_size_that_has_landed_with_an_error_is_named_whatever_comes_of_the_old_end() -> None:
+    """The write of a superblock fails and has landed, the extent of the old end is given away,
+    copied and dropped, and both nodes die before the command is given again."""
+    world = World(1, frozenset())
+    world.record_on, world.goes_on = "both", 0
+    one, two = world.sides
+    world.connect()
+    settle(world, 3)
+    assert one.node.state is two.node.state is State.PAIRED
+    world.size_bytes = SIZE + BLOCK
+    ended: list[BitmapdError | None] = []
+    one.node.growth.begin(world.size_bytes, ended.append)
+    while not one.superblocks:
+        settle_one(world)
+    write, done = one.superblocks.pop()
+    write()
+    done(OSError(errno.EIO, "simulated"))
+    settle(world, 3)
+    assert isinstance(ended[0], BitmapdError)
+    last = one.geometry.extents - 1
+    block = aligned(BLOCK)
+    block[:] = b"\xaa" * BLOCK
+    written: list[OSError | None] = []
+    two.gate.write(last * EXTENT, block, written.append)
+    settle(world, 10)
+    assert written == [None]
+    for side in world.sides:
+        assert not side.rights.own[last]
+        assert not side.store.recorded[last]
+    for side in world.sides:
+        world.crash(side)
+        world.check()
+    for side in world.sides:
+        world.restart(side)
+        assert side.geometry.size_bytes == world.size_bytes, "the next process begins with it"
+    world.heal()
+
+
+def settle_one(world: World) -> None:
+    """One thing at each side, but no superblock of node 1."""
+    for side in world.sides:
+        world.deliver(side)
+        world.finish(side, anything=True)
+        side.loop.run_soon()
+    world.superblock(world.sides[1])

@@ -382,6 +382,9 @@ class Side:
     def unnamed(self, blocks: set[int]) -> set[int]:
         """Those that its stored record does not name; what lies beyond its size will be new."""
         bits = self.store._durable if self.alive else load_image(self.record_image).bits
+        if self.alive and (last := self.store._pages._pages[-1].last) is not None:
+            bits = bits.copy()
+            bits[last] = True  # in every write of the page
         return {
             block
             for block in blocks
@@ -491,7 +494,7 @@ class _Media:
             if error is not None:
                 answer(str(error))
             else:
-                side.superblocks.append((write, lambda _: answer(None)))
+                side.superblocks.append((write, lambda error: answer(error and str(error))))
 
         def write() -> None:
             raw = layout.encode_superblock(replace(superblock(GEOMETRY), geometry=geometry))
@@ -1155,7 +1158,9 @@ class World:
 
     def _different(self) -> set[int]:
         found = set()
-        largest = max((side.geometry for side in self.sides), key=lambda one: one.size_bytes)
+        # A size that has landed counts: the next process begins with it.
+        blocks = max(max(side.geometry.blocks, side.durable_blocks) for side in self.sides)
+        largest = replace(GEOMETRY, size_bytes=blocks * BLOCK)
         for block in range(largest.blocks):
             at, length = largest.block_bytes_range(block, block + 1)
             here = self.primary.visible[at : at + length]
