@@ -48,3 +48,9 @@ def resident_bytes(pid: int) -> tuple[int, int]:
     path = f"/proc/{pid}/status"
     now, peak = (int(_field(path, key).split()[0]) for key in ("VmRSS", "VmHWM"))
     return now << 10, peak << 10
+
+
+def processor_s(pid: int) -> float:
+    """What all threads of a process that still run have had, to the nanosecond."""
+    paths = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(path.read_text().split()[0]) for path in paths) / 1e9

@@ -57,14 +57,15 @@ def cuttable(size_bytes: int, *options: str, **more: Any) -> Iterator[tuple[Site
                 link.close()
 
 
-def scatter(volume: Volume, total_bytes: int, seed: int) -> None:
-    """Write so much to blocks anywhere, what does not compress, each block once."""
+def scatter(volume: Volume, total_bytes: int, seed: int, run_bytes: int = BLOCK_BYTES) -> None:
+    """Write so much to runs of blocks anywhere, what does not compress, each block once."""
     chance = random.Random(seed)
-    blocks = chance.sample(range(volume.size_bytes // BLOCK_BYTES), total_bytes // BLOCK_BYTES)
+    runs = chance.sample(range(volume.size_bytes // run_bytes), total_bytes // run_bytes)
     with volume.host() as host:
-        for block in blocks:
-            data = chance.randbytes(BLOCK_BYTES)
-            host.submit(rawnbd.WRITE, block * BLOCK_BYTES, BLOCK_BYTES, data)
+        for at in (
+            run * run_bytes + step for run in runs for step in range(0, run_bytes, BLOCK_BYTES)
+        ):
+            host.submit(rawnbd.WRITE, at, BLOCK_BYTES, chance.randbytes(BLOCK_BYTES))
             while host.in_flight > 7:
                 host.reply()
         while host.in_flight:
@@ -187,8 +188,9 @@ def _nbdcopy_s(folder: Path, size_bytes: int) -> float:
     return time.monotonic() - began_s
 
 
-def measure_failback(size_bytes: int) -> Found:
-    """One per cent is written at either site since they parted."""
+def measure_failback(size_bytes: int, run_bytes: int) -> Found:
+    """One per cent is written at either site since they parted, in runs of this length.  What is
+    copied is what the old site's record names, which has its guesses in it."""
     part = size_bytes // 100
     with two_sites(size_bytes, journal_bytes=GIB) as sites:
         sites.far.start()
@@ -197,12 +199,13 @@ def measure_failback(size_bytes: int) -> Found:
         sites.near.dmctl(*words, timeout_s=910)
         sites.near.until(lambda status: status["record_bytes"] < part // 4, timeout_s=300)
         sites.near.dmctl("set", "vol0", "point-interval=1h")
-        scatter(sites.near, part, 1)
+        scatter(sites.near, part, 1, run_bytes)
+        named = sites.near.status()["record_bytes"]
         sites.near.kill()
         record = make_file(sites.folder / "far" / "record", 16 * MIB)
         sites.far.dmctl("promote", "vol0", "--record", str(record))
         sites.far.dmctl("set", "vol0", "point-interval=1h")
-        scatter(sites.far, part, 2)
+        scatter(sites.far, part, 2, run_bytes)
         words = ("failback", "vol0", "--journal", str(sites.near_journal), "--yes")
         began_s = time.monotonic()
         sites.near.dmctl(*words)
@@ -212,6 +215,7 @@ def measure_failback(size_bytes: int) -> Found:
         sent_bytes = sites.far.status()["points"]["sent_bytes_total"]
     return {
         "size GiB": size_bytes / GIB,
+        "named by the old site's record / size": named / size_bytes,
         "copied / size": sent_bytes / size_bytes,
         "took s": took_s,
     }

@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ REGION_BYTES = 64 * MIB
 INTERVAL_S = 30
 
 Found = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """`write_us`: processor time of the volume's process for a write, whatever else it did."""
+
+    outcome: loads.Outcome
+    write_us: float
 
 
 class Contenders:
@@ -70,14 +79,20 @@ class Contenders:
         for volume in self.volumes:
             volume.wait_in_sync()
 
-    def turn(self, load: Load, seconds: int, number: int) -> tuple[loads.Outcome, loads.Outcome]:
+    def turn(self, load: Load, seconds: int, number: int) -> tuple[Turn, Turn]:
         """With points, without; which comes first changes."""
-        found = [
-            loads.over_nbd(volume.uri, load, seconds, number)
-            for volume in self.volumes[:: 1 - 2 * (number % 2)]
-        ]
-        first, second = found[:: 1 - 2 * (number % 2)]
+        order = 1 - 2 * (number % 2)
+        first, second = [
+            _measured(volume, load, seconds, number) for volume in self.volumes[::order]
+        ][::order]
         return first, second
+
+
+def _measured(volume: Volume, load: Load, seconds: int, number: int) -> Turn:
+    writes, processor_s = volume.status()["writes_total"], machine.processor_s(volume.pid)
+    outcome = loads.over_nbd(volume.uri, load, seconds, number)
+    processor_s = machine.processor_s(volume.pid) - processor_s
+    return Turn(outcome, 1e6 * processor_s / (volume.status()["writes_total"] - writes))
 
 
 def measure_hosts(turns: int, interval_s: int, seconds: int, size_bytes: int) -> Found:
@@ -94,26 +109,22 @@ def measure_hosts(turns: int, interval_s: int, seconds: int, size_bytes: int) ->
             made.interval("1h")  # no cut is open, and a plain volume copies nothing
             made.single.ask("pause")
             made.turn(load, 0, 99)  # its extents come into the records
-            ratios = []
-            for number in range(turns):
-                points, plain = made.turn(load, seconds, number)
-                ratios.append(points.iops / plain.iops)
-            result[f"{load.name}, no cut open"] = {"with / without": quartiles(ratios)}
+            pairs = [made.turn(load, seconds, number) for number in range(turns)]
+            result[f"{load.name}, no cut open"] = _ratios(pairs)
             made.single.ask("resume")
             made.settle()
         for depth, load in by_depth.items():
-            ratios, slowest = [], []
+            pairs, slowest = [], []
             for number in range(turns):
                 made.interval(f"{interval_s}s")
                 points, plain = made.turn(load, interval_s + seconds, number)
                 read = Load("a block", "randread", 64 * KIB, 1, region)
                 disk = loads.on_file(made.sites.near.primary, read, seconds, number)
-                ratios.append(points.iops / plain.iops)
-                slowest.append(points.p999_us / max(1.0, plain.p999_us + disk.p999_us))
+                pairs.append((points, plain))
+                least_us = max(1.0, plain.outcome.p999_us + disk.p999_us)
+                slowest.append(points.outcome.p999_us / least_us)
                 made.settle()
-            result[f"{load.name}, a cut each {interval_s} s"] = {
-                "with / without": quartiles(ratios)
-            }
+            result[f"{load.name}, a cut each {interval_s} s"] = _ratios(pairs)
             if depth == 1:
                 result["p99.9 of a write, depth 1"] = {
                     "with points / (without + a read of 64 KiB)": quartiles(slowest)
@@ -125,6 +136,15 @@ def measure_hosts(turns: int, interval_s: int, seconds: int, size_bytes: int) ->
             "cuts given up": sum(figures["void_total"].values()),
         }
     return result
+
+
+def _ratios(pairs: list[tuple[Turn, Turn]]) -> Found:
+    return {
+        "with / without": quartiles([a.outcome.iops / b.outcome.iops for a, b in pairs]),
+        "processor time a write, with / without": quartiles(
+            [a.write_us / b.write_us for a, b in pairs]
+        ),
+    }
 
 
 NOTES = """\
@@ -179,8 +199,12 @@ def parts(quick: bool) -> dict[str, Callable[[], Found]]:
         ),
         "promote": row("promote", pointlinks.measure_promote, max(32 * MIB, point), size),
         "failback": row(
-            "failback, 1 % written at either site",
-            pointlinks.measure_failback, 256 * MIB if quick else 10 * GIB,
+            "failback, 1 % written at either site, a MiB at a place",
+            pointlinks.measure_failback, 256 * MIB if quick else 10 * GIB, MIB,
+        ),
+        "scattered": row(
+            "failback, 1 % written at either site, 64 KiB at a place",
+            pointlinks.measure_failback, 256 * MIB if quick else 10 * GIB, 64 * KIB,
         ),
         "written": row("receiver's disks", pointlinks.measure_written, 2 if quick else 20, size),
     }  # fmt: skip
