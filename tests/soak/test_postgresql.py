@@ -24,9 +24,10 @@ COMMITS = 200
 AS_POSTGRES = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
 # What clients of pgbench take from one account is in the history and at the branches, too.
 MONEY = """
-SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(delta) FROM pgbench_history)
-   AND (SELECT sum(bbalance) FROM pgbench_branches) = (SELECT sum(delta) FROM pgbench_history)
-   AND (SELECT sum(tbalance) FROM pgbench_tellers) = (SELECT sum(delta) FROM pgbench_history)
+SELECT sums.taken = (SELECT sum(abalance) FROM pgbench_accounts)
+   AND sums.taken = (SELECT sum(bbalance) FROM pgbench_branches)
+   AND sums.taken = (SELECT sum(tbalance) FROM pgbench_tellers)
+  FROM (SELECT coalesce(sum(delta), 0) AS taken FROM pgbench_history) AS sums
 """
 
 
