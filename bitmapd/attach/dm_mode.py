@@ -22,6 +22,7 @@ from bitmapd.gate.gate import Gate
 from bitmapd.gate.routes import DIRECT, Routes
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.identity import identify
+from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
 from bitmapd.nbd.server.export import NbdServer
 from bitmapd.record.geometry import Geometry
@@ -83,6 +84,7 @@ class DmMode:
         store: Record,
         may_spin: Callable[[], bool],
         opened: Undo,
+        primary: KernelDevice,
     ) -> None:
         self.server = make_server(
             self._config, self._loop, engine, gate, self._emit, tls=None, may_spin=may_spin
@@ -91,7 +93,7 @@ class DmMode:
         self._mark: Mark = lambda *blocks: completion(partial(gate.mark, *blocks))
 
     async def admit(self) -> None:
-        await _serve_kernel(
+        await serve_kernel(
             self._kernel, self._direct, self.server, covers=self._covers, mark=self._mark
         )
 
@@ -129,7 +131,7 @@ class DmMode:
         self._kernel.close()
 
     def figures(self, gate: Gate) -> dict[str, Any]:
-        return _direct_status(self._direct, gate)
+        return direct_status(self._direct, gate)
 
     # -- for another one to take over ---------------------------------------------------------
     async def close_direct(self, end_eras: EndEras) -> None:
@@ -156,7 +158,7 @@ class DmMode:
         self._kernel.close()
 
 
-async def _serve_kernel(
+async def serve_kernel(
     kernel: KernelAttachment, direct: DirectPath, server: NbdServer, *, covers: Covers, mark: Mark
 ) -> None:
     geometry = direct.geometry
@@ -180,7 +182,7 @@ async def _serve_kernel(
         await mark(*geometry.extent_blocks(*run))
 
 
-def _direct_status(direct: DirectPath, gate: Gate) -> dict[str, Any]:
+def direct_status(direct: DirectPath, gate: Gate) -> dict[str, Any]:
     """What hosts did, whatever way it took, and what following the record in the table costs."""
     hosts, routes = direct.host_counters, direct.routes
     writes = hosts.writes + hosts.discards

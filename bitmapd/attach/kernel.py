@@ -40,6 +40,9 @@ SECTOR_BYTES = 512
 # How long the kernel waits for an answer before it cuts the connection: longer than the slowest
 # record write that is not an error, for what waits is sent again only after it.
 REQUEST_TIMEOUT_S = 10
+# Of one of two appliances, whose hosts may wait for a partner that is away: on a new connection
+# nothing would go on before all that came over the old one had been answered.
+PAIR_REQUEST_TIMEOUT_S = 24 * 3600
 RECONNECT_PAUSE_S = 1.0
 # How long requests wait for a gate that is gone; the administrator can give up earlier.
 DEAD_GATE_TIMEOUT_S = 30 * 24 * 3600
@@ -94,6 +97,20 @@ class KernelAttachment:
         self.current_era = int(answer["current_era"])
         self._open_stat("era", self.era_device)
 
+    async def look(self) -> list[Segment] | None:
+        """The segments in force of a stack that hosts have; None if there is none that works."""
+        segments = (await self._call("look")).header["segments"]
+        if segments is None:
+            return None
+        return [(int(a), int(b), str(kind)) for a, b, kind in segments]
+
+    async def sever(self) -> None:
+        """Take the volume from hosts, also from those that have it open: all they ask fails from
+        now on.  What was not answered fails, too.  Remove the rest of the stack."""
+        self._server = None
+        self._close_stats()
+        await self._call("sever")
+
     async def connect(self, server: NbdServer) -> None:
         """Have the kernel's NBD client talk to the server over a socket pair, until `detach`."""
         self._server = server
@@ -143,7 +160,9 @@ class KernelAttachment:
                 {
                     "size_bytes": size,
                     "logical_block_bytes": self._logical_block_bytes,
-                    "timeout_s": REQUEST_TIMEOUT_S,
+                    "timeout_s": REQUEST_TIMEOUT_S
+                    if self._config.node is None
+                    else PAIR_REQUEST_TIMEOUT_S,
                     "dead_conn_timeout_s": DEAD_GATE_TIMEOUT_S,
                     "flags": int(wanted) & flags,
                 },

@@ -11,6 +11,8 @@ In both, an NBD server in front of the gate answers what hosts ask of it.
     last_writes what was received is answered        barriers bring what was written directly
     detach      -                                    layers removed
 
+One of two appliances lets hosts in and sends them away again as often as it is told to (`Door`).
+
 1. Hosts write nothing before `admit`, unless the layers were found alive (`adopted`).
 2. After `last_writes` no host can write, and the gate knows of every write; what the kernel could
    not be asked about is open and therefore stays in the record.
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from bitmapd.config import VolumeConfig
@@ -34,6 +36,7 @@ from bitmapd.gate.elsewhere import Elsewhere
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.buffers import BufferPool
+from bitmapd.media.kdevice import KernelDevice
 from bitmapd.nbd.server.export import NbdServer
 from bitmapd.net.uri import parse_uri
 from bitmapd.record.geometry import Geometry
@@ -61,7 +64,7 @@ class Mode(Protocol):
 
     @property
     def exclusive(self) -> bool:
-        """Whether nobody else has claimed the device that `prepare` names."""
+        """Whether device-mapper has not claimed the device that `prepare` names."""
 
     @property
     def adopted(self) -> bool:
@@ -77,6 +80,7 @@ class Mode(Protocol):
         store: Record,
         may_spin: Callable[[], bool],
         opened: Undo,
+        primary: KernelDevice,
     ) -> None:
         """Make the server; nobody is let in yet."""
 
@@ -96,6 +100,24 @@ class Mode(Protocol):
 
     def figures(self, gate: Gate) -> dict[str, Any]:
         """Of the status, in place of the gate's own."""
+
+
+class Door(Protocol):
+    """The mode of one of two appliances, from `Mode.begin` on."""
+
+    @property
+    def direct(self) -> Sequence[tuple[int, int]]:
+        """Runs of extents that hosts' kernel went on writing before this process began."""
+
+    async def admit(self) -> None: ...
+
+    async def dismiss(self, end_eras: EndEras, *, force: bool) -> None:
+        """Send hosts away, until `admit`: what was received is answered, and the gate knows of
+        every write.  BusyError if they are connected, or have the volume open, without `force`;
+        nothing has changed then."""
+
+    async def cut_off(self) -> None:
+        """No host can write any more, whatever it has open."""
 
 
 def make_server(

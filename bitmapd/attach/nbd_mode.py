@@ -13,9 +13,10 @@ from typing import Any
 
 from bitmapd.attach.mode import DRAIN_TIMEOUT_S, Emit, EndEras, Undo, make_server
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import UsageError
+from bitmapd.errors import BusyError, UsageError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
+from bitmapd.media.kdevice import KernelDevice
 from bitmapd.nbd.server.export import NbdServer
 from bitmapd.net.tls import server_context
 from bitmapd.net.uri import parse_uri
@@ -29,6 +30,7 @@ class NbdMode:
     elsewhere = ()
     exclusive = True
     adopted = False
+    direct = ()
     server: NbdServer
     _tls: ssl.SSLContext | None
 
@@ -47,6 +49,7 @@ class NbdMode:
         store: Record,
         may_spin: Callable[[], bool],
         opened: Undo,
+        primary: KernelDevice,
     ) -> None:
         self._tls = _tls_context(self._config)
         self.server = make_server(
@@ -56,6 +59,17 @@ class NbdMode:
 
     async def admit(self) -> None:
         _listen(self.server, self._config, self._tls)
+
+    async def dismiss(self, end_eras: EndEras, *, force: bool) -> None:
+        connected = self.server.stats.connections
+        if connected and not force:
+            raise BusyError(
+                f"{connected} hosts are connected", hint="disconnect them, or give --force"
+            )
+        await self.cut_off()
+
+    async def cut_off(self) -> None:
+        await self.server.drain(DRAIN_TIMEOUT_S)
 
     async def undo(self) -> None:
         """The listeners are closed already."""

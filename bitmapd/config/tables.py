@@ -201,13 +201,13 @@ def _judge_partner(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
             UsageError("is missing", hint="a pair needs node, partner and partner_listen"),
         )
         return
-    if config.attach == "dm":
+    if config.attach == "dm" and config.serve != "on-promote":
         yield (
             "attach",
             UsageError(
-                "a pair serves its hosts over NBD: with device-mapper they would write without"
-                " asking the partner",
-                hint="set attach = nbd",
+                "with device-mapper hosts read and write without asking the partner, so one node of"
+                " a pair serves at a time",
+                hint="serve = on-promote at both nodes (active/passive), or attach = nbd",
             ),
         )
     if config.takeover == "auto" and config.fence_command is None:

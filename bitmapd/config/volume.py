@@ -71,7 +71,8 @@ class VolumeConfig:
             "attach",
             kinds.ATTACH,
             "How hosts reach the volume: dm makes /dev/mapper/NAME, nbd an export; auto is dm where"
-            " the kernel has it and the primary is a block device.",
+            " the kernel has it and the primary is a block device, but nbd for one of two"
+            " appliances and with a receiver.",
             "auto",
             shared=True,
         ),

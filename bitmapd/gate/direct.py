@@ -132,6 +132,7 @@ class DirectPath:
         self.window_s_max = 0.0
         self.marked_blocks = 0
         self.on_ended: Callable[[], None] = lambda: None
+        self._leaving: list[tuple[list[int], Callable[[], None]]] = []
 
     @property
     def counters(self) -> Counters:
@@ -165,6 +166,25 @@ class DirectPath:
     def gone(self, extents: Iterable[int]) -> None:
         self.routes.gone(extents)
 
+    def leave(self, extents: Iterable[int], call: Callable[[], None]) -> None:
+        direct = [extent for extent in extents if self.routes.is_direct(extent)]
+        self.routes.cool(direct)
+        self._leaving.append((direct, call))
+        self.look_who_left()
+        if direct:
+            self.routes.on_urgent()
+
+    def look_who_left(self, *, gone: bool = False) -> None:
+        """Tell whoever waits for what the table in force has no longer; all of them once the table
+        itself is `gone`."""
+        is_direct, waiting = self.routes.is_direct, self._leaving
+        self._leaving = []
+        for extents, call in waiting:
+            if gone or not any(map(is_direct, extents)):
+                call()
+            else:
+                self._leaving.append((extents, call))
+
     def gated_hit(self, first: int, stop: int) -> None:
         self.routes.gated_hit(first, stop)
 
@@ -174,8 +194,9 @@ class DirectPath:
 
     @property
     def is_urgent(self) -> bool:
-        """Also when ending the era holds up nobody and makes it known that nothing was written."""
-        return self.routes.urgent or self.at_rest
+        """Also when ending the era holds up nobody and makes it known that nothing was written, and
+        when another node waits."""
+        return self.routes.urgent or self.at_rest or bool(self._leaving)
 
     @property
     def collected_era(self) -> int:
@@ -255,6 +276,7 @@ class DirectPath:
                 runs = merged([*runs, *(geometry.extent_blocks(*run) for run in adopted)])
             self.routes.landed((first // per, (stop - 1) // per + 1) for first, stop in runs)
             done(runs)
+            self.look_who_left()
             self.on_ended()
 
         self._kernel.barrier(segments, self._since_era, ended)

@@ -11,6 +11,10 @@ more of any of them.
 3. What the record is to lose is *cooled* first: nobody writes it elsewhere after the barrier that
    comes next, and after the one behind that it is *closed*.
 4. Who writes elsewhere writes only what is durably recorded (`recorded` of the barrier).
+5. What is to be given to another node is *left* first: nobody writes it elsewhere any more.  What
+   was written last may be known only with the blocks of the next barrier, for it is open until
+   then; whoever gives it counts all of it as written.  To wait for that barrier would hold up hosts
+   who wait for what is given.
 
 Where another node writes, a read may have to wait until what is in flight there has landed: that is
 `Asks`.  What it says holds for this read alone.
@@ -47,6 +51,10 @@ class Elsewhere(Protocol):
 
     def gone(self, extents: Iterable[int]) -> None:
         """These have left the record."""
+
+    def leave(self, extents: Iterable[int], call: Callable[[], None]) -> None:
+        """Have nobody write these elsewhere any more, as long as they are not covered; `call` when
+        that is so, from inside if it is."""
 
     def gated_hit(self, first: int, stop: int) -> None:
         """A write to recorded extents came through the gate."""

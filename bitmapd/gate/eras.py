@@ -19,7 +19,7 @@ their blocks at the next start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from bitmapd.gate.blockset import BlockSet
@@ -111,8 +111,27 @@ class Eras:
         """Call back once every write that was submitted up to now has ended."""
         self._flight = self._flights.end(call)
 
+    def when_left(self, extents: Sequence[int], call: Callable[[], None]) -> None:
+        """Call back once every write to these extents that was submitted up to now has ended, and
+        nobody writes them elsewhere any more.  They are covered no longer."""
+        missing = len(self._elsewhere)
+
+        def left() -> None:
+            nonlocal missing
+            missing -= 1
+            if not missing:
+                self.when_landed(call)
+
+        if not missing:
+            self.when_landed(call)
+        for other in self._elsewhere:
+            other.leave(extents, left)
+
     def _take_from_elsewhere(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Blocks that were written there, or by the gate and seen there."""
+        """Blocks that were written there, or by the gate and seen there.  What has been given to
+        another node meanwhile was dirty whole."""
+        if self._shared:
+            runs = [part for run in runs for part in self._ours(*run)]
         if not runs:
             return
         self._unsettled.take(runs, self._known_until)
@@ -322,6 +341,14 @@ class Eras:
         self._clearing.drop_clean(extents, self._scheduler.time())
 
     # -- what changes hands -----------------------------------------------------------------
+    def _ours(self, first: int, stop: int) -> Iterator[Run]:
+        """Blocks [first, stop) without those of extents that are another node's."""
+        per = self._geometry.blocks_per_extent
+        for extent in range(first // per, (stop - 1) // per + 1):
+            if self._is_ours(extent):
+                begin, end = self._geometry.extent_blocks(extent, extent + 1)
+                yield max(first, begin), min(stop, end)
+
     def _is_ours(self, extent: int) -> bool:
         # One that is being given is covered no more, and is ours until it has left with its dirt.
         if self._owns is not None:
@@ -336,8 +363,13 @@ class Eras:
         this event.  Copies may be in flight: the other node has to keep an embargo until they
         have ended and cannot land late.
         """
-        gone = list(extents)
-        self._clearing.left(gone, self._scheduler.time())
+        gone, now = list(extents), self._scheduler.time()
+        # What was written elsewhere last is not known yet.
+        unknown = [e for e in gone if any(other.is_open(e) for other in self._elsewhere)]
+        self._unsettled.take_over(
+            (self._geometry.extent_blocks(e, e + 1) for e in unknown), (), now
+        )
+        self._clearing.left(gone, now)
         return list(self._unsettled.give(gone).runs())
 
     def take_over(self, dirt: Iterable[Run], embargoed: Iterable[int]) -> None:

@@ -100,6 +100,14 @@ class Routes:
         """Whether it may have been written without the gate's knowledge since the last blocks."""
         return self._open.any(extent, extent + 1)
 
+    def is_direct(self, extent: int) -> bool:
+        """Whether hosts may write it past the gate now."""
+        return self._direct.any(extent, extent + 1) or self._maybe.any(extent, extent + 1)
+
+    @property
+    def open_runs(self) -> list[Run]:
+        return list(self._open.runs())
+
     def is_cooling(self, extent: int) -> bool:
         return self._cooling.any(extent, extent + 1)
 
@@ -158,6 +166,10 @@ class Routes:
         direct extents, so that the record can be emptied while the kernel's layers still exist.
         """
         self._sealed = True
+
+    @property
+    def is_sealed(self) -> bool:
+        return self._sealed
 
     def gate_all(self, *, wanted: bool = True) -> None:
         """Have the next barrier move everything to the gate, and nothing back until told so."""

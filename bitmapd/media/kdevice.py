@@ -100,13 +100,15 @@ class KernelDevice:
         read_only: bool = False,
         claim: Claim | None = None,
         defer: bool = False,
+        guarded: bool = True,
         aside: bool = False,
         mismatch: Callable[[int], str | None] | None = None,
     ) -> None:
-        """`claim`: for whom it is claimed while it is open, so that nobody else uses it.
-        `defer` leaves the opening to `open`: until then there is no size and nothing works.
-        `aside` is for a medium that hosts do not work on: see `read_aside`.  `mismatch`, asked by
-        its size in the course of opening, may block: why it is not the medium that was meant."""
+        """`claim`: for whom it is claimed while it is open, so that nobody else uses it.  Without
+        `guarded` device-mapper has a pair's block device now: as after `lend`.  `defer` leaves the
+        opening to `open`: until then there is no size and nothing works.  `aside` is for a medium
+        that hosts do not work on: see `read_aside`.  `mismatch`, asked by its size in the course of
+        opening, may block: why it is not the medium that was meant."""
         self.name = str(path)
         self._engine = engine
         self._read_only = read_only
@@ -116,6 +118,7 @@ class KernelDevice:
         self._zeros: memoryview | None = None
         self._fd = -1
         self._guard: int | None = None  # keeps a block device of a pair from being mounted
+        self._guarded = guarded
         self._remote = False
         self._leaving: list[int] = []  # descriptors that a thread is to close
         self._descriptors = threading.Lock()  # to close them, or to claim through them
@@ -165,8 +168,32 @@ class KernelDevice:
         claim = self._claim
         if claim is not None:
             claim.take(fd, self.name)
-            if claim.node is not None and self.is_block and self._guard is None:
+            if self._guarded and claim.node is not None and self.is_block and self._guard is None:
                 self._guard = claim.hold(fd, self.name)
+
+    async def lend(self) -> None:
+        """Have device-mapper keep mounts off a pair's block device in our place; the locks stay."""
+
+        def give() -> None:
+            with self._descriptors:
+                self._guarded = False
+                guard, self._guard = self._guard, None
+            if guard is not None:
+                os.close(guard)
+
+        await self._engine.call(give, aside=self._aside)
+
+    async def take_back(self) -> None:
+        """Keep mounts off it again, for device-mapper has it no more.  BusyError if somebody else
+        has it."""
+
+        def take() -> None:
+            with self._descriptors:
+                self._guarded = True
+                if self._fd >= 0:
+                    self._take_claim(self._fd)
+
+        await self._engine.call(take, aside=self._aside)
 
     async def joined(self, claim: Claim) -> None:
         """What was claimed is claimed for this one, now and when it is opened again; BusyError if

@@ -53,6 +53,9 @@ class Home(Protocol):
     def when_landed(self, call: Callable[[], None]) -> None:
         """Call back when every write of hosts that was submitted until now has ended."""
 
+    def when_left(self, extents: Sequence[int], call: Callable[[], None]) -> None:
+        """Likewise, of those to these extents; and no host writes them past us any more."""
+
     def keep(self, runs: Runs) -> None:
         """They have become ours or the other's: they belong into the stored record."""
 

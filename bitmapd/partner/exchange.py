@@ -161,7 +161,7 @@ class Exchange:
             if theirs.fresh:
                 rights.learn(record.stored)
         elif theirs.fresh:
-            rights.owe(record.stored)
+            rights.owe(runs_of(theirs.stored & ~theirs.own))
 
     def _say_ready(self, shares: Shares, agree: Callable[[int], None]) -> None:
         self._agree = agree

@@ -201,7 +201,7 @@ class Giving:
         for extent in extents:
             self._claims.held[extent] = False
             self._draining[extent] = token
-        self._home.when_landed(lambda: self._at_rest(extents, token))
+        self._home.when_left(extents, lambda: self._at_rest(extents, token))
 
     def _at_rest(self, extents: list[int], token: object) -> None:
         """No write is in flight there: given once it is stored here, too, if it has to be."""

@@ -33,9 +33,9 @@ from bitmapd.peer.frames import ErrorCode, PeerError
 NIL = bytes(16)
 VERSION = 1
 DIRT_AS_BLOCKS, EMBARGO, GIVES_UP, SAYS_VOLATILE, STORES_FIRST = 1, 2, 4, 8, 16
-KNOWS_GO_ON, KNOWS_KEEPERS = 32, 128
+KNOWS_GO_ON, KNOWS_DIRECT, KNOWS_KEEPERS = 32, 64, 128
 REQUIRED = DIRT_AS_BLOCKS | EMBARGO
-OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE | STORES_FIRST | KNOWS_GO_ON
+OFFERED = REQUIRED | GIVES_UP | SAYS_VOLATILE | STORES_FIRST | KNOWS_GO_ON | KNOWS_DIRECT
 OFFERED |= KNOWS_KEEPERS
 
 
@@ -92,6 +92,13 @@ def check(mine: Hello, theirs: Hello) -> None:
     missing = theirs.required & ~mine.offered | mine.required & ~theirs.offered
     if missing:
         raise PeerError(ErrorCode.VERSION, f"a required feature is missing: bits {missing:#x}")
+    if any(has(one, HelloFlag.DIRECT) for one in (mine, theirs)) and not all(
+        has(one, HelloFlag.ON_PROMOTE) or one.role is Role.KEEPER for one in (mine, theirs)
+    ):
+        raise PeerError(
+            ErrorCode.OTHER,
+            "with attach = dm one node serves hosts at a time: both need serve = on-promote",
+        )
 
 
 def standing(mine: Hello, theirs: Hello) -> Standing:
@@ -112,6 +119,14 @@ def standing(mine: Hello, theirs: Hello) -> Standing:
     if alone == other_alone:
         raise SplitBrain
     return Standing.AHEAD if alone else Standing.BEHIND
+
+
+def is_over(mine: Hello, theirs: Hello) -> bool:
+    """Whether the other has gone on without a node whose process is fresh and whose kernel still
+    writes: what it writes is not its own any more."""
+    if mine.generations[0] == theirs.generations[0]:
+        return has(theirs, HelloFlag.ALONE)
+    return theirs.generations[0] not in mine.generations[1:]
 
 
 def relies(mine: Hello, theirs: Hello) -> bool:

@@ -48,6 +48,8 @@ class Mirror(Protocol):
 
     def when_landed(self, call: Callable[[], None]) -> None: ...
 
+    def when_left(self, extents: Sequence[int], call: Callable[[], None]) -> None: ...
+
     def give(self, extents: Sequence[int]) -> list[tuple[int, int]]: ...
 
     def take_over(self, dirt: Iterable[tuple[int, int]], embargoed: Iterable[int]) -> None: ...
@@ -242,6 +244,9 @@ class Hands(Home):
 
     def when_landed(self, call: Callable[[], None]) -> None:
         self._gate.when_landed(call)
+
+    def when_left(self, extents: Sequence[int], call: Callable[[], None]) -> None:
+        self._gate.when_left(extents, call)
 
     def keep(self, runs: Runs) -> None:
         self._record.keep(runs)

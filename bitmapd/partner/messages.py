@@ -51,6 +51,8 @@ class HelloFlag(enum.IntFlag):
     RELIES = 128  # on the other's copy of its record, while the link is up
     STORED = 256  # what is granted to it has to be in the other's stored record by then
     UNSTORED = 512  # its own record cannot be written
+    DIRECT = 1024  # its kernel writes for hosts, and goes on when the process has ended
+    ON_PROMOTE = 2048  # lets hosts in after a takeover only
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,16 @@ Coming together: HELLO both ways (`greeting`), then an `exchange` of what both k
 Invariants:
 1. The superblock is durable before anything relies on a step to alone.
 2. A node that is not fresh and meets a fresh one has the proof that the other's old process is
-   dead: it takes over what that owned, all of it dirty, before it sends RECORD.
+   dead: it takes over what that owned, all of it dirty, before it sends RECORD.  Where the other's
+   kernel writes for hosts (`HelloFlag.DIRECT`) that proves nothing of the places that it writes:
+   they are `own` in the other's RECORD, which comes first, and stay the other's.
 3. A message that is not allowed in the phase of the connection ends the connection.
 4. In a split brain nothing is written or copied until the other comes as a fresh process.  Then
    everything is compared: copies of both may have landed on one another, which no record knows.
 5. A keeper (`keeping`) is waiting, paired or cut.  It serves nobody and is never alone.
 
 A crash leaves the superblock of before or after a step.  The process that comes next is fresh,
-except for a node 1 that was never paired.
+except for a node 1 that was never paired.  It owns nothing but what its kernel has gone on writing.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from bitmapd.partner.greeting import (
     check,
     has,
     in_memory,
+    is_over,
     relies,
     standing,
     stores_first,
@@ -67,7 +70,7 @@ from bitmapd.partner.states import Lasting, Phase, Proof, State, Surroundings, W
 from bitmapd.peer import words
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
-from bitmapd.record.extents import runs_of
+from bitmapd.record.extents import bits_of, runs_of
 
 __all__ = ["Lasting", "Node", "Phase", "Proof", "State", "Surroundings", "Wire"]
 
@@ -109,7 +112,9 @@ class Node:
         self._timer: Timer | None = None
         self._mine: Hello  # of this connection
         self._theirs: Hello  # likewise, once it has come
-        self._exchange: Exchange  # of this connection, from the other's HELLO on
+        self._exchange: Exchange  # of this connection, once our RECORD is sent
+        self._says_later = False  # what is ours: once the other has said what its kernel writes
+        self._writes_on = False  # our kernel, since before this process began
         self._last_paired = 0
         self._going_alone = False
         self._held_off = False  # the other is being fenced
@@ -129,8 +134,10 @@ class Node:
         return self.ledger.lasting
 
     # -- how it begins ------------------------------------------------------------------------
-    def start(self) -> None:
-        """A node 1 that was never paired needs nobody; any other has to meet its partner."""
+    def start(self, direct: Runs = ()) -> None:
+        """A node 1 that was never paired needs nobody; any other has to meet its partner.
+        `direct`: extents that our kernel has gone on writing; they are ours, as they were."""
+        self._writes_on = bool(direct)
         joins = self.lasting.volume == NIL
         if self.number == 1 and self.lasting.never_paired and not (joins or self.keeps):
             self._known = True
@@ -138,6 +145,8 @@ class Node:
             self.rights.adopt(runs_of(self._around.stored()))
             self.rights.alone()
             self._become(State.ALONE)
+        elif direct:
+            self.rights.adopt(direct)
 
     @property
     def serves(self) -> bool:
@@ -279,6 +288,9 @@ class Node:
         if found is Standing.BEHIND and not fresh:
             self.shut_out("the partner has taken over while this node lived")
             return
+        if fresh and self._writes_on and is_over(mine, theirs):
+            self.shut_out("the partner has taken over while this node's kernel went on writing")
+            return
         if self.state is State.SPLIT_BRAIN and not other_fresh:
             raise SplitBrain
         if found is Standing.AHEAD and not other_fresh:
@@ -287,20 +299,35 @@ class Node:
             raise self.growth.catch_up(theirs.size_bytes)
         if theirs.size_bytes < mine.size_bytes:
             return  # it ends this connection, and comes back when it has grown
-        if self.state is State.SPLIT_BRAIN:
-            self._outlive()
-        elif other_fresh and self._known and self.state is not State.ALONE and not self.keeps:
-            self._absorb()
         self._reliance.hold()
         self.rights.most_requests = theirs.most_requests
         self._phase(Phase.RECORDS, EXCHANGE_TIMEOUT_S)
-        wire = self._wire
-        self._exchange = Exchange(mine, theirs, self, self._around, lambda: wire is self._wire)
+        self._says_later = self._inherits and has(theirs, HelloFlag.DIRECT)
+        if not self._says_later:
+            self._begin_exchange(())
 
-    def _absorb(self) -> None:
+    @property
+    def _inherits(self) -> bool:
+        """Whether the other's process is a new one, and what the old one had is ours."""
+        knows = (self._known and self.state is not State.ALONE) or self.state is State.SPLIT_BRAIN
+        return knows and not self.keeps and has(self._theirs, HelloFlag.FRESH)
+
+    def _begin_exchange(self, direct: Runs) -> None:
+        """Say what is ours.  `direct`: what the other's kernel writes on."""
+        if self._inherits:
+            if self.state is State.SPLIT_BRAIN:
+                self._outlive(direct)
+            else:
+                self._absorb(direct)
+        wire = self._wire
+        self._exchange = Exchange(
+            self._mine, self._theirs, self, self._around, lambda: wire is self._wire
+        )
+
+    def _absorb(self, direct: Runs) -> None:
         """Its process is a new one, so the old one is dead: what that had is ours (invariant 2)."""
-        taken = self.rights.other | self.rights.owed
-        self.rights.absorb()
+        taken = (self.rights.other | self.rights.owed) & ~bits_of(direct, len(self.rights.own))
+        self.rights.absorb(direct)
         self._inherited(taken)
 
     def _inherited(self, taken: bitarray) -> None:
@@ -318,6 +345,8 @@ class Node:
             self._wire.send(message)
 
     def _heard(self, message: messages.Record, _: int) -> None:
+        if self._says_later:
+            self._begin_exchange(message.own)
         self._phase(Phase.READY, EXCHANGE_TIMEOUT_S)
         try:
             self._exchange.heard(message)
@@ -635,13 +664,13 @@ class Node:
         self.conflicts = conflicts(self.rights.owned_alone, message.own)
         self._phase(Phase.SPLIT)
 
-    def _outlive(self) -> None:
+    def _outlive(self, direct: Runs) -> None:
         """The other's process has ended, so one is left that writes: it goes on, and since old
         copies of either may lie on top of newer ones everything is compared."""
         self.conflicts = None
         self._nobody_knows()
         self.rights.cut()
-        self._absorb()
+        self._absorb(direct)
         self._become(State.ALONE if self._was_alone else State.CUT)
         self._around.emit("split-brain-ended")
 

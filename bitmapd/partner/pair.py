@@ -34,6 +34,7 @@ from bitmapd.partner.codec import Decoder, encode
 from bitmapd.partner.fence import Fence
 from bitmapd.partner.fence_policy import FenceSettings
 from bitmapd.partner.greeting import (
+    KNOWS_DIRECT,
     KNOWS_GO_ON,
     KNOWS_KEEPERS,
     NIL,
@@ -78,6 +79,8 @@ class Names:
     keeps: bool = False  # partner_role = keeper
     falls_back: bool = True  # record_fallback
     partner_record: str | None = None  # the other's record device as seen from here
+    direct: bool = False  # attach = dm
+    on_promote: bool = False  # serve = on-promote
 
 
 @dataclass(slots=True)
@@ -208,10 +211,11 @@ class Pair:
         """They are made with `record` and `rights`, so this comes after them."""
         self._hands.attach(gate, copier, self.record)
 
-    def start(self) -> None:
-        """Look for the partner.  Raises a BitmapdError if it cannot be listened for."""
+    def start(self, direct: Runs = ()) -> None:
+        """Look for the partner.  Raises a BitmapdError if it cannot be listened for.  `direct`: as
+        in `Node.start`."""
         self._transport.start()
-        self.node.start()
+        self.node.start(direct)
 
     def set(self, fence: FenceSettings, cut_patience_s: float | None) -> None:
         """What may change while it runs."""
@@ -264,6 +268,21 @@ class Pair:
     @property
     def is_alone(self) -> bool:
         return self.node.state is State.ALONE
+
+    @property
+    def one_serves(self) -> bool:
+        """Whether one of both nodes is attached with device-mapper, so that only one may serve."""
+        return self._names.direct or self.peer_is_direct
+
+    @property
+    def peer_is_direct(self) -> bool:
+        """Whether the other node's kernel writes for hosts, as far as is known."""
+        peer = self.node.peer
+        return peer is not None and HelloFlag.DIRECT in peer.flags
+
+    def holds_up_hosts(self) -> bool:
+        """Whether requests of hosts wait for a partner that is not there."""
+        return self.node.state is not State.PAIRED and bool(self.rights.waiting)
 
     @property
     def in_sync(self) -> bool:
@@ -414,6 +433,7 @@ class Pair:
                 "secondary": None if peer.role is Role.KEEPER else _SECONDARY[self.peer.secondary],
                 "serves": self.peer.lets_hosts_in,
                 "record_failing": node.stand_in.partner_fails,
+                "attach": "dm" if self.peer_is_direct else "nbd",
             },
             "serving": self.lets_hosts_in,
             "volatile": node.lasting.volatile,
@@ -579,6 +599,10 @@ class Pair:
             flags, required = flags | HelloFlag.GO_ON, required | KNOWS_GO_ON
         if names.keeps:
             required |= KNOWS_KEEPERS
+        if names.direct:
+            flags, required = flags | HelloFlag.DIRECT, required | KNOWS_DIRECT
+        if names.on_promote:
+            flags |= HelloFlag.ON_PROMOTE
         if self._stored_record.failing:
             flags |= HelloFlag.UNSTORED
             if names.falls_back and not names.keeps:

@@ -41,7 +41,7 @@ from bitmapd.partner.reads import AT_REST, NEVER_HERE, Read, Reads
 from bitmapd.partner.share import Shares, View
 from bitmapd.partner.wants import Waiter, Wants
 from bitmapd.peer.payloads import Run, Runs
-from bitmapd.record.extents import each, joined, runs_of, unset
+from bitmapd.record.extents import bits_of, each, joined, runs_of, unset
 from bitmapd.record.geometry import Geometry
 
 __all__ = ["AT_REST", "MOST_REQUESTS", "NEVER_HERE", "Home", "Rights", "Stance", "Waiter"]
@@ -479,9 +479,10 @@ class Rights:
         """Where of what is ours a copy may still land, theirs or an old one of ours."""
         return {extent for extent in {*embargo, *self._giving.unfree} if self.own[extent]}
 
-    def absorb(self) -> None:
-        """The other's process is dead: what was or may have been its own is ours, and dirty."""
-        taken = runs_of(self.other | self.owed)
+    def absorb(self, direct: Runs = ()) -> None:
+        """The other's process is dead: what was or may have been its own is ours, and dirty; but
+        for what its kernel goes on writing (`direct`)."""
+        taken = runs_of((self.other | self.owed) & ~bits_of(direct, len(self.own)))
         self._claims.gain(taken)
         self._home.free_all()
         self._home.take_over(self._claims.blocks(taken), self._ours(()))

@@ -12,8 +12,10 @@ What a node sends of itself is its `View`.  An extent belongs afterwards to:
 | in `own` of one | that node | as it was |
 | in `owed` of one only | the giver: the grant was lost | whole |
 | in `owed` of both | node 1: it went there and back, and neither heard so | whole |
+| one is fresh: in its `own`, where its kernel goes on writing | that node | whole |
 | one is fresh: in `own` of the other | the other | as it was |
 | one is fresh: in its `stored`, or in `owed` of the other | the other | whole |
+| both are fresh: in `own` of one, where its kernel goes on writing | that node | whole |
 | both are fresh: in `stored` of one | that node | whole |
 | both are fresh: in `stored` of both | node 1 | whole |
 | both are fresh, and what one of them relied on was in memory only | node 1: all | whole |
@@ -23,7 +25,7 @@ Invariants:
 1. With the arguments exchanged and the other node's number the result is the mirror image; so
    `digest` is the same on both sides unless they have not seen the same views.
 2. No extent has two owners, and none that is named by any of the views has none.
-3. What a node comes to own without having owned it is dirty, whole.
+3. What a node comes to own without having owned it is dirty, whole.  So is what a fresh one owns.
 
 The last row is what makes a fresh pair compare everything.  Source: docs/models/coherence.pml,
 label `rights`.
@@ -52,8 +54,9 @@ class SplitRights(Exception):
 class View:
     """What one node says; bitmaps over the extents of the volume.
 
-    `stored` counts of a fresh node only: what its record named when it started.  `volatile`: what
-    it relied on may not be in any stored record.
+    `stored` counts of a fresh node only: what its record named when it started.  What such a node
+    owns its kernel has gone on writing.  `volatile`: what it relied on may not be in any stored
+    record.
     """
 
     fresh: bool
@@ -82,15 +85,16 @@ class Shares:
 def share(mine: View, theirs: View, node: int) -> Shares:
     """The division for the node with this number (1 or 2) that has sent `mine`."""
     size = len(mine.own)
+    if (mine.own & theirs.own).any():
+        raise SplitRights(runs_of(mine.own & theirs.own))
     if mine.fresh and theirs.fresh:
         return _both_fresh(mine, theirs, node, size)
     if mine.fresh:
-        return Shares(zeros(size), theirs.own | theirs.owed | mine.stored, zeros(size))
+        other = (theirs.own | theirs.owed | mine.stored) & ~mine.own
+        return Shares(mine.own.copy(), other, mine.own.copy())
     if theirs.fresh:
-        own = mine.own | mine.owed | theirs.stored
-        return Shares(own, zeros(size), own & ~mine.own)
-    if (mine.own & theirs.own).any():
-        raise SplitRights(runs_of(mine.own & theirs.own))
+        own = (mine.own | mine.owed | theirs.stored) & ~theirs.own
+        return Shares(own, theirs.own.copy(), own & ~mine.own)
     owned = mine.own | theirs.own
     lost = mine.owed & ~owned  # grants that did not arrive
     lost_by_them = theirs.owed & ~owned
@@ -102,13 +106,16 @@ def share(mine: View, theirs: View, node: int) -> Shares:
 
 
 def _both_fresh(mine: View, theirs: View, node: int, size: int) -> Shares:
-    if mine.volatile or theirs.volatile:
+    everything = mine.volatile or theirs.volatile
+    if everything:
         all_of_it, nothing = ~zeros(size), zeros(size)
         own, other = (all_of_it, nothing) if node == 1 else (nothing, all_of_it)
-        return Shares(own, other, own.copy(), everything=True)
-    own, other = mine.stored.copy(), theirs.stored.copy()
-    if node == 1:
-        other &= ~own
     else:
-        own &= ~other
-    return Shares(own, other, own.copy())
+        own, other = mine.stored.copy(), theirs.stored.copy()
+        if node == 1:
+            other &= ~own
+        else:
+            own &= ~other
+    own = (own & ~theirs.own) | mine.own
+    other = (other & ~mine.own) | theirs.own
+    return Shares(own, other, own.copy(), everything=everything)

@@ -25,8 +25,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bitmapd.attach.dm_mode import DmMode
-from bitmapd.attach.mode import Mode
+from bitmapd.attach.mode import Door, Mode
 from bitmapd.attach.nbd_mode import NbdMode
+from bitmapd.attach.promoted_dm import PromotedDm
 from bitmapd.config import (
     Paths,
     VolumeConfig,
@@ -106,6 +107,7 @@ class _Base:
     aside: Aside
     session: RecordSession
     mode: Mode
+    door: Door | None  # of a pair: the same
     opened: Undo  # what ends it, last first, after an error
 
     async def abandon(self) -> None:
@@ -148,7 +150,9 @@ class Parts(_Base):
         """Copy, and `admit` hosts."""
         self.recording.record_to(self.config.trace)
         self.recovery.begin()
-        await self.mode.begin(self.engine, self.gate, self.names, self._may_spin, self.opened)
+        await self.mode.begin(
+            self.engine, self.gate, self.names, self._may_spin, self.opened, self.primary
+        )
         if admit:
             await self.mode.admit()
         if not isinstance(self.copier, Copier):
@@ -246,7 +250,9 @@ async def assemble(
     except BaseException:
         aside.close()
         raise
-    base = _Base(config, loop, aside, session, _make_mode(config, loop, owner), [])
+    mode = _make_mode(config, loop, owner)
+    door = None if isinstance(mode, DmMode) else mode
+    base = _Base(config, loop, aside, session, mode, door, [])
     try:
         return await _make(base, paths, owner)
     except BaseException:
@@ -254,8 +260,12 @@ async def assemble(
         raise
 
 
-def _make_mode(config: VolumeConfig, loop: asyncio.AbstractEventLoop, owner: Owner) -> Mode:
+def _make_mode(
+    config: VolumeConfig, loop: asyncio.AbstractEventLoop, owner: Owner
+) -> NbdMode | DmMode | PromotedDm:
     if config.attach == "dm":
+        if config.node is not None:
+            return PromotedDm(config, loop, owner.emit, on_barrier=owner.changed)
         return DmMode(config, loop, owner.emit, on_barrier=owner.changed)
     return NbdMode(config, loop, owner.emit)
 
@@ -269,15 +279,21 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     opened.append(engine.close)
     path = await mode.prepare(geometry, opened)
     claim = claim_of(session.pair)
+    shared = session.pair is not None
     primary = await engine.call(
-        partial(KernelDevice, path, engine, claim=claim if mode.exclusive else None)
+        partial(
+            KernelDevice,
+            path,
+            engine,
+            claim=claim if mode.exclusive or shared else None,
+            guarded=mode.exclusive,
+        )
     )
     opened.append(primary.close)
     record = await engine.call(partial(KernelDevice, config.record, engine))
     opened.append(record.close)
     _warn_if_buffered((primary, record), emit)
     secondary: Target | None = None
-    shared = session.pair is not None
     if not has_receiver(config):
         secondary = make_secondary(config, loop, engine, session.secondary_mismatch, claim)
         opened.append(secondary.close)
@@ -336,6 +352,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         if pair is not None:
             home.attach(gate, copier, primary, secondary, geometry.block_bytes)
             pair.attach(gate, copier)
+            if isinstance(mode, PromotedDm):
+                mode.path.is_held_up = pair.holds_up_hosts
             engine.on_shut_out = pair.shut_out
     copier.on_change = owner.changed
     samples = copier.samples if isinstance(copier, Copier) else None
@@ -358,6 +376,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         aside,
         session,
         mode,
+        base.door,
         opened,
         engine=engine,
         primary=primary,

@@ -45,6 +45,9 @@ class PairGrowth:
 
     async def _look(self, size_bytes: int) -> str | None:
         parts = self._parts
+        if parts.mode.elsewhere and self._pair.lets_hosts_in:
+            name = parts.config.name
+            return f"hosts have /dev/mapper/{name}: 'dmctl demote {name}' first, then grow it"
         found = await present_geometry(
             parts.config,
             self._volume.geometry,

@@ -1,8 +1,9 @@
 """Hosts of one of two appliances: let in when this node is to serve them, and sent away (edge).
 
-With `serve = on-promote` they are let in by a takeover at this node only.  They are cut off when
-the partner takes over as planned, or when this node is demoted, once what they had asked for is
-answered.  If a takeover of the partner comes to nothing they are let in again where they were.
+With `serve = on-promote` they are let in by a takeover at this node only, or go on where their
+kernel has outlived the process that served them.  They are cut off when the partner takes over as
+planned, or when this node is demoted, once what they had asked for is answered.  If a takeover of
+the partner comes to nothing they are let in again where they were.
 
 One thing after the other: whoever lets hosts in waits until those of before have been sent away.
 """
@@ -12,8 +13,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 
-from bitmapd.attach.mode import DRAIN_TIMEOUT_S, Mode
-from bitmapd.errors import BusyError
+from bitmapd.attach.mode import Door, EndEras
+from bitmapd.errors import BitmapdError
 
 
 class VolumeHosts:
@@ -21,15 +22,17 @@ class VolumeHosts:
 
     def __init__(
         self,
-        mode: Mode,
+        door: Door,
         loop: asyncio.AbstractEventLoop,
         on_change: Callable[[bool], None],
+        end_eras: EndEras,
         *,
         are_served: bool,
     ) -> None:
-        self._mode = mode
+        self._door = door
         self._loop = loop
         self._on_change = on_change
+        self._end_eras = end_eras
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
         self._taken_from = False  # they were served, and `stop` has ended that
@@ -40,7 +43,7 @@ class VolumeHosts:
         """Let them in.  A BitmapdError if it cannot be listened for them."""
         async with self._turn:
             if not self.are_served:
-                await self._mode.admit()
+                await self._door.admit()
                 self._become(True)
             self._taken_from = False
 
@@ -50,12 +53,7 @@ class VolumeHosts:
         async with self._turn:
             self._taken_from = False
             if self.are_served:
-                if self._connected and not force:
-                    raise BusyError(
-                        f"{self._connected} hosts are connected",
-                        hint="disconnect them, or give --force",
-                    )
-                await self._end()
+                await self._end(force=force)
 
     # -- a takeover of the partner --------------------------------------------------------------
     def stop(self, force: bool, done: Callable[[str | None], None]) -> None:
@@ -64,11 +62,12 @@ class VolumeHosts:
     async def _stop(self, force: bool, done: Callable[[str | None], None]) -> None:
         async with self._turn:
             if self.are_served:
-                if self._connected and not force:
-                    done(f"{self._connected} hosts are connected at the partner")
+                try:
+                    await self._end(force=force)
+                except BitmapdError as error:
+                    done(f"{error.message} at the partner")
                     return
                 self._taken_from = True
-                await self._end()
         done(None)
 
     def go_on(self) -> None:
@@ -78,17 +77,25 @@ class VolumeHosts:
         async with self._turn:
             taken_from, self._taken_from = self._taken_from, False
             if taken_from and not self.are_served:
-                await self._mode.admit()
+                await self._door.admit()
                 self._become(True)
 
-    # -- both -----------------------------------------------------------------------------------
-    @property
-    def _connected(self) -> int:
-        return self._mode.server.stats.connections
+    # -- a split brain --------------------------------------------------------------------------
+    def cut_off(self) -> None:
+        """Whoever writes past the gate cannot be made to wait."""
+        if self.are_served and not self._turn.locked():
+            self._begin(self._cut_off())
 
-    async def _end(self) -> None:
+    async def _cut_off(self) -> None:
+        async with self._turn:
+            if self.are_served:
+                await self._door.cut_off()
+                self._become(False)
+
+    # -- all ------------------------------------------------------------------------------------
+    async def _end(self, *, force: bool) -> None:
+        await self._door.dismiss(self._end_eras, force=force)
         self._become(False)
-        await self._mode.server.drain(DRAIN_TIMEOUT_S)
 
     def _become(self, are_served: bool) -> None:
         self.are_served = are_served

@@ -52,6 +52,9 @@ class NoHosts:
     def when_landed(self, call: Callable[[], None]) -> None:
         call()
 
+    def when_left(self, extents: Sequence[int], call: Callable[[], None]) -> None:
+        call()
+
     def give(self, extents: Sequence[int]) -> list[tuple[int, int]]:
         return []
 

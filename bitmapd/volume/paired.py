@@ -5,6 +5,7 @@ joins the volume's parts and the pair; this stands above both.
 
 1. The volume begins once, as soon as the pair says that hosts may be served; they are let in then,
    or with `serve = on-promote` by a takeover at this node, and not again after `demote` but by one.
+   Hosts whose kernel has outlived an earlier process are not let in: they never were out.
 2. What nobody knows is compared: the pass begins when the pair says so, or with the hosts.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
+from bitmapd.attach.mode import Door
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
 from bitmapd.media.waiting import completion
@@ -58,8 +60,9 @@ class Served(Protocol):
 class Paired:
     """See the module docstring."""
 
-    def __init__(self, name: str, parts: Parts, pair: Pair, volume: Served) -> None:
+    def __init__(self, name: str, parts: Parts, pair: Pair, door: Door, volume: Served) -> None:
         self.pair = pair
+        self._door = door
         self._name = name
         self._parts = parts
         self._volume = volume
@@ -71,7 +74,7 @@ class Paired:
     # -- start and stop -----------------------------------------------------------------------
     async def start(self) -> None:
         """Look for the partner; hosts are let in now, or when it has come."""
-        self.pair.start()
+        self.pair.start(tuple(self._door.direct))
         if self.pair.serves:
             await self._volume.begin()
         else:
@@ -101,13 +104,24 @@ class Paired:
         """The volume works, and hosts have been let in or not."""
         parts = self._parts
         self._hosts = VolumeHosts(
-            parts.mode, parts.loop, self.pair.let_hosts_in, are_served=are_served
+            self._door,
+            parts.loop,
+            self.pair.let_hosts_in,
+            self._end_eras,
+            are_served=are_served,
         )
         self.pair.node.serve(self._hosts)
+
+    async def _end_eras(self, enough: Callable[[], bool]) -> None:
+        self._parts.copier.wake()
+        await self._volume.until(enough)
 
     # -- what has changed ---------------------------------------------------------------------
     def look(self) -> None:
         """Something has changed."""
+        is_split = self.pair.state is State.SPLIT_BRAIN
+        if is_split and self._parts.mode.elsewhere and self._hosts is not None:
+            self._hosts.cut_off()
         if self._volume.serving and self.pair.begins_to_compare():
             self._parts.loop.create_task(self._compare_everything())
 
@@ -197,6 +211,12 @@ class Paired:
         if pair.is_paired and not fenced:
             if not beside:
                 await pair.take(force)
+            elif pair.one_serves:
+                raise WrongStateError(
+                    f"volume '{name}' is attached with device-mapper: one node serves hosts at a"
+                    " time",
+                    hint=f"'dmctl takeover {name}' sends those of the partner away",
+                )
         elif not pair.is_alone:
             if fenced:
                 pair.take_over(Proof.WORD)
@@ -210,8 +230,10 @@ class Paired:
             elif pair.fence.is_configured:
                 await pair.fence.run()
             else:
+                goes_on = "; its kernel goes on without bitmapd" if pair.peer_is_direct else ""
                 raise UnreachableError(
-                    f"nothing proves that the partner of volume '{name}' can write no more",
+                    f"nothing proves that the partner of volume '{name}' can write no more"
+                    f"{goes_on}",
                     hint="make certain that it cannot (switch it off, or cut it off from the"
                     f" storage), then 'dmctl takeover {name} --fenced'",
                 )

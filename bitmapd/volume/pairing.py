@@ -143,6 +143,8 @@ def make_pair(
             keeps=is_keeper(config),
             falls_back=config.record_fallback,
             partner_record=config.partner_record,
+            direct=config.attach == "dm",
+            on_promote=config.serve == "on-promote",
         ),
         link_settings(config, seeks=state.node == 1 and state.never_paired),
         loop,

@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from bitmapd.attach.dm_mode import DmMode
-from bitmapd.attach.mode import DRAIN_TIMEOUT_S
 from bitmapd.config import (
     Paths,
     VolumeConfig,
@@ -103,10 +102,10 @@ class Volume:
                 receiver = WithReceiver(self.config.name, parts, parts.receiver, self)
                 await receiver.start()
                 self._receiver = receiver
-            if parts.pair is None:
+            if parts.pair is None or parts.door is None:
                 await self.begin()
             else:
-                self._paired = Paired(self.config.name, parts, parts.pair, self)
+                self._paired = Paired(self.config.name, parts, parts.pair, parts.door, self)
                 await self._paired.start()
         except BaseException:
             await parts.abandon()
@@ -115,7 +114,7 @@ class Volume:
 
     async def begin(self) -> None:
         """Copy, and let hosts in, unless that needs a takeover."""
-        admit = self.config.serve == "always"
+        admit = self.config.serve == "always" or self._parts.mode.adopted
         await self._parts.begin(admit=admit)
         if self._paired is not None:
             self._paired.begun(are_served=admit)
@@ -137,8 +136,12 @@ class Volume:
 
     async def _end_outdated(self) -> None:
         """Hosts that wait have been refused; the process begins anew once they know."""
-        if self.serving:
-            await self._parts.mode.server.drain(DRAIN_TIMEOUT_S)
+        mode, door = self._parts.mode, self._parts.door
+        if door is not None and (self.serving or mode.adopted):
+            try:
+                await door.cut_off()
+            except BitmapdError as error:  # the next process finds them, and tries again
+                self.emit("detach-error", message=error.message)
         if self.on_outdated is not None:
             self.on_outdated()
 
@@ -242,7 +245,14 @@ class Volume:
         return {"clean": clean, "record_extents": extents, "paused": paused}
 
     async def _stop_waiting(self) -> dict[str, Any]:
-        """Of a node of a pair that has not been served: nothing of it has changed."""
+        """Of a node of a pair that has not been served: nothing of it has changed, unless its
+        kernel has served hosts all the time."""
+        mode = self._parts.mode
+        try:
+            await mode.close_hosts()
+        except BusyError:
+            self._stopping = False
+            raise
         self.changed()
         if self._paired is not None:
             await self._paired.entered()
@@ -251,6 +261,7 @@ class Volume:
         paused = self._parts.pausing.stored
         self.emit("stopped", clean=False, record_extents=extents, paused=paused)
         await self._finish()
+        await mode.detach(lambda: None)
         await self._parts.close()
         return {"clean": False, "record_extents": extents, "paused": paused}
 

@@ -21,6 +21,7 @@ from dmctl.cli.lifecycle import restart
 from dmctl.cli.processes import is_running
 
 TAKEOVER_TIMEOUT_S = 60.0
+LAYERS_TIMEOUT_S = 60.0
 DISSOLVE_TIMEOUT_S = 600.0  # waits for requests that are under way
 FENCING = {
     "agent": "the fence command is at work",
@@ -38,8 +39,8 @@ def takeover(context: Context, args: Namespace) -> int:
     """Serve without the partner."""
     name, output = args.name, context.output
     words = {"fenced": args.fenced, "force": args.force, "beside": args.beside}
-    within_s = TAKEOVER_TIMEOUT_S
     config = load_volume(context.paths, name)
+    within_s = _within_s(config)
     if config.fence_command is not None:
         within_s += config.fence_timeout_s + config.late_writes_s
     try:
@@ -88,10 +89,16 @@ def _wait(context: Context, name: str, within_s: float) -> None:
         ) from None
 
 
+def _within_s(config: VolumeConfig) -> float:
+    """Hosts are sent away, or let in; the kernel's layers take their time, too."""
+    return TAKEOVER_TIMEOUT_S + (LAYERS_TIMEOUT_S if config.attach == "dm" else 0.0)
+
+
 def demote(context: Context, args: Namespace) -> int:
     """Let hosts in no more, and give everything to the partner."""
     name, output = args.name, context.output
-    answer = ask(context, name, "demote", {"force": args.force}, TAKEOVER_TIMEOUT_S)
+    within_s = _within_s(load_volume(context.paths, name))
+    answer = ask(context, name, "demote", {"force": args.force}, within_s)
     if output.as_json:
         output.json("demote", {"name": name, **answer})
         return 0

@@ -36,12 +36,15 @@ def add_failover(commands: Commands) -> None:
         "serve a volume of two appliances here, instead of at the partner",
         "While the partner is there it stops its hosts and gives everything: status 12 if hosts are"
         " connected to it, unless --force is given. They are let in there again by a takeover at"
-        " that node."
+        " that node. With device-mapper this node makes the volume's device, and the partner has"
+        " removed its own by then."
         " If the partner is gone, hosts wait for places that it may have written. A"
         " silent partner may be alive and writing, so a time-out is no proof. --fenced is your word"
         " that it can write neither primary nor secondary any more: it was switched off, or cut off"
-        " from the storage. Then everything that was its own is taken over: just what its record"
-        " names is copied; or everything is compared, if this node has not met it since it started."
+        " from the storage. The end of its process is no such proof if it is attached with"
+        " device-mapper, for its kernel goes on writing. Then everything that was its own is taken"
+        " over: just what its record names is copied; or everything is compared, if this node"
+        " has not met it since it started."
         " Without it the volume's fence_command is run, and its success is the proof."
         " Ends with status 15 without a proof, 14 where there is nothing to take over, 12 while the"
         " nodes exchange their records.",
@@ -56,7 +59,8 @@ def add_failover(commands: Commands) -> None:
     takeover.add_argument(
         "--beside",
         action="store_true",
-        help="let hosts in here, too: a partner that is there goes on with its own",
+        help="let hosts in here, too: a partner that is there goes on with its own; not with"
+        " device-mapper",
     )
     takeover.add_argument(
         "--wait", type=duration, metavar="DURATION", help="if the partner is not there, wait for it"
@@ -67,7 +71,8 @@ def add_failover(commands: Commands) -> None:
         "failover:demote",
         "let hosts in no more at this node of two, and give everything to the partner",
         "The volume goes on running here, and copies what it has left. Hosts are let in again by"
-        " 'dmctl takeover' at this node, or with serve = always by its next start. Without a"
+        " 'dmctl takeover' at this node, or with serve = always by its next start. With"
+        " device-mapper the volume's device is removed. Without a"
         " partner what is this node's own stays in its record. Ends with status 12 if hosts are"
         " connected, unless --force is given; 14 for a volume of a single appliance.",
     )

@@ -48,7 +48,8 @@ def add_volumes(commands: Commands) -> None:
         completed(create.add_argument(option, metavar=metavar, required=needed, help=text), FILE)
     for option, metavar, text in (
         ("--attach", "auto|dm|nbd", "how hosts reach the volume: /dev/mapper/NAME, or an NBD"
-         " export; auto is dm where the kernel has it and the primary is a block device"),
+         " export; auto is dm where the kernel has it and the primary is a block device; of two"
+         " appliances it is nbd, and dm needs --serve on-promote"),
         ("--listen", "URI", "where to export (default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd)"),
         ("--extent-size", "SIZE", "unit of the record (default 1MiB)"),
         ("--block-size", "SIZE", "unit of copying (default 64KiB)"),

@@ -99,6 +99,8 @@ class Helper:
             "stat": self.stat,
             "close_top": self.close_top,
             "detach": self.detach,
+            "look": self.look,
+            "sever": self.sever,
         }
 
     # -- the lock -----------------------------------------------------------------------------
@@ -286,6 +288,25 @@ class Helper:
         self.own()
         self._forget()
         self._reach(Goal.GONE)
+        return {}, b""
+
+    def look(self, request: Request) -> Answer:
+        """The segments in force, if hosts have the volume; None otherwise."""
+        del request
+        self.own()
+        seen = observe(self._volume, self._mapper)
+        layers = [seen.layer(self._volume, layer) for layer in (Layer.TOP, Layer.WRITE, Layer.ERA)]
+        top, write, era = layers
+        segments = None
+        if top is not None and write is not None and era is not None and top.uses(write):
+            segments = segments_of(write.lines, era=era.number, nbd=self._nbd_number(seen))
+        return {"segments": segments or None}, b""
+
+    def sever(self, request: Request) -> Answer:
+        del request
+        self.own()
+        self._forget()
+        self._reach(Goal.SEVERED)
         return {}, b""
 
     # -- the barrier's files --------------------------------------------------------------------

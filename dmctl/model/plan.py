@@ -17,7 +17,8 @@ looks at nothing but what was observed.  It is empty exactly when the goal is re
    udev does not run: either is made good.
 6. A table in force that is right keeps its segments, whatever segments are wanted: who attaches to
    a live stack learns what is in force.
-7. A volume grows in use in two plans: TRACKED with a new era device, for which no segment may be
+7. A device that is taken from hosts while they have it open (SEVERED) answers with errors.
+8. A volume grows in use in two plans: TRACKED with a new era device, for which no segment may be
    direct any more, then ATTACHED, which lengthens the tables above.  None shrinks in use.
 """
 
@@ -39,6 +40,7 @@ from dmctl.model.stack import (
     check_nbd,
     check_primary,
     era_table,
+    error_table,
     segments_of,
     top_table,
     with_devices,
@@ -74,6 +76,8 @@ def plan(observed: Observed, wanted: Wanted) -> list[Step]:
         match wanted.goal:
             case Goal.GONE:
                 planner.remove_all()
+            case Goal.SEVERED:
+                planner.sever()
             case Goal.CLOSED:
                 planner.remove(Layer.TOP)
             case Goal.TRACKED:
@@ -132,6 +136,21 @@ class _Planner:
         self.remove(Layer.WRITE)
         if self._observed.nbd is not None:
             self.steps.append(DisconnectNbd(self._observed.nbd.path))
+        self.remove(Layer.ERA)
+        self._free_rams()
+
+    def sever(self) -> None:
+        """Hosts that have it open lose it.  What the gate has not answered ends first, with an
+        error, so that nothing in flight holds up the change of tables."""
+        nbd, top = self._observed.nbd, self._there[Layer.TOP]
+        if top is None or not top.open_count:
+            self.remove_all()
+            return
+        if nbd is not None:
+            self.steps.append(DisconnectNbd(nbd.path))
+        if top.table != error_table(top):
+            self.steps.append(Reload(top.name, error_table(top), None))
+        self.remove(Layer.WRITE)
         self.remove(Layer.ERA)
         self._free_rams()
 

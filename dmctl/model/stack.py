@@ -22,7 +22,18 @@ from typing import Final
 
 from bitmapd.errors import NoSpaceError, PermissionError_, UsageError, WrongStateError
 from dmctl.model.names import UUID_PREFIX, Layer, layer_name, layer_uuid
-from dmctl.model.targets import SECTOR_BYTES, Delay, Era, Line, Linear, Table, Target, Via
+from dmctl.model.targets import (
+    SECTOR_BYTES,
+    Delay,
+    Era,
+    Line,
+    Linear,
+    Other,
+    Table,
+    Target,
+    Via,
+    table_bytes,
+)
 
 # dm-era keeps 4 bytes a block and a bit a block for each era that is not digested; it fails writes
 # when it runs out of room, so the room is three times of what it needs.
@@ -170,6 +181,7 @@ class Goal(Enum):
     ATTACHED = "attached"  # everything is there
     CLOSED = "closed"  # hosts have no device; what is below it stays as it is
     GONE = "gone"  # nothing is there
+    SEVERED = "severed"  # likewise, but for a device that hosts have open: it answers with errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +201,11 @@ def era_table(volume: Volume, *, ram: str, primary: str) -> Table:
 def top_table(volume: Volume, *, primary: str, write: str) -> Table:
     ways = Delay(reads=Via(primary), writes=Via(write), flushes=Via(primary))
     return (Line(0, volume.size_bytes, ways),)
+
+
+def error_table(device: Mapped) -> Table:
+    """Every request of it fails."""
+    return (Line(0, table_bytes(device.lines), Other("error", "")),)
 
 
 def write_table(

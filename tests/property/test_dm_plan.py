@@ -93,7 +93,7 @@ def check(dm: SimDm, goal: Goal) -> None:
     assert not any(device and device.suspended for device in layers.values())
     assert not any(device and device.inactive for device in layers.values())
     era, write, top = (layers[layer] for layer in (Layer.ERA, Layer.WRITE, Layer.TOP))
-    if goal is Goal.GONE:
+    if goal in {Goal.GONE, Goal.SEVERED}:
         assert not any(layers.values())
         assert dm.nbd is None
         assert not observed.rams
@@ -192,12 +192,14 @@ def test_every_goal_is_reached_from_every_state(data: st.DataObject) -> None:
     assert plan(dm.observe(), Wanted(dm.volume, goal)) == []
 
 
-@pytest.mark.parametrize("goal", [Goal.TRACKED, Goal.ATTACHED, Goal.GONE, Goal.CLOSED])
+@pytest.mark.parametrize(
+    "goal", [Goal.TRACKED, Goal.ATTACHED, Goal.GONE, Goal.CLOSED, Goal.SEVERED]
+)
 def test_a_death_after_every_effect(goal: Goal) -> None:
     def fresh() -> SimDm:
         dm = kernel()
         connect(dm)
-        if goal in {Goal.GONE, Goal.CLOSED}:
+        if goal in {Goal.GONE, Goal.CLOSED, Goal.SEVERED}:
             go(dm, Goal.ATTACHED)
         return dm
 
@@ -357,6 +359,30 @@ def test_growing_while_hosts_have_it_open() -> None:
     go(dm, Goal.ATTACHED)
     check(dm, Goal.ATTACHED)
     assert dm.devices[VOLUME.name] is top
+
+
+def test_a_device_that_hosts_have_open_is_taken_from_them() -> None:
+    """Whichever effect is the last before a death; nothing of the volume can be written then."""
+    lived, life = False, 0
+    while not lived:
+        dm = kernel()
+        connect(dm)
+        go(dm, Goal.ATTACHED)
+        top = dm.devices[VOLUME.name]
+        top.opens = 1
+        lived = go_dying(dm, Goal.SEVERED, life)
+        go(dm, Goal.SEVERED)
+        assert dm.devices == {VOLUME.name: top}
+        assert render(top.table or ()) == f"0 {VOLUME.size_bytes // 512} error"
+        assert (dm.nbd, dm.observe().rams) == (None, ())
+        assert plan(dm.observe(), Wanted(dm.volume, Goal.SEVERED)) == []
+        with pytest.raises(BusyError):
+            go(dm, Goal.CLOSED)
+        top.opens = 0
+        go(dm, Goal.SEVERED)
+        check(dm, Goal.SEVERED)
+        life += 1
+    assert life > 4
 
 
 # -- what is not ours, and what is in use ---------------------------------------------------------

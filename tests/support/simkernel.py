@@ -386,6 +386,11 @@ class SimKernel:
         self.disk.flush(done)
         self.era.host_ops.append(self.disk.pending[-1])
 
+    def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
+        """Reads do, too."""
+        self.disk.read(offset_bytes, buffer, done)
+        self.era.host_ops.append(self.disk.pending[-1])
+
     def submit(self, bio: Bio) -> None:
         if self.suspended:
             self.held.append(bio)

@@ -20,9 +20,13 @@ What is checked:
 4. Reads are those of one disk with two doors.
 5. No message is refused, and nobody sees a split brain, since every proof of death is true.
 6. A node that has said BYE or TAKEN owns nothing, and nothing of its is on its way.
+7. What a node's kernel may write past its gate is its own, living or dead: the other knows it, and
+   does not own it.
 Of a keeper, node 2 of a world that is `kept`, 3 holds as well, while the host cannot have gone on
 without it; and its stored record alone names what differs, or says that it may lack something.
 
+With the trouble "kernel" hosts of one node write through the table of a simulated kernel
+(`simkernel`), which goes on when the node's process dies; a fence ends both.
 Once somebody has lied of a death (trouble "lie") 1, 2, 3 and 5 hold no more; 4 does, and what
 follows.
 And after `heal`: both are paired, nobody waits, nothing is dirty, both sides are equal.
@@ -43,7 +47,10 @@ from bitarray import bitarray
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError
+from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.gate import Gate
+from bitmapd.gate.promoted import PromotedPath
+from bitmapd.gate.routes import Routes
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.partner import codec
@@ -58,7 +65,7 @@ from bitmapd.peer import frames
 from bitmapd.peer.frames import PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.record import layout
-from bitmapd.record.extents import each, runs_of, zeros
+from bitmapd.record.extents import each, joined, runs_of, zeros
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pair_state import PairFlag, PairState
 from bitmapd.record.store import RecordStore
@@ -67,6 +74,7 @@ from bitmapd.volume.keeping import NoHosts
 from tests.support.policies import MischievousPolicy
 from tests.support.records import VOLUME, blank_image, load_image, superblock
 from tests.support.sim import LATE_S, SECTOR, SimDisk, SimLoop, SimOp
+from tests.support.simkernel import SimKernel, finish_or_drop
 
 BLOCK = 4096
 PER_EXTENT = 2
@@ -173,6 +181,8 @@ class Side:
         self.broken = False  # nothing can be written to the record's device
         self.sent: dict[str, int] = {}
         self.ghosts: list[tuple[Path, SimOp]] = []
+        self.kernel: SimKernel | None = None  # the stack that hosts have, if this node has one
+        self.stacks = 0  # that have gone
         self.primary: Path
         self.secondary: Path
 
@@ -202,6 +212,9 @@ class Side:
         self.rights = Rights(geometry, self.number, self.loop, hands)
         self.rights.cut_patience_s = 2.0 if world.impatient else None
         self.pair_record = PairRecord(self.store, self.rights)
+        self.path = PromotedPath()
+        self.path.is_held_up = self._is_held_up
+        direct = self._find_stack()
         self.gate = Gate(
             geometry,
             self.primary,
@@ -209,6 +222,7 @@ class Side:
             MischievousPolicy(geometry.extents, world.rng),
             self.loop,
             limit_extents=3,
+            elsewhere=(self.path,) if world.direct == self.number else (),
             asks=self.rights,
             piecewise=True,
             owns=self.rights.owns,
@@ -250,11 +264,63 @@ class Side:
         self.compared = 0  # how often everything was
         self.alarmed = False  # a split brain was found where there was none
         self.shut_out = False  # its ways to the media are fenced
-        self.requests = 0  # of hosts, that are not answered
-        self.node.start()
+        if self.kernel is None:
+            self.requests = 0  # of hosts, that are not answered
+        self.node.start(direct)
         if not self.keeps:
             self.copier.start()
         self.loop.run_soon()
+
+    # -- a kernel that hosts write through ------------------------------------------------------
+    def _is_held_up(self) -> bool:
+        return self.node.state is not State.PAIRED and bool(self.rights.waiting)
+
+    def _find_stack(self) -> Runs:
+        if self.kernel is None:
+            return ()
+        direct = joined(self.kernel.direct(self.kernel.table))
+        self._follow(self.kernel).routes.adopt(direct)
+        return direct
+
+    def _follow(self, kernel: SimKernel) -> DirectPath:
+        routes = Routes(max_segments=self.world.rng.choice((3, 5, 2000)))
+        since_era = kernel.era.current
+        path = DirectPath(self.geometry, kernel, routes, lambda *a, **k: None, since_era=since_era)
+        self.path.begin(path)
+        return path
+
+    def promote(self) -> None:
+        """Let hosts in who write past the gate; those of an earlier process are served on."""
+        if self.number != self.world.direct or not (self.alive and self.node.serves):
+            return
+        off = self.leaving or self.gone or self.stopping is not None or self.stopped
+        if off or self.requests < 0:
+            return
+        if self.kernel is None:
+            disk = Path("primary", self.world.primary, self.world.primary_landed)
+            self.kernel = SimKernel(self.geometry, disk)
+            self._follow(self.kernel)
+        if self.kernel.gate is None:
+            self.kernel.new_gate(self.gate)
+
+    def take_down(self) -> None:
+        """No host is left: the stack goes, and whatever is open counts as written."""
+        if self.kernel is not None:
+            if self.kernel.busy is not None:
+                self.kernel.lose_helper(swap=self.world.rng.random() < 0.5)
+            unknown = self.path.end()
+            self.gate.take_over((self.geometry.extent_blocks(*run) for run in unknown), ())
+            self.fence_kernel()
+
+    def fence_kernel(self) -> None:
+        """Nothing of it reaches the media any more, but for what is there already."""
+        if self.kernel is not None:
+            self.kernel.end()
+            disk = self.kernel.disk
+            finish_or_drop(disk, list(disk.pending), self.world.rng)
+            self.kernel = None
+            self.stacks += 1
+            self.requests = 0
 
     def die(self) -> None:
         """`kill -9`: what was on its way to the media may land yet, unless it is shut out."""
@@ -269,7 +335,10 @@ class Side:
                 write()
         self.superblocks = []
         self.record_image = self.record.crash(world.rng)
-        world.answers_lost(self)
+        if self.kernel is not None:
+            self.kernel.bitmapd_died(world.rng, swap=world.rng.random() < 0.5)
+        else:
+            world.answers_lost(self)
         if self.end is not None:
             self.end.closed = True
             self.end = None
@@ -330,6 +399,10 @@ class Side:
             flags |= HelloFlag.UNSTORED
             if self.world.falls_back:
                 flags |= HelloFlag.RELIES
+        if self.world.direct:
+            flags |= HelloFlag.ON_PROMOTE
+        if self.world.direct == self.number:
+            flags |= HelloFlag.DIRECT
         return flags
 
     @property
@@ -396,6 +469,8 @@ class Side:
     @property
     def takes_hosts(self) -> bool:
         off = self.leaving or self.stopping is not None or self.stopped
+        if self.world.direct == self.number:
+            return self.kernel is not None and not off and self.requests >= 0
         return self.alive and self.node.serves and not off and self.requests >= 0
 
     @property
@@ -553,6 +628,8 @@ class World:
         self.falls_back = self.rng.random() < 0.7  # record_fallback
         if kept:
             self.goes_on %= 2
+        # The node whose hosts write past its gate, if any.
+        self.direct = self.rng.choice((1, 2)) if "kernel" in troubles else 0
         self._swift = self.rng.random() < 0.5  # a link that is lost comes back soon
         self._writes_superblocks = self.rng.choice((0.05, 0.5))  # how soon they are written
         self.log: list[str] = []
@@ -575,12 +652,15 @@ class World:
         side.requests = 0
 
     def host(self, side: Side) -> None:
-        size_bytes = side.gate.size_bytes
+        size_bytes, kernel = side.geometry.size_bytes, side.kernel
         first = self.rng.randrange(size_bytes // SECTOR)
+        direct = [] if kernel is None else sorted(kernel.direct(kernel.table))
+        if direct and self.rng.random() < 0.7:
+            first = self.rng.choice(direct) * EXTENT // SECTOR + self.rng.randrange(8)
         length = min(self.rng.choice((1, 4, 8, 16, 24)) * SECTOR, size_bytes - first * SECTOR)
         kind = self.rng.choice(("write",) * 6 + ("read",) * 4 + ("zero", "trim", "flush"))
         sectors = range(first, first + length // SECTOR)
-        incarnation = side.incarnations
+        incarnation, stacks = side.incarnations, side.stacks
         side.requests += 1
         self._serial += 1
         content = (
@@ -589,7 +669,10 @@ class World:
         self.log.append(f"{side.number}: {kind} {first}+{length // SECTOR} = {self._serial}")
 
         def over(error: OSError | None) -> bool:
-            if side.incarnations != incarnation or not side.alive:
+            if kernel is not None:
+                if side.stacks != stacks:
+                    return False
+            elif side.incarnations != incarnation or not side.alive:
                 return False
             side.requests -= 1
             return error is None
@@ -607,7 +690,10 @@ class World:
                         raise AssertionError(f"sector {sector} shows {shown} after {floor[at]}")
                     self._floor[sector] = max(self._floor[sector], shown)
 
-            side.gate.read(first * SECTOR, buffer, was_read)
+            if kernel is None:
+                side.gate.read(first * SECTOR, buffer, was_read)
+            else:
+                kernel.read(first * SECTOR, buffer, was_read)
             return
 
         def was_written(error: OSError | None) -> None:
@@ -616,7 +702,13 @@ class World:
                     number = self._number[sector][content[:8]]
                     self._floor[sector] = max(self._floor[sector], number)
 
-        if kind == "write":
+        if kernel is not None:
+            if kind == "flush":
+                kernel.flush(was_written)
+            else:
+                data = content * (length // SECTOR)
+                kernel.write(kind, first * SECTOR, data, was_written, self.rng.random() < 0.2)
+        elif kind == "write":
             data = aligned(length)
             data[:] = content * (length // SECTOR)
             side.gate.write(first * SECTOR, data, was_written, self.rng.random() < 0.2)
@@ -675,6 +767,7 @@ class World:
             elif side.node.phase is Phase.CLOSED and self.rng.random() < 0.2:
                 self.notice(side)
                 self.connect()
+        self.kernel(side)
         if side.alive:
             side.compare()
             side.loop.run_soon()
@@ -684,6 +777,20 @@ class World:
     def _stalls_often(self, number: int, what: str) -> float:
         """A keeper has nothing else to do than to write its record."""
         return 0.75 if self.kept and (number, what) == (2, "record") else 0.25
+
+    def kernel(self, side: Side) -> None:
+        """What the machine of this side does by itself."""
+        side.promote()
+        if side.kernel is None or side.kernel.busy is None:
+            return
+        if side.kernel.can_step:
+            if self.rng.random() < 0.3:
+                side.kernel.step()
+        elif self.rng.random() < 0.01:
+            side.kernel.give_up()  # its time is up
+        if self.rng.random() < 0.002:
+            side.kernel.lose_helper(swap=self.rng.random() < 0.5)
+        side.loop.run_soon()
 
     def _meet(self) -> None:
         """Both are paired before anything else happens."""
@@ -707,6 +814,7 @@ class World:
         """Hosts are off for a planned takeover once they have been answered."""
         if side.stopping is not None and side.requests == 0:
             done, side.stopping, side.stopped = side.stopping, None, True
+            side.take_down()
             done(None)
             side.loop.run_soon()
 
@@ -742,7 +850,7 @@ class World:
     def demote(self, side: Side) -> None:
         """Hosts are off at this side, and then it gives everything, unasked."""
         other = self.sides[2 - side.number]
-        if not side.takes_hosts:
+        if not (side.alive and side.takes_hosts):
             return
         incarnation = side.incarnations, other.incarnations
         before = other.end
@@ -771,6 +879,7 @@ class World:
         if not side.leaving or side.requests or side.node.phase is not Phase.UP:
             return
         self.log.append(f"{side.number}: leaves")
+        side.take_down()
         side.leaving, side.requests = False, -1
 
         def left(all_given: bool) -> None:
@@ -815,11 +924,12 @@ class World:
 
     def finish(self, side: Side, *, anything: bool) -> bool:
         """One disk operation of this side."""
-        if not side.alive:
-            return False
+        disks = [side.record, side.primary, side.secondary] if side.alive else []
+        if side.kernel is not None:
+            disks.append(side.kernel.disk)
         busy = [
             disk
-            for disk in (side.record, side.primary, side.secondary)
+            for disk in disks
             if disk.pending and (anything or not self._stalls[side.number, disk.name])
         ]
         if not busy:
@@ -1052,7 +1162,7 @@ class World:
             side.node.fenced(Proof.WORD)
             side.loop.run_soon()
             return
-        if other.alive and self.rng.random() < 0.5:
+        if other.alive and not self.direct and self.rng.random() < 0.5:
             self.cut()
             other.shut_out = True  # it lives, and what it writes is refused
             for path in (other.primary, other.secondary):
@@ -1060,6 +1170,7 @@ class World:
                 path.ghosts = []
         elif other.alive:
             self.crash(other)
+        other.fence_kernel()
         other.lay_ghosts()
         self.log.append(f"{side.number}: takes over")
         side.node.fenced(Proof.FENCE)
@@ -1105,6 +1216,8 @@ class World:
                 ]
                 if unknown:
                     raise AssertionError(f"node {other.number} does not know of {unknown}")
+        for side, other in ((one, two), (two, one)):
+            self._check_kernel(side, other)
         flying = [self._flying(side) for side in self.sides]
         if flying[0] & flying[1]:
             raise AssertionError("writes of both nodes to the same block are on their way")
@@ -1144,8 +1257,23 @@ class World:
             one.end is not None and two.end is not None and one.end.connection is two.end.connection
         )
 
+    def _check_kernel(self, side: Side, other: Side) -> None:
+        if side.kernel is None:
+            return
+        direct = side.kernel.may_be_direct()
+        if side.knows and any(not side.rights.own[extent] for extent in direct):
+            raise AssertionError(f"the kernel of node {side.number} writes what is not its own")
+        if other.knows and any(other.rights.own[extent] for extent in direct):
+            raise AssertionError(f"node {other.number} owns what the other's kernel writes")
+        if other.knows and not other.may_lack:
+            known = other.rights.other | other.rights.owed
+            if any(not known[extent] for extent in direct):
+                raise AssertionError(f"node {other.number} does not know what is written")
+
     def _flying(self, side: Side) -> set[int]:
         ops = [op for path, op in side.ghosts if path.name == "primary"]
+        if side.kernel is not None:
+            ops += [op for op in side.kernel.disk.pending if op.kind == "write"]
         if side.counts:
             ops += [op for op in side.primary.pending if op.kind == "write"]
         return {
@@ -1232,6 +1360,7 @@ class World:
                         moved = True
                     while self.finish(side, anything=True):
                         moved = True
+                    moved |= self.let_kernel_end(side)
                 self.check()
             for side in self.sides:
                 for path in (side.record, side.primary, side.secondary):
@@ -1252,6 +1381,19 @@ class World:
             if all(side.node.state is State.PAIRED for side in self.sides):
                 self.resize(self.rng.choice(self.sides))  # what has come to nothing is done again
         raise AssertionError(f"it does not come to rest: {self.state()}")
+
+    def let_kernel_end(self, side: Side) -> bool:
+        """Its barrier, if one is under way; it is given up if it would wait for ever."""
+        side.promote()
+        kernel = side.kernel
+        if kernel is None or kernel.busy is None:
+            return False
+        if kernel.can_step:
+            kernel.step()
+        else:
+            kernel.give_up()
+        side.loop.run_soon()
+        return True
 
     @property
     def at_rest(self) -> bool:

@@ -691,6 +691,17 @@ def test_a_pair_is_complete_with_three_keys(write: Write) -> None:
     assert config.partner_name == "b.x"
 
 
+def test_with_device_mapper_one_node_of_a_pair_serves(write: Write) -> None:
+    table = {**PAIR, "partner": "unix:///run/b", "partner_listen": "unix:///run/a", "attach": "dm"}
+    config = load_volume(write(vol0=toml_of(**table, serve="on-promote")), "vol0")
+    assert (config.attach, config.serve) == ("dm", "on-promote")
+    with pytest.raises(ConfigError) as caught:
+        load_volume(write(vol0=toml_of(**table)), "vol0")
+    (problem,) = caught.value.problems
+    assert "one node of a pair serves at a time" in problem.message
+    assert "serve = on-promote at both nodes" in str(problem.hint)
+
+
 def test_how_the_other_node_is_fenced(write: Write) -> None:
     table = {
         **PAIR,

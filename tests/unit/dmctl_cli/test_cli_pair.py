@@ -111,7 +111,7 @@ def test_a_single_volume_says_nothing_of_a_pair(nodes: dict[int, Cli]) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"attach": "dm"}, "without asking the partner"),
+        ({"attach": "dm"}, "one node of a pair serves at a time"),
         ({"serve": "promoted"}, "not one of always, on-promote"),
         ({"record_on": "elsewhere"}, "not one of both, partner, local"),
         ({"node": "3"}, "there are 1 and 2"),

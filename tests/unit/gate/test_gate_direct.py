@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.support.mirror import (
 )
 
 
-def direct(*extents: int, **options: int) -> Mirror:
+def direct(*extents: int, **options: Any) -> Mirror:
     """A mirror in which these extents are direct, equal on both sides, and kept by the policy."""
     mirror = Mirror(direct=True, **options)
     mirror.policy.kept = set(extents)
@@ -520,6 +521,7 @@ class Another:
         self.open: set[int] = set()
         self.cooled: list[int] = []
         self.left: list[int] = []
+        self.leaving: list[Callable[[], None]] = []
         self.written = self.being_written = self.wants_barrier = self.is_urgent = False
         self.host_load = (0, 0)
         self.marked_blocks = 0
@@ -542,6 +544,9 @@ class Another:
 
     def gone(self, extents: Iterable[int]) -> None:
         self.left += extents
+
+    def leave(self, extents: Iterable[int], call: Callable[[], None]) -> None:
+        self.leaving.append(call)
 
     def gated_hit(self, first: int, stop: int) -> None:
         """Nothing is written there that came through the gate."""
@@ -568,6 +573,19 @@ def test_an_era_is_over_when_all_of_them_say_so() -> None:
     mirror.loop.run_soon()
     assert ready
     assert list(mirror.gate.taken.runs()) == [(0, 1), (2, 3), (4, 5)]
+
+
+def test_an_extent_is_left_when_all_of_them_have_left_it() -> None:
+    one, other = Another(), Another()
+    mirror = Mirror(elsewhere=(one, other), piecewise=True)
+    left: list[int] = []
+    mirror.gate.when_left([1], lambda: left.append(1))
+    one.leaving[0]()
+    mirror.loop.run_soon()
+    assert not left
+    other.leaving[0]()
+    mirror.loop.run_soon()
+    assert left
 
 
 def test_what_one_of_them_does_not_know_is_as_old_as_the_latest_full_barrier() -> None:
@@ -601,3 +619,54 @@ def test_an_extent_leaves_when_none_of_them_may_write_it() -> None:
     assert gate.is_clean(0)
     gate.drop_all_clean()
     assert (one.left, other.left) == ([0], [0])
+
+
+# -- what is given to another node ------------------------------------------------------------
+def shared(*extents: int) -> tuple[Mirror, set[int]]:
+    """One whose extents are given away, and those that are."""
+    gone: set[int] = set()
+    mirror = direct(*extents, piecewise=True, owns=lambda extent: extent not in gone)
+    return mirror, gone
+
+
+def give(mirror: Mirror, gone: set[int], extent: int) -> list[Run]:
+    dirt = mirror.gate.give([extent])
+    gone.add(extent)
+    mirror.store.drop([extent])
+    return dirt
+
+
+def test_an_extent_is_left_once_hosts_cannot_write_it_past_the_gate() -> None:
+    mirror, gone = shared(1, 2)
+    left: list[str] = []
+    mirror.gate.when_left([1, 5], lambda: left.append("left"))
+    mirror.turn()
+    assert left == []
+    assert mirror.gate.era_is_urgent
+    host_wrote(mirror, 1 * PER_EXTENT)
+    barrier(mirror)
+    assert left == ["left"]
+    assert not mirror.kernel.may_be_direct() & {1}
+    # What was written last may be in the era that no barrier has ended.
+    assert give(mirror, gone, 1) == [(PER_EXTENT, 2 * PER_EXTENT)]
+    assert give(mirror, gone, 5) == []
+
+
+def test_one_that_is_not_direct_is_left_at_once() -> None:
+    mirror, _ = shared(1)
+    left: list[str] = []
+    mirror.gate.when_left([4], lambda: left.append("left"))
+    mirror.turn()
+    assert left == ["left"]
+
+
+def test_what_the_next_barrier_brings_of_it_is_not_copied_here() -> None:
+    mirror, gone = shared(1, 2)
+    mirror.gate.when_left([1], lambda: None)
+    barrier(mirror)
+    give(mirror, gone, 1)
+    era = mirror.kernel.era
+    era.marks[era.current].update({PER_EXTENT, 2 * PER_EXTENT})  # before the table was changed
+    era.written_bytes += 2 * BLOCK
+    barrier(mirror)
+    assert list(mirror.gate.taken.runs()) == [(2 * PER_EXTENT, 2 * PER_EXTENT + 1)]

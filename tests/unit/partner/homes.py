@@ -39,6 +39,9 @@ class Desk(Home):
     def when_landed(self, call: Callable[[], None]) -> None:
         self.landing.append(call)
 
+    def when_left(self, extents: Sequence[int], call: Callable[[], None]) -> None:
+        self.landing.append(call)
+
     def keep(self, runs: Runs) -> None:
         self.calls.append(("keep", runs))
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 
 from bitmapd.partner.holder import Hands, PairRecord
-from bitmapd.partner.messages import Add, Grant, Message, Remove
+from bitmapd.partner.messages import Add, Ask, Grant, Message, Remove, Status
+from bitmapd.partner.reads import AT_REST
 from bitmapd.partner.rights import Rights
 from bitmapd.partner.share import Shares
 from bitmapd.peer.payloads import Runs
@@ -26,8 +27,13 @@ class Parts:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, object]] = []
+        self.left: list[list[int]] = []
 
     def when_landed(self, call: Callable[[], None]) -> None:
+        call()
+
+    def when_left(self, extents: Sequence[int], call: Callable[[], None]) -> None:
+        self.left.append(list(extents))
         call()
 
     def give(self, extents: Sequence[int]) -> list[tuple[int, int]]:
@@ -309,3 +315,17 @@ def test_what_has_to_be_stored_before_it_is_granted() -> None:
     it.hands.on_unstored = lambda: told.append(None)
     it.hands.unstored()
     assert told == [None]
+
+
+def test_what_is_asked_about_lands_and_what_is_asked_for_is_left_by_hosts() -> None:
+    it = Holder()
+    it.add((2, 3))
+    it.grant((2, 3))
+    it.store_all()
+    it.rights.asked(Ask(1, ((4, 6),)))
+    it.loop.run_soon()
+    assert it.sent[-1] == Status(1, AT_REST, (), True)
+    assert it.parts.left == []
+    it.rights.added(Add(2, ((2, 3),), (), ()))
+    it.loop.run_soon()
+    assert it.parts.left == [[2]]

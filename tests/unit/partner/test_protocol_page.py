@@ -80,7 +80,7 @@ def test_the_fields_of_hello_are_where_the_page_says() -> None:
 def test_the_rules_are_numbered_as_modules_cite_them() -> None:
     chapter = PAGE[PAGE.index("## Rules\n") : PAGE.index("## Connection\n")]
     listed = [int(number) for number in re.findall(r"^(\d+)\. ", chapter, re.MULTILINE)]
-    assert listed == list(range(1, 18))
+    assert listed == list(range(1, 19))
 
 
 def test_each_mistake_on_the_page_is_one_that_a_model_finds() -> None:

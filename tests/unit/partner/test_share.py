@@ -15,12 +15,12 @@ SETS = st.sets(st.integers(0, SIZE - 1)).map(lambda numbers: bits_of(joined(numb
 
 @st.composite
 def views(draw: st.DrawFn) -> tuple[View, View]:
-    """What two nodes may say; a fresh one owns nothing, and what it owns it does not owe."""
+    """What two nodes may say: what a fresh one owns its kernel writes, and it owes nothing."""
     made = []
     for _ in range(2):
         fresh, own, owed, stored = draw(st.booleans()), draw(SETS), draw(SETS), draw(SETS)
         if fresh:
-            own, owed = bits_of((), SIZE), bits_of((), SIZE)
+            owed = bits_of((), SIZE)
         made.append(View(fresh, own, owed & ~own, stored, draw(st.booleans())))
     return made[0], made[1]
 
@@ -54,7 +54,7 @@ def test_both_come_to_the_same_and_nothing_has_two_owners_or_none(pair: tuple[Vi
     for shares, mine in ((here, one), (there, two)):
         assert not (shares.dirty & ~shares.own).any()
         # A node that met a fresh one has absorbed what it owed and knew before it said so.
-        gained = shares.own & ~mine.own
+        gained = shares.own if mine.fresh else shares.own & ~mine.own
         assert not (gained & ~shares.dirty).any()
 
 
@@ -76,6 +76,10 @@ def test_the_digest_differs_where_the_results_do(own: object, other: object) -> 
         (view("", "1"), view("", "1"), 2, ("", "1", "")),
         (view(fresh=True, stored="12"), view("2"), 1, ("", "12", "")),
         (view("2"), view(fresh=True, stored="12"), 1, ("12", "", "1")),
+        (view("2", fresh=True, stored="12"), view("3"), 1, ("2", "13", "2")),
+        (view("3", "1"), view("2", fresh=True, stored="12"), 1, ("13", "2", "1")),
+        (view("2", fresh=True), view(fresh=True, stored="12"), 2, ("2", "1", "2")),
+        (view(fresh=True, stored="12"), view("2", fresh=True), 1, ("1", "2", "1")),
         (view(fresh=True, stored="12"), view(fresh=True, stored="23"), 1, ("12", "3", "12")),
         (view(fresh=True, stored="23"), view(fresh=True, stored="12"), 2, ("3", "12", "3")),
     ],
@@ -101,3 +105,10 @@ def test_both_own_the_same() -> None:
     with pytest.raises(SplitRights) as raised:
         share(view("123"), view("235"), 1)
     assert raised.value.runs == ((2, 4),)
+
+
+@pytest.mark.parametrize("fresh", [(False, True), (True, False), (True, True)])
+def test_what_two_kernels_write_has_no_owner(fresh: tuple[bool, bool]) -> None:
+    one, two = (view("12", fresh=one) for one in fresh)
+    with pytest.raises(SplitRights):
+        share(one, two, 1)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bitmapd.attach.mode import EndEras
 from bitmapd.errors import BusyError, UnreachableError
 from bitmapd.volume.hosts import VolumeHosts
 
 
 class FakeMode:
-    """A server with a door."""
+    """A door."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.server: Any = SimpleNamespace(stats=SimpleNamespace(connections=0), drain=self._drain)
+        self.connected = 0
+        self.cuts = 0
         self.open = True
         self.opened = 0
         self.answered = loop.create_future()  # the requests of hosts
@@ -28,10 +29,19 @@ class FakeMode:
             raise self.error
         self.open, self.opened = True, self.opened + 1
 
-    async def _drain(self, timeout_s: float) -> bool:
+    async def dismiss(self, end_eras: EndEras, *, force: bool) -> None:
+        if self.connected and not force:
+            raise BusyError(f"{self.connected} hosts are connected")
+        await self.cut_off()
+
+    async def cut_off(self) -> None:
         self.open = False
+        self.cuts += 1
         await self.answered
-        return True
+
+
+async def no_eras(enough: Callable[[], bool]) -> None:
+    """None has to end."""
 
 
 Test = Callable[[VolumeHosts, FakeMode, list[bool]], Coroutine[Any, Any, None]]
@@ -42,7 +52,8 @@ def run(test: Test, *, are_served: bool = True) -> None:
         loop = asyncio.get_running_loop()
         mode, told = FakeMode(loop), list[bool]()
         mode.open = are_served
-        hosts = VolumeHosts(mode, loop, told.append, are_served=are_served)  # type: ignore[arg-type]
+        door: Any = mode
+        hosts = VolumeHosts(door, loop, told.append, no_eras, are_served=are_served)
         await test(hosts, mode, told)
 
     asyncio.run(main())
@@ -102,7 +113,7 @@ def test_nor_after_a_demote_meanwhile() -> None:
 def test_connected_hosts_are_asked_for() -> None:
     async def test(hosts: VolumeHosts, mode: FakeMode, told: list[bool]) -> None:
         mode.answered.set_result(None)
-        mode.server.stats.connections = 2
+        mode.connected = 2
         assert await stopped(hosts, force=False) == "2 hosts are connected at the partner"
         with pytest.raises(BusyError):
             await hosts.dismiss(force=False)
@@ -137,5 +148,19 @@ def test_hosts_that_cannot_be_let_in_again_are_reported() -> None:
         hosts.go_on()
         await turns()
         assert [what["exception"] for what in reported] == [mode.error]
+
+    run(test)
+
+
+def test_hosts_of_a_split_brain_are_cut_off_once() -> None:
+    async def test(hosts: VolumeHosts, mode: FakeMode, told: list[bool]) -> None:
+        hosts.cut_off()
+        await turns()
+        hosts.cut_off()  # with the next tick; it is under way
+        mode.answered.set_result(None)
+        await turns()
+        hosts.cut_off()
+        await turns()
+        assert (mode.open, mode.cuts, hosts.are_served, told) == (False, 1, False, [True, False])
 
     run(test)

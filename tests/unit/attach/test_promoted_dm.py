@@ -1,0 +1,293 @@
+"""attach/promoted_dm: a stack that comes when hosts are let in, and goes when they are sent away.
+
+The kernel only notes what it is told; with a real one it is tested in tests/vm/guest/test_dm_pair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from bitmapd.attach import promoted_dm
+from bitmapd.attach.promoted_dm import PromotedDm
+from bitmapd.errors import BitmapdError, BusyError
+from bitmapd.gate.direct import HostCounters
+from bitmapd.gate.routes import Segment
+from tests.support.local import LocalVolume
+from tests.support.mirror import Mirror
+from tests.unit.attach.test_modes import NotedServer
+
+
+class NotedKernel:
+    """A `KernelAttachment` without a kernel; what is told goes to `calls`."""
+
+    current_era = 7
+
+    def __init__(self, calls: list[str]) -> None:
+        self.calls = calls
+        self.found: list[Segment] | None = None
+        self.open = False  # some host has the device
+        self.fails = ""  # the call that does
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if self.fails == call:
+            raise BitmapdError(f"cannot {call}")
+
+    async def look(self) -> list[Segment] | None:
+        self._note("look")
+        return self.found
+
+    async def prepare(self) -> None:
+        self._note("prepare")
+
+    async def connect(self, server: object) -> None:
+        self._note("connect")
+
+    async def attach(self) -> list[Segment]:
+        self._note("attach")
+        return self.found or []
+
+    def host_counters(self) -> HostCounters:
+        return HostCounters(0, 0, 0, 0)
+
+    async def close_hosts(self) -> None:
+        self._note("close hosts")
+        if self.open:
+            raise BusyError("/dev/mapper/vol0 is in use")
+
+    async def sever(self) -> None:
+        self._note("sever")
+
+    async def detach(self) -> None:
+        self._note("detach")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+class NotedPrimary:
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+        self.taken = False
+
+    async def lend(self) -> None:
+        self._calls.append("lend")
+
+    async def take_back(self) -> None:
+        self._calls.append("take back")
+        if self.taken:
+            raise BusyError("it is mounted")
+
+
+class Bench:
+    """A mode with its kernel, before `prepare`."""
+
+    def __init__(self, local: LocalVolume, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.events: list[str] = []
+        self.kernel = NotedKernel(self.calls)
+        self.primary = NotedPrimary(self.calls)
+        self.mirror = Mirror(elsewhere=(), piecewise=True)
+        self.opened: list[Callable[[], None]] = []
+        monkeypatch.setattr(promoted_dm, "KernelAttachment", lambda *_: self.kernel)
+        server = NotedServer(self.calls)
+        monkeypatch.setattr(promoted_dm, "make_server", lambda *_, **more: server)
+        self.mode = PromotedDm(
+            local.config,
+            asyncio.get_running_loop(),
+            lambda event, **fields: self.events.append(event),
+            on_barrier=lambda: None,
+        )
+        self.config = local.config
+
+    async def prepare(self) -> str:
+        found = await self.mode.prepare(self.mirror.geometry, self.opened)
+        return found
+
+    async def begin(self) -> None:
+        store: Any = self.mirror.store
+        primary: Any = self.primary
+        engine: Any = None
+        gate = self.mirror.gate
+        await self.mode.begin(engine, gate, store, lambda: True, self.opened, primary)
+
+    def told(self) -> list[str]:
+        told = list(self.calls)
+        self.calls.clear()
+        return told
+
+
+async def no_eras(enough: Callable[[], bool]) -> None:
+    raise AssertionError("nothing was written past the gate")
+
+
+Test = Callable[[Bench], Awaitable[None]]
+
+
+@pytest.fixture
+def run(local: LocalVolume, monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
+    def run(test: Test) -> None:
+        async def main() -> None:
+            await test(Bench(local, monkeypatch))
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_a_stack_comes_and_goes_with_hosts(run: Callable[[Test], None]) -> None:
+    async def test(it: Bench) -> None:
+        assert await it.prepare() == it.config.primary
+        assert (it.mode.exclusive, it.mode.adopted, it.mode.direct) == (True, False, [])
+        assert it.told() == ["look", "sever", "close"]  # a rest of another one is removed
+        await it.begin()
+        assert it.mode.figures(it.mirror.gate) == {}
+        for _ in range(2):
+            await it.mode.admit()
+            assert it.told() == ["lend", "close hosts", "prepare", "connect", "attach"]
+            await it.mode.dismiss(no_eras, force=False)
+            assert it.told() == ["close hosts", "detach", "close", "drain 5 s", "take back"]
+        await it.mode.dismiss(no_eras, force=True)
+        await it.mode.cut_off()
+        await it.mode.close_hosts()
+        assert it.told() == []
+
+    run(test)
+
+
+def test_hosts_that_have_it_open_keep_it_without_force(run: Callable[[Test], None]) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        await it.mode.admit()
+        it.kernel.open = True
+        it.told()
+        with pytest.raises(BusyError):
+            await it.mode.dismiss(no_eras, force=False)
+        with pytest.raises(BusyError):
+            await it.mode.close_hosts()
+        assert it.told() == ["close hosts"] * 2
+        await it.mode.dismiss(no_eras, force=True)
+        assert it.told() == ["close hosts", "sever", "close", "drain 5 s", "take back"]
+        with pytest.raises(BusyError):  # they have it open still
+            await it.mode.admit()
+        assert it.told()[-4:] == ["sever", "close", "drain 5 s", "take back"]
+
+    run(test)
+
+
+def test_what_is_open_when_it_goes_counts_as_written(run: Callable[[Test], None]) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        await it.mode.admit()
+        assert it.mode.path.path is not None
+        it.mode.path.path.routes.adopt([(2, 4)])
+        await it.mode.cut_off()
+        per = it.mirror.geometry.blocks_per_extent
+        assert list(it.mirror.gate.current.runs()) == [(2 * per, 4 * per)]
+
+    run(test)
+
+
+def test_the_last_barriers_bring_what_was_written(run: Callable[[Test], None]) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        await it.mode.admit()
+        path = it.mode.path.path
+        assert path is not None
+        path.routes.adopt([(2, 4)])
+
+        async def end_eras(enough: Callable[[], bool]) -> None:
+            assert not enough()
+            path.routes.propose([])
+            path.routes.landed(())
+            path.barriers += 1
+            assert enough()
+
+        await it.mode.dismiss(end_eras, force=False)
+        assert path.barriers >= 1
+        assert not it.mirror.gate.current
+
+    run(test)
+
+
+def test_one_that_is_found_alive_is_served_on(run: Callable[[Test], None]) -> None:
+    async def test(it: Bench) -> None:
+        extent = it.mirror.geometry.extent_bytes
+        size = it.mirror.geometry.size_bytes
+        it.kernel.found = [
+            (0, extent, "gate"),
+            (extent, 3 * extent, "direct"),
+            (3 * extent, size, "gate"),
+        ]
+        await it.prepare()
+        assert it.told() == ["look", "prepare"]
+        assert (it.mode.exclusive, it.mode.adopted, it.mode.direct) == (False, True, [(1, 3)])
+        assert it.mode.path.is_open(1)
+        await it.mode.undo()  # it stays, whatever becomes of this start
+        assert it.told() == ["close"]
+        await it.prepare()
+        it.mirror.store.add([(1, 3)], (), lambda error: None)
+        it.mirror.run()
+        await it.begin()
+        await it.mode.admit()
+        assert it.told() == ["look", "prepare", "connect", "attach"]
+        assert "direct_extents" in it.mode.figures(it.mirror.gate)
+        await it.mode.detach(lambda: it.calls.append("release"))
+        assert it.told() == ["release", "detach", "close", "drain 5 s"]
+
+    run(test)
+
+
+def test_one_that_may_not_go_on_before_it_has_begun(run: Callable[[Test], None]) -> None:
+    async def test(it: Bench) -> None:
+        it.kernel.found = [(0, it.mirror.geometry.size_bytes, "gate")]
+        await it.prepare()
+        it.told()
+        await it.mode.cut_off()
+        assert it.told() == ["sever", "close"]
+        await it.mode.detach(lambda: None)
+        await it.mode.last_writes(no_eras)
+        assert it.told() == []
+
+    run(test)
+
+
+@pytest.mark.parametrize("fails", ["prepare", "connect", "attach"])
+def test_hosts_that_cannot_be_let_in_leave_nothing(run: Callable[[Test], None], fails: str) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        it.kernel.fails = fails
+        with pytest.raises(BitmapdError, match=f"cannot {fails}"):
+            await it.mode.admit()
+        assert it.told()[-4:] == ["sever", "close", "drain 5 s", "take back"]
+        assert it.mode.path.path is None
+        it.kernel.fails = ""
+        await it.mode.admit()
+
+    run(test)
+
+
+def test_what_cannot_be_removed_is_reported_and_who_cannot_be_cut_off_is_an_error(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        await it.mode.admit()
+        it.kernel.fails = "sever"
+        with pytest.raises(BitmapdError):
+            await it.mode.cut_off()
+        assert it.mode.path.path is not None  # hosts may go on
+        it.kernel.fails, it.primary.taken = "detach", True
+        await it.mode.dismiss(no_eras, force=False)
+        assert it.events == ["detach-error", "detach-error"]
+
+    run(test)
