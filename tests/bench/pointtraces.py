@@ -7,9 +7,9 @@ what is counted is the same on every machine.  The primary is read at 200 MB/s a
 after 0.2 ms, hosts write when the trace says so, and whatever the receiver is sent it has after a
 round trip of 10 ms.  Blocks of 64 KiB, an interval of 30 s.
 
-- *points*: from an equal receiver on, over 100 Mbit/s, spool in memory only: copies-before-write,
-  cuts given up for want of room, and what is sent for each 4 KiB that changed (without headers of
-  frames and before compression);
+- *points*: from an equal receiver on: cuts given up for want of room in the spool, and because a
+  host had waited for `cut_patience`; copies-before-write; what is sent (pieces with the headers of
+  their entries, before compression) for what changed between the points, in pieces of 4 KiB;
 - *catch-up*: the link is away for half of the trace, then there are 20 Mbit/s and a spool of 64
   MiB: what is sent until the first point is committed, against what had changed when it came back.
 """
@@ -84,6 +84,14 @@ class Primary(SimDisk):
 
     def flush(self, done: Done) -> None:
         self._loop.call_later(WRITE_S, done, None)
+
+
+class SpoolDisk(Primary):
+    """Writes take as long as reads.  It holds nothing either, and so is all zeros, as is all that
+    was read from the primary."""
+
+    def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        self.read(offset_bytes, buffer, done)
 
 
 class RecordDisk(SimDisk):
@@ -180,7 +188,7 @@ class Link:
 class Site:
     """A volume whose receiver has its content of the start."""
 
-    def __init__(self, trace: Trace, spool_bytes: int) -> None:
+    def __init__(self, trace: Trace, spool_bytes: int, file_bytes: int) -> None:
         self.trace = trace
         size_bytes = -(-trace.size_bytes // MIB) * MIB
         self.geometry = Geometry(size_bytes)
@@ -211,6 +219,7 @@ class Site:
             _ignore,
             lambda: 1,
             secondary="receiver",
+            spool_file=SpoolDisk(self.loop, file_bytes) if file_bytes else None,
         )
         self.sender.start()
         self._buffer = memoryview(bytearray(max(self._lengths())))
@@ -263,8 +272,8 @@ class Points:
     sent_per_changed: float
 
 
-def points(trace: Trace, mbit_per_s: float, spool_bytes: int) -> Points:
-    site = Site(trace, spool_bytes)
+def points(trace: Trace, mbit_per_s: float, spool_bytes: int, file_bytes: int) -> Points:
+    site = Site(trace, spool_bytes, file_bytes)
     link = site.connect(mbit_per_s)
     site.until(trace.end_s)
     site.rest()
@@ -281,7 +290,7 @@ def points(trace: Trace, mbit_per_s: float, spool_bytes: int) -> Points:
 def catch_up(trace: Trace, mbit_per_s: float, spool_bytes: int) -> tuple[float, float]:
     """MiB that had changed when the link came back, and what was sent until a point had all of it,
     as a multiple of that."""
-    site = Site(trace, spool_bytes)
+    site = Site(trace, spool_bytes, 0)
     half_s = trace.end_s / 2
     site.until(half_s)
     changed = site.gate.changes.most_bytes
@@ -306,29 +315,34 @@ def main() -> int:
     arguments = parser.parse_args()
     files = [*sorted(RECORDED.glob("*.csv.gz")), *arguments.traces]
     traces = [load_trace(file) for file in files if arguments.only in file.name]
-    for mbit_per_s, spools in ((1000, (256,)), (100, (256, 64))):
-        for spool in spools:
-            print(f"\n{mbit_per_s} Mbit/s, spool of {spool} MiB in memory\n")
-            row("trace", "writes", "points", "no room", "too slow", "CBW / 1,000", "sent ÷ changed")
-            row(*["---"] * 7)
-            found = []
-            for trace in traces:
-                one = points(trace, mbit_per_s, spool * MIB)
-                found.append(one)
-                cbw, sent = f"{one.cbw_per_1000:.1f}", f"{one.sent_per_changed:.3f}"
-                row(trace.name, len(trace), one.committed, one.given_up, one.slow, cbw, sent)
-            cbws = [one.cbw_per_1000 for one in found]
-            sents = [one.sent_per_changed for one in found]
-            row(
-                "median, largest",
-                sum(map(len, traces)),
-                sum(one.committed for one in found),
-                sum(one.given_up for one in found),
-                sum(one.slow for one in found),
-                f"{statistics.median(cbws):.1f}, {max(cbws):.1f}",
-                f"{statistics.median(sents):.3f}, {max(sents):.3f}",
-            )
-    print("\nCatch-up, 20 Mbit/s, spool of 64 MiB in memory\n")
+    for mbit_per_s, spool, file in (
+        (1000, 256, 4096),
+        (100, 256, 4096),
+        (100, 256, 0),
+        (100, 64, 0),
+    ):
+        beside = f" and {file} in a file" if file else ""
+        print(f"\n## {mbit_per_s} Mbit/s, spool of {spool} MiB in memory{beside}\n")
+        row("trace", "writes", "points", "no room", "too slow", "CBW / 1,000", "sent ÷ changed")
+        row(*["---"] * 7)
+        found = []
+        for trace in traces:
+            one = points(trace, mbit_per_s, spool * MIB, file * MIB)
+            found.append(one)
+            cbw, sent = f"{one.cbw_per_1000:.1f}", f"{one.sent_per_changed:.3f}"
+            row(trace.name, len(trace), one.committed, one.given_up, one.slow, cbw, sent)
+        cbws = [one.cbw_per_1000 for one in found]
+        sents = [one.sent_per_changed for one in found]
+        row(
+            "median, largest",
+            sum(map(len, traces)),
+            sum(one.committed for one in found),
+            sum(one.given_up for one in found),
+            sum(one.slow for one in found),
+            f"{statistics.median(cbws):.1f}, {max(cbws):.1f}",
+            f"{statistics.median(sents):.3f}, {max(sents):.3f}",
+        )
+    print("\n## Catch-up, 20 Mbit/s, spool of 64 MiB in memory\n")
     row("trace", "set, MiB", "sent ÷ set")
     row(*["---"] * 3)
     ratios = []

@@ -154,6 +154,26 @@ def test_a_point_on_demand_has_what_was_written_before_and_nothing_of_later(site
     assert recovered(sites) == writer_stopped
 
 
+def test_a_point_larger_than_memory_waits_for_the_link_in_a_file(short_path: Path) -> None:
+    spool = ("--spool", str(short_path), "--spool-limit", "1MiB")
+    with Sites(short_path, near_options=spool) as sites:
+        sites.create()
+        sites.start()
+        sites.near.dmctl("set", "vol0", "point-interval=1h", "copy-rate=1MiB", "compress=off")
+        content = os.urandom(8 * MIB)
+        sites.near.write(0, content)
+        before = sites.points()["number"]
+        sites.near.dmctl("point", "vol0")  # hosts wait for nothing of it any more
+        points = sites.points()
+        assert points["spool_file_bytes"] > points["spool_bytes"]
+        assert points["void_total"]["spool"] == 0
+        sites.near.dmctl("set", "vol0", "copy-rate=1GiB")
+        sites.point(before)
+        sites.far.kill()
+        sites.far.start()  # applies what it has
+        assert sites.image.read_bytes()[: len(content)] == content
+
+
 def test_what_is_said_of_points(sites: Sites) -> None:
     sites.start()
     status = sites.near.status()
