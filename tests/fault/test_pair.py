@@ -31,6 +31,7 @@ PARTNER_KEYS = {
 PEER_KEYS = {
     "name", "version", "incarnation", "dirty_bytes", "lag_seconds", "secondary", "serves",
     "record_failing",
+    "attach",
 }  # fmt: skip
 
 
