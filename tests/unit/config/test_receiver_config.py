@@ -19,6 +19,7 @@ from bitmapd.config import (
     receiver_keys,
     render_receiver,
 )
+from bitmapd.config.files import exchange_role
 from bitmapd.errors import BitmapdError, WrongStateError
 from dmctl.model.assembly import NEEDED, local_media
 
@@ -37,7 +38,10 @@ TLS = PLAIN | {
 }
 
 
-@pytest.mark.parametrize("table", [PLAIN, TLS])
+KEEPS = PLAIN | {"retain": "24 x 1h, 14 x 1d, 3 x 90s", "point_hook": "/hook"}
+
+
+@pytest.mark.parametrize("table", [PLAIN, TLS, KEEPS])
 def test_what_is_read_is_written_again(table: dict[str, Any]) -> None:
     config, problems = build_receiver("vol0", table, "file")
     assert not problems
@@ -57,6 +61,12 @@ def test_what_is_read_is_written_again(table: dict[str, Any]) -> None:
         ({"listen": "receiver+unix:///other?socket=/x"}, ["listen"]),
         ({"listen": "receiver+tls://here/vol0"}, ["certificates", "sender_name"]),
         ({"role": "sender"}, ["role"]),
+        ({"retain": "24"}, ["retain"]),
+        ({"retain": "24 x 1"}, ["retain"]),
+        ({"retain": "0 x 1h"}, ["retain"]),
+        ({"retain": "2 x 500ms"}, ["retain"]),
+        ({"retain": "40 x 1h, 9 x 1d"}, ["retain"]),
+        ({"point_hook": "hook"}, ["point_hook"]),
     ],
 )
 def test_everything_that_is_wrong_is_reported(changes: dict[str, Any], keys: list[str]) -> None:
@@ -93,3 +103,20 @@ def test_a_receiver_is_no_volume(tmp_path: Path) -> None:
     paths.volume_file("vol0").write_text("role = \n")
     with pytest.raises(BitmapdError, match="not TOML"):
         load_any(paths, "vol0")
+
+
+def test_rules_of_points_that_stay_are_numbers_and_seconds() -> None:
+    config, _ = build_receiver("vol0", PLAIN | {"retain": "24 x 1h,14x1d"}, "file")
+    assert config is not None
+    assert config.retain == ((24, 3600.0), (14, 86400.0))
+
+
+def test_what_was_chosen_for_a_receiver_is_there_when_it_is_one_again(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "etc", tmp_path / "run")
+    create_volume(paths, "vol0", KEEPS)
+    exchange_role(paths, "vol0", {"primary": "/dev/image"})
+    exchange_role(paths, "vol0", PLAIN | {"point_hook": "/other"})
+    again = load_any(paths, "vol0")
+    assert isinstance(again, ReceiverConfig)
+    assert again.retain == ((24, 3600.0), (14, 86400.0), (3, 90.0))
+    assert again.point_hook == "/other"
