@@ -30,8 +30,7 @@ PARTNER_KEYS = {
 }  # fmt: skip
 PEER_KEYS = {
     "name", "version", "incarnation", "dirty_bytes", "lag_seconds", "secondary", "serves",
-    "record_failing",
-    "attach",
+    "record_failing", "attach", "role",
 }  # fmt: skip
 
 
