@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterable, Sequence
 
+from bitmapd.copier.comparing import BothRead
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
@@ -105,10 +106,8 @@ class Samples:
         self._verify = Verify(
             self._geometry,
             self._gate,
-            self._primary,
-            self._secondary,
+            BothRead(self._geometry, self._primary, self._secondary, self._pool),
             self._scheduler,
-            self._pool,
             repair=False,
             done=self._compared,
             only=blocks,

@@ -23,12 +23,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
-import xxhash
-
+from bitmapd.copier.comparing import Comparison, Side
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.gate import Gate
-from bitmapd.media.base import Device, Scheduler, Target
-from bitmapd.media.buffers import PAGE_BYTES, BufferPool
+from bitmapd.media.base import Scheduler
 from bitmapd.record.geometry import Geometry
 
 DEPTH = 4
@@ -64,10 +62,8 @@ class Verify:
         self,
         geometry: Geometry,
         gate: Gate,
-        primary: Device,
-        secondary: Target,
+        comparison: Comparison,
         scheduler: Scheduler,
-        pool: BufferPool,
         *,
         repair: bool,
         done: Callable[[OSError | None, VerifyResult], None],
@@ -76,10 +72,8 @@ class Verify:
         """With `only`, these blocks are compared, those of them that do not have to wait for it."""
         self._geometry = geometry
         self._gate = gate
-        self._primary = primary
-        self._secondary = secondary
+        self._comparison = comparison
         self._scheduler = scheduler
-        self._pool = pool
         self._repair = repair
         self._done = done
         self._per_piece = max(1, PIECE_BYTES // geometry.block_bytes)
@@ -91,9 +85,9 @@ class Verify:
             self._suspects.extend((block, MAX_TRIES) for block in only)
         self._left_out = BlockSet()
         self._singly: deque[int] = deque()  # blocks of pieces that could not be read as a whole
-        self._unreadable: dict[Device, BlockSet] = {primary: BlockSet(), secondary: BlockSet()}
+        self._unreadable = {side: BlockSet() for side in Side}
         self._error: OSError | None = None
-        self.failed: Device | None = None  # the side that could not be read
+        self.failed: Side | None = None  # the side that could not be read
         self._finished = False
         self._timer_set = False
         self.result = VerifyResult()
@@ -130,6 +124,7 @@ class Verify:
             self._done(self._error, self.result)
         elif not self._timer_set:
             self._timer_set = True
+            self._comparison.hurry()
             self._scheduler.call_later(RETRY_S, self._retry)
 
     def _retry(self) -> None:
@@ -142,7 +137,7 @@ class Verify:
         first = self._cursor
         stop = min(first + self._per_piece, self._geometry.blocks)
 
-        if not self._read_both(first, stop, partial(self._compared, first, stop)):
+        if not self._compare(first, stop, partial(self._compared, first, stop)):
             return False
         self._cursor = stop
         return True
@@ -151,20 +146,14 @@ class Verify:
         if not self._singly:
             return False
         block = self._singly[0]
-        if not self._read_both(block, block + 1, partial(self._compared, block, block + 1)):
+        if not self._compare(block, block + 1, partial(self._compared, block, block + 1)):
             return False
         self._singly.popleft()
         return True
 
-    def _compared(self, first: int, stop: int, mine: memoryview, theirs: memoryview) -> None:
-        self.result.compared_bytes += len(mine)
-        if xxhash.xxh3_64_intdigest(mine) == xxhash.xxh3_64_intdigest(theirs):
-            return
-        size = self._geometry.block_bytes
-        for block in range(first, stop):
-            low = (block - first) * size
-            if bytearray(mine[low : low + size]) != theirs[low : low + size]:
-                self._suspects.append((block, 0))
+    def _compared(self, first: int, stop: int, differing: list[int]) -> None:
+        self.result.compared_bytes += self._geometry.block_bytes_range(first, stop)[1]
+        self._suspects.extend((block, 0) for block in differing)
 
     def _start_recheck(self) -> bool:
         """Read one suspect again that cannot differ now, if there is one."""
@@ -186,59 +175,39 @@ class Verify:
     def _recheck(self, block: int, tries: int) -> bool:
         settles = self._gate.settles
 
-        def compared(mine: memoryview, theirs: memoryview) -> None:
+        def judged(differing: list[int]) -> None:
             self.result.rechecked_blocks += 1
-            if bytearray(mine) == theirs or self._left_out.any(block, block + 1):
+            if not differing or self._left_out.any(block, block + 1):
                 return
             if self._gate.settles != settles or self._gate.may_differ(block, block + 1):
                 self._try_later(block, tries)
             else:
                 self._unexpected(block)
 
-        return self._read_both(block, block + 1, compared)
+        return self._compare(block, block + 1, judged)
 
-    def _read_both(
-        self, first: int, stop: int, compared: Callable[[memoryview, memoryview], None]
-    ) -> bool:
-        offset, length = self._geometry.block_bytes_range(first, stop)
-        # One buffer for both, so that the pool's promise (something is always handed out when
-        # nothing is out) holds for the pair, however large a block is.
-        half = -(-length // PAGE_BYTES) * PAGE_BYTES
-        both = self._pool.take(2 * half)
-        if both is None:
-            self._pool.when_free(self._pump)
-            return False
-        mine, theirs = both[:length], both[half : half + length]
-        self._in_flight += 1
-        waiting = 2
-        failures: list[tuple[Device, OSError]] = []
-
-        def was_read(side: Device, error: OSError | None) -> None:
-            nonlocal waiting
-            waiting -= 1
-            if error is not None:
-                failures.append((side, error))
-            if waiting:
-                return
+    def _compare(self, first: int, stop: int, judged: Callable[[list[int]], None]) -> bool:
+        def compared(failures: list[tuple[Side, OSError]], differing: list[int]) -> None:
             for failure in failures:
                 self._not_read(first, stop, *failure)
             if failures and stop - first > 1:
                 self._singly.extend(range(first, stop))
             if not failures and self._error is None:
-                compared(mine, theirs)
-            self._pool.give(both)
+                judged(differing)
             self._in_flight -= 1
             self._pump()
 
-        self._primary.read(offset, mine, partial(was_read, self._primary))
-        self._secondary.read(offset, theirs, partial(was_read, self._secondary))
+        if not self._comparison.compare(first, stop, compared):
+            self._comparison.when_room(self._pump)
+            return False
+        self._in_flight += 1
         return True
 
-    def _not_read(self, first: int, stop: int, side: Device, error: OSError) -> None:
+    def _not_read(self, first: int, stop: int, side: Side, error: OSError) -> None:
         blocks = self._unreadable[side]
         if stop - first == 1:
             blocks.add(first, stop)
-        gone = side is self._secondary and not self._secondary.connected
+        gone = side is Side.SECONDARY and not self._comparison.connected
         if self._error is None and (gone or blocks.count() > MAX_UNREADABLE_BLOCKS):
             self._error, self.failed = error, side
 
@@ -246,8 +215,8 @@ class Verify:
         result = self.result
         either = BlockSet()
         for side, listed in (
-            (self._primary, result.unreadable_primary),
-            (self._secondary, result.unreadable_secondary),
+            (Side.PRIMARY, result.unreadable_primary),
+            (Side.SECONDARY, result.unreadable_secondary),
         ):
             either.update(self._unreadable[side])
             for first, stop in islice(self._unreadable[side].runs(), MAX_LISTED):

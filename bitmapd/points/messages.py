@@ -203,7 +203,8 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """xxh3-64 of whole blocks from `first` on."""
+    """xxh3-64 of whole blocks from `first` on; none, if the image cannot be read there.  One for
+    each run of a `Verify`, in that order."""
 
     first: int
     sums: tuple[int, ...]

@@ -47,12 +47,13 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
 from bitmapd.points.lineage import Verdict
-from bitmapd.points.messages import Hello2, Message
+from bitmapd.points.messages import Hello2, Message, Sums
 from bitmapd.points.overflow import Overflow
 from bitmapd.points.reading import Reading, ReadPrimary
 from bitmapd.points.room import Room
 from bitmapd.points.schedule import Next, Schedule
 from bitmapd.points.spool import Spool
+from bitmapd.points.sums import ImageSums
 from bitmapd.points.uplink import Identity, Uplink, Wire
 from bitmapd.record.geometry import Geometry
 
@@ -131,6 +132,7 @@ class Sender:
             self,
             compress=settings.compress,
         )
+        self.sums = ImageSums(self.uplink.send)
         self.reading = Reading(
             geometry,
             gate,
@@ -255,6 +257,11 @@ class Sender:
         """Whether nothing is in flight here, whatever the receiver does."""
         spool_is_idle = self.overflow is None or self.overflow.idle
         return not self._barrier and self.reading.idle and self.closing.idle and spool_is_idle
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether the receiver can be asked something."""
+        return self.uplink.is_ready
 
     @property
     def stuck(self) -> bool:
@@ -620,12 +627,15 @@ class Sender:
             self._emit("receiver-refused", secondary=self._secondary, message=verdict.value)
 
     def unlinked(self, reason: str) -> None:
+        self.sums.lost()
         if self.state is CopyState.RUNNING:
             self._reports.link_down(OSError(reason))
             self._set_state(CopyState.LINK_DOWN)
 
     def other(self, message: Message) -> None:
-        if self.on_other is not None:
+        if isinstance(message, Sums):
+            self.sums.take(message)
+        elif self.on_other is not None:
             self.on_other(message)
 
     # -- status -------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ class Uplink:
     def _take(self, wire: Wire, message: Message) -> None:
         state = self._state
         if isinstance(message, Ping):
-            self._send(Pong(message.time_us))
+            self.send(Pong(message.time_us))
         elif isinstance(message, Pong | Bye | Error):
             pass  # the end of the connection follows by itself
         elif isinstance(message, Hello2) and state is _State.GREETING:
@@ -280,7 +280,8 @@ class Uplink:
         elif not isinstance(message, Received):
             self._owner.other(message)
 
-    def _send(self, message: Message) -> int:
+    def send(self, message: Message) -> int:
+        """The bytes on the wire: none, if there is none."""
         wire = self._wire
         if wire is None:
             return 0
@@ -408,7 +409,7 @@ class Uplink:
         self.has_leftovers = True
         self.credit_bytes -= cost_bytes(data)
         self.sent_bytes += raw_bytes
-        count += self._send(data)
+        count += self.send(data)
         self._throttle.take(now_s, count)
         self._meter.add(now_s, raw_bytes)
         return 0.0
@@ -418,7 +419,7 @@ class Uplink:
             return 0
         self._begun = True
         identity, size_bytes = self._identity, self._geometry.size_bytes
-        return self._send(
+        return self.send(
             Begin(self.point, identity.incarnation, self.point - 1, wall_ns, 0, size_bytes, label)
         )
 
@@ -427,7 +428,7 @@ class Uplink:
         self._ended = True
         sent = self._sent
         self._begin(wall_ns, label)
-        self._send(End(self.point, self._identity.incarnation, len(sent), sent.digest()))
+        self.send(End(self.point, self._identity.incarnation, len(sent), sent.digest()))
 
     def next_point(self) -> None:
         """The point was committed: the next one is open, and empty."""

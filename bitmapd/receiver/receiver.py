@@ -8,6 +8,7 @@
 | receiving | BEGIN, DATA | receiving | into the journal; before point 1 into the image |
 | receiving | END, sets equal | committing | flush, commit page, COMMITTED |
 | receiving | END, not equal | receiving | HAVE |
+| receiving, committing | VERIFY | | SUMS, when the image has what was committed then |
 | any | PING | | PONG |
 | any | anything else | waiting | ERROR; nothing was changed |
 
@@ -57,6 +58,7 @@ from bitmapd.points.messages import (
     Ping,
     Received,
     Role,
+    Verify,
 )
 from bitmapd.points.pieces import Unpacker
 from bitmapd.receiver.applier import Applier
@@ -68,6 +70,7 @@ from bitmapd.receiver.keeping import NO_KEEPER, Keeper, Keeping
 from bitmapd.receiver.places import Places
 from bitmapd.receiver.retention import Rules
 from bitmapd.receiver.steps import Steps, run
+from bitmapd.receiver.summing import Summing
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.geometry import MIB, Geometry
 from bitmapd.record.superblock import as_ids, from_ids
@@ -124,6 +127,7 @@ class _Volume:
     in_place: InPlace
     applier: Applier
     keeping: Keeping
+    summing: Summing
 
 
 class Receiver:
@@ -170,6 +174,8 @@ class Receiver:
             (State.RECEIVING, Begin): self._take_begin,
             (State.RECEIVING, Data): self._take_data,
             (State.RECEIVING, End): self._take_end,
+            (State.RECEIVING, Verify): self._take_verify,
+            (State.COMMITTING, Verify): self._take_verify,
         }
 
     # -- its life -------------------------------------------------------------------------------
@@ -196,8 +202,9 @@ class Receiver:
     @property
     def is_idle(self) -> bool:
         """Nothing is in flight: the devices may be closed."""
-        applies = self._volume is not None and self._volume.applier.is_at_work
-        return not (self._busy or applies or self._unwritten_bytes)
+        known = self._volume
+        at_work = known is not None and (known.applier.is_at_work or known.summing.is_at_work)
+        return not (self._busy or at_work or self._unwritten_bytes)
 
     @property
     def applier(self) -> Applier | None:
@@ -221,6 +228,7 @@ class Receiver:
             InPlace(line.geometry, volume, self._image),
             Applier(self.journal, self._image, line, self._scheduler, self, keeping),
             keeping,
+            Summing(line.geometry, self.journal, self._image, self._send),
         )
 
     # -- connections ----------------------------------------------------------------------------
@@ -232,6 +240,8 @@ class Receiver:
         before = self._wire
         self._wire, self._hello, self._begin, self._reading = wire, None, None, True
         self.state = State.WAITING
+        if self._volume is not None:
+            self._volume.summing.forget()
         if before is not None:
             before.close()
 
@@ -514,12 +524,17 @@ class Receiver:
                 self._send(Applied(queued.point))
             self._grant()
         self._known.applier.go_on()
+        self._known.summing.go_on()
         self._greet()
 
     # -- applying -------------------------------------------------------------------------------
+    def _take_verify(self, verify: Verify) -> None:
+        self._known.summing.ask(verify.runs)
+
     def applied(self, point: int) -> None:
         if self.state in _GREETED:
             self._send(Applied(point))
+        self._known.summing.go_on()
         self._grant()
 
     def damaged(self, missing: Runs) -> None:

@@ -8,12 +8,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from bitmapd.config import VolumeConfig
+from bitmapd.copier.comparing import Comparison, Side
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.errors import BitmapdError, UnreachableError, WrongStateError
 from bitmapd.gate.gate import Gate
-from bitmapd.media.base import Device, Target
-from bitmapd.media.buffers import BufferPool
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.mirror import Mirror
 
@@ -75,27 +74,30 @@ class Verifying:
         loop: asyncio.AbstractEventLoop,
         geometry: Geometry,
         gate: Gate,
-        primary: Device,
-        secondary: Target,
+        comparison: Comparison,
+        config: VolumeConfig,
+        give_up: Callable[[OSError], None] | None,
         *,
         repair: bool,
     ) -> None:
+        """`give_up` ends what the comparison waits for, if that may take its time."""
         self._finished: asyncio.Future[tuple[OSError | None, VerifyResult]] = loop.create_future()
-        self._primary = primary
-        self._secondary = secondary
+        self._config = config
+        self._give_up = give_up
         self._verify = Verify(
             geometry,
             gate,
-            primary,
-            secondary,
+            comparison,
             loop,
-            BufferPool(loop, VERIFY_POOL_BYTES),
             repair=repair,
             done=lambda error, result: self._finished.set_result((error, result)),
         )
 
     def cancel(self, number: int, reason: str) -> None:
-        self._verify.cancel(OSError(number, reason))
+        error = OSError(number, reason)
+        self._verify.cancel(error)
+        if self._give_up is not None:
+            self._give_up(error)
 
     async def run(self, progress: Progress) -> VerifyResult:
         """Withdrawn if the caller is cancelled.
@@ -121,10 +123,10 @@ class Verifying:
         reason = error.strerror or str(error)
         failed = self._verify.failed
         if failed is not None:
-            role = "primary" if failed is self._primary else "secondary"
-            reason = f"cannot read the {role} {failed.name}: {reason}"
+            name = self._config.primary if failed is Side.PRIMARY else self._config.secondary
+            reason = f"cannot read the {failed.value} {name}: {reason}"
         message = f"verify ended early: {reason}"
-        if failed is self._secondary or error.errno == errno.ENOTCONN:
+        if failed is Side.SECONDARY or error.errno == errno.ENOTCONN:
             return UnreachableError(message)
         if error.errno == errno.ECANCELED:
             return WrongStateError(message)

@@ -27,6 +27,7 @@ from bitmapd.config import (
     taken_up,
 )
 from bitmapd.control.catalogue import lookup
+from bitmapd.copier.comparing import BothRead, Comparison
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.errors import (
     BitmapdError,
@@ -35,6 +36,7 @@ from bitmapd.errors import (
     UsageError,
     WrongStateError,
 )
+from bitmapd.media.buffers import BufferPool
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
 from bitmapd.partner.node import State
@@ -51,7 +53,7 @@ from bitmapd.volume.resize import (
 )
 from bitmapd.volume.secondary import leave_at_once
 from bitmapd.volume.status import describe, state_of
-from bitmapd.volume.verifying import Progress, Verifying, repaired, tell
+from bitmapd.volume.verifying import VERIFY_POOL_BYTES, Progress, Verifying, repaired, tell
 
 if TYPE_CHECKING:
     from bitmapd.volume.withreceiver import WithReceiver
@@ -397,21 +399,13 @@ class Volume:
     async def verify(self, repair: bool, progress: Progress) -> dict[str, Any]:
         """Compare both sides while in use; differences that should not be there are reported."""
         self._refuse_unless_serving()
-        secondary = self._parts.plain_secondary("compare it while it is in use")
         if self._verifying is not None:
             raise BusyError(f"volume '{self.config.name}' is being verified already")
         if self.copier.state is CopyState.LINK_DOWN:
             raise UnreachableError(f"secondary {self.config.secondary} cannot be reached")
         if repair:
             self._parts.pausing.refuse("nothing is repaired")
-        self._verifying = Verifying(
-            self._loop,
-            self.geometry,
-            self.gate,
-            self._parts.primary,
-            secondary,
-            repair=repair,
-        )
+        self._verifying = self._make_verifying(repair=repair)
         try:
             result = await self._verifying.run(progress)
         finally:
@@ -420,6 +414,20 @@ class Volume:
         if repair and result.repaired_bytes:
             await repaired(self.gate, self.copier, self._loop.time(), self.until)
         return report
+
+    def _make_verifying(self, *, repair: bool) -> Verifying:
+        parts, pool = self._parts, BufferPool(self._loop, VERIFY_POOL_BYTES)
+        comparison: Comparison
+        if self._receiver is not None:
+            comparison = self._receiver.comparison(self.geometry, pool)
+            give_up = self._receiver.sender.sums.give_up
+        else:
+            secondary = parts.plain_secondary("compare it while it is in use")
+            comparison = BothRead(self.geometry, parts.primary, secondary, pool)
+            give_up = None
+        return Verifying(
+            self._loop, self.geometry, self.gate, comparison, self.config, give_up, repair=repair
+        )
 
     async def resize(self) -> dict[str, Any]:
         """Take up a larger size of primary and secondary.

@@ -16,7 +16,10 @@ from bitmapd.config import VolumeConfig, effective_cut_patience_s
 from bitmapd.copier.engine import CopyState
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError, UsageError, WrongStateError
 from bitmapd.gate.cycle import CutGate
+from bitmapd.media.buffers import BufferPool
 from bitmapd.points.sender import Phase
+from bitmapd.points.sums import BySums
+from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import Parts
 from bitmapd.volume.sending import ReceiverLink
 
@@ -108,6 +111,21 @@ class WithReceiver:
             )
         if self._gone:
             raise WrongStateError(f"volume '{self._name}' sends nothing now")
+
+    def comparison(self, geometry: Geometry, pool: BufferPool) -> BySums:
+        """The volume against the receiver's image."""
+        sender, parts = self.sender, self._parts
+        if not sender.uplink.known_committed:
+            raise WrongStateError(
+                f"volume '{self._name}' has no point yet: there is nothing to compare it with",
+                hint=f"'dmctl wait {self._name} --for point' returns when there is one",
+            )
+        if sender.sums.is_due:
+            raise BusyError(
+                f"the receiver of volume '{self._name}' has still to answer an earlier verify",
+                hint="it answers when its points are in its image: 'dmctl status' there",
+            )
+        return BySums(geometry, parts.primary.read_aside, sender, parts.loop, pool)
 
     async def reached(self, newer_than: int) -> None:
         """Return when the receiver has a point of a larger number."""

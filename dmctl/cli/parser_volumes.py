@@ -278,7 +278,8 @@ def add_copying(commands: Commands) -> None:
         "copying:verify",
         "compare primary and secondary while in use",
         "Differences that the record does not name are unexpected: they are listed, and the exit"
-        " status is 101 unless all were repaired.",
+        " status is 101 unless all were repaired. A receiver sends sums of its image, and a"
+        " repair comes with the next point.",
     )
     add_name(verify)
     verify.add_argument("--repair", action="store_true", help="copy what differs unexpectedly")

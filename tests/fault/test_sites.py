@@ -191,8 +191,55 @@ def test_what_is_said_of_points(sites: Sites) -> None:
     sites.far.kill()
     sites.near.until(lambda status: not status["receiver"]["connected"])
     assert sites.near.refused("point", "vol0")["code"] == "unreachable"
-    assert sites.near.refused("verify", "vol0")["code"] == "wrong-state"
+    assert sites.near.refused("verify", "vol0")["code"] == "unreachable"
     assert sites.near.refused("resize", "vol0")["code"] == "wrong-state"
+
+
+def test_verify_finds_what_the_image_has_lost_while_hosts_write(sites: Sites) -> None:
+    """Only sums come over the link; a difference is repaired by the next point."""
+    sites.start()
+    writer = Writer(sites.near)
+    writer.more(300)
+    found = json.loads(sites.near.dmctl("--json", "verify", "vol0"))
+    assert found["compared_bytes"] == sites.size_bytes
+    assert found["unexpected_bytes"] == found["undecided_blocks"] == 0
+    place = 40 * MIB + 12288  # the host writes to the first 8 MiB
+    with sites.image.open("r+b") as image:
+        image.seek(place)
+        image.write(b"rot")
+    done = sites.near.dmctl_process("--json", "verify", "vol0")
+    assert done.returncode == 101
+    assert json.loads(done.stdout)["unexpected"] == [[40 * MIB, 65536]]
+    wire = sites.points()["wire_bytes_total"]
+    found = json.loads(sites.near.dmctl("--json", "verify", "vol0", "--repair"))
+    assert found["repaired_bytes"] == 65536
+    last = writer.stop()
+    sites.near.wait_in_sync()
+    assert sites.points()["wire_bytes_total"] - wire < 16 * MIB
+    sites.near.stop()
+    sites.far.stop()
+    assert newest(sites.image) == last
+    assert sites.equal()
+
+
+def test_verify_without_a_point_is_refused(sites: Sites) -> None:
+    sites.near.start()
+    refused = sites.near.refused("verify", "vol0")
+    assert refused["code"] == "unreachable"
+    assert sites.near.status()["points"]["committed_total"] == 0
+
+
+def test_verify_ends_when_the_receiver_dies(sites: Sites) -> None:
+    sites.start()
+    os.kill(sites.far.pid, signal.SIGSTOP)
+    with sites.near.control() as control:
+        control.send("verify", repair=False)
+        assert control.line()["event"]["progress"] < 0.5  # what was asked for is not answered
+        sites.near.write(0, b"hosts go on".ljust(4096, b"."))
+        sites.far.kill()
+        while "event" in (answer := control.line()):
+            pass
+    assert answer["error"]["code"] == "unreachable"
 
 
 def test_a_volume_with_a_plain_secondary_has_no_points(short_path: Path) -> None:

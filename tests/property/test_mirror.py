@@ -17,6 +17,7 @@ from bitarray import bitarray
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from bitmapd.copier.comparing import BothRead
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.throttle import Backoff, Throttle
 from bitmapd.copier.verify import Verify, VerifyResult
@@ -332,10 +333,8 @@ class MirrorMachine(RuleBasedStateMachine):
         verify = Verify(
             self.geometry,
             self.gate,
-            self.primary,
-            self.secondary,
+            BothRead(self.geometry, self.primary, self.secondary, BufferPool(self.loop, 1 << 20)),
             self.loop,
-            BufferPool(self.loop, 1 << 20),
             repair=False,
             done=lambda error, result: results.append((error, result)),
         )

@@ -42,6 +42,63 @@ def test_whatever_happens_the_receiver_has_the_last_point(seed: int) -> None:
     assert world.count["points"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_image_has_lost_is_found_and_comes_with_the_next_point(seed: int) -> None:
+    """I4, and that it does find something, while hosts write."""
+    world = World(seed)
+    world.run(100)
+    world.damage(2)
+    world.damage(7)
+    world.verified.clear()
+    world.connect()
+    for _ in range(20_000):
+        if world.verify(repair=True):
+            break
+        world.step(faults=False)
+        if world.rng.random() < 0.02:
+            world.host()
+    ((error, result),) = world.verified
+    assert error is None
+    assert result.repaired_bytes == result.unexpected_bytes
+    assert not result.undecided_blocks
+    for _ in range(20_000):
+        if world.at_rest():
+            break
+        world.step(faults=False)
+    world.settle()
+    world.check()
+    assert bytes(world.machine.image.visible[: simpoints.SIZE]) == bytes(world.site.primary.visible)
+
+
+def test_sums_of_before_a_point_was_applied_accuse_nobody() -> None:
+    """The receiver answers when what it had committed is in its image."""
+    world = connected()
+    put(world, 1, 1)
+    world.advance(3.0)
+    world.settle()
+    put(world, 1, 2)
+    world.advance(3.0)
+    journal = world.machine.journal
+    while world.count["points"] < 2:  # committed, and nothing is written to the image
+        for disk in (*world.sender_disks, journal):
+            while disk.pending:
+                world.finish(disk)
+        world.to_receiver()
+        world.to_sender()
+        world.run_soon()
+    while world.site.ledger.pending or world.site.primary.pending:
+        world.finish(world.site.ledger if world.site.ledger.pending else world.site.primary)
+    assert world.machine.receiver.journal.page.applied == 1
+    assert world.site.gate.in_sync
+    world.verify()
+    world.settle()
+    for _ in range(4):
+        world.advance(0.3)
+        world.settle()
+    ((error, result),) = world.verified
+    assert (error, result.compared_bytes) == (None, simpoints.SIZE)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MISTAKES[mistake](monkeypatch)

@@ -26,6 +26,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
+from bitmapd.copier.comparing import BothRead
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.errors import BitmapdError
@@ -235,10 +236,8 @@ class WideMachine(MirrorMachine):
         self.verifying = Verify(
             self.geometry,
             self.gate,
-            self.primary,
-            self.secondary,
+            BothRead(self.geometry, self.primary, self.secondary, BufferPool(self.loop, 1 << 20)),
             self.loop,
-            BufferPool(self.loop, 1 << 20),
             repair=True,
             done=done,
         )

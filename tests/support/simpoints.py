@@ -12,6 +12,7 @@ I1 The receiver holds, byte for byte, the model at the cut of the point that its
    and that is no older than any that the sender was told of.
 I2 Every extent in which the primary differs from the receiver is in the stored record.
 I3 When all faults are over, both sides become equal, and nothing is dirty.
+I4 A comparison finds no difference but where a medium has changed by itself.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pytest
 
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.throttle import Throttle
+from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.gate.cycle import CutGate, Void
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
@@ -32,6 +34,7 @@ from bitmapd.peer.frames import PeerError
 from bitmapd.points.messages import NIL, Committed, End, Message
 from bitmapd.points.overflow import BATCH_BYTES
 from bitmapd.points.sender import Sender, Settings
+from bitmapd.points.sums import BySums
 from bitmapd.points.uplink import Identity
 from bitmapd.predict.policy import Policy
 from bitmapd.receiver import receiver
@@ -141,6 +144,7 @@ class Site:
         self.spool_file = SimDisk("spool", BATCH_BYTES * 3)
         self.loop = SimLoop()
         self.incarnation = world.rng.randbytes(16)
+        self.verifying: Verify | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.store = RecordStore(
             GEOMETRY, load_image(bytes(record.visible)), record, self.loop, self._emit
@@ -211,6 +215,8 @@ class World:
         self.seen = 0  # the newest point that the sender was told of
         self.count: Counter[str] = Counter()
         self.flying: set[int] = set()  # sectors
+        self.verified: list[tuple[OSError | None, VerifyResult]] = []
+        self.damaged: set[int] = set()  # blocks of the image
         self.serial = 0
         self.link: Link | None = None
         self.machine = fresh()
@@ -406,7 +412,9 @@ class World:
             self.site.primary.fail_next.setdefault("read", []).append(5)
         elif x < 0.8:
             sender.cut("label")
-        elif x < 0.82:
+        elif x < 0.81:
+            self.verify()
+        elif x < 0.83:
             self.site.primary.fail_next.setdefault("flush", []).append(5)
         elif x < 0.85:
             kind = self.rng.choice(("read", "write"))
@@ -417,6 +425,40 @@ class World:
             self.crash_receiver()
         if sender.state is CopyState.PAUSED and self.rng.random() < 0.7:
             sender.resume()
+
+    def verify(self, *, repair: bool = False) -> list[tuple[OSError | None, VerifyResult]]:
+        """Compare both sides; what it ends with comes into the list.  Nothing is to be found that
+        `damage` has not done."""
+        site, ended = self.site, self.verified
+        if not site.sender.is_linked or site.verifying is not None or site.sender.sums.is_due:
+            return ended
+
+        def done(error: OSError | None, result: VerifyResult) -> None:
+            site.verifying = None
+            ended.append((error, result))
+            self.count["verified"] += error is None
+            runs = result.unexpected
+            found = {at // BLOCK for low, count in runs for at in range(low, low + count, BLOCK)}
+            if found - self.damaged:
+                raise Wrong(f"I4 blocks {found - self.damaged} are said to differ")
+
+        site.verifying = Verify(
+            GEOMETRY,
+            site.gate,
+            BySums(GEOMETRY, site.primary.read, site.sender, site.loop,
+                   BufferPool(site.loop, 1 << 20)),
+            site.loop,
+            repair=repair,
+            done=done,
+        )  # fmt: skip
+        site.verifying.start()
+        return ended
+
+    def damage(self, block: int) -> None:
+        """The medium of the image changes by itself."""
+        self.damaged.add(block)
+        for raw in (self.machine.image.visible, self.machine.image.durable):
+            raw[block * BLOCK] ^= 0xFF
 
     def advance(self, seconds: float) -> None:
         self.site.loop.advance(seconds)

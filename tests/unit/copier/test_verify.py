@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bitmapd.copier import verify as verify_module
+from bitmapd.copier.comparing import BothRead, Side
 from bitmapd.copier.verify import MAX_TRIES, PIECE_BYTES, RETRY_S, Verify, VerifyResult
 from bitmapd.media.buffers import PAGE_BYTES, BufferPool, address_of
 from tests.support.mirror import BLOCK, EXTENT, LoggedDisk, Mirror
@@ -29,10 +30,8 @@ class Run:
         self.verify = Verify(
             self.mirror.geometry,
             self.mirror.gate,
-            self.mirror.primary,
-            self.mirror.secondary,
+            BothRead(self.mirror.geometry, self.mirror.primary, self.mirror.secondary, self.pool),
             self.mirror.loop,
-            self.pool,
             repair=repair,
             done=lambda error, result: self.ended.append((error, result)),
         )
@@ -310,7 +309,7 @@ def test_a_dead_side_ends_the_run(side: str, monkeypatch: pytest.MonkeyPatch) ->
     ((error, result),) = run.ended
     assert error is not None
     assert error.errno == errno.EIO
-    assert run.verify.failed is getattr(run.mirror, side)
+    assert run.verify.failed is Side(side)
     assert 4 * BLOCK < result.unreadable_bytes < 32 * BLOCK
     assert run.pool.out_bytes == 0
 
@@ -328,7 +327,7 @@ def test_a_secondary_that_went_away_ends_the_run_once_nothing_is_in_flight() -> 
     ((error, result),) = run.ended
     assert error is not None
     assert error.errno == errno.ENOTCONN
-    assert run.verify.failed is mirror.secondary
+    assert run.verify.failed is Side.SECONDARY
     assert (result.compared_bytes, result.unreadable_bytes) == (0, 0)
     assert run.pool.out_bytes == 0
 
