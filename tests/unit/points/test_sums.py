@@ -120,9 +120,13 @@ def test_an_answer_to_another_question_ends_the_connection(sums: Sums) -> None:
     assert run.home.wire.error.code is ErrorCode.ANSWER
 
 
-def test_an_answer_that_nobody_asked_for_ends_the_connection() -> None:
+@pytest.mark.parametrize("asked", [None, (4, 5)])
+def test_an_answer_that_nobody_asked_for_is_none(asked: tuple[int, int] | None) -> None:
+    sums = ImageSums(lambda message: None)
+    if asked is not None:
+        sums.ask(*asked, lambda error, found: None)
     with pytest.raises(PeerError):
-        ImageSums(lambda message: None).take(Sums(3, (1,)))
+        sums.take(Sums(3, (1,)))
 
 
 def test_a_receiver_that_goes_away_ends_it() -> None:
