@@ -12,10 +12,20 @@ from typing import Any
 
 import pytest
 
-from bitmapd.config import Paths, is_keeper, keys, load_all
+from bitmapd.config import (
+    Paths,
+    ReceiverConfig,
+    VolumeConfig,
+    has_receiver,
+    is_keeper,
+    keys,
+    load_all,
+    load_any,
+)
 from bitmapd.control import metrics
 from bitmapd.control.catalogue import EVENTS
 from bitmapd.control.states import STATES
+from bitmapd.net.uri import parse_receiver_uri
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -48,6 +58,20 @@ def test_a_node_and_its_keeper_in_the_examples_fit_together() -> None:
     assert (one.partner, one.partner_listen) == (keeper.partner_listen, keeper.partner)
     for key in ("extent_size_bytes", "block_size_bytes"):
         assert getattr(one, key) == getattr(keeper, key)
+
+
+def test_the_two_sites_of_the_example_fit_together() -> None:
+    near, far = (
+        load_any(Paths(EXAMPLES / "sites" / name, Path("/run/dmctl")), "db")
+        for name in ("near", "far")
+    )
+    assert isinstance(near, VolumeConfig)
+    assert isinstance(far, ReceiverConfig)
+    assert has_receiver(near)
+    sent_to, received = parse_receiver_uri(near.secondary), parse_receiver_uri(far.listen)
+    assert (sent_to.name, sent_to.peer.port) == (received.name, received.peer.port)
+    assert far.sender_name == "near.example.org"
+    assert sent_to.peer.host == "far.example.org"
 
 
 def test_the_two_nodes_that_fence_by_scsi_take_off_one_another_s_key() -> None:
