@@ -24,6 +24,7 @@ from bitarray import bitarray
 
 from bitmapd.errors import NotFoundError, WrongStateError
 from bitmapd.points.messages import NIL
+from bitmapd.points.pieces import whole_mask
 from bitmapd.receiver.applier import Applier
 from bitmapd.receiver.directory import Keep, directory_offset
 from bitmapd.receiver.journal import Journal
@@ -330,6 +331,70 @@ def test_without_a_way_to_keep_points_a_label_is_told_to_be_lost() -> None:
     assert numbers(machine) == []
     (event,) = [fields for name, fields in machine.events if name == "point-not-kept"]
     assert "point_hook" in event["reason"]
+
+
+def wanted_only(seed: int) -> tuple[Machine, Script]:
+    """Point 2 has a label and is in the image; its copy has not been begun."""
+    machine, script = several(random.Random(seed), {}, 1)
+    assert machine.store is not None
+    script.write()
+    script.label = "label"
+    exchange_but_for(script, machine, machine.store, 2)
+    script.label = ""
+    return machine, script
+
+
+def test_what_can_no_longer_be_kept_is_told_and_left() -> None:
+    """The way to keep points was taken away between two starts."""
+    machine, script = wanted_only(9)
+    without = Machine(*copies((machine.image, machine.journal)))
+    without.settle()
+    assert [kept.state for kept in keeping_of(without).points] == [Keep.GOING, Keep.GOING]
+    names = [name for name, _ in without.events]
+    assert names.count("point-not-kept") == 1
+    assert names.count("point-not-dropped") == 2
+    assert machine.store is not None
+    again = Hourly(without.image, without.journal, machine.store)
+    again.settle()
+    assert numbers(again) == [2]  # as the first of the hour
+    check(again, script, {}, set())
+
+
+def test_a_point_that_was_applied_together_with_a_newer_one_is_not_kept() -> None:
+    """The journal has lost some of it, and the newer one makes that good."""
+    machine, script = several(random.Random(10), {}, 1)
+    script.write()
+    script.label = "lost"
+    exchange_but_for(script, machine, machine.image, 2)
+    script.label = ""
+    script.changed = {block: whole_mask(GEOMETRY, block) for block in range(GEOMETRY.blocks)}
+    script.dirty = set(script.changed)
+    exchange_but_for(script, machine, machine.image, 3)
+    entries = machine.receiver.journal.points[2]
+    raw = bytearray(machine.journal.visible)
+    for entry in entries:
+        if entry.length_bytes:
+            raw[entry.place_bytes] ^= 1
+    journal = SimDisk("journal", JOURNAL_BYTES, bytes(raw))
+    assert machine.store is not None
+    after = Hourly(machine.image, journal, machine.store)
+    after.settle()
+    assert after.receiver.journal.page.applied == 3
+    assert "point-not-kept" in [name for name, _ in after.events]
+    check(after, script, {}, set())
+
+
+def test_a_map_grows_on_in_the_next_process() -> None:
+    machine, script = several(random.Random(11), {2: "a"}, 2)
+    again = Hourly(*machine.disks)
+    script.wire = None
+    for _ in range(3):
+        script.write()
+    script.label = ""
+    script.connect(again)
+    point(script, again)
+    again.settle()
+    check(again, script, {2: "a"}, set())
 
 
 def test_when_all_maps_are_in_use_nothing_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bitmapd.media.base import Done
-from bitmapd.receiver.steps import Steps, run, together
+from bitmapd.receiver.steps import Steps, Turn, run, together
 
 
 class Operation:
@@ -76,3 +76,28 @@ def test_together_ends_with_the_last_and_the_first_error(order: tuple[int, ...])
         assert not ends
         operations[number].dones[0](errors[number] if number else None)
     assert ends == [errors[1 if order == (0, 1, 2) else 2]]
+
+
+def test_turns_are_taken_one_after_another_also_behind_an_error() -> None:
+    turn = Turn()
+    began: list[str] = []
+    waiting: list[Done] = []
+    ended: list[tuple[OSError | None, str | None]] = []
+
+    def steps(name: str) -> Steps[str]:
+        began.append(name)
+        yield waiting.append
+        return name
+
+    for name in ("a", "b", "c"):
+        run(turn.alone(steps(name)), lambda error, result: ended.append((error, result)))
+    assert began == ["a"]
+    failure = OSError(5, "five")
+    waiting.pop()(failure)
+    assert (began, ended) == (["a", "b"], [(failure, None)])
+    waiting.pop()(None)
+    waiting.pop()(None)
+    assert began == ["a", "b", "c"]
+    assert ended == [(failure, None), (None, "b"), (None, "c")]
+    run(turn.alone(steps("d")), lambda error, result: None)
+    assert began[-1] == "d"
