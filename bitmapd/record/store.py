@@ -200,8 +200,9 @@ class RecordStore:
         self._pages.flush_clears()
 
     def destage_clears(self, done: Done) -> None:
-        """Call back when nothing that was dropped up to now is in the stored copy any more; with an
-        error if a page could not be written.  What comes meanwhile is not waited for."""
+        """Call back when nothing that was dropped up to now is in the stored copy any more, but for
+        what `prepare_growth` keeps there; with an error if a page could not be written.  What comes
+        meanwhile is not waited for."""
         self._pages.destage_clears(done)
 
     def when_idle(self, done: Done) -> None:
