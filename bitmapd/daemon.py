@@ -39,6 +39,7 @@ from bitmapd.config import (
     changed,
     check_name,
     from_unit_instance,
+    has_receiver,
     is_keeper,
     load_any,
     load_volume,
@@ -48,12 +49,15 @@ from bitmapd.control.server import Handler, Progress
 from bitmapd.errors import BitmapdError, UsageError, explain, printable
 from bitmapd.hardening import keep_standard_descriptors, protect_memory
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort
+from bitmapd.points.switchover import Stage
 from bitmapd.predict.predictors import make_policy
 from bitmapd.process import Process, start_anew
 from bitmapd.record.medium import RecordMedium
 from bitmapd.volume.conversion import become_single
 from bitmapd.volume.requestlog import check_log
 from bitmapd.volume.volume import Volume
+
+GIVE_AWAY_S = 120.0  # for a volume to send what is left
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,7 +165,23 @@ class Daemon(Process[Volume]):
         )
 
     async def _demote(self, args: dict[str, Any], progress: Progress) -> Any:
+        if has_receiver(self.volume.config):
+            within_s = float(args.get("within_s", GIVE_AWAY_S))
+            work = self._give_away(within_s, force=bool(args.get("force")))
+            return await self._to_its_end(work, progress)
         return await self._to_its_end(self.volume.paired.demote(bool(args.get("force"))), progress)
+
+    async def _give_away(self, within_s: float, *, force: bool) -> dict[str, Any]:
+        """The volume is demoted: it can only be stopped."""
+        async with self._turn:
+            volume = self.volume
+            try:
+                await volume.give_away(within_s, force=force)
+            except BitmapdError as error:
+                if volume.receiver.demoting.stage is Stage.UNKNOWN:
+                    self._fail(error)  # the next start reads what is durable
+                raise
+        return {"demoted": True}
 
     async def _dissolve(self, args: dict[str, Any], progress: Progress) -> Any:
         return await self._to_its_end(self._become_single(), progress)

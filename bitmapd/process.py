@@ -248,9 +248,10 @@ class Process(ABC, Generic[S]):
 
 
 def start_anew() -> None:
-    """The partner has taken over: whatever this process believes to own is no longer its own.  The
-    kernel ends its I/O before the next program begins, and every descriptor is closed by that but
-    the standard ones, without which the next one would not become a daemon."""
+    """Of a process that has another role now, or whose partner has taken over: whatever it believes
+    to own is no longer its own.  The kernel ends its I/O before the next program begins, and every
+    descriptor is closed by that but the standard ones, without which the next one would not become
+    a daemon."""
     for number in range(3):
         os.set_inheritable(number, True)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606

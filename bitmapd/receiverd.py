@@ -9,7 +9,8 @@ from typing import Any
 from bitmapd.config import ReceiverConfig, load_any
 from bitmapd.control.server import Handler, Progress
 from bitmapd.errors import WrongStateError
-from bitmapd.process import Process
+from bitmapd.process import Process, start_anew
+from bitmapd.volume.promoting import take_over
 from bitmapd.volume.receiving import Receiving
 
 VOLUME_VERBS = (
@@ -24,7 +25,24 @@ class ReceiverProcess(Process[Receiving]):
     def _make_volume(self) -> Receiving:
         receiving = Receiving(self._config(), asyncio.get_running_loop(), self._log.emit)
         receiving.on_failed = self._fail
+        receiving.on_handover = self._handover
         return receiving
+
+    def _handover(self, term: int) -> None:
+        task = asyncio.ensure_future(self._take_over(term))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended_unasked)
+
+    async def _take_over(self, term: int) -> None:
+        """The volume of this receiver is given to it: begin anew, as a volume."""
+        async with self._turn:
+            try:
+                taken = await take_over(self.volume, term, self._paths)
+            except BaseException as error:
+                self._fail(error)
+                raise
+        if taken:
+            start_anew()
 
     def _config(self) -> ReceiverConfig:
         config = load_any(self._paths, self._name)

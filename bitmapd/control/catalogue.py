@@ -804,6 +804,30 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "taken-over",
+        Level.NOTICE,
+        ("point", "term"),
+        "of a receiver: its volume was handed over to it by `dmctl switchover`; its process begins"
+        " anew as that of the volume",
+        "nothing",
+    ),
+    EventKind(
+        "handover-error",
+        Level.ERROR,
+        ("message",),
+        "of a receiver: its volume was to be handed over to it, and it could not take it; it is the"
+        " receiver that it was",
+        "mend what the message names, then `dmctl switchover` at the other site once more",
+        is_error=True,
+    ),
+    EventKind(
+        "demoted",
+        Level.NOTICE,
+        ("term",),
+        "the volume has given everything to its receiver, and lets no host in any more",
+        "`dmctl switchover` hands it over; `dmctl promote` at either site lets hosts in there",
+    ),
+    EventKind(
         "view-opened",
         Level.NOTICE,
         ("point", "device"),

@@ -378,7 +378,8 @@ class Sender:
     @property
     def _has_something(self) -> bool:
         gate = self._gate
-        return bool(self._wanted or gate.wants_era or gate.taken or gate.has_copied)
+        wanted = self._wanted or self.uplink.lacks_first
+        return bool(wanted or gate.wants_era or gate.taken or gate.has_copied)
 
     def _next_round(self) -> None:
         self.schedule.begin_round(self._left_now_bytes)

@@ -187,6 +187,12 @@ class Uplink:
         newest = self.point if self._committed else self.point - 1
         return max(self._identity.committed, newest)
 
+    @property
+    def lacks_first(self) -> bool:
+        """Whether there has to be a point although nothing may have changed: a receiver of a volume
+        that was promoted can be promoted in its turn only when it has one."""
+        return self.is_ready and self._identity.promoted and not self.known_committed
+
     def resized(self, geometry: Geometry) -> None:
         self._geometry = geometry
         self._packer.geometry = geometry

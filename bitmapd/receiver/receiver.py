@@ -9,6 +9,7 @@
 | receiving | END, sets equal | committing | flush, commit page, COMMITTED |
 | receiving | END, not equal | receiving | HAVE |
 | receiving, committing | VERIFY | | SUMS, when the image has what was committed then |
+| receiving | HANDOVER that fits (`switchover`) | handing | the owner promotes it |
 | any | PING | | PONG |
 | any | anything else | waiting | ERROR; nothing was changed |
 
@@ -51,6 +52,7 @@ from bitmapd.points.messages import (
     Data,
     End,
     Feature,
+    Handover,
     Hello2,
     Map,
     Message,
@@ -58,9 +60,11 @@ from bitmapd.points.messages import (
     Ping,
     Received,
     Role,
+    Taken,
     Verify,
 )
 from bitmapd.points.pieces import Unpacker
+from bitmapd.points.switchover import refusal
 from bitmapd.receiver.applier import Applier
 from bitmapd.receiver.commit import MOST_QUEUED, PageFlag, Queued, page_figures
 from bitmapd.receiver.entries import IN_IMAGE, Entries, kept
@@ -86,6 +90,7 @@ class State(enum.Enum):
     REFUSED = "refused"
     RECEIVING = "receiving"
     COMMITTING = "committing"
+    HANDING = "handing"
     FAILED = "failed"
 
 
@@ -145,10 +150,12 @@ class Receiver:
         differs: Runs | None = None,
         keeper: Keeper = NO_KEEPER,
         rules: Rules = (),
+        on_handover: Callable[[int], None] = lambda term: None,
     ) -> None:
         """`keeper`, `rules`: how points are kept, and which.  `differs`: where the image may have
         something else than the point before the sender's generation began, if the image is an old
-        primary."""
+        primary.  `on_handover` hears the term in which this has to be the volume; `taken` or `kept`
+        follows."""
         self.state = State.WAITING
         self.journal = journal
         self._image = image
@@ -168,6 +175,7 @@ class Receiver:
         self._followed: Hello2 | None = None  # of the newest sender that was followed
         self._scheduler = scheduler
         self._keeper, self._rules = keeper, rules
+        self._on_handover = on_handover
         self._volume = self._follow()
         self._allowed: dict[tuple[State, type], Callable[[Any], None]] = {
             (State.WAITING, Hello2): self._take_hello,
@@ -176,6 +184,7 @@ class Receiver:
             (State.RECEIVING, End): self._take_end,
             (State.RECEIVING, Verify): self._take_verify,
             (State.COMMITTING, Verify): self._take_verify,
+            (State.RECEIVING, Handover): self._take_handover,
         }
 
     # -- its life -------------------------------------------------------------------------------
@@ -234,7 +243,7 @@ class Receiver:
     # -- connections ----------------------------------------------------------------------------
     def connected(self, wire: Wire) -> None:
         """A sender is there; one before it is gone."""
-        if self.state is State.FAILED:
+        if self.state in (State.FAILED, State.HANDING):
             wire.close()
             return
         before = self._wire
@@ -248,7 +257,8 @@ class Receiver:
     def lost(self, wire: Wire) -> None:
         if wire is self._wire:
             self._wire, self._hello = None, None
-            self.state = State.WAITING
+            if self.state is not State.HANDING:
+                self.state = State.WAITING
 
     def received(self, wire: Wire, message: Message) -> None:
         if wire is not self._wire:
@@ -285,7 +295,8 @@ class Receiver:
         self._greet()
 
     def _check_hello(self, hello: Hello2) -> None:
-        if hello.role is not Role.SENDER or hello.generations[0] == NIL:
+        from_demoted = hello.role is Role.DEMOTED and self.journal.page.committed > 0
+        if not (hello.role is Role.SENDER or from_demoted) or hello.generations[0] == NIL:
             raise PeerError(ErrorCode.OTHER, f"{hello.role.name} has nothing to send to a receiver")
         if hello.name != self._identity.name:
             raise PeerError(
@@ -526,6 +537,28 @@ class Receiver:
         self._known.applier.go_on()
         self._known.summing.go_on()
         self._greet()
+
+    # -- the role is handed over ----------------------------------------------------------------
+    def _take_handover(self, handover: Handover) -> None:
+        hello = self._hello
+        reason = "no Hello2" if hello is None else refusal(handover.term, hello, self._greeting())
+        if reason is None and self._known.applier.is_at_work:
+            reason = "a copy of its last point is being made"
+        if reason is not None:
+            raise PeerError(ErrorCode.BUSY, reason)
+        self.state = State.HANDING
+        self._on_handover(handover.term)
+
+    def taken(self, term: int) -> None:
+        """This is the volume, durably: nothing is received any more."""
+        self._send(Taken(term))
+
+    def kept(self, reason: str) -> None:
+        """It is the receiver that it was."""
+        self.state = State.WAITING
+        wire, self._wire, self._hello = self._wire, None, None
+        if wire is not None:
+            wire.close(PeerError(ErrorCode.INTERNAL, reason))
 
     # -- applying -------------------------------------------------------------------------------
     def _take_verify(self, verify: Verify) -> None:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
-from bitmapd.config import ReceiverConfig
-from bitmapd.errors import UsageError, WrongStateError, explain
+from bitmapd.config import Paths, ReceiverConfig
+from bitmapd.config.files import exchange_role, former_volume
+from bitmapd.config.roles import volume_table
+from bitmapd.errors import BitmapdError, UsageError, WrongStateError, explain
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.claims import Claim
 from bitmapd.media.identity import identify
@@ -41,7 +43,7 @@ from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
 from bitmapd.record.points_state import PointsState
 from bitmapd.volume.copies import keeper_of
-from bitmapd.volume.receiving import carried_out
+from bitmapd.volume.receiving import Receiving, carried_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,20 @@ class _Quiet:
 
     def image_failed(self, error: OSError) -> None:
         """Raised by the step that it ended."""
+
+
+def default_record(paths: Paths, name: str) -> str:
+    """Where a record is made for whom nobody has thought of one."""
+    return str(paths.state_dir / f"{name}.record")
+
+
+def exchange(paths: Paths, config: ReceiverConfig, promoted: Promoted, record: str) -> None:
+    """The configuration says that this is a volume; what this host knew of the record of an earlier
+    time as one is forgotten."""
+    line, before = promoted.line, former_volume(paths, config.name)
+    table = volume_table(config, line.volume, line.geometry, record, before)
+    paths.state_file(line.volume).unlink(missing_ok=True)
+    exchange_role(paths, config.name, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +146,25 @@ async def _promote(
         raise WrongStateError(
             f"receiver '{media.name}' has never had a sender: there is nothing to promote"
         )
-    goes_on = has_new_generation(journal)
     point = _find(media.name, journal, which)
-    await asyncio.to_thread(_check_record, media, line)
     keeping = Keeping(journal, line, keeper, (), lambda event, **fields: None)
-    loop = asyncio.get_running_loop()
-    applier = Applier(journal, image, line, loop, _Quiet(), keeping)
+    applier = Applier(journal, image, line, asyncio.get_running_loop(), _Quiet(), keeping)
+    return await become_volume(media, journal, applier, line, force=force, point=point)
+
+
+async def become_volume(
+    media: Media,
+    journal: Journal,
+    applier: Applier,
+    line: Line,
+    *,
+    force: bool,
+    point: int | None = None,
+) -> Promoted:
+    """Of a receiver that takes nothing any more, and whose applier rests.  As `promote`; `point`:
+    an older one that is kept."""
+    goes_on = has_new_generation(journal)
+    await asyncio.to_thread(_check_record, media, line)
     ready = await carried_out(prepare(journal, applier, line, force=force, point=point))
     if ready.obstacle is not None and not force and not goes_on:
         raise WrongStateError(
@@ -144,7 +173,7 @@ async def _promote(
         )
     after = line if goes_on else successor(line, uuid4())
     await asyncio.to_thread(_make_record, media, after, ready.since)
-    await carried_out(finish(journal, keeping, after, int(time.time())))
+    await carried_out(finish(journal, applier.keeping, after, int(time.time())))
     extents = sum(stop - first for first, stop in ready.since)
     return Promoted(after, ready.point, ready.wall_ns, extents, ready.obstacle)
 
@@ -174,6 +203,30 @@ def _find(name: str, journal: Journal, which: Which) -> int | None:
             hint=f"'dmctl promote {name} --point P' takes one of them",
         )
     return None if found[0] == newest else found[0]
+
+
+async def take_over(receiving: Receiving, term: int, paths: Paths) -> bool:
+    """By the word of the site that was the volume until now.  False, and a receiver as before, if
+    that cannot be; else the configuration says that this is the volume, and the process has to
+    begin anew."""
+    config, journal = receiving.config, receiving.journal
+    applier, line = receiving.receiver.applier, journal.superblock.line
+    if applier is None or line is None:
+        raise TypeError("a receiver that follows nobody takes nothing over")
+    await receiving.end_drill()
+    record = config.promoted_record or default_record(paths, config.name)
+    media = Media(config.name, config.image, config.journal, record, config.listen)
+    try:
+        done = await become_volume(media, journal, applier, line, force=False)
+    except (BitmapdError, OSError) as error:
+        if has_new_generation(journal) or journal.failure is not None:
+            raise
+        await receiving.hand_back(str(error))
+        return False
+    await asyncio.to_thread(exchange, paths, config, done, record)
+    receiving.emit("taken-over", point=done.point, term=term)
+    await receiving.part(term)
+    return True
 
 
 def _check_record(media: Media, line: Line) -> None:

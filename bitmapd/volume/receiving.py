@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PARTING_S = 5.0  # for whoever has handed over to hear that it was taken
+
 
 async def carried_out(steps: Steps[T]) -> T:
     """Await steps; what they raise is raised."""
@@ -82,6 +85,8 @@ class Receiving:
     ) -> None:
         self.config = config
         self.on_failed: Callable[[BaseException], None] = lambda error: None
+        self.on_handover: Callable[[int], None] = lambda term: None
+        self._parted = asyncio.Event()  # from whoever has handed over
         self._loop = loop
         self._emit_event = emit
         self._hurried = asyncio.Event()
@@ -162,6 +167,7 @@ class Receiving:
             differs,
             keeper_of(self.config, self._engine),
             self.config.retain or (),
+            self.on_handover,
         )
 
     def _failed(self, error: OSError) -> None:
@@ -202,6 +208,22 @@ class Receiving:
         if config != self.config:
             self.emit("settings-refused", message="a receiver takes up its settings at its start")
 
+    async def hand_back(self, reason: str) -> None:
+        """It is the receiver that it was: what is handed over to it cannot be taken."""
+        journal, line = self.journal, self.journal.superblock.line
+        if line is not None and journal.page.flags & PageFlag.PROMOTING:
+            await carried_out(undo(journal, line))
+        self.emit("handover-error", message=reason)
+        self.receiver.kept(reason)
+
+    async def part(self, term: int) -> None:
+        """Say that this is the volume now, and return when that was heard, or after a while."""
+        self._parted.clear()
+        self.receiver.taken(term)
+        with contextlib.suppress(TimeoutError):  # it asks again
+            async with asyncio.timeout(PARTING_S):
+                await self._parted.wait()
+
     # -- PointEnd -------------------------------------------------------------------------------
     def connected(self, wire: MessageWire) -> None:
         self.receiver.connected(wire)
@@ -217,6 +239,7 @@ class Receiving:
 
     def lost(self, wire: MessageWire, reason: str) -> None:
         self.receiver.lost(wire)
+        self._parted.set()
         self.emit("sender-lost", message=f"{wire.peer}: {reason}")
 
     def failed(self, reason: str) -> None:

@@ -21,7 +21,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Generic, TypeVar
 from uuid import UUID
 
 from bitmapd import __version__
@@ -36,11 +36,12 @@ from bitmapd.errors import (
 from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.transport import Settings
-from bitmapd.points.messages import NIL, Feature, Hello2, Message, Role
+from bitmapd.points.messages import NIL, Feature, Hello2, Message, Ping, Role
 from bitmapd.points.wire import MessageWire, PointTransport
 from bitmapd.receiver.superblock import Line
 from bitmapd.record import tool
 from bitmapd.record.extents import runs_of
+from bitmapd.record.geometry import Geometry
 from bitmapd.record.superblock import Superblock, as_ids
 from bitmapd.volume.sending import link_settings
 
@@ -51,27 +52,55 @@ _CHUNK_BYTES: Final = 1 << 20
 # -- who the other one is ---------------------------------------------------------------------
 
 
-class _Asking:
-    """Says HELLO2, or waits for that of the other, and hears it."""
+A = TypeVar("A")
 
-    def __init__(self, hello: Hello2, settings: Settings) -> None:
-        self._hello = hello
-        self._says_first = settings.dial is not None
-        self.answer: asyncio.Future[Hello2] = asyncio.get_running_loop().create_future()
+
+class Asking(Generic[A]):
+    """Greets the other one, whoever of the two connects, and hears it; connections that end are
+    made again."""
+
+    def __init__(self, hello: Hello2, geometry: Geometry) -> None:
+        self.hello = hello
+        self.geometry = geometry
         self.failure = "it did not answer"
-        self.transport = PointTransport(asyncio.get_running_loop(), settings, self)
+        self.refusal: str | None = None  # as the other one said it
+        self._answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._greeted: MessageWire | None = None
 
+    async def ask(self, settings: Settings, within_s: float) -> A | None:
+        """The answer; None, and `failure`, if there is none in time."""
+        self._says_first = settings.dial is not None
+        transport = PointTransport(asyncio.get_running_loop(), settings, self)
+        transport.start()
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._answer
+        except TimeoutError:
+            return None
+        finally:
+            transport.close()
+            if self._greeted is not None:
+                self._greeted.close()
+
+    def answered(self, answer: A) -> None:
+        if not self._answer.done():
+            self._answer.set_result(answer)
+
+    def _greet(self, wire: MessageWire) -> None:
+        self._greeted = wire
+        wire.send(self.hello)
+
+    # -- `PointEnd` -------------------------------------------------------------------------
     def connected(self, wire: MessageWire) -> None:
         if self._says_first:
-            wire.send(self._hello)
+            self._greet(wire)
 
     def received(self, wire: MessageWire, message: Message) -> None:
-        if isinstance(message, Hello2) and not self.answer.done():
-            self.answer.set_result(message)
-            wire.close()
+        if isinstance(message, Ping) and wire is not self._greeted:
+            self._greet(wire)  # a receiver that connects; a volume says who it is at once
 
     def drained(self, wire: MessageWire) -> None:
-        """Nothing more is said."""
+        """Little is said."""
 
     def lost(self, wire: MessageWire, reason: str) -> None:
         self.failure = reason
@@ -80,10 +109,18 @@ class _Asking:
         self.failure = reason
 
 
-async def ask(config: VolumeConfig, superblock: Superblock, settings: Settings) -> Hello2:
-    """What the other site says of itself.  UnreachableError if it does not within `ANSWER_S`."""
+class _Who(Asking[Hello2]):
+    def received(self, wire: MessageWire, message: Message) -> None:
+        if isinstance(message, Hello2):
+            self.answered(message)
+        else:
+            super().received(wire, message)
+
+
+def hello_of(config: VolumeConfig, superblock: Superblock, role: Role) -> Hello2:
+    """What a site says of itself while its volume does not run."""
     geometry, points = superblock.geometry, superblock.points
-    hello = Hello2(
+    return Hello2(
         volume=config.uuid.bytes,
         incarnation=os.urandom(16),
         generations=as_ids(superblock.generations),
@@ -93,26 +130,26 @@ async def ask(config: VolumeConfig, superblock: Superblock, settings: Settings) 
         committed=0 if points is None else points.committed,
         applied=0,
         oldest_kept=0,
-        role=Role.SENDER,
+        role=role,
         features=Feature(0),
         credit_bytes=0,
         term=0 if points is None else points.term,
         name=parse_receiver_uri(config.secondary).name,
         program=f"bitmapd {__version__}",
     )
-    asking = _Asking(hello, settings)
-    asking.transport.start()
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            return await asking.answer
-    except TimeoutError:
+
+
+async def ask(config: VolumeConfig, superblock: Superblock, settings: Settings) -> Hello2:
+    """What the other site says of itself.  UnreachableError if it does not within `ANSWER_S`."""
+    asking = _Who(hello_of(config, superblock, Role.SENDER), superblock.geometry)
+    answer = await asking.ask(settings, ANSWER_S)
+    if answer is None:
         raise UnreachableError(
             f"the other site of volume '{config.name}', {config.secondary}, cannot be asked:"
             f" {asking.failure}",
             hint="nothing was changed; it has to run to be followed",
-        ) from None
-    finally:
-        asking.transport.close()
+        )
+    return answer
 
 
 def refuse_unless_old(config: VolumeConfig, superblock: Superblock, theirs: Hello2) -> None:

@@ -136,8 +136,9 @@ class ReceiverLink:
             self.refuse()
         if PointsFlag.DEMOTED in points.flags:
             raise WrongStateError(
-                f"volume '{name}' has given its role away: its receiver is to be promoted",
-                hint=f"'dmctl promote' at {self._config.secondary}",
+                f"volume '{name}' has given its role away, and lets no host in",
+                hint=f"'dmctl switchover {name}' hands it over to {self._config.secondary}, 'dmctl"
+                f" promote {name}' takes it back",
             )
         if must_wait and self.receiver is None:
             raise UnreachableError(

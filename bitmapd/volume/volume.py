@@ -374,6 +374,12 @@ class Volume:
             )
         return self._receiver
 
+    async def give_away(self, within_s: float, *, force: bool) -> None:
+        """Have the receiver get everything, and let no host in any more, also after a start."""
+        if self._verifying is not None:
+            raise BusyError(f"volume '{self.config.name}' is being verified")
+        await self.receiver.demoting.run(within_s, force=force)
+
     def _refuse_unless_serving(self) -> None:
         if not self.serving:
             self.paired.pair.refuse_waiting(self.config.name)

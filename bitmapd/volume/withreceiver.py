@@ -19,8 +19,10 @@ from bitmapd.gate.cycle import CutGate
 from bitmapd.media.buffers import BufferPool
 from bitmapd.points.sender import Phase
 from bitmapd.points.sums import BySums
+from bitmapd.points.switchover import Stage
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import Parts
+from bitmapd.volume.demoting import Demoting
 from bitmapd.volume.sending import ReceiverLink
 
 MAX_LABEL_BYTES = 255  # on the wire
@@ -30,6 +32,8 @@ _READ = (Phase.SENDING, Phase.ENDED)
 
 class Around(Protocol):
     """The volume around it; `Volume`."""
+
+    def emit(self, event: str, **fields: Any) -> None: ...
 
     async def until(self, condition: Callable[[], bool]) -> None: ...
 
@@ -43,6 +47,7 @@ class WithReceiver:
         self._name = name
         self._parts = parts
         self._volume = volume
+        self.demoting = Demoting(name, parts, link, volume)
         self._asked = False  # a cut, by somebody who waits for it
 
     async def start(self) -> None:
@@ -52,6 +57,8 @@ class WithReceiver:
 
     def state_of(self, found: str) -> str:
         """The state of the volume, which would be `found` without regard to the receiver."""
+        if self.demoting.stage is Stage.DEMOTED:
+            return "demoted"
         if self.link.is_split:
             return "split-brain"
         if found == "link-down" and self._parts.config.receiver_dials:

@@ -35,7 +35,7 @@ from dmctl.cli.receive import check_journal
 
 def failback(context: Context, args: Namespace) -> int:
     name, output, paths = args.name, context.output, context.paths
-    config = _volume(context, name)
+    config = volume_of(context, name)
     journal = args.journal or config.journal
     if journal is None:
         raise UsageError(
@@ -49,7 +49,7 @@ def failback(context: Context, args: Namespace) -> int:
                 f"volume '{name}' is running", hint=f"first: dmctl stop {name} --now"
             )
         superblock, runs = recorded_runs(config.record, config.uuid)
-        begin = _journal_of(context, config, journal, superblock, force=args.force)
+        begin = journal_of(context, config, journal, superblock, force=args.force)
         theirs = ask_now(config, superblock)
         refuse_unless_old(config, superblock, theirs)
         lost_bytes = sum(stop - first for first, stop in runs) * superblock.geometry.extent_bytes
@@ -77,7 +77,7 @@ def failback(context: Context, args: Namespace) -> int:
     return 0
 
 
-def _volume(context: Context, name: str) -> VolumeConfig:
+def volume_of(context: Context, name: str) -> VolumeConfig:
     config = load_any(context.paths, name)
     if isinstance(config, ReceiverConfig):
         raise WrongStateError(
@@ -104,7 +104,7 @@ def _save(
         save(superblock, config.primary, runs, target, bar)
 
 
-def _journal_of(
+def journal_of(
     context: Context, config: VolumeConfig, path: str, superblock: Superblock, *, force: bool
 ) -> JournalSuperblock:
     """What the journal will begin with, once everything about its medium has been checked.  One of

@@ -19,6 +19,7 @@ from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
 from dmctl.cli.lifecycle import restart
 from dmctl.cli.processes import is_running
+from dmctl.cli.switchover import demotable, demote_site
 
 TAKEOVER_TIMEOUT_S = 60.0
 LAYERS_TIMEOUT_S = 60.0
@@ -97,6 +98,9 @@ def _within_s(config: VolumeConfig) -> float:
 def demote(context: Context, args: Namespace) -> int:
     """Let hosts in no more, and give everything to the partner."""
     name, output = args.name, context.output
+    config = demotable(context.paths, name)
+    if config is not None:
+        return demote_site(context, config, args)
     within_s = _within_s(load_volume(context.paths, name))
     answer = ask(context, name, "demote", {"force": args.force}, within_s)
     if output.as_json:

@@ -138,9 +138,10 @@ def stop(context: Context, args: Namespace) -> int:
     return each(context, "stop", names, "stop", one)
 
 
-def stop_now(context: Context, name: str, timeout_s: float) -> None:
-    """Stop a volume or a receiver at once, and wait for the end of its process."""
-    _stop(context, name, Namespace(now=True, timeout=timeout_s), bar=False)
+def stop_now(context: Context, name: str, timeout_s: float, *, now: bool = True) -> None:
+    """Stop a volume or a receiver at once, or when nothing is left to copy, and wait for the end of
+    its process."""
+    _stop(context, name, Namespace(now=now, timeout=timeout_s), bar=False)
 
 
 def restart(context: Context, name: str) -> int:

@@ -69,15 +69,22 @@ def add_failover(commands: Commands) -> None:
         commands,
         "demote",
         "failover:demote",
-        "let hosts in no more at this node of two, and give everything to the partner",
-        "The volume goes on running here, and copies what it has left. Hosts are let in again by"
-        " 'dmctl takeover' at this node, or with serve = always by its next start. With"
-        " device-mapper the volume's device is removed. Without a"
-        " partner what is this node's own stays in its record. Ends with status 12 if hosts are"
-        " connected, unless --force is given; 14 for a volume of a single appliance.",
+        "let hosts in no more at this node, or this site, and give everything to the other one",
+        "Of two appliances: the volume goes on running here, and copies what it has left. Hosts are"
+        " let in again by 'dmctl takeover' at this node, or with serve = always by its next start."
+        " With device-mapper the volume's device is removed."
+        " Without a partner what is this node's own stays in its record. Ends with status 12 if"
+        " hosts are connected, unless --force is given; 14 for a volume of a single appliance."
+        " Of a volume with a receiver: sends what is left, waits until the receiver has it in its"
+        " image, and stops the volume; a start is refused from then on. It is the first half of"
+        " 'dmctl switchover', which goes on with it; 'dmctl promote' at either site lets hosts in"
+        " there. An old primary that is stopped is only marked, so that it never serves by itself:"
+        " 14 if its record names what the receiver may lack, unless --force is given or the other"
+        " site was promoted.",
     )
     add_name(demote)
     demote.add_argument("--force", action="store_true", help="also if hosts are connected")
+    add_timeout(demote, "of sites: let hosts in again after this time (default 2min)", 120.0)
     point = add_command(
         commands,
         "point",
@@ -244,7 +251,9 @@ def add_roles(commands: Commands) -> None:
         " back. Ends with status 14, and changes nothing, while the sender is connected or if the"
         " image is not a whole point, unless --force is given. With --point or --label an older"
         " point that is kept: what changed since is named in the record, so that failback finds it."
-        " If it is cut short the same command goes on; see 'The other site is lost' in"
+        " If it is cut short the same command goes on. At a site that was demoted: lets hosts in"
+        " there again, once the other one has said that it was not promoted, or with --force; see"
+        " 'The other site is lost' in"
         " docs/recovery.md.",
     )
     add_name(promote)
@@ -280,7 +289,7 @@ def add_roles(commands: Commands) -> None:
         " split brain ends with status 16, an other site that does not answer with 15. Only what"
         " differs is copied: what either record names. What was written here and never left is"
         " overwritten, which is asked for first. The first point makes this site consistent; then"
-        " 'dmctl stop' there, 'dmctl promote' here and 'dmctl failback' there exchange the places.",
+        " 'dmctl switchover' there exchanges the places.",
     )
     add_name(failback)
     completed(
@@ -304,3 +313,28 @@ def add_roles(commands: Commands) -> None:
     )
     add_yes(failback)
     add_timeout(failback, "give up the start after this time with status 40 (default 2min)", 120.0)
+    switchover = add_command(
+        commands,
+        "switchover",
+        "switchover:switchover",
+        "exchange the places of a volume and its receiver: a planned move, which loses nothing",
+        "At the volume, with both sites up. Hosts are cut off as by a stop; what is left is sent,"
+        " and when the receiver has all of it in its image this site is demoted, durably, and the"
+        " other one promoted; this one becomes its receiver, with nothing to copy. If a step before"
+        " the demotion fails, hosts are let in again. If the other site is lost behind it, neither"
+        " serves: the same command goes on, and 'dmctl promote' at either site lets hosts in there."
+        " Ends with status 15 if the other site is away, 40 if it takes too long.",
+    )
+    add_name(switchover)
+    completed(
+        switchover.add_argument(
+            "--journal",
+            metavar="DEV",
+            help="block device or file to receive points in (default: that of the configuration)",
+        ),
+        FILE,
+    )
+    switchover.add_argument(
+        "--force", action="store_true", help="overwrite what was found on the journal"
+    )
+    add_timeout(switchover, "give up a step after this time (default 2min)", 120.0)

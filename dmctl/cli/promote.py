@@ -11,22 +11,24 @@ from argparse import Namespace
 from typing import Any
 
 from bitmapd.config import Paths, ReceiverConfig, load_any
-from bitmapd.config.files import exchange_role, former_volume
-from bitmapd.config.roles import volume_table
 from bitmapd.control.events import iso_time
 from bitmapd.errors import WrongStateError
-from bitmapd.volume.promoting import Media, Which, promote_now
+from bitmapd.volume.promoting import Media, Which, default_record, exchange, promote_now
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
 from dmctl.cli.lifecycle import stop_now
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.processes import is_running, launch, start_lock
+from dmctl.cli.switchover import demoted_volume, take_back
 
 STOP_TIMEOUT_S = 60.0
 
 
 def promote(context: Context, args: Namespace) -> int:
     name, output, paths = args.name, context.output, context.paths
+    demoted = demoted_volume(paths, name)
+    if demoted is not None:
+        return take_back(context, demoted, args)
     config = receiver(paths, name)
     with start_lock(paths, name):
         if is_running(paths, name):
@@ -36,12 +38,7 @@ def promote(context: Context, args: Namespace) -> int:
         media = Media(name, config.image, config.journal, record, config.listen)
         which = Which(args.point, args.label)
         done = promote_now(media, config, force=args.force, which=which)
-        line = done.line
-        before = former_volume(paths, name)
-        table = volume_table(config, line.volume, line.geometry, record, before)
-        # What this host knew of the record of an earlier time as the volume.
-        paths.state_file(line.volume).unlink(missing_ok=True)
-        exchange_role(paths, name, table)
+        exchange(paths, config, done, record)
         keep_rules(context)
         launch(paths, name, args.timeout)
     status = ask(context, name, "status", {})
@@ -50,7 +47,7 @@ def promote(context: Context, args: Namespace) -> int:
         "point": done.point,
         "at": iso_time(done.wall_ns / 1e9) if done.wall_ns else None,
         "consistent": done.obstacle is None,
-        "term": line.term,
+        "term": done.line.term,
         "record": record,
         "device": status["device"],
     }
@@ -74,11 +71,6 @@ def receiver(paths: Paths, name: str) -> ReceiverConfig:
     raise WrongStateError(
         f"'{name}' {how}: there is nothing to promote", hint=f"dmctl start {name}"
     )
-
-
-def default_record(paths: Paths, name: str) -> str:
-    """Where a record is made for whom nobody has thought of one."""
-    return str(paths.state_dir / f"{name}.record")
 
 
 def _refuse_a_sender(context: Context, name: str, *, force: bool) -> None:

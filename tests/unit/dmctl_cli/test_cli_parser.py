@@ -18,7 +18,7 @@ from tests.support.cli import Cli, new_cli
 COMMANDS = (
     *("create", "start", "stop", "status", "wait", "resync", "verify", "pause", "resume", "set"),
     *("resize", "promote", "demote", "failback", "remove", "record", "events", "probe"),
-    *("receive", "points", "test-failover"),
+    *("receive", "points", "test-failover", "switchover"),
     *("simulate", "takeover", "partner", "config", "assemble", "monitor"),
     *("udev-rules", "plan", "partner-keys", "point"),
 )

@@ -1,0 +1,160 @@
+"""A volume with a receiver gives its role away, or takes it back (edge).
+
+`Demoting` carries out the stages of `points.switchover` up to DEMOTED, in the volume's process. The
+record keeps the rest: a volume whose superblock says DEMOTED lets no host in.
+
+1. Until DEMOTED is written any error lets the hosts in again.
+2. What is given away is everything: the receiver has it in its image when DEMOTED is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+from bitmapd.config import Paths, VolumeConfig
+from bitmapd.copier.engine import CopyState
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    TimeOutError,
+    UnreachableError,
+    WrongStateError,
+    explain,
+)
+from bitmapd.points.messages import Role
+from bitmapd.points.switchover import ASKED, Stage, after
+from bitmapd.record.points_state import NO_POINTS_FLAGS, PointsFlag
+from bitmapd.volume.assemble import Parts
+from bitmapd.volume.sending import ReceiverLink, points_of
+from bitmapd.volume.session import RecordSession
+
+_BOUNDED: Final = (Stage.CLOSING, Stage.SENDING, Stage.APPLYING)
+
+
+class Around(Protocol):
+    """The volume around it; `Volume`."""
+
+    def emit(self, event: str, **fields: Any) -> None: ...
+
+    async def until(self, condition: Callable[[], bool]) -> None: ...
+
+
+class Demoting:
+    """See the module docstring."""
+
+    def __init__(self, name: str, parts: Parts, link: ReceiverLink, volume: Around) -> None:
+        self.stage = Stage.SERVING
+        self._name = name
+        self._parts = parts
+        self._link = link
+        self._sender = link.sender
+        self._volume = volume
+
+    async def run(self, within_s: float, *, force: bool) -> None:
+        """Return when the volume is demoted; every error before leaves it as it was.  Without
+        `force` BusyError if hosts are connected."""
+        if self.stage is Stage.DEMOTED:
+            return
+        self._check(force=force)
+        work = {
+            Stage.CLOSING: self._close_hosts,
+            Stage.SENDING: self._send_all,
+            Stage.APPLYING: self._see_it_applied,
+            Stage.DEMOTING: self._demote,
+            Stage.REOPENING: self._parts.mode.admit,
+        }
+        deadline_s = asyncio.get_running_loop().time() + within_s
+        failure: BitmapdError | None = None
+        self.stage = ASKED[self.stage]
+        while (act := work.get(self.stage)) is not None:
+            bounded = self.stage in _BOUNDED
+            try:
+                async with asyncio.timeout_at(deadline_s if bounded else None):
+                    await act()
+                well = True
+            except TimeoutError:
+                failure, well = self._late(), False
+            except BitmapdError as error:
+                failure, well = failure or error, False
+            self.stage = after(self.stage, well=well) or self.stage
+        if failure is not None:
+            raise failure
+
+    def _late(self) -> BitmapdError:
+        return TimeOutError(f"volume '{self._name}' could not give everything away in time")
+
+    def _check(self, *, force: bool) -> None:
+        self._parts.pausing.refuse("it cannot give everything away")
+        theirs = self._link.receiver
+        if not self._sender.uplink.is_ready or theirs is None:
+            raise UnreachableError(
+                f"the receiver of volume '{self._name}' is away: nobody would have its place",
+                hint=f"'dmctl events {self._name} --now' says why",
+            )
+        if theirs.role is not Role.RECEIVER or not self._sender.uplink.known_committed:
+            raise WrongStateError(
+                f"the receiver of volume '{self._name}' has no point yet",
+                hint=f"dmctl wait {self._name} --for point",
+            )
+        hosts = self._parts.mode.server.stats.connections
+        if hosts and not force:
+            raise BusyError(f"{hosts} hosts are connected", hint="disconnect them, or give --force")
+
+    # -- the stages -----------------------------------------------------------------------------
+    async def _close_hosts(self) -> None:
+        await self._parts.mode.close_hosts()
+        await self._parts.mode.last_writes(self._end_eras)
+
+    async def _end_eras(self, enough: Callable[[], bool]) -> None:
+        self._sender.wake()
+        await self._volume.until(enough)
+
+    async def _send_all(self) -> None:
+        def sent() -> bool:
+            if self._gone or self._parts.gate.in_sync:
+                return True
+            self._sender.wake()
+            return False
+
+        await self._volume.until(sent)
+        self._refuse_if_gone()
+
+    async def _see_it_applied(self) -> None:
+        uplink = self._sender.uplink
+        await self._volume.until(lambda: self._gone or uplink.applied >= uplink.known_committed)
+        self._refuse_if_gone()
+
+    async def _demote(self) -> None:
+        points = points_of(self._parts.session)
+        demoted = dataclasses.replace(points, flags=points.flags | PointsFlag.DEMOTED)
+        try:
+            await self._parts.aside(self._parts.session.update, points=demoted)
+        except OSError as error:
+            raise explain(error, f"record {self._parts.config.record}") from error
+        self._volume.emit("demoted", term=points.term)
+
+    @property
+    def _gone(self) -> bool:
+        return self._sender.state is not CopyState.RUNNING
+
+    def _refuse_if_gone(self) -> None:
+        if self._gone:
+            raise UnreachableError(
+                f"the receiver of volume '{self._name}' went away before it had everything; hosts"
+                " are let in again"
+            )
+
+
+def mark(config: VolumeConfig, paths: Paths, *, demoted: bool) -> None:
+    """Of a stopped volume: whether it has given its role away, durably."""
+    session = RecordSession(config, paths, lambda event, **fields: None)
+    try:
+        points = points_of(session)
+        flags = PointsFlag.DEMOTED if demoted else NO_POINTS_FLAGS
+        if points.flags != flags:
+            session.update(points=dataclasses.replace(points, flags=flags))
+    finally:
+        session.close()
