@@ -192,7 +192,7 @@ def test_cron_lines_have_their_fields() -> None:
 def test_man_pages(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "docs/make_man.py", tmp_path], check=True, timeout=60)
     program = (tmp_path / "dmctl.8").read_text()
-    for word in ("resync", "EXIT STATUS", "22 record of another volume", "14 stopped"):
+    for word in ("resync", "EXIT STATUS", "22 record of another volume", "14 demoted, stopped"):
         assert word in program
     config = (tmp_path / "dmctl.toml.5").read_text()
     assert all(f".B {key.name}" in config for key in keys().values())
