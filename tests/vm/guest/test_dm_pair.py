@@ -1,0 +1,149 @@
+"""Device-mapper on the node of a pair that serves: moved, killed, fenced, in a real kernel."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.vm.guest.disks import MIB, sh
+from tests.vm.guest.dmpair import NAME, PairNode, dm_pair, equal
+
+# Under load the emulated machine takes minutes for what takes seconds elsewhere.
+pytestmark = pytest.mark.timeout(1800)
+
+DEVICE = f"/dev/mapper/{NAME}"
+PLACES = range(0, 8 * MIB, MIB)  # one in each of eight extents
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[PairNode, PairNode]]:
+    with dm_pair() as made:
+        yield made
+
+
+def put(fd: int, offset: int, text: bytes) -> None:
+    """A write of 4 KiB that no cache of this kernel delays."""
+    page = mmap.mmap(-1, 4096)
+    page.write(text.ljust(4096, b"."))
+    os.pwrite(fd, page, offset)
+
+
+def get(offset: int) -> bytes:
+    fd = os.open(DEVICE, os.O_RDONLY | os.O_DIRECT)
+    try:
+        page = mmap.mmap(-1, 4096)
+        os.preadv(fd, [page], offset)
+        return page[:].rstrip(b".")
+    finally:
+        os.close(fd)
+
+
+def opened() -> int:
+    return os.open(DEVICE, os.O_RDWR | os.O_DIRECT)
+
+
+def have_direct(node: PairNode, fd: int) -> None:
+    """The places are in the record of the node that serves, and in its kernel's table."""
+    for place in PLACES:
+        put(fd, place, b"first")
+    node.until(lambda status: status["direct_extents"] >= len(PLACES))
+    before = node.status()["gate_writes_total"]
+    for place in PLACES:
+        put(fd, place, b"direct")
+    assert node.status()["gate_writes_total"] == before
+
+
+def come_back(node: PairNode) -> None:
+    node.dmctl("start", NAME, status=None)  # 15 where the partner is slow to answer
+    node.dmctl("wait", NAME, "--for", "paired", "--timeout", "100s")
+
+
+def end(one: PairNode, two: PairNode) -> None:
+    for node in (one, two):
+        assert node.partner()["compared_extents_total"] == 0
+        node.stop()
+    assert equal(one)
+
+
+def test_from_node_to_node(pair: tuple[PairNode, PairNode], tmp_path: Path) -> None:
+    one, two = pair
+    assert not os.path.exists(DEVICE)  # nobody is promoted
+    one.dmctl("takeover", NAME)
+    assert one.has_stack
+    sh("mkfs.ext4", "-q", DEVICE)
+    mount = tmp_path / "mnt"
+    mount.mkdir()
+    sh("mount", DEVICE, str(mount))
+    (mount / "letter").write_bytes(b"from one" * 100_000)
+    assert "in use" in two.dmctl("takeover", NAME, status=12)
+    assert "in use" in one.dmctl("demote", NAME, status=12)
+    assert one.has_stack
+    sh("umount", str(mount))
+
+    two.dmctl("takeover", NAME)
+    assert two.has_stack
+    assert "one node serves" in one.dmctl("takeover", NAME, "--beside", status=14)
+    assert one.partner()["own_extents"] == 0
+    sh("e2fsck", "-f", "-n", DEVICE)
+    sh("mount", DEVICE, str(mount))
+    assert (mount / "letter").read_bytes() == b"from one" * 100_000
+    (mount / "answer").write_bytes(b"from two" * 100_000)
+    sh("umount", str(mount))
+    two.dmctl("demote", NAME)
+    assert not os.path.exists(DEVICE)
+    two.wait_in_sync()
+    end(one, two)
+    sh("e2fsck", "-f", "-n", two.secondary.path)
+
+
+def test_a_kernel_outlives_bitmapd_and_is_fenced(
+    pair: tuple[PairNode, PairNode], tmp_path: Path
+) -> None:
+    """Hosts go on, what they write meanwhile is copied, and no node compares anything."""
+    one, two = pair
+    fence = tmp_path / "fence"
+    fence.write_text(
+        "#!/bin/sh\ncat > /dev/null\n"
+        "for round in 1 2; do for name in vol0 dmctl-vol0-w dmctl-vol0-era; do"
+        " dmsetup remove --noudevsync -f $name; done; done\n! dmsetup info vol0\n"
+    )
+    fence.chmod(0o755)
+    one.dmctl("takeover", NAME)
+    fd = opened()
+    try:
+        have_direct(one, fd)
+        one.kill()
+        two.until(lambda status: status["partner"]["state"] == "cut")
+        for place in PLACES:
+            put(fd, place, b"unseen")  # nobody but the kernel knows
+        assert "its kernel goes on" in two.dmctl("takeover", NAME, status=15)
+        come_back(one)
+        assert one.has_stack
+        assert one.partner()["serving"]
+        assert one.partner()["own_extents"] >= len(PLACES)
+        assert two.partner()["peer"]["attach"] == "dm"
+        put(fd, 40 * MIB, b"through the gate")
+        assert "in use" in one.stop(status=12)
+        one.wait_in_sync()
+        have_direct(one, fd)
+        one.kill()
+        for place in PLACES:
+            put(fd, place, b"last words")
+    finally:
+        os.close(fd)
+
+    two.dmctl("set", NAME, f"fence-command={fence}")
+    two.dmctl("takeover", NAME)
+    assert two.has_stack
+    assert two.partner()["proof"] == "fence"
+    assert [get(place) for place in PLACES] == [b"last words"] * len(PLACES)
+    come_back(one)
+    assert two.has_stack
+    assert not one.partner()["serving"]
+    two.dmctl("demote", NAME)
+    two.wait_in_sync()
+    end(one, two)
