@@ -11,6 +11,7 @@ import pytest
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.throttle import Throttle
 from bitmapd.gate.cycle import PATIENCE_S, Void
+from bitmapd.points import sender
 from bitmapd.points.messages import Applied, Begin, Committed, Credit, Data, End, Need
 from bitmapd.points.overflow import BATCH_BYTES
 from bitmapd.points.sender import Phase
@@ -1021,3 +1022,22 @@ def test_a_stop_waits_for_the_file() -> None:
     assert stopped == []
     drain(home.loop, disk)
     assert stopped == [True]
+
+
+def test_what_memory_may_hold_changes_while_in_use() -> None:
+    home, _ = with_file()
+    home.sender.limit_spool(4 * BLOCK)
+    assert home.sender.figures()["spool_limit_bytes"] == 4 * BLOCK
+    assert home.sender.schedule.spool_bytes == 4 * BLOCK + 16 * BATCH_BYTES
+
+
+def test_what_is_too_much_to_be_counted_block_by_block_is_estimated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sender, "COUNTED_BLOCKS", 0)
+    home = begun(spool_blocks=8)
+    home.put(0, 16)
+    home.run(3.0)
+    assert home.ended() is not None
+    home.commit(1)
+    assert home.recorded() == set()
