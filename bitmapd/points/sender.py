@@ -157,6 +157,7 @@ class Sender:
         self.primary_failed_s = float("-inf")
         self.voids = dict.fromkeys(Void, 0)
         self.points = 0  # committed by this process
+        self.precopied_bytes = 0  # sent ahead of a cut
         self.changed_bytes = 0  # between them, in pieces
         self._point_changed_bytes = 0
         self.cut_s: float | None = None  # of the newest committed point
@@ -478,7 +479,10 @@ class Sender:
 
     # -- sending, and the end of a point ----------------------------------------------------
     def _send(self, now: float) -> None:
+        sent_bytes = self.uplink.sent_bytes
         wait_s = self.uplink.step(now)
+        if self.phase is Phase.OPEN:
+            self.precopied_bytes += self.uplink.sent_bytes - sent_bytes
         if wait_s is not None:
             if wait_s:
                 self._wake_in(wait_s)
@@ -653,6 +657,7 @@ class Sender:
             "committed_total": self.points,
             "void_total": {reason.value: count for reason, count in self.voids.items()},
             "sent_bytes_total": self.uplink.sent_bytes,
+            "precopied_bytes_total": self.precopied_bytes,
             "wire_bytes_total": self.uplink.wire_bytes,
             "changed_bytes_total": self.changed_bytes,
             "cbw_total": self.reading.copies_before_write,

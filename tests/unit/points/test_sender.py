@@ -487,6 +487,13 @@ def test_much_is_copied_ahead_before_the_cut() -> None:
     assert Phase.OPEN in phases
     home.commit(1)
     assert home.sender.in_sync
+    figures = home.sender.figures()
+    assert figures["precopied_bytes_total"] == figures["sent_bytes_total"] == 12 * BLOCK
+    home.put(5)
+    home.run(31.0)
+    home.run(1.0)
+    figures = home.sender.figures()
+    assert figures["sent_bytes_total"] - figures["precopied_bytes_total"] == BLOCK
 
 
 def test_what_is_written_while_much_is_copied_is_sent_again() -> None:
