@@ -545,8 +545,7 @@ _EVENTS = (
         ("message",),
         "this node's record cannot be written, and the partner's copy of it counts in its place; if"
         " the partner is lost, too, writes to new places wait",
-        "mend the record's device, or replace it: *A record's device fails* in"
-        " [failover.md](failover.md)",
+        "mend the record's device, or replace it: see [failover.md](failover.md)",
         limited=True,
     ),
     EventKind(
@@ -566,7 +565,7 @@ _EVENTS = (
         "look at `partner_record` if that was not to be expected",
     ),
     EventKind(
-        "partner-record-error",
+        "partner-record-failing",
         Level.WARNING,
         (),
         "the partner cannot write its record",

@@ -80,7 +80,7 @@ class StandIn:
             )
         did_fail, self.partner_fails = self.partner_fails, has(theirs, HelloFlag.UNSTORED)
         if self.partner_fails is not did_fail:
-            self._emit("partner-record-error" if self.partner_fails else "partner-record-ok")
+            self._emit("partner-record-failing" if self.partner_fails else "partner-record-ok")
 
     def lost(self) -> None:
         """The link is lost, and what was said on it is over."""

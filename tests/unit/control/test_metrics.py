@@ -77,8 +77,8 @@ def test_the_status_as_metrics() -> None:
 def test_a_pair_adds_its_own() -> None:
     partner = {
         "state": "paired", "serving": True, "own_extents": 5, "partner_extents": 6,
-        "owed_extents": 1, "waiting_requests": 2, "oldest_wait_seconds": 0.25,
-        "rtt_seconds": None, "term": 3,
+        "owed_extents": 1, "record_fallback": True, "waiting_requests": 2,
+        "oldest_wait_seconds": 0.25, "rtt_seconds": None, "term": 3,
         "messages_total": 40, "asks_total": 10, "handovers_total": 7, "exchanges_total": 2,
     }  # fmt: skip
     got = samples(render(STATUS | {"partner": partner}).decode())
@@ -88,6 +88,7 @@ def test_a_pair_adds_its_own() -> None:
         "bitmapd_partner_extents": 6,
         "bitmapd_partner_owed_extents": 1,
         "bitmapd_partner_serving": 1,
+        "bitmapd_partner_record_fallback": 1,
         "bitmapd_partner_waiting_requests": 2,
         "bitmapd_partner_oldest_wait_seconds": 0.25,
         "bitmapd_partner_term": 3,

@@ -46,7 +46,7 @@ def test_who_waits_looks_again_once_the_partner_counts() -> None:
     assert not it.one.node.lasting.volatile, "it could not be written there"
     assert it.one.told("record-fallback")
     assert it.one.node.stand_in.counts
-    assert it.two.told("partner-record-error") == [{}]
+    assert it.two.told("partner-record-failing") == [{}]
     assert it.two.node.stand_in.partner_fails
 
 
