@@ -426,6 +426,11 @@ class Side:
         """Its record could not be written when the two met last: the other's has to say all."""
         return self.node.exchanges > 0 and has(self.node._mine, HelloFlag.UNSTORED)
 
+    @property
+    def joins_again(self) -> bool:
+        """Node 2 has a new record, and has not met node 1 since."""
+        return self.lasting.volume == NIL and self.lasting.volatile
+
     def replace_record(self) -> None:
         """`dmctl record replace`: it names nothing, and says so."""
         size_bytes = self.world.sides[2 - self.number].durable_blocks * BLOCK
@@ -1141,7 +1146,7 @@ class World:
     def restart(self, side: Side) -> None:
         if side.broken:
             return  # no process can begin
-        if side.lasting.volume == NIL:
+        if side.joins_again:
             side.replace_record()  # the volume may have grown meanwhile, and who joins has its size
         self.log.append(f"{side.number}: starts")
         side.lay_ghosts()
@@ -1344,8 +1349,7 @@ class World:
             for side in self.sides:
                 outdated = side.node.state is State.OUTDATED
                 side.broken = False
-                joins = side.lasting.volume == NIL
-                if side.alive and (outdated or side.shut_out or side.gone or joins):
+                if side.alive and (outdated or side.shut_out or side.gone or side.joins_again):
                     self.crash(side)
                 if not side.alive:
                     self.restart(side)
