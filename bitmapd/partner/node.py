@@ -326,6 +326,9 @@ class Node:
 
     def _absorb(self, direct: Runs) -> None:
         """Its process is a new one, so the old one is dead: what that had is ours (invariant 2)."""
+        if self._other_goes_on and self._theirs.volume == NIL:
+            # What it has gone on with stood in its record, and it comes with a new one.
+            self._nobody_knows()
         taken = (self.rights.other | self.rights.owed) & ~bits_of(direct, len(self.rights.own))
         self.rights.absorb(direct)
         self._inherited(taken)
