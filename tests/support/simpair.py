@@ -1129,7 +1129,7 @@ class World:
         """That of the record fails for good, is well again, or another one takes its place."""
         if not side.broken:
             side.broken = self.rng.random() < 0.5
-        elif side.alive or self.rng.random() < 0.5:
+        elif side.alive or self.kept or self.rng.random() < 0.5:
             side.broken = False
         else:
             side.replace_record()
