@@ -82,7 +82,7 @@ class Keeping:
         self._places = Places(line.geometry, journal.superblock.journal_bytes)
         self._keeper = keeper
         self._rules = rules
-        self._told = told
+        self._emit = told
         self._work = Turn()  # on copies and maps
         self._naming = Turn()  # of directories
         self._open: bitarray | None = None  # map of the newest kept point, once it is known
@@ -99,7 +99,7 @@ class Keeping:
         """Before a point is committed: whether it has to be kept."""
         wanted: list[KeptPoint] = []
         if label and (reason := self._obstacle(point)):
-            self._told("point-not-kept", point=point, reason=reason)
+            self._emit("point-not-kept", point=point, reason=reason)
         elif label:
             wanted.append(self._wanted(point, wall_ns, label))
         yield from self._named(
@@ -153,7 +153,7 @@ class Keeping:
             missed = kept.state is Keep.WANTED and kept.point < point
             if missed:
                 reason = "a newer point was applied together with it"
-                self._told("point-not-kept", point=kept.point, reason=reason)
+                self._emit("point-not-kept", point=kept.point, reason=reason)
             if missed or (kept.state is Keep.GOING and not self._looked):
                 yield from self._let_go(kept)
         self._looked = True
@@ -192,7 +192,7 @@ class Keeping:
         try:
             yield partial(self._keeper.keep, wanted)
         except OSError as error:
-            self._told("point-not-kept", point=wanted.point, reason=str(error))
+            self._emit("point-not-kept", point=wanted.point, reason=str(error))
             yield from self._let_go(wanted)
             return
         used = {kept.slot for kept in self.points if kept.has_map}
@@ -202,7 +202,7 @@ class Keeping:
         yield from self._write_map(made, empty, range(self._pages))
         yield from self._replaced(made)
         self._open = empty
-        self._told("point-kept", point=made.point, label=made.label)
+        self._emit("point-kept", point=made.point, label=made.label)
 
     # -- letting go -----------------------------------------------------------------------------
     def _dropped(self, point: int) -> Steps[None]:
@@ -219,13 +219,13 @@ class Keeping:
         try:
             yield partial(self._keeper.drop, going)
         except OSError as error:
-            self._told("point-not-dropped", point=going.point, reason=str(error))
+            self._emit("point-not-dropped", point=going.point, reason=str(error))
             return
         yield from self._named(
             lambda points: (other for other in points if other.point != going.point)
         )
         if kept.has_map:
-            self._told("point-dropped", point=going.point)
+            self._emit("point-dropped", point=going.point)
 
     def _passed_on(self, kept: KeptPoint) -> Steps[None]:
         """What its map has joins that of the one before."""

@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,9 +49,15 @@ def opened() -> int:
 
 def have_direct(node: PairNode, fd: int) -> None:
     """The places are in the record of the node that serves, and in its kernel's table."""
-    for place in PLACES:
-        put(fd, place, b"first")
-    node.until(lambda status: status["direct_extents"] >= len(PLACES))
+
+    def direct(status: dict[str, Any]) -> bool:
+        if status["direct_extents"] >= len(PLACES):
+            return True
+        for place in PLACES:  # written again it is worth a change of the table
+            put(fd, place, b"first")
+        return False
+
+    node.until(direct)
     before = node.status()["gate_writes_total"]
     for place in PLACES:
         put(fd, place, b"direct")
