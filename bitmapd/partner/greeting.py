@@ -92,9 +92,12 @@ def check(mine: Hello, theirs: Hello) -> None:
     missing = theirs.required & ~mine.offered | mine.required & ~theirs.offered
     if missing:
         raise PeerError(ErrorCode.VERSION, f"a required feature is missing: bits {missing:#x}")
-    if any(has(one, HelloFlag.DIRECT) for one in (mine, theirs)) and not all(
-        has(one, HelloFlag.ON_PROMOTE) or one.role is Role.KEEPER for one in (mine, theirs)
-    ):
+    direct = any(has(one, HelloFlag.DIRECT) for one in (mine, theirs))
+    if direct and not shared:
+        raise PeerError(
+            ErrorCode.OTHER, "a volume whose record a keeper holds needs attach = nbd, not dm"
+        )
+    if direct and not all(has(one, HelloFlag.ON_PROMOTE) for one in (mine, theirs)):
         raise PeerError(
             ErrorCode.OTHER,
             "with attach = dm one node serves hosts at a time: both need serve = on-promote",

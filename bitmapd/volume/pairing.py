@@ -92,7 +92,9 @@ class VolumeHome:
         )
 
     def idle_dirt(self, *, wanted: bool) -> Sequence[int]:
-        if self._gate is None:
+        # A place that hosts write directly is given after a barrier, which waits for the hosts that
+        # wait for the place: with device-mapper what is dirty stays until they are let out.
+        if self._gate is None or self._gate.is_written_elsewhere:
             return ()
         self._copier.rounds.hands_over = wanted
         return self._gate.idle_dirt(MOST_HANDED_OVER) if wanted else ()

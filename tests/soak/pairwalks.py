@@ -31,9 +31,9 @@ def walks(steps: int, seed: int) -> Iterator[tuple[int, str, int]]:
         seed += 1
 
 
-def is_kept(seed: int) -> bool:
-    """Whether node 2 of these walks is a keeper."""
-    return seed % 4 == 3
+def is_kept(seed: int, troubles: str) -> bool:
+    """Whether node 2 of these walks is a keeper.  With device-mapper there is none."""
+    return seed % 4 == 3 and troubles != "kernels"
 
 
 def attempt(tasks: list[tuple[int, str, int]]) -> list[str]:
@@ -41,7 +41,7 @@ def attempt(tasks: list[tuple[int, str, int]]) -> list[str]:
     problems = []
     for seed, troubles, length in tasks:
         try:
-            walk(seed, frozenset(TROUBLES[troubles]), length, kept=is_kept(seed))
+            walk(seed, frozenset(TROUBLES[troubles]), length, kept=is_kept(seed, troubles))
         except Broken as error:
             problems.append(str(error))
     return problems

@@ -124,6 +124,9 @@ def test_two_keepers_are_no_pair_and_a_keeper_names_no_media() -> None:
     check(hello(1), hello(2, role=Role.KEEPER, primary="", secondary=""))
     with pytest.raises(PeerError, match="both nodes are keepers"):
         check(hello(1, role=Role.KEEPER), hello(2, role=Role.KEEPER))
+    keeper = hello(2, role=Role.KEEPER, primary="", secondary="")
+    with pytest.raises(PeerError, match="attach = nbd"):
+        check(hello(1, flags=HelloFlag.DIRECT | HelloFlag.ON_PROMOTE), keeper)
     with pytest.raises(PeerError, match="volume size"):
         check(hello(1), hello(2, role=Role.KEEPER, volume=NIL, size_bytes=4096))
 
