@@ -40,6 +40,7 @@ from tests.bench import loads, machine, pairlinks
 from tests.bench.bench import ROOT
 from tests.bench.loads import KIB, MIB, Load
 from tests.bench.pairlinks import GIB, TIB, echo_us, quartiles
+from tests.bench.report import figures_page
 from tests.support import rawnbd
 from tests.support.pairs import Pair
 from tests.support.volumes import Volume
@@ -304,29 +305,6 @@ that it waits for. Messages per 1,000 writes of a trace follow its misses, of wh
 policy can save only some (docs/prediction.md)."""
 
 
-def table(results: Found) -> str:
-    lines = [
-        "# Two appliances: figures",
-        "",
-        f"`{results['command']}`, {results['at']}: "
-        + ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-        + ".",
-        "Ratios are medians of turns in one run, quartiles in brackets.",
-        "",
-        "| what | figure | value |",
-        "| --- | --- | ---: |",
-    ]
-    for what, figures in results["figures"].items():
-        for name, value in figures.items():
-            if isinstance(value, list):
-                low, middle, high = value
-                text = f"{middle:.3g} ({low:.3g} to {high:.3g})"
-            else:
-                text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-            lines.append(f"| {what} | {name} | {text} |")
-    return "\n".join([*lines, "", NOTES, ""])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="two appliances beside one")
     parser.add_argument("--quick", action="store_true", help="a run that only shows it works")
@@ -367,7 +345,7 @@ def main() -> int:
     options.results.mkdir(parents=True, exist_ok=True)
     name = f"pair-{results['at'].replace(':', '')}.json"
     (options.results / name).write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
+    text = figures_page("Two appliances: figures", results, NOTES)
     print(text)
     if not quick:
         (ROOT / "docs" / "benchmarks-pair.md").write_text(text)

@@ -31,6 +31,7 @@ from tests.bench.bench import ROOT
 from tests.bench.loads import KIB, MIB, Load
 from tests.bench.pairlinks import quartiles
 from tests.bench.pointlinks import GIB
+from tests.bench.report import figures_page
 from tests.support.sites import Sites
 from tests.support.volumes import Volume
 
@@ -154,29 +155,6 @@ would not be at another site. Intervals other than 30 s are scaled: what they sh
 on the length of the interval."""
 
 
-def table(results: Found) -> str:
-    lines = [
-        "# Consistent points: figures",
-        "",
-        f"`{results['command']}`, {results['at']}: "
-        + ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-        + ".",
-        "Ratios are medians of turns in one run, quartiles in brackets.",
-        "",
-        "| what | figure | value |",
-        "| --- | --- | ---: |",
-    ]
-    for what, figures in results["figures"].items():
-        for name, value in figures.items():
-            if isinstance(value, list):
-                low, middle, high = value
-                text = f"{middle:.3g} ({low:.3g} to {high:.3g})"
-            else:
-                text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-            lines.append(f"| {what} | {name} | {text} |")
-    return "\n".join([*lines, "", NOTES, ""])
-
-
 def parts(quick: bool) -> dict[str, Callable[[], Found]]:
     """What is measured, by the option `--only`; each gives figures of one or more rows."""
     turns, seconds = (1, 1) if quick else (5, 3)
@@ -229,7 +207,7 @@ def main() -> int:
     options.results.mkdir(parents=True, exist_ok=True)
     name = f"points-{results['at'].replace(':', '')}.json"
     (options.results / name).write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
+    text = figures_page("Consistent points: figures", results, NOTES)
     print(text)
     if not options.quick and options.only is None:
         (ROOT / "docs" / "benchmarks-points.md").write_text(text)

@@ -225,3 +225,27 @@ def write(results: Results, folder: Path, document: Path | None) -> Path:
     if document is not None:
         document.write_text(to_markdown(results))
     return path
+
+
+def figures_page(title: str, results: dict[str, Any], notes: str) -> str:
+    """A page of `figures`: what was measured, which figure of it, and a number or its quartiles."""
+    lines = [
+        f"# {title}",
+        "",
+        f"`{results['command']}`, {results['at']}: "
+        + ", ".join(f"{name} {value}" for name, value in results["machine"].items())
+        + ".",
+        "Ratios are medians of turns in one run, quartiles in brackets.",
+        "",
+        "| what | figure | value |",
+        "| --- | --- | ---: |",
+    ]
+    for what, figures in results["figures"].items():
+        for name, value in figures.items():
+            if isinstance(value, list):
+                low, middle, high = value
+                text = f"{middle:.3g} ({low:.3g} to {high:.3g})"
+            else:
+                text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+            lines.append(f"| {what} | {name} | {text} |")
+    return "\n".join([*lines, "", notes, ""])
