@@ -63,7 +63,7 @@ class BlockSet:
                 bits[low] = True
                 self._count += 1
             return
-        if first >> REGION_SHIFT == (stop - 1) >> REGION_SHIFT:
+        if first < stop and first >> REGION_SHIFT == (stop - 1) >> REGION_SHIFT:
             self._add(first >> REGION_SHIFT, first & _MASK, (stop - 1 & _MASK) + 1)
             return
         for piece in self._pieces(first, stop):

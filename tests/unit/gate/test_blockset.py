@@ -87,6 +87,13 @@ def test_intersect(
     assert members(others) == other_model
 
 
+def test_an_empty_range_is_nothing() -> None:
+    blocks = BlockSet([(5, 5)])
+    blocks.add(3 * EDGE - 5, 3 * EDGE - 5)
+    assert not blocks
+    assert blocks.next_run(0) is None
+
+
 def test_a_run_that_ends_with_its_region() -> None:
     blocks = BlockSet()
     blocks.add(REGION_BLOCKS - 3, REGION_BLOCKS)
