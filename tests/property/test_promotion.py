@@ -10,6 +10,7 @@ P4 What is damaged, or has never been whole, is promoted by force only; what the
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import count
 from uuid import UUID
 
@@ -238,3 +239,14 @@ def test_an_image_between_two_points_is_promoted_by_force_only() -> None:
     assert bench.journal.page.flags == NO_FLAGS
     assert bench.go(force=True) is not None
     assert has_new_generation(bench.journal)
+
+
+def test_when_nobody_knows_what_a_point_has_lost_all_of_it_is_named() -> None:
+    machine, _ = received(random.Random(3), queued=True)
+    bench = Bench(*machine.disks)
+    (queued,) = bench.journal.page.queue
+    bench.journal.page = replace(bench.journal.page, queue=(replace(queued, digest=bytes(16)),))
+    forced = bench.go(force=True)
+    assert forced is not None
+    assert forced.obstacle is Obstacle.DAMAGED
+    assert forced.since == ((0, GEOMETRY.extents),)

@@ -27,7 +27,9 @@ from bitmapd.config import (
     changed,
     check_name,
     create_volume,
+    device_of,
     effective_cut_patience_s,
+    effective_era_intervals_s,
     effective_fence_delay_s,
     effective_record_limit_bytes,
     from_unit_instance,
@@ -44,6 +46,7 @@ from bitmapd.config import (
 from bitmapd.config.problems import Problem, config_error, denied
 from bitmapd.errors import ExistsError, NotFoundError, PermissionError_, UsageError
 from bitmapd.net.uri import parse_uri
+from dmctl.model.assembly import local_media
 
 UUID_A = "6f9619ff-8b86-4011-b42d-00c04fc964ff"
 UUID_B = "0b5e8a1e-1111-4222-8333-444455556666"
@@ -745,3 +748,50 @@ def test_two_that_live_do_not_shoot_at_once(
     table = {**PAIR, "partner_certificates": "/c", "node": node, "fence_delay": written}
     config = load_volume(write(vol0=toml_of(**table)), "vol0")
     assert effective_fence_delay_s(config) == delay_s
+
+
+KEEPER = {
+    "partner_role": "keeper",
+    "primary": None,
+    "secondary": None,
+    "node": 2,
+    "partner": "unix:///run/a",
+    "partner_listen": "unix:///run/b",
+}
+
+
+def test_a_keeper_names_its_record_and_nothing_else(write: Write) -> None:
+    config = load_volume(write(vol0=toml_of(**KEEPER)), "vol0")
+    assert device_of(config) == ""
+    assert local_media(config) == {"record": config.record}
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [
+        ({"primary": "/dev/p"}, "primary"),
+        ({"secondary": "/dev/s"}, "secondary"),
+        ({"node": 1}, "node"),
+        ({"on_cut": "go-on"}, "on_cut"),
+    ],
+)
+def test_what_a_keeper_has_no_use_for_is_refused(
+    write: Write, more: dict[str, Any], key: str
+) -> None:
+    assert ("vol0.toml", key) in problems_of(write(vol0=toml_of(**{**KEEPER, **more})))
+
+
+@pytest.mark.parametrize(
+    ("more", "intervals_s"),
+    [
+        ({}, (1.0, 1.0)),
+        ({"attach": "dm"}, (5.0, 20.0)),
+        ({"era_interval": "2s"}, (2.0, 2.0)),
+        ({"era_interval": "2s", "attach": "dm"}, (2.0, 2.0)),
+    ],
+)
+def test_how_long_eras_are(
+    write: Write, more: dict[str, str], intervals_s: tuple[float, float]
+) -> None:
+    config = load_volume(write(vol0=toml_of(**more)), "vol0")
+    assert effective_era_intervals_s(config) == intervals_s

@@ -23,6 +23,7 @@ def test_without_layers_nobody_writes_elsewhere() -> None:
     assert (path.is_open(1), path.closed(), path.missed(), path.end()) == (False, [], [], [])
     asked = [path.wants_barrier, path.is_urgent, path.written, path.being_written]
     assert asked == [False] * 4
+    assert path.marked_blocks == 0
     assert (got, called, path.host_load) == ([()], ["left"], (0, 0))
 
 
@@ -42,6 +43,7 @@ def test_with_layers_it_is_their_path() -> None:
     path.barrier([(0, 5)], bench.got.append)
     bench.land((2, 4))
     assert bench.got == [[(2, 4)]]
+    assert path.marked_blocks == 2
     assert path.is_open(1)
     path.cool([1])
     path.gated_hit(1, 2)
