@@ -72,7 +72,16 @@ COMMANDS: dict[str, int] = {
 }
 # Never end, or answer as `takeover` does.
 ELSEWHERE = {
-    *("monitor", "demote", "failback", "promote", "partner", "partner-keys"),
+    *(
+        "monitor",
+        "demote",
+        "failback",
+        "promote",
+        "switchover",
+        "test-failover",
+        "partner",
+        "partner-keys",
+    ),
     *("receive", "points", "point"),
 }
 
