@@ -57,8 +57,10 @@ class DataBase:
         """Process id of its first process."""
         options = f"-k {self._folder} -c listen_addresses="
         log = str(self._folder / "log")
-        # As at another site: of a server that was killed, whose number may be another's by now.
-        (self._data / "postmaster.pid").unlink(missing_ok=True)
+        # As at another site.  The server that was killed may still have its number, as a zombie of
+        # a first process that takes its time, or another process has that by now.
+        for lock in (self._data / "postmaster.pid", self._folder / ".s.PGSQL.5432.lock"):
+            lock.unlink(missing_ok=True)
         command = ["-D", str(self._data), "-l", log, "-o", options, "-w", "start"]
         # Output goes to a file: the server would keep a pipe open.
         subprocess.run(
