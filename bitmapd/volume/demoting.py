@@ -41,6 +41,8 @@ class Around(Protocol):
 
     async def until(self, condition: Callable[[], bool]) -> None: ...
 
+    async def end_eras(self, enough: Callable[[], bool]) -> None: ...
+
 
 class Demoting:
     """See the module docstring."""
@@ -106,11 +108,7 @@ class Demoting:
     # -- the stages -----------------------------------------------------------------------------
     async def _close_hosts(self) -> None:
         await self._parts.mode.close_hosts()
-        await self._parts.mode.last_writes(self._end_eras)
-
-    async def _end_eras(self, enough: Callable[[], bool]) -> None:
-        self._sender.wake()
-        await self._volume.until(enough)
+        await self._parts.mode.last_writes(self._volume.end_eras)
 
     async def _send_all(self) -> None:
         def sent() -> bool:

@@ -7,18 +7,17 @@ there before the superblock says the new size.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
-from bitmapd.errors import BitmapdError
 from bitmapd.media.base import Done
 from bitmapd.partner.growth import Answer
 from bitmapd.partner.pair import Pair
 from bitmapd.record.geometry import Geometry
+from bitmapd.volume.answers import Answers
 from bitmapd.volume.assemble import Parts
-from bitmapd.volume.resize import enlarge, present_geometry, take_up
+from bitmapd.volume.resize import enlarge, present_geometry, record_short_end, take_up
 
 
 class Grown(Protocol):
@@ -38,10 +37,10 @@ class PairGrowth:
         self._parts = parts
         self._pair = pair
         self._volume = volume
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._answers = Answers(parts.loop)
 
     def look(self, size_bytes: int, answer: Answer) -> None:
-        self._begin(self._look(size_bytes), answer)
+        self._answers.begin(self._look(size_bytes), answer)
 
     async def _look(self, size_bytes: int) -> str | None:
         parts = self._parts
@@ -63,15 +62,11 @@ class PairGrowth:
         self._parts.gate.prepare_growth(done)
 
     def enlarge(self, size_bytes: int, answer: Answer) -> None:
-        self._begin(self._enlarge(self._larger(size_bytes)), answer)
+        self._answers.begin(self._enlarge(self._larger(size_bytes)), answer)
 
     async def _enlarge(self, geometry: Geometry) -> None:
-        await enlarge(self._parts, geometry, self._store_end)
-
-    def _store_end(self, done: Done) -> None:
-        store, short = self._parts.store, self._volume.geometry.short_extent
-        if short is None or not store.add([(short, short + 1)], (), done):
-            self._parts.loop.call_soon(done, None)
+        parts, old = self._parts, self._volume.geometry
+        await enlarge(parts, geometry, partial(record_short_end, parts.store, old, parts.loop))
 
     def _larger(self, size_bytes: int) -> Geometry:
         return replace(self._volume.geometry, size_bytes=size_bytes)
@@ -84,23 +79,4 @@ class PairGrowth:
 
     async def end(self) -> None:
         """Return when nothing is under way."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _begin(
-        self, work: Coroutine[Any, Any, str | None], answer: Callable[[str | None], None]
-    ) -> None:
-        task = self._parts.loop.create_task(self._run(work, answer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _run(
-        self, work: Coroutine[Any, Any, str | None], answer: Callable[[str | None], None]
-    ) -> None:
-        try:
-            why_not = await work
-        except BitmapdError as error:
-            why_not = error.message
-        except OSError as error:
-            why_not = f"cannot write the record: {error.strerror or error}"
-        answer(why_not)
+        await self._answers.end()

@@ -13,16 +13,14 @@ A crash leaves what is stored; what that is worth the superblock says (`partner/
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from bitmapd.config import Paths, VolumeConfig
-from bitmapd.control.catalogue import lookup
-from bitmapd.control.events import iso_time
-from bitmapd.errors import BitmapdError, NoSpaceError, WrongStateError
+from bitmapd.control.told import Told
+from bitmapd.errors import NoSpaceError, WrongStateError
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Done
 from bitmapd.media.identity import identify
@@ -35,9 +33,15 @@ from bitmapd.peer.payloads import Runs
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import record_size_bytes
 from bitmapd.record.store import RecordStore
+from bitmapd.volume.answers import Answers
 from bitmapd.volume.keeper_status import described
 from bitmapd.volume.pairing import make_pair
-from bitmapd.volume.resize import commit_growth, new_page_states
+from bitmapd.volume.resize import (
+    commit_growth,
+    new_page_states,
+    prepare_growth,
+    record_short_end,
+)
 from bitmapd.volume.session import RecordSession
 
 TICK_S = 1.0
@@ -99,12 +103,12 @@ class Keeping:
         self.on_outdated: Callable[[], None] = lambda: None
         self._paths = paths
         self._loop = loop
-        self._emit_event = emit
-        self._last_error: dict[str, str] | None = None
+        self._told = Told(emit)
+        self.emit = self._told.emit
         self._stopping = False
         self._changed = asyncio.Event()
         self._tick_timer: asyncio.TimerHandle | None = None
-        self._growing: set[asyncio.Task[None]] = set()
+        self._answers = Answers(loop)
 
     # -- life ------------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -158,8 +162,7 @@ class Keeping:
         self._stopping = True
         if self._tick_timer is not None:
             self._tick_timer.cancel()
-        if self._growing:
-            await asyncio.wait(self._growing)
+        await self._answers.end()
         await self.pair.leave()
         extents = self._store.recorded_extents
         self._store.flush_clears()
@@ -200,12 +203,6 @@ class Keeping:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def emit(self, event: str, **fields: Any) -> None:
-        if lookup(event).is_error:
-            message = str(fields.get("message", event))
-            self._last_error = {"code": event, "message": message, "at": iso_time(time.time())}
-        self._emit_event(event, **fields)
-
     def _emit_aside(self, event: str, **fields: Any) -> None:
         self._loop.call_soon_threadsafe(partial(self.emit, event, **fields))
 
@@ -226,7 +223,7 @@ class Keeping:
 
     # -- partner.growth.Media --------------------------------------------------------------------
     def look(self, size_bytes: int, answer: Answer) -> None:
-        self._begin(self._look(size_bytes), answer)
+        self._answers.begin(self._look(size_bytes), answer)
 
     async def _look(self, size_bytes: int) -> None:
         path, need = self.config.record, record_size_bytes(self._larger(size_bytes).extents)
@@ -239,18 +236,12 @@ class Keeping:
         self._loop.call_soon(done, None)
 
     def enlarge(self, size_bytes: int, answer: Answer) -> None:
-        self._begin(self._enlarge(self._larger(size_bytes)), answer)
+        self._answers.begin(self._enlarge(self._larger(size_bytes)), answer)
 
     async def _enlarge(self, geometry: Geometry) -> None:
-        await self._aside(self._session.prepare_growth, geometry)
-        await completion(self._store_end)
-        await completion(partial(self._store.prepare_growth, geometry))
+        end = partial(record_short_end, self._store, self.geometry, self._loop)
+        await prepare_growth(self._session, self._store, self._aside, geometry, end)
         await commit_growth(self._session, geometry, self._aside)
-
-    def _store_end(self, done: Done) -> None:
-        short = self.geometry.short_extent
-        if short is None or not self._store.add([(short, short + 1)], (), done):
-            self._loop.call_soon(done, None)
 
     def _larger(self, size_bytes: int) -> Geometry:
         return replace(self.geometry, size_bytes=size_bytes)
@@ -261,21 +252,6 @@ class Keeping:
         self.pair.grow(geometry)
         self.geometry = geometry
         self.emit("resized", size_bytes=size_bytes)
-
-    def _begin(self, work: Coroutine[Any, Any, None], answer: Answer) -> None:
-        task = self._loop.create_task(self._run(work, answer))
-        self._growing.add(task)
-        task.add_done_callback(self._growing.discard)
-
-    async def _run(self, work: Coroutine[Any, Any, None], answer: Answer) -> None:
-        why_not = None
-        try:
-            await work
-        except BitmapdError as error:
-            why_not = error.message
-        except OSError as error:
-            why_not = f"cannot write the record: {error.strerror or error}"
-        answer(why_not)
 
     # -- what is asked of it ---------------------------------------------------------------------
     @property
@@ -314,5 +290,5 @@ class Keeping:
             self._store,
             self.pair.status(),
             self._session.superblock.session,
-            self._last_error,
+            self._told.last_error,
         )

@@ -56,6 +56,8 @@ class Served(Protocol):
 
     async def until(self, condition: Callable[[], bool]) -> None: ...
 
+    async def end_eras(self, enough: Callable[[], bool]) -> None: ...
+
 
 class Paired:
     """See the module docstring."""
@@ -107,14 +109,10 @@ class Paired:
             self._door,
             parts.loop,
             self.pair.let_hosts_in,
-            self._end_eras,
+            self._volume.end_eras,
             are_served=are_served,
         )
         self.pair.node.serve(self._hosts)
-
-    async def _end_eras(self, enough: Callable[[], bool]) -> None:
-        self._parts.copier.wake()
-        await self._volume.until(enough)
 
     # -- what has changed ---------------------------------------------------------------------
     def look(self) -> None:

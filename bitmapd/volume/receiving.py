@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from bitmapd import __version__
 from bitmapd.config import ReceiverConfig
-from bitmapd.control.catalogue import lookup
-from bitmapd.control.events import iso_time
+from bitmapd.control.told import Told
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
@@ -88,17 +87,11 @@ class Receiving:
         self.on_handover: Callable[[int], None] = lambda term: None
         self._parted = asyncio.Event()  # from whoever has handed over
         self._loop = loop
-        self._emit_event = emit
+        self._told = Told(emit)
+        self.emit = self._told.emit
         self._hurried = asyncio.Event()
         self._stopping = False
-        self._last_error: dict[str, str] | None = None
         self._drill: Drill | None = None
-
-    def emit(self, event: str, **fields: Any) -> None:
-        if lookup(event).is_error:
-            message = str(fields.get("message", event))
-            self._last_error = {"code": event, "message": message, "at": iso_time(time.time())}
-        self._emit_event(event, **fields)
 
     # -- life -----------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -301,7 +294,7 @@ class Receiving:
         superblock, figures = self.journal.superblock, self.receiver.figures()
         if self._drill is not None:
             figures["view"] = self._drill.figures()
-        return described(self.config, self.state, superblock, figures, self._last_error)
+        return described(self.config, self.state, superblock, figures, self._told.last_error)
 
     def points(self) -> list[dict[str, Any]]:
         journal = self.journal

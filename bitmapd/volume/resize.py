@@ -38,6 +38,7 @@ from bitmapd.record.layout import PageState, Verdict, page_count, record_size_by
 from bitmapd.volume.secondary import present_size
 
 if TYPE_CHECKING:
+    from bitmapd.record.store import RecordStore
     from bitmapd.volume.assemble import Parts
     from bitmapd.volume.session import RecordSession
 
@@ -110,13 +111,26 @@ def new_page_states(old: Geometry, new: Geometry) -> list[PageState]:
     return [PageState(Verdict.WHOLE, 0, 2, 2, "") for _ in range(added)]
 
 
-async def prepare_growth(
-    parts: Parts, geometry: Geometry, record_end: Callable[[Done], None] | None = None
+def record_short_end(
+    store: RecordStore, old: Geometry, loop: asyncio.AbstractEventLoop, done: Done
 ) -> None:
-    """Steps 1 to 3 of the module docstring; `record_end` in the place of step 2."""
-    await parts.aside(parts.session.prepare_growth, geometry)
-    await completion(record_end or parts.gate.prepare_growth)
-    await completion(partial(parts.store.prepare_growth, geometry))
+    """Step 2 where the extent need not become dirty: it is in the record."""
+    short = old.short_extent
+    if short is None or not store.add([(short, short + 1)], (), done):
+        loop.call_soon(done, None)
+
+
+async def prepare_growth(
+    session: RecordSession,
+    store: RecordStore,
+    aside: Aside,
+    geometry: Geometry,
+    record_end: Callable[[Done], None],
+) -> None:
+    """Steps 1 to 3 of the module docstring; `record_end` is step 2."""
+    await aside(session.prepare_growth, geometry)
+    await completion(record_end)
+    await completion(partial(store.prepare_growth, geometry))
 
 
 async def commit_growth(session: RecordSession, geometry: Geometry, aside: Aside) -> None:
@@ -134,7 +148,8 @@ async def enlarge(
 ) -> None:
     """Steps 1 to 4."""
     await parts.primary.present_size_bytes()
-    await prepare_growth(parts, geometry, record_end)
+    record_end = record_end or parts.gate.prepare_growth
+    await prepare_growth(parts.session, parts.store, parts.aside, geometry, record_end)
     await commit_growth(parts.session, geometry, parts.aside)
 
 

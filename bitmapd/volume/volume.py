@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from bitmapd.attach.dm_mode import DmMode
@@ -26,7 +25,7 @@ from bitmapd.config import (
     effective_era_intervals_s,
     taken_up,
 )
-from bitmapd.control.catalogue import lookup
+from bitmapd.control.told import Told
 from bitmapd.copier.comparing import BothRead, Comparison
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.errors import (
@@ -76,8 +75,8 @@ class Volume:
         self.config = config
         self._paths = paths
         self._loop = loop
-        self._emit_event = emit
-        self._last_error: dict[str, str] | None = None
+        self._told = Told(emit)
+        self.emit = self._told.emit  # also for the parts (`assemble.Owner`)
         self._changed = asyncio.Event()
         self._was_in_sync: bool | None = None
         self._verifying: Verifying | None = None
@@ -124,15 +123,6 @@ class Volume:
         self.changed()
 
     # -- what the parts tell (`assemble.Owner`) -------------------------------------------
-    def emit(self, event: str, **fields: Any) -> None:
-        if lookup(event).is_error:
-            self._last_error = {
-                "code": event,
-                "message": str(fields.get("message", event)),
-                "at": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            }
-        self._emit_event(event, **fields)
-
     def outdated(self) -> None:
         self._ending = self._loop.create_task(self._end_outdated())
 
@@ -222,7 +212,7 @@ class Volume:
             self._verifying.cancel(errno.ECANCELED, "the volume is being stopped")
         if now:
             self.hurry()
-        await self._parts.mode.last_writes(self._end_eras)
+        await self._parts.mode.last_writes(self.end_eras)
         if self._paired is not None and not self._hurried and await self._paired.pair.leave():
             self._parts.forget_everything()
         elif not now:
@@ -288,7 +278,7 @@ class Volume:
     def silent_media(self) -> str:
         return self._parts.silent_media()
 
-    async def _end_eras(self, enough: Callable[[], bool]) -> None:
+    async def end_eras(self, enough: Callable[[], bool]) -> None:
         self.copier.wake()
         await self.until(enough)
 
@@ -472,8 +462,9 @@ class Volume:
         Up to the end of the server an error leaves everything as it was.
         """
         parts = self._parts
-        await prepare_growth(parts, geometry)
-        await mode.close_direct(self._end_eras)
+        end = self.gate.prepare_growth
+        await prepare_growth(parts.session, parts.store, parts.aside, geometry, end)
+        await mode.close_direct(self.end_eras)
         if self._verifying is not None:
             self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
         self.left = True
@@ -547,7 +538,7 @@ class Volume:
             | {
                 "state": self.state,
                 "last_recovery": self._parts.recovery.result,
-                "last_error": self._last_error,
+                "last_error": self._told.last_error,
                 "connections": self._parts.mode.server.stats.connections if self.serving else 0,
                 "session": self._parts.session.superblock.session,
                 "primary_errors_total": self.gate.primary_errors,

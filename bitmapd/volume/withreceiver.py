@@ -37,6 +37,8 @@ class Around(Protocol):
 
     async def until(self, condition: Callable[[], bool]) -> None: ...
 
+    async def end_eras(self, enough: Callable[[], bool]) -> None: ...
+
 
 class WithReceiver:
     """See the module docstring."""

@@ -127,7 +127,7 @@ def test_in_sync_is_reported_when_a_kill_would_not_copy_everything_again(
                 found.append((local.superblock.initial_sync, local.recorded()))
             emit(event, **fields)
 
-        served.volume._emit_event = look
+        served.volume._told._emit_event = look
         await served.volume.start()
         await served.in_sync()
         await served.volume.stop(False)
