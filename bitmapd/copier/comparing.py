@@ -44,6 +44,24 @@ class Comparison(Protocol):
         """What is under way keeps blocks from being compared: end it soon."""
 
 
+def when_both(
+    then: Callable[[list[tuple[Side, OSError]]], None],
+) -> Callable[[Side, OSError | None], None]:
+    """What each side ends with; `then` hears when both have, and which of them failed."""
+    waiting = len(Side)
+    failures: list[tuple[Side, OSError]] = []
+
+    def ended(side: Side, error: OSError | None) -> None:
+        nonlocal waiting
+        waiting -= 1
+        if error is not None:
+            failures.append((side, error))
+        if not waiting:
+            then(failures)
+
+    return ended
+
+
 class BothRead:
     """`Comparison` with a secondary that can be read."""
 
@@ -68,19 +86,13 @@ class BothRead:
         if both is None:
             return False
         mine, theirs = both[:length], both[half : half + length]
-        waiting = 2
-        failures: list[tuple[Side, OSError]] = []
 
-        def was_read(side: Side, error: OSError | None) -> None:
-            nonlocal waiting
-            waiting -= 1
-            if error is not None:
-                failures.append((side, error))
-            if not waiting:
-                differing = [] if failures else self._differing(first, stop, mine, theirs)
-                self._pool.give(both)
-                compared(failures, differing)
+        def read(failures: list[tuple[Side, OSError]]) -> None:
+            differing = [] if failures else self._differing(first, stop, mine, theirs)
+            self._pool.give(both)
+            compared(failures, differing)
 
+        was_read = when_both(read)
         self._primary.read(offset, mine, partial(was_read, Side.PRIMARY))
         self._secondary.read(offset, theirs, partial(was_read, Side.SECONDARY))
         return True

@@ -13,12 +13,11 @@ Invariants:
 
 from __future__ import annotations
 
+from bitmapd.partner.greeting import NIL
 from bitmapd.partner.states import Lasting
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pair_state import PairFlag
 from bitmapd.record.superblock import Superblock, as_ids
-
-_NIL = bytes(16)
 
 
 def why_not(found: Superblock, mine: Lasting, node: int, geometry: Geometry) -> str | None:
@@ -33,7 +32,7 @@ def why_not(found: Superblock, mine: Lasting, node: int, geometry: Geometry) -> 
     if found.geometry != geometry:
         theirs, ours = found.geometry.size_bytes, geometry.size_bytes
         return f"it is of a volume of {theirs} bytes, and here are {ours}"
-    if not set(as_ids(found.generations)) & set(mine.generations) - {_NIL}:
+    if not set(as_ids(found.generations)) & set(mine.generations) - {NIL}:
         return "it is of another history of the pair: a copy from long ago, or made anew"
     if PairFlag.VOLATILE in pair.flags:
         return "it says that places may have been in the memory of the nodes only"

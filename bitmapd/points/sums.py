@@ -21,7 +21,7 @@ from typing import Final, Protocol
 
 import xxhash
 
-from bitmapd.copier.comparing import Compared, Side
+from bitmapd.copier.comparing import Compared, Side, when_both
 from bitmapd.media.base import Done, Scheduler
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.frames import ErrorCode, PeerError
@@ -118,24 +118,19 @@ class BySums:
         buffer = self._pool.take(length)
         if buffer is None:
             return False
-        waiting = 2
-        failures: list[tuple[Side, OSError]] = []
         theirs: tuple[int, ...] = ()
 
-        def ended(side: Side, error: OSError | None) -> None:
-            nonlocal waiting
-            waiting -= 1
-            if error is not None:
-                failures.append((side, error))
-            if not waiting:
-                mine = () if failures else sums_of(self._geometry, first, buffer)
-                self._pool.give(buffer)
-                differing = [
-                    first + at
-                    for at, (ours, other) in enumerate(zip(mine, theirs, strict=not failures))
-                    if ours != other
-                ]
-                self._scheduler.call_soon(compared, failures, differing)
+        def both(failures: list[tuple[Side, OSError]]) -> None:
+            mine = () if failures else sums_of(self._geometry, first, buffer)
+            self._pool.give(buffer)
+            differing = [
+                first + at
+                for at, (ours, other) in enumerate(zip(mine, theirs, strict=not failures))
+                if ours != other
+            ]
+            self._scheduler.call_soon(compared, failures, differing)
+
+        ended = when_both(both)
 
         def answered(error: OSError | None, sums: tuple[int, ...]) -> None:
             nonlocal theirs

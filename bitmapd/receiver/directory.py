@@ -78,22 +78,28 @@ class Directory:
         numbers = [kept.point for kept in self.points]
         if any(later <= earlier for earlier, later in pairwise(numbers)):
             return f"its points are {numbers}"
-        slots = [kept.slot for kept in self.points if kept.has_map]
+        slots = [kept.slot for kept in self.kept]
         if len(set(slots)) < len(slots) or any(slot >= MOST_KEPT for slot in slots):
             return f"its maps are in {slots}"
         return None
 
     @property
+    def kept(self) -> tuple[KeptPoint, ...]:
+        """Those of which there is a copy, with a map."""
+        return tuple(kept for kept in self.points if kept.has_map)
+
+    @property
     def newest(self) -> KeptPoint | None:
-        """Of those with a map: what changes now goes into that one."""
-        return max((kept for kept in self.points if kept.has_map), default=None, key=_number)
+        """What changes now goes into the map of that one."""
+        return self.kept[-1] if self.kept else None
+
+    def before(self, point: int) -> KeptPoint | None:
+        """The newest kept one that is older than this."""
+        older = [kept for kept in self.kept if kept.point < point]
+        return older[-1] if older else None
 
     def find(self, point: int) -> KeptPoint | None:
         return next((kept for kept in self.points if kept.point == point), None)
-
-
-def _number(kept: KeptPoint) -> int:
-    return kept.point
 
 
 def directory_offset(sequence: int) -> int:

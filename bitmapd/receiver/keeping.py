@@ -41,7 +41,7 @@ from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.maps import PAGE_EXTENTS, decode_map, encode_map_page
 from bitmapd.receiver.places import PAGE_BYTES, Places
 from bitmapd.receiver.retention import Rules, needed
-from bitmapd.receiver.scan import read
+from bitmapd.receiver.scan import AT_ONCE, pages_at
 from bitmapd.receiver.steps import Steps, Turn, together
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.extents import zeros
@@ -142,8 +142,8 @@ class Keeping:
     def changed_since(self, point: int) -> Steps[bitarray]:
         """The extents in which a kept point and the image's one may differ."""
         changed = zeros(self._line.geometry.extents)
-        for kept in self.points:
-            if kept.point >= point and kept.has_map:
+        for kept in self._journal.directory.kept:
+            if kept.point >= point:
                 changed |= yield from self._map_of(kept)
         return changed
 
@@ -165,8 +165,8 @@ class Keeping:
         if here is not None and here.state is Keep.WANTED:
             yield from self._make(here)
         stay = needed(self.points, self._rules)
-        for kept in self.points:
-            if kept.has_map and kept.point not in stay:
+        for kept in self._journal.directory.kept:
+            if kept.point not in stay:
                 yield from self._let_go(kept)
 
     def _is_due(self, point: int, wall_ns: int) -> bool:
@@ -195,7 +195,7 @@ class Keeping:
             self._emit("point-not-kept", point=wanted.point, reason=str(error))
             yield from self._let_go(wanted)
             return
-        used = {kept.slot for kept in self.points if kept.has_map}
+        used = {kept.slot for kept in self._journal.directory.kept}
         slot = next(slot for slot in range(self._places.maps) if slot not in used)
         made = dataclasses.replace(wanted, state=Keep.KEPT, slot=slot)
         empty = zeros(self._line.geometry.extents)
@@ -230,7 +230,7 @@ class Keeping:
     def _passed_on(self, kept: KeptPoint) -> Steps[None]:
         """What its map has joins that of the one before."""
         is_open = kept == self._journal.directory.newest
-        before = Directory(0, tuple(one for one in self.points if one.point < kept.point)).newest
+        before = self._journal.directory.before(kept.point)
         together_bits: bitarray | None = None
         if before is not None:
             together_bits = yield from self._map_of(before)
@@ -259,10 +259,10 @@ class Keeping:
 
     def _map_of(self, kept: KeptPoint) -> Steps[bitarray]:
         start = self._places.map_offset(kept.slot)
-        pages = []
-        for page in range(self._pages):
-            offset = start + page * PAGE_BYTES
-            pages.append((yield from read(self._journal.device, offset, PAGE_BYTES)))
+        offsets = range(start, start + self._places.map_bytes, PAGE_BYTES)
+        pages: list[memoryview | None] = []
+        for at in range(0, len(offsets), AT_ONCE):
+            pages += yield from pages_at(self._journal.device, offsets[at : at + AT_ONCE])
         journal = self._journal.superblock.journal.bytes
         return decode_map(pages, journal, kept.point, self._line.geometry.extents)
 

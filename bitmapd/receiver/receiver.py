@@ -394,9 +394,7 @@ class Receiver:
             extent_bytes=0 if geometry is None else geometry.extent_bytes,
             committed=page.committed,
             applied=page.applied,
-            oldest_kept=min(
-                (kept.point for kept in self.journal.directory.points if kept.has_map), default=0
-            ),
+            oldest_kept=next((kept.point for kept in self.journal.directory.kept), 0),
             role=Role.PROMOTED if promoted else Role.RECEIVER,
             features=Feature.ZSTD,
             credit_bytes=self._room_bytes,
@@ -588,7 +586,7 @@ class Receiver:
         journal = self.journal
         return page_figures(journal.page) | {
             "connected": self.state in _GREETED,
-            "kept": [kept.point for kept in journal.directory.points if kept.has_map],
+            "kept": [kept.point for kept in journal.directory.kept],
             "queued_bytes": journal.queued_bytes,
             "journal_bytes": journal.used_bytes,
             "journal_limit_bytes": journal.limit_bytes,

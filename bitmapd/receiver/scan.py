@@ -18,6 +18,7 @@ found out by its count and digest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -43,7 +44,7 @@ from bitmapd.receiver.steps import Steps, together
 from bitmapd.receiver.superblock import JournalSuperblock, choose_superblock
 from bitmapd.record.copies import SUPERBLOCK_OFFSETS, Choice
 
-_AT_ONCE: Final = 64  # pages that are read side by side
+AT_ONCE: Final = 64  # pages that are read side by side
 
 
 @dataclass(slots=True)
@@ -120,10 +121,10 @@ def _segments(device: Device, found: Scanned, places: Places, unpacker: Unpacker
     page, journal = found.page, found.page.journal
     found.points = {queued.point: Entries() for queued in page.queue}
     found.segments = [Segment(index) for index in range(places.segments)]
-    for at in range(0, len(found.segments), _AT_ONCE):
-        group = found.segments[at : at + _AT_ONCE]
+    for at in range(0, len(found.segments), AT_ONCE):
+        group = found.segments[at : at + AT_ONCE]
         offsets = [places.segment_offset(segment.index) for segment in group]
-        pages = yield from _pages(device, offsets)
+        pages = yield from pages_at(device, offsets)
         for segment, raw in zip(group, pages, strict=True):
             segment.sequence = decode_segment(raw, journal) or 0
     highest = max(segment.sequence for segment in found.segments)
@@ -133,8 +134,9 @@ def _segments(device: Device, found: Scanned, places: Places, unpacker: Unpacker
             yield from _batches(device, found, places, unpacker, segment)
 
 
-def _pages(device: Device, offsets: list[int]) -> Steps[list[memoryview | None]]:
-    """The pages there; one after another takes a disk half an hour for a journal of 1 TiB."""
+def pages_at(device: Device, offsets: Sequence[int]) -> Steps[list[memoryview | None]]:
+    """The pages there, at most `AT_ONCE` of them; one after another takes a disk half an hour for a
+    journal of 1 TiB."""
     buffer = aligned(len(offsets) * PAGE_BYTES)
     pages = [buffer[at : at + PAGE_BYTES] for at in range(0, len(buffer), PAGE_BYTES)]
     try:

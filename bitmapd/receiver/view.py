@@ -31,12 +31,10 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final
 
-from bitarray.util import zeros
-
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler, Timer
 from bitmapd.media.buffers import aligned
 from bitmapd.receiver.steps import Step, Steps, run
-from bitmapd.record.extents import joined
+from bitmapd.record.extents import joined, zeros
 from bitmapd.record.geometry import MIB, Geometry
 
 PATIENCE_S: Final = 5.0  # of whoever applies a point, for one copy
@@ -79,7 +77,7 @@ class View:
         self._overlay = overlay
         self._scheduler = scheduler
         self._on_end = on_end
-        self._there = zeros(geometry.blocks, "little")  # in the overlay
+        self._there = zeros(geometry.blocks)  # in the overlay
         self._taken = 0  # blocks in the overlay, or on their way to it
         self._turns: list[_Turn] = []
         self._appliers: dict[Done, Timer] = {}  # who waits for a copy

@@ -51,7 +51,7 @@ def points(
     """Those that can be had, oldest first: number, time of the cut, label, whether it stays when
     newer ones come, and bytes by state.  `kept`: the volume's size at that point, of which there is
     a copy; `applied`: it is in the image; `committed`: what the journal has of it."""
-    kept = {one.point: one for one in directory.points if one.has_map}
+    kept = {one.point: one for one in directory.kept}
     labels = {one.point: one.label for one in directory.points}
     found: dict[int, dict[str, Any]] = {}
 
