@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, UnreachableError
 from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.gate import Gate
-from bitmapd.gate.routes import DIRECT, Routes
+from bitmapd.gate.routes import DIRECT, Routes, Run, Segment
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
@@ -64,17 +64,12 @@ class DmMode:
         return self._prepared and self._kernel.adopted
 
     async def prepare(self, geometry: Geometry, opened: Undo) -> str:
-        config = self._config
-        logical = identify(config.primary).logical_block_bytes or SECTOR_BYTES
-        kernel = KernelAttachment(self._loop, config, geometry, logical, self._emit)
+        kernel = attachment(self._loop, self._config, geometry, self._emit)
         opened.append(kernel.close)
         await kernel.prepare()
         self._kernel = kernel
         self._prepared = True
-        # Everything recorded is copied anyway, so eras that have ended need not be collected.
-        since_era = kernel.current_era
-        self._direct = DirectPath(geometry, kernel, Routes(), self._emit, since_era=since_era)
-        self._direct.on_ended = self._on_barrier
+        self._direct = direct_path(kernel, geometry, self._emit, self._on_barrier)
         return kernel.era_device
 
     async def begin(
@@ -108,18 +103,7 @@ class DmMode:
         await self._kernel.close_hosts()
 
     async def last_writes(self, end_eras: EndEras) -> None:
-        routes = self._direct.routes
-        routes.seal()
-        for _ in range(LAST_BARRIERS):
-            if not routes.settling:
-                return
-            await self._one_barrier(end_eras)
-        # What stays open stays in the record.
-
-    async def _one_barrier(self, end_eras: EndEras) -> None:
-        direct = self._direct
-        tried = direct.tried
-        await end_eras(lambda: direct.tried > tried)
+        await settle(self._direct, end_eras)
 
     async def detach(self, release_device: Callable[[], None]) -> None:
         release_device()
@@ -141,7 +125,7 @@ class DmMode:
         for _ in range(LAST_BARRIERS):
             if routes.all_gated:
                 return
-            await self._one_barrier(end_eras)
+            await _one_barrier(self._direct, end_eras)
         routes.gate_all(wanted=False)
         raise UnreachableError(
             "the kernel's table cannot be changed: no barrier passes",
@@ -158,17 +142,50 @@ class DmMode:
         self._kernel.close()
 
 
+def attachment(
+    loop: asyncio.AbstractEventLoop, config: VolumeConfig, geometry: Geometry, emit: Emit
+) -> KernelAttachment:
+    logical = identify(config.primary).logical_block_bytes or SECTOR_BYTES
+    return KernelAttachment(loop, config, geometry, logical, emit)
+
+
+def direct_path(
+    kernel: KernelAttachment, geometry: Geometry, emit: Emit, on_barrier: Callable[[], None]
+) -> DirectPath:
+    """From now on: everything recorded is copied anyway, so eras that have ended need not be
+    collected."""
+    path = DirectPath(geometry, kernel, Routes(), emit, since_era=kernel.current_era)
+    path.on_ended = on_barrier
+    return path
+
+
+def direct_extents(geometry: Geometry, segments: Iterable[Segment]) -> list[Run]:
+    """Of a table: where hosts write directly."""
+    per = geometry.extent_bytes
+    return [(first // per, -(-end // per)) for first, end, kind in segments if kind == DIRECT]
+
+
+async def settle(path: DirectPath, end_eras: EndEras) -> None:
+    """Learn what hosts wrote last, once they can write no more; what stays open stays in the
+    record."""
+    path.routes.seal()
+    for _ in range(LAST_BARRIERS):
+        if not path.routes.settling:
+            return
+        await _one_barrier(path, end_eras)
+
+
+async def _one_barrier(path: DirectPath, end_eras: EndEras) -> None:
+    tried = path.tried
+    await end_eras(lambda: path.tried > tried)
+
+
 async def serve_kernel(
     kernel: KernelAttachment, direct: DirectPath, server: NbdServer, *, covers: Covers, mark: Mark
 ) -> None:
     geometry = direct.geometry
     await kernel.connect(server)
-    extent_bytes = geometry.extent_bytes
-    in_force = [
-        (first // extent_bytes, -(-end // extent_bytes))
-        for first, end, kind in await kernel.attach()
-        if kind == DIRECT
-    ]
+    in_force = direct_extents(geometry, await kernel.attach())
     if not in_force:
         return
     direct.routes.adopt(in_force)

@@ -32,6 +32,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from bitmapd.config import VolumeConfig
+from bitmapd.errors import BusyError
 from bitmapd.gate.elsewhere import Elsewhere
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
@@ -118,6 +119,12 @@ class Door(Protocol):
 
     async def cut_off(self) -> None:
         """No host can write any more, whatever it has open."""
+
+
+def refuse_connected(server: NbdServer) -> None:
+    """BusyError if hosts are."""
+    if connected := server.stats.connections:
+        raise BusyError(f"{connected} hosts are connected", hint="disconnect them, or give --force")
 
 
 def make_server(

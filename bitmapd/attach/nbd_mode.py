@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitmapd.attach.mode import DRAIN_TIMEOUT_S, Emit, EndEras, Undo, make_server
+from bitmapd.attach.mode import DRAIN_TIMEOUT_S, Emit, EndEras, Undo, make_server, refuse_connected
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import BusyError, UsageError
+from bitmapd.errors import UsageError
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.kdevice import KernelDevice
@@ -61,11 +61,8 @@ class NbdMode:
         _listen(self.server, self._config, self._tls)
 
     async def dismiss(self, end_eras: EndEras, *, force: bool) -> None:
-        connected = self.server.stats.connections
-        if connected and not force:
-            raise BusyError(
-                f"{connected} hosts are connected", hint="disconnect them, or give --force"
-            )
+        if not force:
+            refuse_connected(self.server)
         await self.cut_off()
 
     async def cut_off(self) -> None:

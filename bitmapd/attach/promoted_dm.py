@@ -19,17 +19,24 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from bitmapd.attach.dm_mode import LAST_BARRIERS, Mark, direct_status, serve_kernel
-from bitmapd.attach.kernel import SECTOR_BYTES, KernelAttachment
+from bitmapd.attach.dm_mode import (
+    Mark,
+    attachment,
+    direct_extents,
+    direct_path,
+    direct_status,
+    serve_kernel,
+    settle,
+)
+from bitmapd.attach.kernel import KernelAttachment
 from bitmapd.attach.mode import DRAIN_TIMEOUT_S, Emit, EndEras, Undo, make_server
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, BusyError
 from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.gate import Gate
 from bitmapd.gate.promoted import PromotedPath
-from bitmapd.gate.routes import DIRECT, Routes, Run, Segment
+from bitmapd.gate.routes import Run
 from bitmapd.media.aio import AioEngine
-from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
 from bitmapd.nbd.server.export import NbdServer
@@ -81,22 +88,15 @@ class PromotedDm:
         else:
             await kernel.prepare()
             self.adopted = True
-            self.direct = self._extents(segments)
+            self.direct = direct_extents(geometry, segments)
             self._begin_path(kernel).routes.adopt(self.direct)
         return self._config.primary
 
     def _attachment(self) -> KernelAttachment:
-        logical = identify(self._config.primary).logical_block_bytes or SECTOR_BYTES
-        return KernelAttachment(self._loop, self._config, self._geometry, logical, self._emit)
-
-    def _extents(self, segments: list[Segment]) -> list[Run]:
-        per = self._geometry.extent_bytes
-        return [(first // per, -(-end // per)) for first, end, kind in segments if kind == DIRECT]
+        return attachment(self._loop, self._config, self._geometry, self._emit)
 
     def _begin_path(self, kernel: KernelAttachment) -> DirectPath:
-        since_era = kernel.current_era
-        path = DirectPath(self._geometry, kernel, Routes(), self._emit, since_era=since_era)
-        path.on_ended = self._on_barrier
+        path = direct_path(kernel, self._geometry, self._emit, self._on_barrier)
         self.path.begin(path)
         return path
 
@@ -192,15 +192,8 @@ class PromotedDm:
             await self._kernel.close_hosts()
 
     async def last_writes(self, end_eras: EndEras) -> None:
-        path = self.path.path
-        if path is None:
-            return
-        path.routes.seal()
-        for _ in range(LAST_BARRIERS):
-            if not path.routes.settling:
-                return
-            tried = path.tried
-            await end_eras(lambda: path.tried > tried)  # noqa: B023  (awaited here)
+        if self.path.path is not None:
+            await settle(self.path.path, end_eras)
 
     async def detach(self, release_device: Callable[[], None]) -> None:
         release_device()

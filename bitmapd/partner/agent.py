@@ -27,6 +27,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bitmapd.partner.fence_policy import last_words
+
 KEPT_BYTES = 4096
 GRACE_S = 5.0  # a process that is killed and does not end hangs in the kernel
 _CHUNK_BYTES = 1 << 16
@@ -39,6 +41,17 @@ class Run:
 
     status: int | None
     output: bytes
+
+    def explain(self, timeout_s: float) -> str:
+        """Words that go on after the name of the program."""
+        if self.status is None:
+            ended = f"did not end within {timeout_s:g} s, and was killed"
+        elif self.status < 0:
+            ended = f"was killed by signal {-self.status}"
+        else:
+            ended = f"ended with status {self.status}"
+        said = last_words(self.output)
+        return f"{ended}: {said}" if said else ended
 
 
 def run(command: str, said: bytes, timeout_s: float, wanted: int, words: Sequence[str] = ()) -> Run:

@@ -23,8 +23,8 @@ from typing import Any, Final, Protocol
 
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError
 from bitmapd.media.waiting import Aside
-from bitmapd.partner.agent import Run, run
-from bitmapd.partner.fence_policy import FenceSettings, Trigger, last_words, request
+from bitmapd.partner.agent import run
+from bitmapd.partner.fence_policy import FenceSettings, Trigger, request
 from bitmapd.partner.node import Node
 from bitmapd.partner.states import Proof
 
@@ -117,7 +117,7 @@ class Fence:
             self._let_go()
             self._trigger.ended(self._loop.time())
         if outcome.status != 0:
-            raise self._failed(command, _what(outcome, settings.timeout_s))
+            raise self._failed(command, outcome.explain(settings.timeout_s))
         seconds = round(self._loop.time() - began_s, 3)
         self._home.emit(
             "fenced",
@@ -144,14 +144,3 @@ class Fence:
         if self._wanting is not None:
             os.close(self._wanting)
             self._wanting = None
-
-
-def _what(outcome: Run, timeout_s: float) -> str:
-    if outcome.status is None:
-        ended = f"did not end within {timeout_s:g} s, and was killed"
-    elif outcome.status < 0:
-        ended = f"was killed by signal {-outcome.status}"
-    else:
-        ended = f"ended with status {outcome.status}"
-    said = last_words(outcome.output)
-    return f"{ended}: {said}" if said else ended

@@ -156,11 +156,6 @@ class Hook(_Aside):
         wanted, held = os.pipe2(os.O_CLOEXEC)
         with contextlib.closing(os.fdopen(held, "wb")):
             outcome = run(self._program, b"", timeout_s, wanted, words)
-        if outcome.status is None:
-            raise OSError(
-                errno.ETIMEDOUT, f"{action} took longer than {timeout_s:g}s and was ended"
-            )
-        if outcome.status:
-            said = outcome.output.decode(errors="replace").strip().splitlines()[-1:]
-            last = f": {said[0]}" if said else ""
-            raise OSError(errno.EIO, f"{action} ended with status {outcome.status}{last}")
+        if outcome.status != 0:
+            code = errno.ETIMEDOUT if outcome.status is None else errno.EIO
+            raise OSError(code, f"{action} {outcome.explain(timeout_s)}")

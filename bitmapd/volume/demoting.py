@@ -14,11 +14,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from bitmapd.attach.mode import refuse_connected
 from bitmapd.config import Paths, VolumeConfig
 from bitmapd.copier.engine import CopyState
 from bitmapd.errors import (
     BitmapdError,
-    BusyError,
     TimeOutError,
     UnreachableError,
     WrongStateError,
@@ -101,9 +101,8 @@ class Demoting:
                 f"the receiver of volume '{self._name}' has no point yet",
                 hint=f"dmctl wait {self._name} --for point",
             )
-        hosts = self._parts.mode.server.stats.connections
-        if hosts and not force:
-            raise BusyError(f"{hosts} hosts are connected", hint="disconnect them, or give --force")
+        if not force:
+            refuse_connected(self._parts.mode.server)
 
     # -- the stages -----------------------------------------------------------------------------
     async def _close_hosts(self) -> None:

@@ -6,20 +6,18 @@ import os
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import ReceiverConfig, load_any
-from bitmapd.errors import UsageError, WrongStateError
+from bitmapd.errors import UsageError
 from bitmapd.net.uri import NbdUri
 from bitmapd.units import human_size
 from dmctl.cli.context import Context
+from dmctl.cli.receive import receiver_of
 
 WHOLE_TIMEOUT_S = 600.0  # a point that is being applied is waited for
 
 
 def test_failover(context: Context, args: Namespace) -> int:
     name, output = args.name, context.output
-    config = load_any(context.paths, name)
-    if not isinstance(config, ReceiverConfig):
-        raise WrongStateError(f"'{name}' is a volume; its receiver, if it has one, has the points")
+    config = receiver_of(context, name)
     if args.end:
         if any(value is not None for value in (args.listen, args.view_limit, args.point)):
             raise UsageError("--end goes with no other option")

@@ -36,13 +36,7 @@ from dmctl.cli.receive import check_journal
 def failback(context: Context, args: Namespace) -> int:
     name, output, paths = args.name, context.output, context.paths
     config = volume_of(context, name)
-    journal = args.journal or config.journal
-    if journal is None:
-        raise UsageError(
-            f"volume '{name}' has no journal to receive points in",
-            hint="give --journal DEV: at least 64MiB, a tenth of the volume is a good size",
-        )
-    journal = os.path.abspath(journal)
+    journal = journal_path(config, args.journal)
     with start_lock(paths, name):
         if is_running(paths, name):
             raise WrongStateError(
@@ -63,10 +57,7 @@ def failback(context: Context, args: Namespace) -> int:
             f"Make {config.primary} the copy of {config.secondary}?",
             yes=args.yes,
         )
-        format_journal(journal, begin)
-        exchange_role(paths, name, receiver_table(config, journal))
-        keep_rules(context)
-        launch(paths, name, args.timeout)
+        become_receiver(context, config, journal, begin, args.timeout)
     if output.as_json:
         output.json("failback", {"name": name, "lost_bytes": lost_bytes, "journal": journal})
         return 0
@@ -88,6 +79,31 @@ def volume_of(context: Context, name: str) -> VolumeConfig:
             f"the secondary of volume '{name}' is not a receiver: nothing was promoted there"
         )
     return config
+
+
+def journal_path(config: VolumeConfig, given: str | None) -> str:
+    """Where a receiver in the place of this volume would have its journal."""
+    journal = given or config.journal
+    if journal is None:
+        raise UsageError(
+            f"volume '{config.name}' has no journal to receive points in",
+            hint="give --journal DEV: at least 64MiB, a tenth of the volume is a good size",
+        )
+    return os.path.abspath(journal)
+
+
+def become_receiver(
+    context: Context,
+    config: VolumeConfig,
+    journal: str,
+    begin: JournalSuperblock,
+    timeout_s: float,
+) -> None:
+    """`begin` is what `journal_of` has found fit."""
+    format_journal(journal, begin)
+    exchange_role(context.paths, config.name, receiver_table(config, journal))
+    keep_rules(context)
+    launch(context.paths, config.name, timeout_s)
 
 
 def _save(

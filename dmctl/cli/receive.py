@@ -242,12 +242,18 @@ def _check_old_journal(found: Findings, name: str, path: str, old: JournalSuperb
 # -- points -----------------------------------------------------------------------------------
 
 
-def points(context: Context, args: Namespace) -> int:
-    """What the receiver can produce; of one that does not run from its journal."""
-    name, output = args.name, context.output
+def receiver_of(context: Context, name: str) -> ReceiverConfig:
+    """WrongStateError if it is a volume."""
     config = load_any(context.paths, name)
     if not isinstance(config, ReceiverConfig):
         raise WrongStateError(f"'{name}' is a volume; its receiver, if it has one, has the points")
+    return config
+
+
+def points(context: Context, args: Namespace) -> int:
+    """What the receiver can produce; of one that does not run from its journal."""
+    name, output = args.name, context.output
+    config = receiver_of(context, name)
     if args.drop is not None:
         ask(context, name, "drop-point", {"point": args.drop})
         if output.as_json:

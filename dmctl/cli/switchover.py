@@ -7,16 +7,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from argparse import Namespace
 
 from bitmapd.config import Paths, ReceiverConfig, VolumeConfig, has_receiver, load_any
-from bitmapd.config.files import exchange_role
-from bitmapd.config.roles import receiver_table
-from bitmapd.errors import SplitBrainError, UnreachableError, UsageError, WrongStateError
+from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.points.switchover import Outlook
-from bitmapd.receiver.format import format_journal
 from bitmapd.record.points_state import PointsFlag
 from bitmapd.record.superblock import Superblock
 from bitmapd.units import human_size
@@ -25,9 +21,8 @@ from bitmapd.volume.handing import hand_over_now, look_now
 from bitmapd.volume.rejoining import recorded_runs
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
-from dmctl.cli.failback import journal_of, volume_of
+from dmctl.cli.failback import become_receiver, journal_of, journal_path, volume_of
 from dmctl.cli.lifecycle import stop_now
-from dmctl.cli.probe import keep_rules
 from dmctl.cli.processes import is_running, launch, start_lock
 
 LEAST_S = 5.0  # for the other site to answer, whatever is left of the time
@@ -37,13 +32,7 @@ def switchover(context: Context, args: Namespace) -> int:
     name, output, paths = args.name, context.output, context.paths
     deadline_s = time.monotonic() + args.timeout
     config = volume_of(context, name)
-    journal = args.journal or config.journal
-    if journal is None:
-        raise UsageError(
-            f"volume '{name}' has no journal to receive points in from the other site",
-            hint="give --journal DEV: at least 64MiB, a tenth of the volume is a good size",
-        )
-    journal = os.path.abspath(journal)
+    journal = journal_path(config, args.journal)
     with start_lock(paths, name):
         superblock, _ = recorded_runs(config.record, config.uuid)
         journal_of(context, config, journal, superblock, force=args.force)
@@ -57,10 +46,8 @@ def switchover(context: Context, args: Namespace) -> int:
             )
         hand_over_now(config, superblock, max(LEAST_S, deadline_s - time.monotonic()))
         begin = journal_of(context, config, journal, superblock, force=args.force)
-        format_journal(journal, begin)
-        exchange_role(paths, name, receiver_table(config, journal))
-        keep_rules(context)
-        launch(paths, name, max(LEAST_S, deadline_s - time.monotonic()))
+        rest_s = max(LEAST_S, deadline_s - time.monotonic())
+        become_receiver(context, config, journal, begin, rest_s)
     if output.as_json:
         output.json("switchover", {"name": name, "volume_at": config.secondary, "journal": journal})
         return 0

@@ -5,7 +5,6 @@ MODEL_FULL=1 adds the larger searches (minutes, and up to 2 GB of memory).
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -134,11 +133,7 @@ WITNESSES = {
     "WITNESS_TOOK_OVER": [pair()],
     "WITNESS_UNION": [coherence("CRASHES=2")],
 }
-FOUND = [
-    (search, name)
-    for name, searches in sorted((MISTAKES | WITNESSES).items())
-    for search in searches
-]
+FOUND = spin.searches(MISTAKES | WITNESSES)
 
 
 def errors(folder: Path, search: Search, *defines: str) -> int:
@@ -172,5 +167,4 @@ def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: 
 
 @pytest.mark.parametrize("model", ["coherence.pml", "pair.pml"])
 def test_every_mistake_and_good_end_is_tried(model: str) -> None:
-    named = set(re.findall(r"\b(?:BUG|WITNESS)_[A-Z_]+[A-Z]", (spin.MODELS / model).read_text()))
-    assert named == {name for search, name in FOUND if search[0] == model}
+    assert spin.mistakes_and_ends(model) == {name for search, name in FOUND if search[0] == model}

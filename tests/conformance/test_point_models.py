@@ -7,7 +7,6 @@ the larger searches (minutes, and up to 3 GB of memory).
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -67,11 +66,7 @@ WITNESSES = {
     "WITNESS_CUT": [GROUP],
     "WITNESS_NEW": [WORD],
 }
-FOUND = [
-    (search, name)
-    for name, searches in sorted((MISTAKES | WITNESSES).items())
-    for search in searches
-]
+FOUND = spin.searches(MISTAKES | WITNESSES)
 
 
 def errors(folder: Path, search: Search, *defines: str) -> int:
@@ -101,5 +96,4 @@ def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: 
 
 @pytest.mark.parametrize("model", ["points.pml", "group.pml", "word.pml"])
 def test_every_mistake_and_good_end_is_tried(model: str) -> None:
-    named = set(re.findall(r"\b(?:BUG|WITNESS)_[A-Z_]+[A-Z]", (spin.MODELS / model).read_text()))
-    assert named == {name for search, name in FOUND if search[0] == model}
+    assert spin.mistakes_and_ends(model) == {name for search, name in FOUND if search[0] == model}

@@ -6,6 +6,7 @@ reads other bytes has changed it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bitmapd.partner.codec import encode
@@ -37,57 +38,43 @@ FOLDER = Path(__file__).parent / "partner"
 EXTENTS = 100_000
 BLOCKS = EXTENTS * 16
 
+HELLO = Hello(
+    volume=bytes(range(16)),
+    node=2,
+    lowest=1,
+    highest=1,
+    role=Role.PAIR,
+    flags=HelloFlag.FRESH | HelloFlag.SERVES,
+    required=3,
+    offered=7,
+    term=5,
+    incarnation=0x1122334455667788,
+    session=9,
+    boot=bytes(range(16, 32)),
+    generations=tuple(bytes([number]) * 16 for number in (4, 3, 2, 0)),
+    size_bytes=EXTENTS << 20,
+    extent_bytes=1 << 20,
+    block_bytes=65536,
+    last_paired=0x99AABBCCDDEEFF00,
+    machine=bytes(range(32, 48)),
+    timeout_ms=2000,
+    most_requests=64,
+    name="vol0",
+    primary="wwn:naa.5000c500a1b2c3d4",
+    secondary="nbd://backup/vol0",
+    program="0.1.0",
+)
+
 MESSAGES: dict[str, Message] = {
-    "hello": Hello(
-        volume=bytes(range(16)),
-        node=2,
-        lowest=1,
-        highest=1,
-        role=Role.PAIR,
-        flags=HelloFlag.FRESH | HelloFlag.SERVES,
-        required=3,
-        offered=7,
-        term=5,
-        incarnation=0x1122334455667788,
-        session=9,
-        boot=bytes(range(16, 32)),
-        generations=tuple(bytes([number]) * 16 for number in (4, 3, 2, 0)),
-        size_bytes=EXTENTS << 20,
-        extent_bytes=1 << 20,
-        block_bytes=65536,
-        last_paired=0x99AABBCCDDEEFF00,
-        machine=bytes(range(32, 48)),
-        timeout_ms=2000,
-        most_requests=64,
-        name="vol0",
-        primary="wwn:naa.5000c500a1b2c3d4",
-        secondary="nbd://backup/vol0",
-        program="0.1.0",
-    ),
-    "hello-direct": Hello(
-        volume=bytes(range(16)),
+    "hello": HELLO,
+    "hello-direct": replace(
+        HELLO,
         node=1,
-        lowest=1,
-        highest=1,
-        role=Role.PAIR,
         flags=HelloFlag.FRESH | HelloFlag.DIRECT | HelloFlag.ON_PROMOTE,
         required=67,
         offered=127,
-        term=5,
         incarnation=1,
-        session=9,
-        boot=bytes(range(16, 32)),
-        generations=tuple(bytes([number]) * 16 for number in (4, 3, 2, 0)),
-        size_bytes=EXTENTS << 20,
-        extent_bytes=1 << 20,
-        block_bytes=65536,
         last_paired=0,
-        machine=bytes(range(32, 48)),
-        timeout_ms=2000,
-        most_requests=64,
-        name="vol0",
-        primary="wwn:naa.5000c500a1b2c3d4",
-        secondary="nbd://backup/vol0",
         program="0.2.0",
     ),
     "record": Record(

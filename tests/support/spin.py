@@ -6,13 +6,25 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 MODELS = Path(__file__).parents[2] / "docs" / "models"
 IS_MISSING = shutil.which("spin") is None or shutil.which("gcc") is None
 MISSING = "spin or gcc is not installed: apt-get install spin gcc libc6-dev"
+Search = TypeVar("Search")
 FULL = "MODEL_FULL" in os.environ  # larger searches are made, too
+
+
+def searches(wanted: Mapping[str, Iterable[Search]]) -> list[tuple[Search, str]]:
+    """Each search with the mistake, or the good end, that it is to find."""
+    return [(search, name) for name, many in sorted(wanted.items()) for search in many]
+
+
+def mistakes_and_ends(model: str) -> set[str]:
+    """Which ones a model names."""
+    return set(re.findall(r"\b(?:BUG|WITNESS)_[A-Z_]+[A-Z]", (MODELS / model).read_text()))
 
 
 def errors(

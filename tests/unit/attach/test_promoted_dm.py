@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bitmapd.attach import promoted_dm
+from bitmapd.attach import dm_mode, promoted_dm
 from bitmapd.attach.promoted_dm import PromotedDm
 from bitmapd.errors import BitmapdError, BusyError
 from bitmapd.gate.direct import HostCounters
@@ -93,7 +93,7 @@ class Bench:
         self.primary = NotedPrimary(self.calls)
         self.mirror = Mirror(elsewhere=(), piecewise=True)
         self.opened: list[Callable[[], None]] = []
-        monkeypatch.setattr(promoted_dm, "KernelAttachment", lambda *_: self.kernel)
+        monkeypatch.setattr(dm_mode, "KernelAttachment", lambda *_: self.kernel)
         server = NotedServer(self.calls)
         monkeypatch.setattr(promoted_dm, "make_server", lambda *_, **more: server)
         self.mode = PromotedDm(
