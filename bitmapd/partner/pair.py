@@ -55,7 +55,6 @@ from bitmapd.peer.payloads import Runs
 from bitmapd.peer.transport import PeerTransport, Settings
 from bitmapd.peer.words import Pong
 from bitmapd.record import tool
-from bitmapd.record.extents import zeros
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 
@@ -165,17 +164,14 @@ class Pair:
         batches: Batches,
         home: Home,
         write: Callable[[Lasting], Awaitable[None]],
-        at_start: bitarray,
     ) -> None:
-        """`write` makes what `Node` has to know durable; `at_start` is what the stored record named
-        when this process began."""
+        """`write` makes what `Node` has to know durable."""
         self._geometry = geometry
         self._names = names
         self._loop = loop
         self._batches = batches
         self._home = home
         self._write = write
-        self._at_start = at_start
         self._stored_record = store
         self._hands = Hands(store, self._send, self._push)
         self._hands.on_unstored = lambda: loop.call_soon(self.node.begin_anew)
@@ -222,11 +218,7 @@ class Pair:
         self.fence.settings, self.rights.cut_patience_s = fence, cut_patience_s
 
     def grow(self, geometry: Geometry) -> None:
-        """The volume is larger from now on.  A process that has met nobody has not written in what
-        has come, but the extent of the old end counts as recorded."""
-        if (short := self._geometry.short_extent) is not None:
-            self._at_start[short] = True
-        self._at_start.extend(zeros(geometry.extents - self._geometry.extents))
+        """The volume is larger from now on."""
         self._geometry = geometry
         if self._wire is not None and self._wire.decoder.extents:
             self._bound(self._wire.decoder)
@@ -635,8 +627,7 @@ class Pair:
         )
 
     def stored(self) -> bitarray:
-        # What a keeper has learnt since its start does not count less than what it found then.
-        return self._stored_record.recorded if self.node.keeps else self._at_start
+        return self._stored_record.recorded
 
     def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
         path = self._names.partner_record

@@ -54,7 +54,8 @@ class SplitRights(Exception):
 class View:
     """What one node says; bitmaps over the extents of the volume.
 
-    `stored` counts of a fresh node only: what its record named when it started.  What such a node
+    `stored` counts of a fresh node only: what its record names.  It grows while the nodes meet, and
+    does not count less because the link was lost: the other may have come up.  What such a node
     owns its kernel has gone on writing.  `volatile`: what it relied on may not be in any stored
     record.
     """

@@ -87,7 +87,8 @@ class Surroundings(Protocol):
         """Sizes, names and identities; what the node itself knows is filled in by it."""
 
     def stored(self) -> bitarray:
-        """What the stored record named when this process began."""
+        """What the stored record names: what this process found, and what it has learnt since and
+        may have said READY for."""
 
     def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
         """Read what the other node's stored record names; call back, later, with that, or with None

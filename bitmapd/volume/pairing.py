@@ -153,7 +153,6 @@ def make_pair(
         batches,
         home,
         partial(_write, config, session, aside, media),
-        session.loaded.bits.copy(),
     )
     pair.set(fence_settings(config), config.cut_patience_s)
     return pair

@@ -27,6 +27,10 @@ def pair(*defines: str) -> Search:
     return "pair.pml", " ".join(defines)
 
 
+def memory(*defines: str) -> Search:
+    return "memory.pml", " ".join(("CUTS=1", *defines))
+
+
 MEETS = coherence("WRITES=2")
 CUT = coherence("CUTS=1")
 CRASH = coherence("CRASHES=1")
@@ -34,6 +38,11 @@ STOP = coherence("STOPS=1")
 TAKE = coherence("TAKES=1")
 CUT_AND_CRASH = coherence("CUTS=1", "CRASHES=1")
 GO_ON = coherence("GO_ON", "CUTS=1", "CRASHES=1")
+STORED_HERE = memory("CRASHES=2")
+STORED_THERE = memory("CRASHES=2", "STORE", "FAILS=1")
+IN_MEMORY = memory("CRASHES=2", "RELY=3")
+FALLS_BACK = memory("CRASHES=1", "FAILS=1")
+READS_OTHER = memory("CRASHES=2", "SHARED", "RELY=3")
 
 HOLDS = [
     MEETS,
@@ -54,6 +63,11 @@ HOLDS = [
     pair("GO_ON", "SHARED"),
     pair("GO_ON", "SHARED", "BOTH"),
     pair("RECEIVER"),
+    STORED_HERE,
+    STORED_THERE,
+    IN_MEMORY,
+    FALLS_BACK,
+    READS_OTHER,
 ]
 FULL = [
     coherence("READS=1", "GUESSES=1", "CUTS=0", "WRITES=2"),
@@ -71,6 +85,10 @@ FULL = [
     coherence("GO_ON", "CUTS=2", "CRASHES=2"),
     coherence("GO_ON", "STOPS=1", "CUTS=1", "CRASHES=1"),
     pair("WRITES=3", "CUTS=3", "CRASHES=3"),
+    memory("CRASHES=2", "FAILS=1", "RELY=2"),
+    memory("CRASHES=2", "FAILS=1", "RELY=1", "STORE"),
+    memory("CRASHES=2", "FAILS=1", "SHARED", "STORE"),
+    memory("FAILS=2", "RELY=3"),
 ]
 MISTAKES = {
     "BUG_ABSORB_CLEAN": [CRASH],
@@ -87,14 +105,18 @@ MISTAKES = {
     "BUG_DROP_UNDER_ADD": [pair("BOTH")],
     "BUG_EMBARGO_FORGOTTEN": [CUT],
     "BUG_EMBARGO_PASSED_ON": [MEETS],
-    "BUG_FLAG_BEFORE_DESTAGE": [pair()],
+    "BUG_EXCHANGE_CLEARS_FLAG": [IN_MEMORY],
+    "BUG_FLAG_BEFORE_DESTAGE": [pair(), IN_MEMORY],
+    "BUG_FLAG_UNREAD": [READS_OTHER],
     "BUG_FREE_MEANS_NOW": [CUT],
+    "BUG_FRESH_CLEARS_FLAG": [IN_MEMORY],
     "BUG_FRESH_RECORD_UNSEEN": [GO_ON],
     "BUG_GIVER_FORGETS": [MEETS],
     "BUG_GIVE_IN_FLIGHT": [MEETS],
     "BUG_GIVE_UNHARDENED": [coherence("CACHE", "WRITES=2")],
     "BUG_GO_ON_IN_MEMORY": [pair("GO_ON")],
     "BUG_GRANTED_IS_GIVEN_FIRST": [MEETS],
+    "BUG_GRANTS_UNSTORED": [STORED_THERE],
     "BUG_GRANT_TWICE": [STOP],
     "BUG_GUESS_TAKES": [coherence("GUESSES=1")],
     "BUG_HOLDER_ACKS_FIRST": [pair()],
@@ -103,16 +125,24 @@ MISTAKES = {
     "BUG_NOTHING_OWED": [CUT],
     "BUG_NO_EMBARGO": [MEETS],
     "BUG_NO_FENCE": [pair()],
-    "BUG_NO_FLAG": [pair()],
+    "BUG_NO_FLAG": [pair(), IN_MEMORY],
     "BUG_NO_GOT": [STOP],
     "BUG_OLD_DIRT": [coherence("CUTS=2", "WRITES=2", "WRITES1=2")],
+    "BUG_ONLY_OWN_FLAG": [IN_MEMORY],
+    "BUG_OTHER_IS_DROPPED": [STORED_HERE],
+    "BUG_OWED_IS_DROPPED": [STORED_HERE],
     "BUG_OWED_IS_NOT_KNOWN": [CUT],
     "BUG_OWN_COPY_FORGOTTEN": [MEETS],
+    "BUG_READY_BEFORE_FLAG": [IN_MEMORY],
+    "BUG_READY_UNSTORED": [STORED_THERE],
     "BUG_READ_WITHOUT_ASKING": [coherence("CACHE", "READS=1")],
     "BUG_RECLAIM_BEFORE_READY": [CUT],
+    "BUG_RECORD_OF_START": [STORED_THERE],
+    "BUG_RELIES_ON_FAILING": [memory("FAILS=2", "RELY=1")],
     "BUG_REMOVE_BEFORE_COPIED": [pair()],
     "BUG_RESTART_BEFORE_GHOSTS": [CRASH],
     "BUG_STATUS_UNHARDENED": [coherence("CACHE", "READS=1")],
+    "BUG_STORED_IS_OWN_ONLY": [memory("CRASHES=2", "FAILS=1")],
     "BUG_TAKEN_BEFORE_GIVEN": [TAKE],
     "BUG_TERM_NOT_TOLD": [pair("RECEIVER")],
     "BUG_TIMEOUT_IS_PROOF": [CUT_AND_CRASH],
@@ -124,14 +154,17 @@ MISTAKES = {
 # Else a model could hold because nothing ever happens in it.
 WITNESSES = {
     "WITNESS_BACK": [pair()],
+    "WITNESS_COMPARED": [IN_MEMORY],
     "WITNESS_CROSSED": [MEETS],
     "WITNESS_GONE_ON": [pair("GO_ON")],
     "WITNESS_NOTHING_COPIED": [pair()],
+    "WITNESS_READ": [READS_OTHER],
     "WITNESS_RETURNED": [CUT],
     "WITNESS_ROUND_TRIP": [MEETS],
+    "WITNESS_STOOD_IN": [FALLS_BACK],
     "WITNESS_TAKEN": [TAKE],
     "WITNESS_TOOK_OVER": [pair()],
-    "WITNESS_UNION": [coherence("CRASHES=2")],
+    "WITNESS_UNION": [coherence("CRASHES=2"), IN_MEMORY],
 }
 FOUND = spin.searches(MISTAKES | WITNESSES)
 
@@ -165,6 +198,6 @@ def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: 
     assert errors(tmp_path, search, name) == 1
 
 
-@pytest.mark.parametrize("model", ["coherence.pml", "pair.pml"])
+@pytest.mark.parametrize("model", ["coherence.pml", "pair.pml", "memory.pml"])
 def test_every_mistake_and_good_end_is_tried(model: str) -> None:
     assert spin.mistakes_and_ends(model) == {name for search, name in FOUND if search[0] == model}

@@ -14,8 +14,8 @@ import pytest
 
 from bitmapd.errors import BitmapdError
 from bitmapd.media.buffers import aligned
-from bitmapd.partner.node import State
-from tests.support.simpair import BLOCK, EXTENT, SIZE, World, walk
+from bitmapd.partner.node import Phase, State
+from tests.support.simpair import BLOCK, EXTENT, SIZE, Side, World, walk
 
 STEPS = int(os.environ.get("PAIR_STEPS", "24000"))
 LENGTHS = (60, 400, 1500)  # of one walk
@@ -138,3 +138,64 @@ def settle_one(world: World) -> None:
         world.finish(side, anything=True)
         side.loop.run_soon()
     world.superblock(world.sides[1])
+
+
+def write_to(world: World, number: int, extent: int) -> list[OSError | None]:
+    """A block of a host's, at this node; how it ends."""
+    ended: list[OSError | None] = []
+    block = aligned(BLOCK)
+    block[:] = b"\xcc" * BLOCK
+    world.sides[number - 1].gate.write(extent * EXTENT, block, ended.append)
+    return ended
+
+
+def finish_all(side: Side, world: World) -> None:
+    while world.finish(side, anything=True) or world.superblock(side):
+        pass
+
+
+def test_what_a_node_has_stored_before_it_said_ready_counts_though_it_never_came_up() -> None:
+    """The other comes up with that READY, and relies on it: its own record fails.  The link is
+    lost before this node has come up, and then the other dies."""
+    world = World(3, frozenset())
+    world.falls_back, world.record_on, world.stored_often = True, "both", 1.0
+    one, two = world.sides
+    for side in world.sides:
+        side.die()
+        world.restart(side)
+    world.connect()
+    settle(world, 3)
+    assert one.node.state is two.node.state is State.PAIRED
+    world.crash(two)
+    world.notice(one)
+    world.takeover(one)
+    settle(world, 1)
+    assert one.node.state is State.ALONE
+    one.broken = True
+    ended = write_to(world, 1, 0)
+    settle(world, 3)
+    assert ended[0] is not None
+    assert one.rights.own[0]
+    assert one.store.failing
+    world.restart(two)
+    world.connect()
+    while two.node.phase is not Phase.READY or not world.connection.queues[0]:
+        world.deliver(one)
+        if two.node.phase is not Phase.READY:
+            world.deliver(two)
+        finish_all(two, world)
+    while world.deliver(one):
+        pass
+    assert (one.node.state, two.node.state) == (State.PAIRED, State.WAITING)
+    ended = write_to(world, 1, 0)
+    finish_all(one, world)
+    assert ended == [None]
+    world.check()
+    world.connection.queues[1].clear()
+    world.cut()
+    world.crash(one)
+    one.broken = False
+    world.notice(two)
+    world.restart(one)
+    world.check()
+    world.heal()

@@ -65,7 +65,7 @@ from bitmapd.peer import frames
 from bitmapd.peer.frames import PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.record import layout
-from bitmapd.record.extents import each, joined, runs_of, zeros
+from bitmapd.record.extents import each, joined, runs_of
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.pair_state import PairFlag, PairState
 from bitmapd.record.store import RecordStore
@@ -206,7 +206,6 @@ class Side:
         loaded = load_image(self.record_image)
         self.geometry = geometry = loaded.superblock.geometry
         self.durable_blocks = geometry.blocks  # of the size that is in the superblock
-        self.at_start = loaded.bits.copy()
         self.store = RecordStore(geometry, loaded, self.record, self.loop, lambda *a, **k: None)
         hands = Hands(self.store, self._send, lambda: None)
         self.rights = Rights(geometry, self.number, self.loop, hands)
@@ -515,7 +514,7 @@ class _Around:
         return self._side.hello()
 
     def stored(self) -> bitarray:
-        return self._side.store.recorded if self._side.keeps else self._side.at_start
+        return self._side.store.recorded
 
     def partner_record(self, done: Callable[[bitarray | None], None]) -> None:
         side = self._side
@@ -593,9 +592,6 @@ class _Media:
         side.copier.grow(geometry)
         side.gate.grow(geometry, mine=False)
         side.gate.set_policy(MischievousPolicy(geometry.extents, side.world.rng))
-        if old.short_extent is not None:
-            side.at_start[old.short_extent] = True
-        side.at_start.extend(zeros(geometry.extents - old.extents))
 
 
 class World:
