@@ -13,6 +13,9 @@ since the newest cut; and what was changed before it, which a pending block is s
 3. A block that was marked and not by a host's write has changed nobody knows where: all of it.  So
    has a block of which nothing is here.
 4. A piece of this era is of a block of this era.
+5. Where nobody knows what changed it may be asked what differs instead.  From the question until
+   its answer such a block is *in question*, and as unknown as before; what is not known of it
+   anew meanwhile stays unknown.  The answer adds the pieces that differ to those that are known.
 
 One bit a piece: a set has at most 32 MiB for a volume of 1 TiB, and 2 bytes a block of 64 KiB where
 changes are dense.  A crash loses it: what the record names at the start is unknown.
@@ -85,6 +88,7 @@ class Changes:
         self._before = _Changed()
         self._since = _Changed()
         self.pieces = Pieces(blocks, self._shift)  # of this era
+        self._questioned = BlockSet()
 
     def begin_era(self, blocks: BlockSet) -> None:
         """These are the blocks of the era that begins."""
@@ -110,6 +114,41 @@ class Changes:
         """Blocks [first, stop) are to be sent, whatever of them changed."""
         self._since.unknown.add(first, stop)
 
+    # -- in question ------------------------------------------------------------------------
+    def next_unknown(self, start: int, limit: int) -> tuple[int, int] | None:
+        """The first run of blocks from `start` on of which nobody knows what changed, and that are
+        not in question; cut off after `limit` blocks, or before."""
+        found = (changed.unknown.next_run(start, limit) for changed in (self._before, self._since))
+        return min((run for run in found if run is not None), default=None)
+
+    def question(self, first: int, stop: int) -> None:
+        """It is asked what differs of these."""
+        for changed in (self._before, self._since):
+            changed.unknown.discard(first, stop)
+        self._questioned.add(first, stop)
+
+    def unanswered(self) -> None:
+        """Nothing that is in question is answered any more."""
+        self._since.unknown.update(self._questioned)
+        self._questioned = BlockSet()
+
+    def answered(self, block: int, mask: int | None) -> bool:
+        """These pieces of it differ from the last point, and besides what is written since it was
+        asked; None: that cannot be told.  Returns whether none differs, as it was asked."""
+        self._questioned.discard(block, block + 1)
+        if mask is None:
+            self._since.unknown.add(block, block + 1)
+            return False
+        base, piece = block << self._shift, 0
+        while mask >> piece:
+            if mask >> piece & 1:
+                self._since.pieces.add(base + piece, base + piece + 1)
+            piece += 1
+        known = not any(
+            changed.unknown.any(block, block + 1) for changed in (self._before, self._since)
+        )
+        return known and not mask
+
     # -- what is asked ----------------------------------------------------------------------
     def of(self, block: int, *, pending: bool) -> int | None:
         """The mask of its pieces that changed; None: not known, so all of them."""
@@ -117,6 +156,8 @@ class Changes:
         if not pending:
             sets += self._since.pieces, self.pieces
         if self._before.unknown.any(block, block + 1):
+            return None
+        if self._questioned.any(block, block + 1):
             return None
         if not pending and self._since.unknown.any(block, block + 1):
             return None
@@ -140,7 +181,7 @@ class Changes:
         """What all of it has together, or more."""
         before, since = self._before, self._since
         pieces = before.pieces.count() + since.pieces.count() + self.pieces.count()
-        blocks = before.unknown.count() + since.unknown.count()
+        blocks = before.unknown.count() + since.unknown.count() + self._questioned.count()
         return pieces * PIECE_BYTES + blocks * self._block_bytes
 
     @property

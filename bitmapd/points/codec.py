@@ -1,6 +1,6 @@
 """Messages of points to the parts of frames, and frames to messages (pure).
 
-Most are a `peer.shapes.Shape`.  HELLO2, DATA, HAVE and SUMS have layouts of their own:
+Most are a `peer.shapes.Shape`.  HELLO2, DATA, HAVE, SUMS and PIECES have layouts of their own:
 
     HELLO2  16 volume, 16 incarnation, 4 x 16 generations, u64 size, u32 block, u32 extent,
             u64 committed, u64 applied, u64 oldest kept, u32 role, u32 features, u64 credit,
@@ -9,7 +9,7 @@ Most are a `peer.shapes.Shape`.  HELLO2, DATA, HAVE and SUMS have layouts of the
     entry   u64 block, u64 stamp, u64 mask, u8 encoding, 3 zero, u32 length of payload, u64 sum
     HAVE    u64 point, 16 incarnation, u32 count, then (u64 first block, u32 count, u64 first
             stamp); LAST: no other HAVE belongs to the answer
-    SUMS    u64 first block, u32 count, then u64 each
+    SUMS    u64 first block, u32 count, then u64 each; PIECES likewise
 
 1. A message comes out whole and validated, or not at all: `Decoder.feed` raises PeerError, after
    which the connection ends, and nothing was changed.
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from bitmapd.peer.frames import (
@@ -45,6 +45,7 @@ from bitmapd.points.messages import (
     ApplyUpTo,
     Begin,
     Committed,
+    Compare,
     Credit,
     Data,
     Encoding,
@@ -57,6 +58,7 @@ from bitmapd.points.messages import (
     Map,
     Message,
     Need,
+    Pieces,
     Ping,
     Received,
     Role,
@@ -108,6 +110,8 @@ class PointKind(enum.IntEnum):
     CREDIT = 0x4F
     PING = 0x50
     PONG = 0x51
+    COMPARE = 0x52
+    PIECES = 0x53
 
 
 _SHAPES: Final[dict[type, Shape[Message]]] = {
@@ -122,6 +126,7 @@ _SHAPES: Final[dict[type, Shape[Message]]] = {
     Taken: Shape(PointKind.TAKEN, Taken, _NUMBER),
     ApplyUpTo: Shape(PointKind.APPLY_UP_TO, ApplyUpTo, _NUMBER),
     Verify: Shape(PointKind.VERIFY, Verify, lists=(BLOCK_RUN,)),
+    Compare: Shape(PointKind.COMPARE, Compare, _NUMBER, lists=(BLOCK_RUN,)),
     Credit: Shape(PointKind.CREDIT, Credit, _NUMBER),
     Ping: Shape(PointKind.PING, Ping, _NUMBER),
     Pong: pong(PointKind.PONG),
@@ -173,10 +178,11 @@ def encode(message: Message) -> list[Part]:
         head = _HAVE.pack(message.point, message.incarnation) + COUNT.pack(len(message.runs))
         payload = head + b"".join(_HAVE_RUN.pack(*run) for run in message.runs)
         kind, flags = PointKind.HAVE, _LAST if message.last else 0
-    elif isinstance(message, Sums):
+    elif isinstance(message, Sums | Pieces):
         payload = _SUMS.pack(message.first, len(message.sums))
         payload += b"".join(map(_SUM.pack, message.sums))
-        kind, flags = PointKind.SUMS, 0
+        kind = PointKind.SUMS if isinstance(message, Sums) else PointKind.PIECES
+        flags = 0
     else:
         return encode_shaped(_SHAPES[type(message)], message)
     if len(payload) > MAX_PAYLOAD_BYTES:
@@ -212,6 +218,12 @@ class Decoder(ShapeReader[Message]):
         super().__init__()
         self._geometry: Geometry | None = None
         self._stamp = 0  # of the latest entry
+        self._own: dict[int, Callable[[Frame], Message]] = {
+            PointKind.DATA: self._data,
+            PointKind.HELLO2: _hello,
+            PointKind.SUMS: self._sums,
+            PointKind.PIECES: self._pieces,
+        }
         if geometry is not None:
             self.set_geometry(geometry)
 
@@ -233,16 +245,16 @@ class Decoder(ShapeReader[Message]):
         if frame.kind == PointKind.HAVE:
             plain(frame, _LAST)
             return self._have(frame)
-        if frame.kind in (PointKind.DATA, PointKind.HELLO2, PointKind.SUMS):
+        own = self._own.get(frame.kind)
+        if own is not None:
             plain(frame, 0)
-            if frame.kind == PointKind.DATA:
-                return self._data(memoryview(frame.payload))
-            return _hello(frame.payload) if frame.kind == PointKind.HELLO2 else self._sums(frame)
+            return own(frame)
         if frame.kind < FIRST_OPTIONAL_KIND:
             raise PeerError(ErrorCode.KIND, f"a frame is of the unknown kind {frame.kind}")
         return None
 
-    def _data(self, payload: memoryview) -> Data:
+    def _data(self, frame: Frame) -> Data:
+        payload = memoryview(frame.payload)
         head = _ENTRIES.size
         count = _ENTRIES.unpack_from(payload)[0] if len(payload) >= head else 0
         at = head + count * ENTRY.size
@@ -290,13 +302,25 @@ class Decoder(ShapeReader[Message]):
         return Have(point, incarnation, runs, bool(frame.flags))
 
     def _sums(self, frame: Frame) -> Sums:
+        first, sums = self._listed(frame, "SUMS")
+        if first + len(sums) > self.blocks:
+            raise wrong(f"SUMS says {len(sums)} from block {first} on")
+        return Sums(first, sums)
+
+    def _pieces(self, frame: Frame) -> Pieces:
+        first, sums = self._listed(frame, "PIECES")
+        if first >= self.blocks:
+            raise wrong(f"PIECES are of block {first}")
+        return Pieces(first, sums)
+
+    def _listed(self, frame: Frame, name: str) -> tuple[int, tuple[int, ...]]:
         payload = memoryview(frame.payload)
         if len(payload) < _SUMS.size:
-            raise wrong("SUMS is cut short")
+            raise wrong(f"{name} is cut short")
         first, count = _SUMS.unpack_from(payload)
-        if len(payload) != _SUMS.size + count * _SUM.size or first + count > self.blocks:
-            raise wrong(f"SUMS says {count} from block {first} on, in {len(payload)} bytes")
-        return Sums(first, tuple(value for (value,) in _SUM.iter_unpack(payload[_SUMS.size :])))
+        if len(payload) != _SUMS.size + count * _SUM.size:
+            raise wrong(f"{name} says {count} sums in {len(payload)} bytes")
+        return first, tuple(value for (value,) in _SUM.iter_unpack(payload[_SUMS.size :]))
 
 
 def read_entry(
@@ -335,7 +359,8 @@ def _check_point(message: Begin | End) -> None:
         raise wrong(f"point {message.point} of {message.size_bytes} bytes follows {message.base}")
 
 
-def _hello(payload: bytes) -> Hello2:
+def _hello(frame: Frame) -> Hello2:
+    payload = frame.payload
     if len(payload) < _HELLO.size:
         raise wrong("a HELLO2 is cut short")
     values = list(_HELLO.unpack_from(payload))

@@ -18,6 +18,7 @@ and sends it as entries; the receiver has the point when it says so, and not bef
 | `Handover`, `Taken` | sender, receiver | serve from now on; done |
 | `ApplyUpTo` | sender | a group may be applied up to this number |
 | `Verify`, `Sums` | sender, receiver | tell me the sums of these blocks; here they are |
+| `Compare`, `Pieces` | sender, receiver | the same of the pieces of these blocks |
 | `Credit` | receiver | the journal has so much more room |
 | `Ping`, `Pong` | both | I am alive; so am I |
 | `Bye`, `Error` | both | the connection ends: in which way; because you are wrong |
@@ -66,7 +67,7 @@ class Feature(enum.IntFlag):
     """Unknown ones stay as they came, and are not used."""
 
     ZSTD = 1
-    PIECES = 2  # lists of sums, where the sender does not know what was written
+    PIECES = 2  # answers `Compare`, for where the sender does not know what differs
     GROUP = 4
 
 
@@ -211,6 +212,23 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
+class Compare:
+    """`salt`: of the sums, as the sender likes; one answer for all of the runs."""
+
+    salt: int
+    runs: Runs
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """`sums.piece_sums` of the runs of a `Compare`, one behind the other, `first` being its first
+    block; none, if the image cannot be read there."""
+
+    first: int
+    sums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Credit:
     bytes: int
 
@@ -236,6 +254,8 @@ Message = (
     | ApplyUpTo
     | Verify
     | Sums
+    | Compare
+    | Pieces
     | Credit
     | Ping
     | Pong

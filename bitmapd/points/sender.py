@@ -46,8 +46,9 @@ from bitmapd.media.base import Device, Done, Scheduler, Timer, after_all
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
+from bitmapd.points.differences import Differences
 from bitmapd.points.lineage import Verdict
-from bitmapd.points.messages import Hello2, Message, Sums
+from bitmapd.points.messages import Hello2, Message, Pieces, Sums
 from bitmapd.points.overflow import Overflow
 from bitmapd.points.reading import Reading, ReadPrimary
 from bitmapd.points.room import Room
@@ -133,6 +134,17 @@ class Sender:
             compress=settings.compress,
         )
         self.sums = ImageSums(self.uplink.send)
+        self.differences = Differences(
+            geometry,
+            gate,
+            read_primary or primary.read,
+            pool,
+            throttle,
+            self.uplink.send,
+            self.passes.copied,
+            self._soon,
+            int.from_bytes(identity.incarnation[:8], "little"),
+        )
         self.reading = Reading(
             geometry,
             gate,
@@ -233,6 +245,7 @@ class Sender:
         self._geometry = geometry
         self.passes.grow(geometry)
         self.reading.grow(geometry)
+        self.differences.grow(geometry)
         self.uplink.resized(geometry)
 
     @property
@@ -257,7 +270,8 @@ class Sender:
     def idle(self) -> bool:
         """Whether nothing is in flight here, whatever the receiver does."""
         spool_is_idle = self.overflow is None or self.overflow.idle
-        return not self._barrier and self.reading.idle and self.closing.idle and spool_is_idle
+        parts = (self.reading, self.closing, self.differences)
+        return not self._barrier and all(part.idle for part in parts) and spool_is_idle
 
     @property
     def is_linked(self) -> bool:
@@ -346,6 +360,8 @@ class Sender:
             self._go_on(now)
         elif self.phase is Phase.READING:
             self._read_cut(now)
+        elif wait_s := self.differences.go_on(now):
+            self._wake_in(wait_s)
         self._send(now)
 
     def _check_stopped(self) -> None:
@@ -613,6 +629,13 @@ class Sender:
         if not extents:
             self._scheduler.call_soon(ended, None)
 
+    def compare(self, done: Callable[[], None]) -> None:
+        if self.phase is Phase.OPEN and self.reading.idle and not self._barrier:
+            self.differences.begin(done)
+            self._soon()
+        else:
+            self._scheduler.call_soon(done)
+
     def _marked(self, error: OSError | None) -> None:
         if error is not None:  # the receiver asks again with the next connection
             self._reports.last_error = error
@@ -633,6 +656,7 @@ class Sender:
 
     def unlinked(self, reason: str) -> None:
         self.sums.lost()
+        self.differences.lost()
         if self.state is CopyState.RUNNING:
             self._reports.link_down(OSError(reason))
             self._set_state(CopyState.LINK_DOWN)
@@ -640,6 +664,8 @@ class Sender:
     def other(self, message: Message) -> None:
         if isinstance(message, Sums):
             self.sums.take(message)
+        elif isinstance(message, Pieces):
+            self.differences.take(message)
         elif self.on_other is not None:
             self.on_other(message)
 
@@ -648,6 +674,8 @@ class Sender:
         """`points` of the status."""
         speed = self.meter.bytes_per_s
         phase = "none" if self.phase is Phase.OPEN else self.phase.value
+        if self.differences.is_under_way:
+            phase = "comparing"
         in_sync = self.in_sync
         return {
             "number": max(0, self.uplink.point - 1),
@@ -658,6 +686,9 @@ class Sender:
             "void_total": {reason.value: count for reason, count in self.voids.items()},
             "sent_bytes_total": self.uplink.sent_bytes,
             "precopied_bytes_total": self.precopied_bytes,
+            "compared_bytes_total": self.differences.compared_bytes,
+            "equal_bytes_total": self.differences.equal_bytes,
+            "sums_bytes_total": self.differences.sums_bytes,
             "wire_bytes_total": self.uplink.wire_bytes,
             "changed_bytes_total": self.changed_bytes,
             "cbw_total": self.reading.copies_before_write,

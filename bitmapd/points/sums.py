@@ -15,6 +15,7 @@ A crash loses a comparison, and nothing else.
 from __future__ import annotations
 
 import errno
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -26,10 +27,11 @@ from bitmapd.media.base import Done, Scheduler
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.points.messages import Message, Sums, Verify
-from bitmapd.record.geometry import Geometry
+from bitmapd.record.geometry import PIECE_BYTES, Geometry
 
 Answer = Callable[[OSError | None, tuple[int, ...]], None]
 
+_PLACE: Final = struct.Struct("<QQ")
 NO_LINK: Final = OSError(errno.ENOTCONN, "the receiver went away")
 
 
@@ -37,6 +39,19 @@ def sums_of(geometry: Geometry, first: int, raw: memoryview) -> tuple[int, ...]:
     """xxh3-64 of each whole block, from `first` on; the volume's last one may be short."""
     size = geometry.block_bytes
     return tuple(xxhash.xxh3_64_intdigest(raw[at : at + size]) for at in range(0, len(raw), size))
+
+
+def piece_sums(geometry: Geometry, salt: int, first: int, raw: memoryview) -> tuple[int, ...]:
+    """xxh3-64 of each piece of 4 KiB of whole blocks, from `first` on; the volume's last one may be
+    short.  Seeded with block and salt: who writes two contents of one sum cannot know that they
+    have one here."""
+    size, sums = geometry.block_bytes, []
+    for start in range(0, len(raw), size):
+        seed = xxhash.xxh3_64_intdigest(_PLACE.pack(salt, first + start // size))
+        end = min(start + size, len(raw))
+        for at in range(start, end, PIECE_BYTES):
+            sums.append(xxhash.xxh3_64_intdigest(raw[at : min(at + PIECE_BYTES, end)], seed))
+    return tuple(sums)
 
 
 class ImageSums:

@@ -7,7 +7,7 @@
 | greeting | HELLO2 that is not | away | ERROR; the owner hears of the verdict |
 | comparing, ready | HAVE, last | ready | tells the owner what is lost, or of the commit |
 | ready | COMMITTED of the point that was ended | ready | tells the owner |
-| comparing | MAP of older data | comparing | has what it names sent, too |
+| comparing | MAP of older data | comparing | what it names is compared, and what differs sent |
 | any | anything else, or anything wrong | away | ERROR |
 
 Invariants:
@@ -20,12 +20,15 @@ Invariants:
 5. After a promotion the record names what was written since, and no more.  So before the first
    point of the new generation is committed a receiver has to say in which extents it may differ
    (MAP); one that has no data, or nobody knows which, differs in all of them.
+6. What is not known to differ is compared only before anything of the point was sent, and nothing
+   is sent meanwhile (`differences`).
 
 A crash ends the incarnation: the receiver drops what it has of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Protocol
@@ -53,6 +56,7 @@ from bitmapd.points.messages import (
     Map,
     Message,
     Need,
+    Pieces,
     Ping,
     Received,
     Role,
@@ -100,6 +104,10 @@ class UplinkOwner(Protocol):
     def differs(self, extents: Runs, done: Done) -> None:
         """These may differ at the receiver: call back, not from inside, when the record names them
         and they are to be sent."""
+
+    def compare(self, done: Callable[[], None]) -> None:
+        """Find out which of it differs: call back, not from inside, when that is known as well as
+        can be.  Not if the connection is lost before."""
 
     def unlinked(self, reason: str) -> None:
         """The connection is gone."""
@@ -167,6 +175,7 @@ class Uplink:
         self.receiver: Hello2 | None = None  # as it said last
         self.applied = 0
         self._joins = False  # MAP is waited for, or carried out
+        self._is_old = False  # the receiver's data are, and ours descend from them
         self._joined: set[bytes] = set()  # generations whose differences are to be sent
         self.sent_bytes = 0  # raw
         self.zero_bytes = 0
@@ -265,6 +274,8 @@ class Uplink:
             self._greeted(wire, message)
         elif isinstance(message, Have) and state in (_State.COMPARING, _State.READY):
             self._have(message)
+        elif isinstance(message, Pieces) and state is _State.COMPARING:
+            self._owner.other(message)
         elif isinstance(message, Map) and state is not _State.GREETING and self.receiver:
             if self._joins:
                 self._join(message.runs, {self.receiver.generations[0]})
@@ -302,6 +313,7 @@ class Uplink:
         theirs_now = theirs.generations[0]
         may_join = self._may_join(verdict, theirs)
         self._joins = may_join and theirs_now not in self._joined
+        self._is_old = verdict is Verdict.RECEIVER_IS_OLD
         if verdict not in FOLLOWED and not may_join:
             self._owner.not_followed(verdict, theirs)
             self.close(PeerError(ErrorCode.SPLIT_BRAIN, verdict.value))
@@ -337,7 +349,7 @@ class Uplink:
                 self.close(PeerError(ErrorCode.INTERNAL, "the record cannot be written"))
                 return
             self._joins = False
-            self._compared()
+            self._compare()
 
         self._owner.differs(extents, marked)
 
@@ -355,7 +367,23 @@ class Uplink:
             if theirs.generations[0] in (NIL, self._identity.generations[0]):
                 everything = ((0, self._geometry.extents),)
                 self._join(everything, {NIL, *self._identity.generations})
+        elif have.last and self._state is _State.COMPARING:
+            self._compare()
         elif have.last:
+            self._compared()
+
+    def _compare(self) -> None:
+        """Before anything is sent to an old primary."""
+        wire, theirs = self._wire, self.receiver
+
+        def compared() -> None:
+            if wire is self._wire:
+                self._compared()
+
+        may_differ = theirs is not None and bool(theirs.features & Feature.PIECES)
+        if may_differ and self._is_old and not self.has_leftovers:
+            self._owner.compare(compared)
+        else:
             self._compared()
 
     def _compared(self) -> None:

@@ -9,6 +9,7 @@
 | receiving | END, sets equal | committing | flush, commit page, COMMITTED |
 | receiving | END, not equal | receiving | HAVE |
 | receiving, committing | VERIFY | | SUMS, when the image has what was committed then |
+| receiving | COMPARE | | PIECES, likewise |
 | receiving | HANDOVER that fits (`switchover`) | handing | the owner promotes it |
 | any | PING | | PONG |
 | any | anything else | waiting | ERROR; nothing was changed |
@@ -48,6 +49,7 @@ from bitmapd.points.messages import (
     Applied,
     Begin,
     Committed,
+    Compare,
     Credit,
     Data,
     End,
@@ -81,6 +83,7 @@ from bitmapd.record.superblock import as_ids, from_ids
 
 MOST_UNWRITTEN_BYTES: Final = 16 * MIB  # received; then the connection is not read
 CREDIT_BYTES: Final = MIB  # that are worth a message
+FEATURES: Final = Feature.ZSTD | Feature.PIECES
 RECEIVED_BYTES: Final = 8 * MIB  # between two RECEIVED
 
 
@@ -184,6 +187,7 @@ class Receiver:
             (State.RECEIVING, End): self._take_end,
             (State.RECEIVING, Verify): self._take_verify,
             (State.COMMITTING, Verify): self._take_verify,
+            (State.RECEIVING, Compare): self._take_compare,
             (State.RECEIVING, Handover): self._take_handover,
         }
 
@@ -396,7 +400,7 @@ class Receiver:
             applied=page.applied,
             oldest_kept=next((kept.point for kept in self.journal.directory.kept), 0),
             role=Role.PROMOTED if promoted else Role.RECEIVER,
-            features=Feature.ZSTD,
+            features=FEATURES,
             credit_bytes=self._room_bytes,
             term=0 if line is None else line.term,
             name=self._identity.name,
@@ -561,6 +565,9 @@ class Receiver:
     # -- applying -------------------------------------------------------------------------------
     def _take_verify(self, verify: Verify) -> None:
         self._known.summing.ask(verify.runs)
+
+    def _take_compare(self, compare: Compare) -> None:
+        self._known.summing.compare(compare)
 
     def applied(self, point: int) -> None:
         if self.state in _GREETED:

@@ -6,6 +6,9 @@ Invariants:
 2. Questions are answered in their order, one at a time, over the connection that they came on; what
    cannot be read is answered with no sums.
 3. A question is at most `MOST_BYTES`, and at most `MOST_ASKED` wait: more is wrong.
+4. What a sender leaves out because the pieces are equal is nowhere but in the image, and before the
+   first point no journal has it either.  So the image is flushed before these are summed: no power
+   cut takes back what was said of them.
 
 A crash loses the questions, with their connection.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -21,26 +25,41 @@ from bitmapd.media.base import Device
 from bitmapd.media.buffers import aligned
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
-from bitmapd.points.messages import Sums
-from bitmapd.points.sums import sums_of
+from bitmapd.points.messages import Compare, Pieces, Sums
+from bitmapd.points.sums import piece_sums, sums_of
 from bitmapd.receiver.journal import Journal
+from bitmapd.receiver.steps import Steps, run, together
 from bitmapd.record.geometry import MIB, Geometry
 
 MOST_BYTES: Final = 4 * MIB
 MOST_ASKED: Final = 16
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Sums of whole blocks, or of pieces if there is a salt."""
+
+    connection: int
+    point: int  # committed when it came
+    runs: Runs
+    salt: int | None = None
+
+
 class Summing:
     """See the module docstring."""
 
     def __init__(
-        self, geometry: Geometry, journal: Journal, image: Device, send: Callable[[Sums], None]
+        self,
+        geometry: Geometry,
+        journal: Journal,
+        image: Device,
+        send: Callable[[Sums | Pieces], None],
     ) -> None:
         self._geometry = geometry
         self._journal = journal
         self._image = image
         self._send = send
-        self._asked: deque[tuple[int, int, int]] = deque()  # point, first, stop
+        self._asked: deque[_Question] = deque()
         self._connection = 0
         self.is_at_work = False
 
@@ -51,28 +70,62 @@ class Summing:
 
     def ask(self, runs: Runs) -> None:
         """PeerError if that is too much."""
-        for first, stop in runs:
-            length = self._geometry.block_bytes_range(first, stop)[1]
-            if length > max(MOST_BYTES, self._geometry.block_bytes):
-                raise PeerError(ErrorCode.SIZE, f"sums of {length} bytes were asked for at once")
-            if len(self._asked) >= MOST_ASKED:
-                raise PeerError(ErrorCode.BUSY, f"more than {MOST_ASKED} sums were asked for")
-            self._asked.append((self._journal.page.committed, first, stop))
+        committed = self._journal.page.committed
+        for at in runs:
+            self._take(_Question(self._connection, committed, (at,)))
         self.go_on()
+
+    def compare(self, asked: Compare) -> None:
+        """PeerError if that is too much, or nothing."""
+        if not asked.runs:
+            raise PeerError(ErrorCode.RUNS, "sums of nothing were asked for")
+        committed = self._journal.page.committed
+        self._take(_Question(self._connection, committed, asked.runs, asked.salt))
+        self.go_on()
+
+    def _take(self, question: _Question) -> None:
+        length = sum(self._length(*at) for at in question.runs)
+        if length > max(MOST_BYTES, self._geometry.block_bytes):
+            raise PeerError(ErrorCode.SIZE, f"sums of {length} bytes were asked for at once")
+        if len(self._asked) >= MOST_ASKED:
+            raise PeerError(ErrorCode.BUSY, f"more than {MOST_ASKED} sums were asked for")
+        self._asked.append(question)
+
+    def _length(self, first: int, stop: int) -> int:
+        return self._geometry.block_bytes_range(first, stop)[1]
 
     def go_on(self) -> None:
         """A point may have been applied."""
-        if self.is_at_work or not self._asked or self._asked[0][0] > self._journal.page.applied:
+        if self.is_at_work or not self._asked or self._asked[0].point > self._journal.page.applied:
             return
-        _, first, stop = self._asked.popleft()
-        offset, length = self._geometry.block_bytes_range(first, stop)
-        buffer = aligned(length)
+        question = self._asked.popleft()
         self.is_at_work = True
-        self._image.read(offset, buffer, partial(self._read, self._connection, first, buffer))
+        run(self._read(question), partial(self._answer, question))
 
-    def _read(self, connection: int, first: int, buffer: memoryview, error: OSError | None) -> None:
+    def _read(self, question: _Question) -> Steps[list[memoryview]]:
+        if question.salt is not None:
+            yield self._image.flush
+        buffers = [aligned(self._length(*at)) for at in question.runs]
+        yield together(
+            [
+                partial(self._image.read, self._geometry.block_bytes_range(*at)[0], buffer)
+                for at, buffer in zip(question.runs, buffers, strict=True)
+            ]
+        )
+        return buffers
+
+    def _answer(
+        self, question: _Question, error: OSError | None, buffers: list[memoryview] | None
+    ) -> None:
         self.is_at_work = False
-        if connection == self._connection:
-            sums = () if error is not None else sums_of(self._geometry, first, buffer)
-            self._send(Sums(first, sums))
+        if question.connection == self._connection:
+            read = [] if buffers is None else zip(question.runs, buffers, strict=True)
+            first = question.runs[0][0]
+            if question.salt is None:
+                sums = [sum64 for at, raw in read for sum64 in sums_of(self._geometry, at[0], raw)]
+                self._send(Sums(first, tuple(sums)))
+            else:
+                salt = question.salt
+                sums = [s for at, raw in read for s in piece_sums(self._geometry, salt, at[0], raw)]
+                self._send(Pieces(first, tuple(sums)))
         self.go_on()

@@ -58,14 +58,15 @@ def cuttable(size_bytes: int, *options: str, **more: Any) -> Iterator[tuple[Site
 
 
 def scatter(volume: Volume, total_bytes: int, seed: int, run_bytes: int = BLOCK_BYTES) -> None:
-    """Write so much to runs of blocks anywhere, what does not compress, each block once."""
+    """Write so much to runs anywhere, what does not compress, each place once."""
+    size_bytes = min(run_bytes, BLOCK_BYTES)  # of a write
     chance = random.Random(seed)
     runs = chance.sample(range(volume.size_bytes // run_bytes), total_bytes // run_bytes)
     with volume.host() as host:
         for at in (
-            run * run_bytes + step for run in runs for step in range(0, run_bytes, BLOCK_BYTES)
+            run * run_bytes + step for run in runs for step in range(0, run_bytes, size_bytes)
         ):
-            host.submit(rawnbd.WRITE, at, BLOCK_BYTES, chance.randbytes(BLOCK_BYTES))
+            host.submit(rawnbd.WRITE, at, size_bytes, chance.randbytes(size_bytes))
             while host.in_flight > 7:
                 host.reply()
         while host.in_flight:
@@ -189,8 +190,8 @@ def _nbdcopy_s(folder: Path, size_bytes: int) -> float:
 
 
 def measure_failback(size_bytes: int, run_bytes: int) -> Found:
-    """One per cent is written at either site since they parted, in runs of this length.  What is
-    copied is what the old site's record names, which has its guesses in it."""
+    """One per cent is written at either site since they parted, in runs of this length.  What the
+    old site's record names, with its guesses, is compared, and pieces that differ are copied."""
     part = size_bytes // 100
     with two_sites(size_bytes, journal_bytes=GIB) as sites:
         sites.far.start()
@@ -212,11 +213,13 @@ def measure_failback(size_bytes: int, run_bytes: int) -> Found:
         sites.far.dmctl("set", "vol0", "point-interval=300ms")
         sites.far.wait_in_sync(300)
         took_s = time.monotonic() - began_s
-        sent_bytes = sites.far.status()["points"]["sent_bytes_total"]
+        points = sites.far.status()["points"]
     return {
         "size GiB": size_bytes / GIB,
         "named by the old site's record / size": named / size_bytes,
-        "copied / size": sent_bytes / size_bytes,
+        "compared / size": points["compared_bytes_total"] / size_bytes,
+        "copied / size": points["sent_bytes_total"] / size_bytes,
+        "sums on the wire, MiB": points["sums_bytes_total"] / MIB,
         "took s": took_s,
     }
 

@@ -184,6 +184,10 @@ def parts(quick: bool) -> dict[str, Callable[[], Found]]:
             "failback, 1 % written at either site, 64 KiB at a place",
             pointlinks.measure_failback, 256 * MIB if quick else 10 * GIB, 64 * KIB,
         ),
+        "pieces": row(
+            "failback, 1 % written at either site, 4 KiB at a place",
+            pointlinks.measure_failback, 256 * MIB if quick else 10 * GIB, 4 * KIB,
+        ),
         "written": row("receiver's disks", pointlinks.measure_written, 2 if quick else 20, size),
     }  # fmt: skip
 

@@ -115,3 +115,53 @@ def test_pieces_are_a_set_that_brings_its_blocks_along(runs: list[tuple[int, int
 
 def test_a_piece_is_what_the_wire_has() -> None:
     assert 1 << PIECE_SHIFT == PIECE_BYTES
+
+
+def unknown(volume: Volume) -> list[tuple[int, int]]:
+    """All blocks of which nobody knows what changed, and that are not in question."""
+    runs, at = [], 0
+    while (run := volume.changes.next_unknown(at, 2)) is not None:
+        runs.append(run)
+        at = run[1]
+    return runs
+
+
+def test_what_is_in_question_is_unknown_until_its_answer(volume: Volume) -> None:
+    volume.changes.unknown(0, 1)
+    volume.cut()
+    volume.changes.unknown(3, 6)
+    assert unknown(volume) == [(0, 1), (3, 5), (5, 6)]
+    volume.changes.question(0, 5)
+    assert unknown(volume) == [(5, 6)]
+    assert [volume.of(block) for block in (0, 3, 5)] == [None] * 3
+    assert volume.changes.most_bytes == 6 * BLOCK
+    assert not volume.changes.answered(3, 0b1010)
+    assert volume.of(3) == 0b1010
+    assert volume.changes.answered(4, 0)
+    volume.changes.unanswered()
+    assert unknown(volume) == [(0, 2), (2, 3), (5, 6)]
+
+
+def test_what_cannot_be_told_is_unknown_again(volume: Volume) -> None:
+    volume.changes.unknown(2, 3)
+    volume.changes.question(2, 3)
+    assert not volume.changes.answered(2, None)
+    assert unknown(volume) == [(2, 3)]
+
+
+def test_an_answer_adds_to_what_is_written_meanwhile(volume: Volume) -> None:
+    volume.changes.unknown(1, 2)
+    volume.changes.question(1, 2)
+    volume.write(4)
+    assert volume.of(1) is None
+    assert not volume.changes.answered(1, 0b1000)
+    assert volume.of(1) == 0b1001
+
+
+def test_what_becomes_unknown_while_it_is_in_question_stays_so(volume: Volume) -> None:
+    volume.changes.unknown(1, 2)
+    volume.changes.question(1, 2)
+    volume.changes.unknown(1, 2)
+    assert not volume.changes.answered(1, 0)
+    assert unknown(volume) == [(1, 2)]
+    assert volume.of(1) is None

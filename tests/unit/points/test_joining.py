@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from bitmapd.net.uri import is_remote
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.lineage import Verdict
-from bitmapd.points.messages import NIL, Have, Hello2, Map, Message
+from bitmapd.points.messages import NIL, Feature, Have, Hello2, Map, Message
 from bitmapd.points.spool import Spool
 from bitmapd.points.uplink import Uplink
 from bitmapd.record.geometry import Geometry
@@ -45,6 +46,10 @@ class Owner:
     def __init__(self) -> None:
         self.asked: list[tuple[Runs, Done]] = []
         self.links = 0
+        self.comparing: list[Callable[[], None]] = []
+
+    def compare(self, done: Callable[[], None]) -> None:
+        self.comparing.append(done)
 
     def differs(self, extents: Runs, done: Done) -> None:
         self.asked.append((extents, done))
@@ -71,11 +76,11 @@ class Ends:
             compress=False,
         )  # fmt: skip
 
-    def greet(self, generation: bytes) -> Wire:
+    def greet(self, generation: bytes, features: Feature = Feature.ZSTD) -> Wire:
         """Up to the last HAVE."""
         wire = Wire()
         self.uplink.connected(wire)
-        theirs = hello(committed=0, generations=(generation, NIL, NIL, NIL))
+        theirs = hello(committed=0, generations=(generation, NIL, NIL, NIL), features=features)
         self.uplink.received(wire, theirs)
         self.uplink.received(wire, Have(0, OURS, (), True))
         return wire
@@ -132,6 +137,21 @@ def test_what_is_recorded_after_the_connection_was_lost_counts_for_the_next(ends
     assert ends.owner.links == 0
     ends.greet(OLD)
     assert (len(ends.owner.asked), ends.owner.links) == (1, 1)
+
+
+def test_what_is_recorded_is_compared_before_anything_is_sent(ends: Ends) -> None:
+    wire = ends.greet(OLD, Feature.PIECES)
+    ends.uplink.received(wire, Map(((2, 5),)))
+    ends.owner.asked[0][1](None)
+    (compared,) = ends.owner.comparing
+    assert not ends.uplink.is_ready
+    ends.uplink.lost(wire, "cut")
+    compared()  # of a connection that is gone
+    assert ends.owner.links == 0
+    ends.greet(OLD, Feature.PIECES)  # goes on where it was
+    assert ends.owner.links == 0
+    ends.owner.comparing[1]()
+    assert ends.owner.links == 1
 
 
 def test_the_sender_has_what_a_receiver_lacks_recorded_and_sent() -> None:

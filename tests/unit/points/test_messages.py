@@ -171,6 +171,8 @@ RUNS, HEADER, TOO_LONG = ErrorCode.RUNS, ErrorCode.HEADER, ErrorCode.TOO_LONG
         (PointKind.SUMS, 0, bytes(11), RUNS, "SUMS is cut short"),
         (PointKind.SUMS, 0, struct.pack("<QI", 0, 1), RUNS, "SUMS says 1"),
         (PointKind.SUMS, 0, struct.pack("<QIQ", BLOCKS, 1, 5), RUNS, f"from block {BLOCKS}"),
+        (PointKind.PIECES, 0, bytes(11), RUNS, "PIECES is cut short"),
+        (PointKind.PIECES, 0, struct.pack("<QIQ", BLOCKS, 1, 5), RUNS, f"of block {BLOCKS}"),
         (PointKind.BEGIN, 0, begin(point=0), RUNS, "point 0 is none"),
         (PointKind.BEGIN, 0, begin(incarnation=NIL), RUNS, "of nobody"),
         (PointKind.BEGIN, 0, begin(base=2), RUNS, "follows 2"),
@@ -233,6 +235,7 @@ def test_before_the_greeting_no_block_fits() -> None:
         (DATA, data(entry(0))),
         (HAVE, have((0, 1, 1))),
         (PointKind.SUMS, struct.pack("<QIQ", 0, 1, 5)),
+        (PointKind.PIECES, struct.pack("<QIQ", 0, 1, 5)),
         (PointKind.NEED, struct.pack("<IQI", 1, 0, 1)),
     ]:
         with pytest.raises(PeerError):

@@ -14,7 +14,7 @@ from bitmapd.gate.cycle import Void
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.points.messages import Sums, Verify
-from bitmapd.points.sums import BySums, ImageSums, sums_of
+from bitmapd.points.sums import BySums, ImageSums, piece_sums, sums_of
 from bitmapd.record.geometry import Geometry
 from tests.support.mirror import BLOCK, EXTENT
 from tests.unit.points.homes import EXTENTS, Home, begun
@@ -67,6 +67,17 @@ def test_sums_are_of_whole_blocks_and_the_last_may_be_short() -> None:
         xxhash.xxh3_64_intdigest(raw[:BLOCK]),
         xxhash.xxh3_64_intdigest(raw[BLOCK:]),
     )
+
+
+def test_sums_of_pieces_belong_to_their_block_and_the_last_may_be_short() -> None:
+    geometry = Geometry(32768 - 512, 1 << 20, 16384)
+    raw = memoryview(bytes(32768 - 512))
+    sums = piece_sums(geometry, 1, 0, raw)
+    assert len(sums) == 8
+    assert sums[:4] == piece_sums(geometry, 1, 0, raw[:16384])
+    assert sums[4:] == piece_sums(geometry, 1, 1, raw[16384:])
+    assert [len({*part}) for part in (sums[:4], sums[4:7], sums[7:], sums)] == [1, 1, 1, 3]
+    assert not {*sums} & {*piece_sums(geometry, 2, 0, raw)}
 
 
 def test_equal_sums_are_no_difference() -> None:

@@ -8,7 +8,9 @@ import pytest
 import xxhash
 
 from bitmapd.peer.frames import ErrorCode
-from bitmapd.points.messages import Committed, Message, Sums, Verify
+from bitmapd.peer.payloads import Runs
+from bitmapd.points.messages import Committed, Compare, Message, Pieces, Sums, Verify
+from bitmapd.points.sums import piece_sums
 from bitmapd.receiver.summing import MOST_ASKED
 from tests.support.sim import drain
 from tests.support.simreceiver import (
@@ -138,3 +140,57 @@ def test_too_much_at_once_is_refused(
         pass
     assert wire.error is not None
     assert wire.error.code is code
+
+
+def pieces(script: Script, salt: int, *runs: tuple[int, int]) -> Pieces:
+    found: list[int] = []
+    for first, stop in runs:
+        start, length = GEOMETRY.block_bytes_range(first, stop)
+        raw = memoryview(bytes(script.content[start : start + length]))
+        found += piece_sums(GEOMETRY, salt, first, raw)
+    return Pieces(runs[0][0], tuple(found))
+
+
+def compare(script: Script, machine: Machine, *runs: tuple[int, int]) -> list[Message]:
+    assert script.wire is not None
+    script.wire.say(Compare(7, runs))
+    while script.wire.deliver():
+        pass
+    machine.settle()
+    return answers(script)
+
+
+def test_sums_of_pieces_are_one_answer_after_a_flush(script: Script, machine: Machine) -> None:
+    last = GEOMETRY.blocks
+    runs = ((1, 2), (3, 5), (last - 1, last))
+    flushes = machine.image.history.count(("flush", 0, 0))
+    answer = compare(script, machine, *runs)
+    assert answer == [pieces(script, 7, *runs)]
+    assert machine.image.history.count(("flush", 0, 0)) == flushes + 1
+    assert answer != [pieces(script, 8, *runs)]
+
+
+@pytest.mark.parametrize("kind", ["flush", "read"])
+def test_an_image_that_fails_has_no_sums_of_pieces(
+    kind: str, script: Script, machine: Machine
+) -> None:
+    machine.image.fail_next[kind] = [5]
+    assert compare(script, machine, (2, 4)) == [Pieces(2, ())]
+
+
+@pytest.mark.parametrize(
+    ("runs", "code"),
+    [((), ErrorCode.RUNS), (((0, 3), (4, 6)), ErrorCode.SIZE)],
+)
+def test_a_comparison_of_nothing_or_too_much_is_refused(
+    runs: Runs,
+    code: ErrorCode,
+    script: Script,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bitmapd.receiver.summing.MOST_BYTES", 4 * BLOCK)
+    assert compare(script, machine, *runs) == []
+    assert script.wire is not None
+    assert script.wire.error is not None
+    assert script.wire.error.code is code
