@@ -84,7 +84,7 @@ bench-point-traces: setup  ## what points cost on the recorded traces, counted i
 bench-prediction: setup  ## updates of every policy on the recorded traces; TRACES="more.csv.gz"
 	$(PYTHON) -m tests.bench.prediction $(TRACES)
 
-soak: setup  ## long property tests and walks, file systems, kill -9; CYCLES=, EXAMPLES=, STEPS=, PAIR_STEPS=, POINTS_STEPS=, FAILOVER_ROUNDS=
+soak: setup  ## long property tests and walks, file systems, kill -9; CYCLES=, EXAMPLES=, STEPS=, PAIR_STEPS=, POINTS_STEPS=, FAILOVER_ROUNDS=, GROUP_ROUNDS=
 	STATEFUL_EXAMPLES=$(or $(EXAMPLES),1200) $(PYTEST) -n $(JOBS) --timeout 3600 tests/property
 	$(PYTHON) -m tests.soak.walks --steps $(or $(STEPS),2000000)
 	$(PYTHON) -m tests.soak.pairwalks --steps $(or $(PAIR_STEPS),20000000)
@@ -92,6 +92,7 @@ soak: setup  ## long property tests and walks, file systems, kill -9; CYCLES=, E
 	$(PYTEST) --timeout 900 tests/soak
 	$(PYTHON) -m tests.soak.soak --cycles $(or $(CYCLES),200)
 	$(PYTHON) -m tests.soak.failover --rounds $(or $(FAILOVER_ROUNDS),100)
+	$(PYTHON) -m tests.soak.group --rounds $(or $(GROUP_ROUNDS),100)
 	$(PYTHON) -m tests.soak.late --seconds $(or $(LATE_SECONDS),3600)
 
 soak-pair: setup  ## two appliances under a nemesis, and millions of simulated steps; ROUNDS=500

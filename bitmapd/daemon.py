@@ -111,6 +111,7 @@ class Daemon(Process[Volume]):
             "demote": self._demote,
             "dissolve": self._dissolve,
             "point": self._point,
+            "group": self._group,
         }
 
     async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
@@ -214,6 +215,9 @@ class Daemon(Process[Volume]):
     async def _point(self, args: dict[str, Any], progress: Progress) -> Any:
         cut = self.volume.receiver.cut(str(args.get("label", "")), wait=bool(args.get("wait")))
         return await self._to_its_end(cut, progress)
+
+    async def _group(self, args: dict[str, Any], progress: Progress) -> Any:
+        return self.volume.receiver.grouping.obey(args)
 
     async def _take_up_size(self) -> dict[str, Any]:
         async with self._turn:

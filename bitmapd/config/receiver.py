@@ -97,6 +97,16 @@ class ReceiverConfig:
         ),
     ]
 
+    group: Annotated[
+        str | None,
+        Key(
+            "group",
+            kinds.or_word("none", kinds.WORD),
+            "Name of the group of its volume: 'dmctl promote --group' takes the newest point that"
+            " all receivers of this host with the same one have.",
+            "none",
+        ),
+    ]
     retain: Annotated[
         tuple[tuple[int, float], ...] | None,
         Key(

@@ -20,7 +20,7 @@ OF_THE_ROLE: Final = frozenset(
     {
         "uuid", "primary", "secondary", "record", "attach", "journal", "receiver_dials",
         "extent_size", "block_size", "initial_sync", "partner_name", "partner_fingerprint",
-        "partner_certificates",
+        "partner_certificates", "group",
     }
 )  # fmt: skip
 
@@ -52,6 +52,7 @@ def volume_table(
         ("partner_name", receiver.sender_name),
         ("partner_fingerprint", receiver.sender_fingerprint),
         ("partner_certificates", receiver.certificates),
+        ("group", receiver.group),
     ):
         if value is not None:
             table[key] = str(value)
@@ -72,6 +73,7 @@ def receiver_table(volume: VolumeConfig, journal: str) -> dict[str, Any]:
         ("sender_name", volume.partner_name),
         ("sender_fingerprint", volume.partner_fingerprint),
         ("certificates", volume.partner_certificates or volume.tls_certificates),
+        ("group", volume.group),
     ):
         if value is not None:
             table[key] = str(value)

@@ -103,6 +103,7 @@ def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
             yield "secondary", _no_certificates()
         if config.secondary == config.listen:
             yield "secondary", UsageError("is the volume's own export")
+    yield from _judge_group(config)
     yield from _judge_partner(config)
     seen: dict[str, str] = {}
     for key_name in ("primary", "secondary", "record", "partner_record"):
@@ -146,6 +147,14 @@ OF_A_PAIR: Final = {
     "on_cut": "wait",
     "partner_role": "pair",
 }
+
+
+def _judge_group(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
+    if config.group is not None and not is_receiver(config.secondary):
+        yield "group", UsageError("is for volumes whose secondary is a receiver")
+    if config.group is not None and config.attach == "dm":
+        hint = "set attach = nbd"
+        yield "group", UsageError("is for volumes that serve their hosts over NBD", hint)
 
 
 def _judge_receiver(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:

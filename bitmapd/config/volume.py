@@ -525,6 +525,18 @@ class VolumeConfig:
             shared=True,
         ),
     ]
+    group: Annotated[
+        str | None,
+        Key(
+            "group",
+            kinds.or_word("none", kinds.WORD),
+            "Name of a group: the volumes of this host that have the same one are cut at one"
+            " instant, and their receivers can be promoted to one point that all have. While one of"
+            " them does not run, or its receiver is away, none of them is cut.",
+            "none",
+            idle=True,
+        ),
+    ]
     receiver_dials: Annotated[
         bool,
         Key(

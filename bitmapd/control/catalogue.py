@@ -669,7 +669,7 @@ _EVENTS = (
         "the cut of this point was given up, and nothing that was sent is lost: `slow`: a host had"
         " waited for `cut_patience`; `spool`: it was full; `read-error`, `flush-error`: of the"
         " primary; `link`: the receiver had lost some of it; `journal`: it has no room for"
-        " the rest, so the point is sent anew",
+        " the rest, so the point is sent anew; `group`: another volume of its group was not cut",
         "nothing, if it is rare; else see why the primary is slow, or give the spool more room",
         limited=True,
     ),
@@ -700,6 +700,14 @@ _EVENTS = (
         "a larger journal; at the receiver see whether points are applied",
         limited=True,
         is_error=True,
+    ),
+    EventKind(
+        "group-waits",
+        Level.WARNING,
+        ("group", "message"),
+        "the volumes of the group cannot be cut, and get no new points; empty: they can again",
+        "start the volumes that the message names, or see why their receivers are away",
+        limited=True,
     ),
     EventKind(
         "receiver-went-back",

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from bitmapd.errors import BusyError
 
-QUICK = frozenset({"ping", "status"})
+QUICK = frozenset({"ping", "status", "group"})
 STOP = "stop"
 
 Key = TypeVar("Key", bound=Hashable)

@@ -26,7 +26,9 @@ Invariants:
 4. Nothing becomes pending after the cut.  Whoever has blocks copied again while one is open gives
    it up first.
 5. A trim is a hint: it leaves pending blocks out.  A zeroing is a write.
-6. Whatever marks blocks and is not a host's write says in the same event that it is not known what
+6. While answers are withheld, for a group (`withheld`), that holds for every write that is
+   submitted, in whatever way it got here.
+7. Whatever marks blocks and is not a host's write says in the same event that it is not known what
    of them changed; but for `send_again`, since what was not committed is known all the while.
 
 What was read, and what was sent, counts as copied and not settled (`unsettled`): no extent of it
@@ -45,6 +47,7 @@ from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.changes import PIECE_SHIFT, Changes
 from bitmapd.gate.elsewhere import Run
 from bitmapd.gate.gate import Gate, Submit
+from bitmapd.gate.withheld import Withheld
 from bitmapd.media.base import Device, Done, Scheduler, Timer, after_all
 from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
@@ -62,6 +65,7 @@ class Void(Enum):
     FLUSH_ERROR = "flush-error"  # the primary may have lost what was read
     LINK = "link"  # the receiver lacks something of it that is kept nowhere else
     JOURNAL = "journal"  # the receiver has no room for the rest of the point
+    GROUP = "group"  # another volume of the group was not cut
     ASKED = "asked"  # a pause, a resync, a change of size, a stop
 
 
@@ -106,6 +110,7 @@ class CutGate(Gate):
         self._current_era.marks = self.changes.pieces
         self._mark_shift = PIECE_SHIFT
         self._cutting = False  # something may be pending
+        self.answers = Withheld()
         self._waiting: list[_Waiter] = []  # oldest first
         self._timer: Timer | None = None
         self.waits = 0  # of hosts for a cut
@@ -138,8 +143,17 @@ class CutGate(Gate):
     def end_cut(self) -> None:
         """All of it was read."""
         self._cutting = False
-        vars(self).pop("write", None)
+        self._write_as_ever()
         self._stop_timer()
+
+    def release_answers(self) -> None:
+        """Those that were withheld since `answers.begin`, which came before `begin_cut`."""
+        self.answers.release()
+        self._write_as_ever()
+
+    def _write_as_ever(self) -> None:
+        if not (self._cutting or self.answers.is_on):
+            vars(self).pop("write", None)
 
     def give_up_cut(self, reason: Void) -> None:
         """Nothing if no cut is open.  The reader is told first, then those who wait go on."""
@@ -163,7 +177,7 @@ class CutGate(Gate):
         self.changes.committed()
         super().settle(extents)
 
-    # -- what marks blocks, and may make some pending (invariants 4 and 6) ------------------
+    # -- what marks blocks, and may make some pending (invariants 4 and 7) ------------------
     def take_recorded(self) -> None:
         self.give_up_cut(Void.ASKED)
         super().take_recorded()
@@ -214,8 +228,10 @@ class CutGate(Gate):
     ) -> None:
         blocks = self._geometry.block_span(offset_bytes, len(buffer))
         # It begins anew after whatever it waits for, in this cut or after it.
-        if not self._waits(*blocks, lambda: self.write(offset_bytes, buffer, done, fua)):
-            super().write(offset_bytes, buffer, done, fua)
+        if not self._cutting or not self._waits(
+            *blocks, lambda: self.write(offset_bytes, buffer, done, fua)
+        ):
+            super().write(offset_bytes, buffer, self.answers.of(done), fua)
 
     def _land(
         self,
@@ -253,7 +269,7 @@ class CutGate(Gate):
     ) -> None:
         """`Gate._land`, with the pieces that are changed."""
         self.changes.written(offset_bytes, length_bytes)
-        super()._land(verb, offset_bytes, length_bytes, submit, done, fua)
+        super()._land(verb, offset_bytes, length_bytes, submit, self.answers.of(done), fua)
 
     def _beside_pending(self, offset_bytes: int, length_bytes: int) -> list[tuple[int, int]]:
         """The parts of a range that are in no pending block: (offset, length) in bytes."""

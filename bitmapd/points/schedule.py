@@ -55,6 +55,10 @@ class Schedule:
         """The next cut need not wait for the interval."""
         self._hurried = True
 
+    @property
+    def is_hurried(self) -> bool:
+        return self._hurried
+
     def cut(self, now_s: float) -> None:
         self._cut_s = now_s
         self._hurried = False

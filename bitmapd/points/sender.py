@@ -21,7 +21,8 @@ Invariants:
    than the cut, and was not pending, gets into its point, and nothing at all from the last read
    until the point is closed.
 3. No host waits for the receiver, the link, or the superblock.
-4. A file that the spool has beside memory decides nothing: what fails there is dirty again.
+4. A volume of a group is cut by the group's leader (`group`), but for what is left at a stop.
+5. A file that the spool has beside memory decides nothing: what fails there is dirty again.
 
 A crash loses spool and phase.  The record names all that is not settled, the next process has
 another incarnation, and its first point has all of it.
@@ -47,6 +48,7 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
 from bitmapd.points.differences import Differences
+from bitmapd.points.group import ALONE, Member
 from bitmapd.points.lineage import Verdict
 from bitmapd.points.messages import Hello2, Message, Pieces, Sums
 from bitmapd.points.overflow import Overflow
@@ -175,7 +177,8 @@ class Sender:
         self.cut_s: float | None = None  # of the newest committed point
         self._point_cut_s = 0.0
         self._point_wall_ns = 0
-        self._label = ""
+        self.label = ""
+        self.member: Member | None = None  # of a group
         self._wanted = False  # a point, changed or not
         self._barrier = False
         self._told_slow = False
@@ -223,7 +226,7 @@ class Sender:
 
     def cut(self, label: str = "") -> None:
         """Have a point cut as soon as may be, whether anything changed or not."""
-        self._wanted, self._label = True, label
+        self._wanted, self.label = True, label
         self.wake()
 
     def limit_spool(self, limit_bytes: int) -> None:
@@ -388,7 +391,9 @@ class Sender:
         ):
             self._next_round()
         elif self.schedule.due_s <= now:
-            self._cut(now)
+            if self._may_cut_alone:
+                self.uplink.group = 0 if self.member is None else ALONE
+                self._cut(now)
         else:
             self._wake_in(min(self.schedule.due_s - now, LOOK_S))
 
@@ -436,6 +441,49 @@ class Sender:
             self.schedule.end_rounds()
             self._soon()
 
+    # -- of a group (`group.Cuttable`) ----------------------------------------------------------
+    @property
+    def _may_cut_alone(self) -> bool:
+        member, left = self.member, self.schedule.is_hurried and not self._wanted
+        return member is None or (left and member.may_cut_alone)
+
+    @property
+    def cut_obstacle(self) -> str:
+        if self.state is not CopyState.RUNNING or not self.uplink.can_group:
+            return "its receiver is away, or of a version without groups"
+        if self.reading.is_blocked:
+            return "something of it cannot be read"
+        if self.schedule.copies_ahead:
+            return "it copies ahead"
+        if self.room.refuses(self._scheduler.time()):
+            return "the journal of its receiver is full"
+        much = self.schedule.is_much(self.left_bytes, self.meter.bytes_per_s)
+        return "it begins to copy ahead" if much and not self.room.is_tight else ""
+
+    @property
+    def may_be_cut(self) -> bool:
+        busy = self._barrier or self.reading.is_revoked or not self.reading.idle
+        return self.phase is Phase.OPEN and not busy
+
+    @property
+    def is_due(self) -> bool:
+        return self._has_something and self.schedule.due_s <= self._scheduler.time()
+
+    def cut_now(self, number: int, wall_ns: int, label: str) -> None:
+        self.uplink.group, self.label = number, label
+        self._cut(self._scheduler.time())
+        self._point_wall_ns = wall_ns
+
+    def give_up(self, reason: Void) -> None:
+        """The cut that is open and not ended, if one is."""
+        self._gate.give_up_cut(reason)
+        if self.phase is Phase.SENDING:
+            self._void(reason)
+
+    def say(self, message: Message) -> None:
+        if self.uplink.is_ready:
+            self.uplink.send(message)
+
     # -- the cut ------------------------------------------------------------------------------
     def _cut(self, now: float) -> None:
         self.phase = Phase.CUTTING
@@ -476,6 +524,8 @@ class Sender:
     def _void(self, reason: Void) -> None:
         self.phase = Phase.OPEN
         self.closing.give_up()
+        if self.member is not None:
+            self.member.gave_up()
         self.voids[reason] += 1
         self.schedule.gave_up(self._scheduler.time())
         if reason is not Void.ASKED:
@@ -512,6 +562,7 @@ class Sender:
             and not len(self.spool)
             and self.uplink.is_ready
             and self.state is CopyState.RUNNING
+            and (self.member is None or self.member.may_end())
         ):
             self._end()
 
@@ -519,15 +570,13 @@ class Sender:
         """The open point fills the journal with what was sent more than once: it can neither be
         committed nor applied, so all of it is dirty again."""
         self.room.next_point()
-        self._gate.give_up_cut(Void.JOURNAL)
-        if self.phase is Phase.SENDING:
-            self._void(Void.JOURNAL)
+        self.give_up(Void.JOURNAL)
         self.uplink.begin_anew()
 
     def _end(self) -> None:
         self.phase = Phase.ENDED
         self._point_changed_bytes = self._gate.changes.cut_bytes
-        self.uplink.end(self._point_wall_ns, self._label)
+        self.uplink.end(self._point_wall_ns, self.label)
         self.closing.begin(self.uplink.point)
 
     def _closed(self, error: OSError | None) -> None:
@@ -538,7 +587,7 @@ class Sender:
         self.changed_bytes += self._point_changed_bytes
         self.cut_s = self._point_cut_s
         self._emit("point-committed", point=self.uplink.point)
-        self._label = ""
+        self.label = ""
         self._told_slow = False
         self._count_room()
         self.room.next_point()
@@ -583,8 +632,10 @@ class Sender:
     def linked(self, lost: BlockSet) -> None:
         self._send_again(lost, Void.LINK)
         if self.phase is Phase.ENDED:
-            self.uplink.end(self._point_wall_ns, self._label)
+            self.uplink.end(self._point_wall_ns, self.label)
         self._link_is_up()
+        if self.member is not None:
+            self.member.linked()
         self._soon()
 
     def _send_again(self, lost: BlockSet, reason: Void) -> None:
@@ -611,6 +662,8 @@ class Sender:
 
     def committed(self) -> None:
         self._link_is_up()
+        if self.member is not None:
+            self.member.has_committed()
         self.closing.committed()
         self._soon()
 

@@ -169,6 +169,8 @@ class Uplink:
         self._ended = False  # END was sent, over whichever
         self._committed = False  # and the receiver has it
         self.has_leftovers = False  # the receiver may hold entries of this point, counted or not
+        self.group = 0  # number of the open point in its group, once it was cut
+        self.in_group = False  # whether the volume is of one
         self.point = 0  # the open one; 0: not known before the first greeting
         self.credit_bytes = 0
         self.lacks_credit = False
@@ -185,6 +187,12 @@ class Uplink:
     def is_ready(self) -> bool:
         """Whether entries may be sent."""
         return self._state is _State.READY
+
+    @property
+    def can_group(self) -> bool:
+        """Whether the receiver is there, and knows what a point of a group is."""
+        theirs = self.receiver
+        return self.is_ready and theirs is not None and bool(theirs.features & Feature.GROUP)
 
     @property
     def entries(self) -> int:
@@ -236,7 +244,8 @@ class Uplink:
             applied=0,
             oldest_kept=0,
             role=role,
-            features=Feature.ZSTD if self.compress else Feature(0),
+            features=(Feature.ZSTD if self.compress else Feature(0))
+            | (Feature.GROUP if self.in_group else Feature(0)),
             credit_bytes=0,
             term=identity.term,
             name=identity.name,
@@ -453,8 +462,9 @@ class Uplink:
             return 0
         self._begun = True
         identity, size_bytes = self._identity, self._geometry.size_bytes
+        base, group = self.point - 1, self.group if wall_ns else 0
         return self.send(
-            Begin(self.point, identity.incarnation, self.point - 1, wall_ns, 0, size_bytes, label)
+            Begin(self.point, identity.incarnation, base, wall_ns, group, size_bytes, label)
         )
 
     def end(self, wall_ns: int, label: str) -> None:

@@ -15,7 +15,8 @@ Invariants:
 4. Only if a part of a point that waits may be in the image the commit page says that the image is
    inconsistent until the next point.  After a start nobody knows, so then it may.
 5. An error of the image ends nothing: what was written is written again after `RETRY_S`.
-6. While a copy of the image is made nothing is written to it.
+6. Points of a group wait until all members have them (`held`).
+7. While a copy of the image is made nothing is written to it.
 
 A crash leaves a queue, which is applied again.
 """
@@ -31,6 +32,7 @@ from bitmapd.media.base import Device, Done, Scheduler
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.pieces import whole_mask
 from bitmapd.receiver.commit import Queued
+from bitmapd.receiver.held import may_be_applied, named
 from bitmapd.receiver.image import Guard, Redo
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.keeping import Keeping
@@ -78,6 +80,17 @@ class Applier:
         self._cut_ns = page.committed_ns if page.applied == page.committed else None
         self._partly = bool(journal.page.queue)  # some of it may be in the image
         self._when_applied: list[Done] = []
+        self.up_to = 0  # the newest point that a group may have in the image
+
+    def name(self, group: int) -> None:
+        """All members of the group have the point with that number."""
+        self.up_to = named(self._journal.page, group, self.up_to)
+        self.go_on()
+
+    @property
+    def due(self) -> tuple[Queued, ...]:
+        """What is to be applied."""
+        return may_be_applied(self._journal.page.queue, self.up_to)
 
     def go_on(self) -> None:
         """There may be something in the queue, or a point to be kept."""
@@ -108,11 +121,11 @@ class Applier:
         """Until nothing is queued, or what is first in the queue has to wait for a later point."""
         journal = self._journal
         yield from self._settle()
-        while queue := journal.page.queue:
+        while queue := self.due:
             wrong, missing = yield from self._examine(queue)
             if missing is None:
                 yield from self._write(wrong)
-            elif queue == journal.page.queue:
+            elif queue == self.due:
                 if self._partly and not journal.page.inconsistent_until:
                     yield from journal.inconsistent(journal.open_point)
                 self.missing = missing

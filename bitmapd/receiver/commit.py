@@ -37,6 +37,8 @@ _HEAD: Final = struct.Struct("<8sQ16s16sQQQQII")
 _QUEUED: Final = struct.Struct("<Q16sQ16sQ")
 _TAIL_AT: Final = _HEAD.size + MOST_QUEUED * _QUEUED.size
 _TAIL: Final = struct.Struct("<QQ16sQQ")
+_GROUPS_AT: Final = _TAIL_AT + _TAIL.size  # zeros, written by programs that knew of none
+_GROUPS: Final = struct.Struct(f"<QQ{MOST_QUEUED}Q")
 _CRC: Final = struct.Struct("<I")
 _CRC_AT: Final = PAGE_BYTES - 4
 _SALT: Final = b"bitmapd commit page"
@@ -60,6 +62,7 @@ class Queued:
     entries: int
     digest: bytes
     wall_ns: int
+    group: int = 0  # number of the point in its group; 0: it is of none
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,18 @@ class CommitPage:
     incarnation: bytes
     committed_ns: int
     kept_sequence: int = 0
+    applied_group: int = 0  # number in its group, and wall time, of the point that was applied last
+    applied_ns: int = 0
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Numbers in their group of the points that can be produced from here, in order."""
+        return (self.applied_group, *(queued.group for queued in self.queue))
+
+    def point_of(self, group: int) -> int | None:
+        """Which of them has that number."""
+        at = {number: self.applied + place for place, number in enumerate(self.groups)}
+        return at.get(group)
 
     @property
     def fault(self) -> str | None:
@@ -123,7 +138,8 @@ def encode_page(page: CommitPage) -> bytes:
         len(page.queue),
     )
     for number, queued in enumerate(page.queue):
-        _QUEUED.pack_into(raw, _HEAD.size + number * _QUEUED.size, *dataclasses.astuple(queued))
+        values = dataclasses.astuple(queued)[:-1]
+        _QUEUED.pack_into(raw, _HEAD.size + number * _QUEUED.size, *values)
     _TAIL.pack_into(
         raw,
         _TAIL_AT,
@@ -133,6 +149,9 @@ def encode_page(page: CommitPage) -> bytes:
         page.committed_ns,
         page.kept_sequence,
     )
+    groups = [queued.group for queued in page.queue]
+    groups += [0] * (MOST_QUEUED - len(groups))
+    _GROUPS.pack_into(raw, _GROUPS_AT, page.applied_group, page.applied_ns, *groups)
     _CRC.pack_into(raw, _CRC_AT, _checksum(raw, page.journal))
     return bytes(raw)
 
@@ -152,8 +171,12 @@ def decode_page(raw: Raw, journal: bytes, slot: int) -> CommitPage:
     first_segment, scan_from, incarnation, committed_ns, kept_sequence = _TAIL.unpack_from(
         raw, _TAIL_AT
     )
+    applied_group, applied_ns, *groups = _GROUPS.unpack_from(raw, _GROUPS_AT)
     queue = tuple(
-        Queued(*_QUEUED.unpack_from(raw, _HEAD.size + number * _QUEUED.size))
+        dataclasses.replace(
+            Queued(*_QUEUED.unpack_from(raw, _HEAD.size + number * _QUEUED.size)),
+            group=groups[number],
+        )
         for number in range(min(count, MOST_QUEUED))
     )
     page = CommitPage(
@@ -171,6 +194,8 @@ def decode_page(raw: Raw, journal: bytes, slot: int) -> CommitPage:
         incarnation,
         committed_ns,
         kept_sequence,
+        applied_group,
+        applied_ns,
     )
     fault = page.fault
     if fault is None and (count != len(queue) or sequence % 2 != slot or owner != journal):

@@ -240,6 +240,7 @@ class Journal:
     def commit_in_image(self, queued: Queued) -> Steps[None]:
         """The open point is in the image, durably: name it."""
         named = self._said(queued) | {"committed": queued.point, "applied": queued.point}
+        named |= {"applied_group": queued.group, "applied_ns": queued.wall_ns}
         yield from self._changed(lambda page: named | {"inconsistent_until": 0})
         self.open = Entries()
 
@@ -252,9 +253,12 @@ class Journal:
 
     def applied(self, point: int) -> Steps[None]:
         """All queued points up to this one are in the image, durably: their space is free."""
+        last = next(queued for queued in self.page.queue if queued.point == point)
         yield from self._changed(
             lambda page: {
                 "applied": point,
+                "applied_group": last.group,
+                "applied_ns": last.wall_ns,
                 "inconsistent_until": 0,
                 "queue": tuple(queued for queued in page.queue if queued.point > point),
             }

@@ -71,13 +71,22 @@ def has_new_generation(journal: Journal) -> bool:
 
 
 def prepare(
-    journal: Journal, applier: Applier, line: Line, *, force: bool, point: int | None = None
+    journal: Journal,
+    applier: Applier,
+    line: Line,
+    *,
+    force: bool,
+    point: int | None = None,
+    up_to: int | None = None,
 ) -> Steps[Ready]:
     """Steps 1 and 2.  With an obstacle that is not forced everything is as before.  `point`: a kept
-    one, instead of the newest; a promotion that goes on has the one that it began with."""
+    one, instead of the newest; a promotion that goes on has the one that it began with.  `up_to`:
+    the newest point that all of the group have; what is newer stays in the journal, and is named.
+    """
     goes_on, keeping = has_new_generation(journal), applier.keeping
     if not goes_on:
         yield from journal.flagged(_HALF, line)
+        applier.up_to = journal.page.committed if up_to is None else up_to
         yield from applier.apply()
         yield from keeping.choose(point)
     page, chosen = journal.page, keeping.chosen
@@ -97,13 +106,14 @@ def prepare(
     obstacle = None
     if not page.committed:
         obstacle = Obstacle.NEVER
-    elif page.queue:
+    elif page.applied < (page.committed if up_to is None else up_to):
         obstacle = Obstacle.DAMAGED
     elif page.inconsistent_until:
         obstacle = Obstacle.INCONSISTENT
     if obstacle is not None and not force and not goes_on:
         yield from undo(journal, line)
-    return Ready(page.applied, page.committed_ns, runs_of(since), obstacle)
+    cut_ns = page.applied_ns if page.queue else page.committed_ns
+    return Ready(page.applied, cut_ns, runs_of(since), obstacle)
 
 
 def _unread(journal: Journal, line: Line) -> bitarray:

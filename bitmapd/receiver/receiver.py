@@ -8,6 +8,7 @@
 | receiving | BEGIN, DATA | receiving | into the journal; before point 1 into the image |
 | receiving | END, sets equal | committing | flush, commit page, COMMITTED |
 | receiving | END, not equal | receiving | HAVE |
+| receiving, committing | APPLY-UP-TO | | what all of the group have may be applied (`held`) |
 | receiving, committing | VERIFY | | SUMS, when the image has what was committed then |
 | receiving | COMPARE | | PIECES, likewise |
 | receiving | HANDOVER that fits (`switchover`) | handing | the owner promotes it |
@@ -47,6 +48,7 @@ from bitmapd.points.lineage import FOLLOWED, Verdict, judge
 from bitmapd.points.messages import (
     NIL,
     Applied,
+    ApplyUpTo,
     Begin,
     Committed,
     Compare,
@@ -83,7 +85,7 @@ from bitmapd.record.superblock import as_ids, from_ids
 
 MOST_UNWRITTEN_BYTES: Final = 16 * MIB  # received; then the connection is not read
 CREDIT_BYTES: Final = MIB  # that are worth a message
-FEATURES: Final = Feature.ZSTD | Feature.PIECES
+FEATURES: Final = Feature.ZSTD | Feature.PIECES | Feature.GROUP
 RECEIVED_BYTES: Final = 8 * MIB  # between two RECEIVED
 
 
@@ -189,6 +191,8 @@ class Receiver:
             (State.COMMITTING, Verify): self._take_verify,
             (State.RECEIVING, Compare): self._take_compare,
             (State.RECEIVING, Handover): self._take_handover,
+            (State.RECEIVING, ApplyUpTo): self._take_group,
+            (State.COMMITTING, ApplyUpTo): self._take_group,
         }
 
     # -- its life -------------------------------------------------------------------------------
@@ -497,7 +501,9 @@ class Receiver:
             return
         self.state = State.COMMITTING
         self._busy = True
-        queued = Queued(end.point, end.incarnation, end.entries, end.digest16, begin.wall_ns)
+        queued = Queued(
+            end.point, end.incarnation, end.entries, end.digest16, begin.wall_ns, begin.group
+        )
         steps = self._committing(queued, begin.label)
         run(steps, lambda error, _: self._committed(queued, error))
 
@@ -568,6 +574,9 @@ class Receiver:
 
     def _take_compare(self, compare: Compare) -> None:
         self._known.summing.compare(compare)
+
+    def _take_group(self, message: ApplyUpTo) -> None:
+        self._known.applier.name(message.group)
 
     def applied(self, point: int) -> None:
         if self.state in _GREETED:

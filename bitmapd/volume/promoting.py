@@ -95,10 +95,12 @@ def exchange(paths: Paths, config: ReceiverConfig, promoted: Promoted, record: s
 
 @dataclass(frozen=True, slots=True)
 class Which:
-    """Of the points that there are; the newest if neither is given."""
+    """Of the points that there are; the newest if none is given.  `group`: the number of one in its
+    group, which is the newest that all members have."""
 
     point: int | None = None
     label: str | None = None
+    group: int | None = None
 
 
 NEWEST: Final = Which()
@@ -149,7 +151,8 @@ async def _promote(
     point = _find(media.name, journal, which)
     keeping = Keeping(journal, line, keeper, (), lambda event, **fields: None)
     applier = Applier(journal, image, line, asyncio.get_running_loop(), _Quiet(), keeping)
-    return await become_volume(media, journal, applier, line, force=force, point=point)
+    up_to = None if which.group is None else journal.page.point_of(which.group)
+    return await become_volume(media, journal, applier, line, force=force, point=point, up_to=up_to)
 
 
 async def become_volume(
@@ -160,12 +163,15 @@ async def become_volume(
     *,
     force: bool,
     point: int | None = None,
+    up_to: int | None = None,
 ) -> Promoted:
     """Of a receiver that takes nothing any more, and whose applier rests.  As `promote`; `point`:
-    an older one that is kept."""
+    an older one that is kept; `up_to`: the newest one that all of its group have."""
     goes_on = has_new_generation(journal)
     await asyncio.to_thread(_check_record, media, line)
-    ready = await carried_out(prepare(journal, applier, line, force=force, point=point))
+    ready = await carried_out(
+        prepare(journal, applier, line, force=force, point=point, up_to=up_to)
+    )
     if ready.obstacle is not None and not force and not goes_on:
         raise WrongStateError(
             f"the image of receiver '{media.name}' cannot be relied upon: {ready.obstacle.value}",
@@ -189,7 +195,7 @@ def _find(name: str, journal: Journal, which: Which) -> int | None:
         found = [kept.point for kept in points if kept.label == which.label]
         found = [point for point in found if point in there and point <= newest]
         wanted = f"a point with the label {which.label!r}"
-    if which == NEWEST:
+    if which.point is None and which.label is None:
         return None
     if not found:
         raise WrongStateError(

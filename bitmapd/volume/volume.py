@@ -101,7 +101,7 @@ class Volume:
                 from bitmapd.volume.withreceiver import WithReceiver  # noqa: PLC0415  (`mirror`)
 
                 receiver = WithReceiver(self.config.name, parts, parts.receiver, self)
-                await receiver.start()
+                await receiver.start(self._paths)
                 self._receiver = receiver
             if parts.pair is None or parts.door is None:
                 await self.begin()

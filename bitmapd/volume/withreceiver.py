@@ -9,14 +9,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from bitmapd.config import VolumeConfig, effective_cut_patience_s
+from bitmapd.config import Paths, VolumeConfig, effective_cut_patience_s
 from bitmapd.copier.engine import CopyState
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError, UsageError, WrongStateError
 from bitmapd.gate.cycle import CutGate
 from bitmapd.media.buffers import BufferPool
+from bitmapd.points.group import Member
 from bitmapd.points.sender import Phase
 from bitmapd.points.sums import BySums
 from bitmapd.points.switchover import Stage
@@ -24,6 +26,9 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import Parts
 from bitmapd.volume.demoting import Demoting
 from bitmapd.volume.sending import ReceiverLink
+
+if TYPE_CHECKING:
+    from bitmapd.volume.grouping import Grouping
 
 MAX_LABEL_BYTES = 255  # on the wire
 
@@ -50,12 +55,29 @@ class WithReceiver:
         self._parts = parts
         self._volume = volume
         self.demoting = Demoting(name, parts, link, volume)
+        self._grouping: Grouping | None = None
+        self._led: asyncio.Task[None] | None = None
         self._asked = False  # a cut, by somebody who waits for it
 
-    async def start(self) -> None:
+    async def start(self, paths: Paths) -> None:
         """Return when hosts may be let in."""
+        config, gate, sender = self._parts.config, self._parts.gate, self.sender
+        if config.group is not None and isinstance(gate, CutGate):
+            from bitmapd.volume.grouping import Grouping  # noqa: PLC0415  (few volumes have one)
+
+            sender.uplink.in_group = True
+            sender.member = Member(self._name, sender, gate, self._parts.loop)
+            self._grouping = Grouping(config, paths, sender.member, self._volume.emit)
+            self._led = self._parts.loop.create_task(self._grouping.run())
         self.link.start()
         await self.link.first_word()
+
+    @property
+    def grouping(self) -> Grouping:
+        """WrongStateError if the volume is of no group."""
+        if self._grouping is None:
+            raise WrongStateError(f"volume '{self._name}' is of no group")
+        return self._grouping
 
     def state_of(self, found: str) -> str:
         """The state of the volume, which would be `found` without regard to the receiver."""
@@ -80,6 +102,7 @@ class WithReceiver:
         if self._asked:
             raise BusyError(f"another point of volume '{self._name}' is being cut on demand")
         self._parts.pausing.refuse("no point is cut")
+        self._refuse_if_alone()
         self._asked = True
         try:
             await self._volume.until(lambda: self._gone or sender.phase is Phase.OPEN)
@@ -89,6 +112,7 @@ class WithReceiver:
             await self._volume.until(
                 lambda: (
                     self._gone
+                    or bool(self._waits_for)
                     or sender.uplink.point > number
                     or sender.phase in _READ
                     or sum(sender.voids.values()) > voids
@@ -98,6 +122,7 @@ class WithReceiver:
             self._asked = False
         if sender.uplink.point == number and sender.phase not in _READ:
             self._refuse_if_gone()
+            self._refuse_if_alone()
             raise BitmapdError(
                 f"the point of volume '{self._name}' was given up; the last one stays",
                 hint=f"'dmctl events {self._name} --now' says why; try again",
@@ -107,6 +132,17 @@ class WithReceiver:
             if sender.uplink.point == number:
                 self._refuse_if_gone()
         return {"point": number, "label": label, "committed": sender.uplink.point > number}
+
+    @property
+    def _waits_for(self) -> str:
+        return "" if self.sender.member is None else self.sender.member.waits_for
+
+    def _refuse_if_alone(self) -> None:
+        if self._waits_for:
+            raise UnreachableError(
+                f"the group of volume '{self._name}' cannot be cut: {self._waits_for}",
+                hint="all of its volumes have to run, with their receivers",
+            )
 
     @property
     def _gone(self) -> bool:
@@ -152,4 +188,5 @@ class WithReceiver:
     # -- status -----------------------------------------------------------------------------
     def figures(self) -> dict[str, Any]:
         """`points` and `receiver` of the status."""
-        return {"points": self.sender.figures(), "receiver": self.link.figures()}
+        group = None if self._grouping is None else self._grouping.figures()
+        return {"points": self.sender.figures() | {"group": group}, "receiver": self.link.figures()}

@@ -63,6 +63,7 @@ OPTION_KEYS = (
     "fence_options",
     "fence_delay", "fence_timeout", "fence_aborts_io", "takeover", "cut_patience",
     "point_interval", "spool_limit", "spool", "spool_file_limit", "compress", "start_alone",
+    "group",
 )  # fmt: skip
 
 _PATHS = {"primary", "record", "partner_record", "tls_certificates", "partner_certificates"}

@@ -10,6 +10,7 @@ from dmctl.cli.options import (
     Commands,
     add_command,
     add_name,
+    add_names,
     add_timeout,
     add_yes,
     completed,
@@ -169,6 +170,11 @@ def add_receivers(commands: Commands) -> None:
         help="which older points stay, such as '24 x 1h, 14 x 1d'; the image has to be a file that"
         " can be cloned, unless --point-hook is given",
     )
+    receive.add_argument(
+        "--group",
+        metavar="NAME",
+        help="that of its volume: its members are promoted to one point",
+    )
     completed(
         receive.add_argument(
             "--point-hook", metavar="PROGRAM", help="what keeps points instead of clones"
@@ -251,12 +257,20 @@ def add_roles(commands: Commands) -> None:
         " back. Ends with status 14, and changes nothing, while the sender is connected or if the"
         " image is not a whole point, unless --force is given. With --point or --label an older"
         " point that is kept: what changed since is named in the record, so that failback finds it."
+        " Receivers of a group are promoted together, by --group or all of their names, to the"
+        " newest point that all have, or the one with --label: one of them alone ends with status"
+        " 14, unless --force is given."
         " If it is cut short the same command goes on. At a site that was demoted: lets hosts in"
         " there again, once the other one has said that it was not promoted, or with --force; see"
         " 'The other site is lost' in"
         " docs/recovery.md.",
     )
-    add_name(promote)
+    add_names(promote, all_option=False)
+    promote.add_argument(
+        "--group",
+        metavar="GROUP",
+        help="all receivers of this group, to the newest point that all of them have",
+    )
     which = promote.add_mutually_exclusive_group()
     which.add_argument(
         "--point",

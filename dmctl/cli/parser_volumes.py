@@ -117,6 +117,8 @@ def add_volumes(commands: Commands) -> None:
          " auto)"),
         ("--start-alone", "yes|no", "with a receiver: let hosts in at a start before it has said"
          " that it was not promoted (default yes)"),
+        ("--group", "NAME", "with a receiver: cut it together with the other volumes of this name,"
+         " at one instant; their receivers have the same --group"),
     ):  # fmt: skip
         create.add_argument(option, metavar=metavar, help=text)
     create.add_argument(

@@ -62,7 +62,7 @@ LEAST_IMAGE_BYTES = MIB  # an extent of the usual size
 ROOM_FOR = 10  # a journal of a tenth of the image is a good size
 _MEDIA = ("image", "journal")
 _PATHS = (*_MEDIA, "certificates", "point_hook")
-_OPTIONS = (*_PATHS, "listen", "sender_name", "sender_fingerprint", "retain")
+_OPTIONS = (*_PATHS, "listen", "sender_name", "sender_fingerprint", "retain", "group")
 
 
 def receive(context: Context, args: Namespace) -> int:

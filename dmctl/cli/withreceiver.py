@@ -19,6 +19,7 @@ from bitmapd.units import format_size
 
 OPTIONS = (
     "point_interval", "spool_limit", "spool", "spool_file_limit", "compress", "start_alone",
+    "group",
 )  # fmt: skip
 
 

@@ -134,6 +134,7 @@ def test_builtin_defaults(write: Write) -> None:
         spool_file_limit_bytes=4 << 30,
         compress="auto",
         start_alone="yes",
+        group=None,
         receiver_dials=False,
         journal=None,
         trace=None,

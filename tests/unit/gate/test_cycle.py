@@ -435,3 +435,36 @@ def test_what_did_not_arrive_is_sent_with_the_same_pieces(pieces: Cuts) -> None:
     pieces.gate.send_again(0, 1)
     pieces.put(2)
     assert masks(pieces, 0) == [0b0110]
+
+
+def test_no_write_of_after_the_cut_is_answered_while_answers_are_withheld(cuts: Cuts) -> None:
+    """Whichever way it takes: a hit, a miss, one that waited for the record, a zeroing."""
+    cuts.put(0)
+    early = cuts.write(3 * PER_EXTENT)  # a miss: it is submitted behind the cut
+    cuts.gate.answers.begin()
+    cuts.cut()
+    hit, miss = cuts.write(1), cuts.write(2 * PER_EXTENT)
+    zero: Answers = []
+    cuts.gate.zero(2 * BLOCK, BLOCK, zero.append)
+    cuts.drain()
+    cuts.gate.copied(0, 1)
+    cuts.gate.end_cut()  # all was read; not all of the group have been cut
+    later = cuts.write(1)
+    cuts.drain()
+    assert (early, hit, miss, zero, later) == ([], [], [], [], [])
+    cuts.gate.release_answers()
+    assert (early, hit, miss, zero, later) == ([None], [None], [None], [None], [None])
+    assert "write" not in vars(cuts.gate), "a hit costs what it did before"
+    cuts.put(1)
+
+
+def test_answers_that_are_given_in_a_cut_leave_it_open(cuts: Cuts) -> None:
+    cuts.put(0)
+    cuts.gate.answers.begin()
+    cuts.cut()
+    cuts.gate.release_answers()
+    answers = cuts.write(0)
+    assert cuts.wanted == [(0, 1)]
+    cuts.gate.give_up_cut(Void.GROUP)
+    cuts.drain()
+    assert answers == [None]

@@ -1,0 +1,323 @@
+"""Volumes that are cut at one instant: what each does, and what has to be done next (pure).
+
+The volumes of a group are processes of one host.  One of them, whichever holds the group's lock,
+*leads*: it asks all for their state, `decide` says what follows, and it tells them.
+
+| state of the members | order | a member then |
+| --- | --- | --- |
+| all may be cut, and one is due | CUT | is cut, and withholds the answers to writes |
+| (all have been cut) | RELEASE | gives them |
+| all have sent everything | END | says END to its receiver |
+| all have committed it | APPLY | has its receiver apply up to that point, and no further |
+| one is cut, and another is not | VOID | gives its cut up; what was sent is not lost |
+
+Invariants:
+1. A point of a group is whole only if every member gave its answers at RELEASE, or at END, which
+   come when all have been cut.  A member that hears of none in `patience_s` gives its cut up, and
+   then its answers; so does one whose own cut is given up for any reason.
+2. No member says END before all have read and sent everything.  What can still go wrong behind that
+   is the loss of a link or a process: then some receivers have a point that others lack, and none
+   of them applies it before a later one that all have.
+3. No host waits for another member longer than `patience_s`, whatever became of it.
+4. The leader remembers nothing that it needs: another one goes on from what the members say.
+5. A member that is not there, or not able, keeps the group from being cut.  It stays so: a point
+   without it would be none of the group.
+
+Points of a group have random numbers, which are the same at all members; their order is that in
+which each member has them.  `ALONE` is the number of a point that a member was cut for by itself,
+to send what is left before it stops: its receiver applies it with the next one of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final, Protocol
+
+from bitmapd.gate.cycle import Void
+from bitmapd.gate.withheld import Withheld
+from bitmapd.media.base import Scheduler, Timer
+from bitmapd.points.messages import ApplyUpTo, Message
+
+ALONE: Final = 1
+FIRST: Final = 2  # the smallest number of a point of a group
+NUMBER_BITS: Final = 52  # what JSON carries everywhere
+REMEMBERED: Final = 16  # as many as a receiver has waiting
+HEARD_S: Final = 3.0  # the leader's last word counts for so long
+UNHEARD: Final = "its leader has not been heard yet"
+
+
+class Stage(Enum):
+    """Of the point of a group at one member."""
+
+    NONE = "none"
+    CUT = "cut"
+    SENT = "sent"  # all of it, but END
+    ENDED = "ended"
+
+
+class Act(Enum):
+    CUT = "cut"
+    RELEASE = "release"
+    END = "end"
+    APPLY = "apply"
+    VOID = "void"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a member says.  `is_ready`: it can be cut now.  `obstacle`: why it cannot, if that may
+    last, or empty.  `applies`: the number up to which its receiver was told to apply; `committed`:
+    the newest that its receiver has."""
+
+    name: str
+    is_ready: bool
+    obstacle: str
+    is_due: bool
+    label: str
+    stage: Stage
+    number: int
+    committed: tuple[int, ...]
+    applies: int
+
+    @classmethod
+    def of(cls, name: str, said: dict[str, Any]) -> Seen:
+        """From a member's answer; KeyError, TypeError, ValueError for what is none."""
+        return cls(
+            name,
+            bool(said["is_ready"]),
+            str(said["obstacle"]),
+            bool(said["is_due"]),
+            str(said["label"]),
+            Stage(said["stage"]),
+            int(said["number"]),
+            tuple(map(int, said["committed"])),
+            int(said["applies"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    act: Act
+    number: int = 0
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`waits_for`: why the group cannot be cut, or empty; `is_busy`: look again soon."""
+
+    orders: tuple[Order, ...] = ()
+    waits_for: str = ""
+    is_busy: bool = False
+
+
+def newest_of_all(histories: Sequence[Sequence[int]]) -> int:
+    """The newest number of a group that is in every one of these, each in its order; 0: none."""
+    if not histories:
+        return 0
+    common = set(histories[0]).intersection(*histories[1:])
+    return next(
+        (number for number in reversed(histories[0]) if number in common and number >= FIRST), 0
+    )
+
+
+def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
+    """What follows.  `absent`: those that did not answer."""
+    orders: list[Order] = []
+    newest = 0 if absent else newest_of_all([seen.committed for seen in members])
+    if newest and any(seen.applies != newest for seen in members):
+        orders.append(Order(Act.APPLY, newest))
+    waits_for = ", ".join(
+        [f"{name} does not answer" for name in absent]
+        + [f"{seen.name}: {seen.obstacle}" for seen in members if seen.obstacle]
+    )
+    open_ones = [seen for seen in members if seen.stage is not Stage.NONE]
+    if not open_ones:
+        due = [seen for seen in members if seen.is_due]
+        if due and not waits_for and all(seen.is_ready for seen in members):
+            label = next((seen.label for seen in due if seen.label), "")
+            orders.append(Order(Act.CUT, 0, label))
+        return Decision(tuple(orders), waits_for, bool(due))
+    numbers = {seen.number for seen in open_ones}
+    for number in sorted(numbers):
+        alike = [seen for seen in open_ones if seen.number == number]
+        has = [seen for seen in members if seen in alike or number in seen.committed]
+        if absent or len(has) < len(members):
+            if any(seen.stage in (Stage.CUT, Stage.SENT) for seen in alike):
+                orders.append(Order(Act.VOID, number))
+        elif all(seen.stage is not Stage.CUT for seen in alike) and any(
+            seen.stage is Stage.SENT for seen in alike
+        ):
+            orders.append(Order(Act.END, number))
+    return Decision(tuple(orders), "", True)
+
+
+class Cuttable(Protocol):
+    """The sender."""
+
+    @property
+    def cut_obstacle(self) -> str:
+        """Why it cannot be cut, if that may last, or empty."""
+
+    @property
+    def may_be_cut(self) -> bool:
+        """Now, if there is no obstacle."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it has something to send, and the interval is over."""
+
+    @property
+    def label(self) -> str:
+        """That of the point that was asked for."""
+
+    def cut_now(self, number: int, wall_ns: int, label: str) -> None: ...
+
+    def give_up(self, reason: Void) -> None:
+        """The cut that is open, if one is."""
+
+    def say(self, message: Message) -> None: ...
+
+    def proceed(self) -> None: ...
+
+
+class Answering(Protocol):
+    """The gate."""
+
+    answers: Withheld
+    patience_s: float
+
+    def release_answers(self) -> None: ...
+
+
+class Member:
+    """One volume's part; see the module docstring."""
+
+    def __init__(self, name: str, sender: Cuttable, gate: Answering, scheduler: Scheduler) -> None:
+        self.name = name
+        self._sender = sender
+        self._gate = gate
+        self._scheduler = scheduler
+        self._timer: Timer | None = None
+        self.stage = Stage.NONE
+        self.number = 0
+        self.committed: tuple[int, ...] = ()
+        self.applies = 0
+        self.waits_for = UNHEARD
+        self._heard_s = float("-inf")
+        self._held_since_s = 0.0
+        self.cuts = 0
+        self.hold_s = 0.0
+        self.longest_hold_s = 0.0
+
+    @property
+    def patience_s(self) -> float:
+        """How long a host may wait for the others."""
+        return self._gate.patience_s
+
+    # -- what the leader says ---------------------------------------------------------------
+    def seen(self) -> Seen:
+        sender = self._sender
+        obstacle = sender.cut_obstacle
+        return Seen(
+            self.name,
+            sender.may_be_cut and not obstacle,
+            obstacle,
+            sender.is_due,
+            sender.label,
+            self.stage,
+            self.number,
+            self.committed,
+            self.applies,
+        )
+
+    def hear(self, waits_for: str) -> None:
+        """The leader is there, and the group cannot be cut for that reason; empty: it can."""
+        self.waits_for, self._heard_s = waits_for, self._scheduler.time()
+
+    def obey(self, order: Order, wall_ns: int = 0) -> bool:
+        """Whether it could: of no use for what is not CUT or RELEASE.  `wall_ns`: of the cut."""
+        if order.act is Act.CUT:
+            return self._cut(order, wall_ns)
+        if order.act is Act.APPLY:
+            self.applies = order.number
+            self._sender.say(ApplyUpTo(order.number))
+            return True
+        if order.number != self.number:
+            return False
+        if order.act is Act.RELEASE:
+            return self._release()
+        if order.act is Act.END and self.stage is Stage.SENT:
+            self.stage = Stage.ENDED
+            self._release()  # that word may have been lost, and all have been cut
+            self._sender.proceed()
+        elif order.act is Act.VOID and self.stage in (Stage.CUT, Stage.SENT):
+            self._sender.give_up(Void.GROUP)
+        return True
+
+    def _cut(self, order: Order, wall_ns: int) -> bool:
+        if self.stage is not Stage.NONE or not self.seen().is_ready:
+            return False
+        self.stage, self.number = Stage.CUT, order.number
+        self.cuts += 1
+        self._held_since_s = self._scheduler.time()
+        self._gate.answers.begin()
+        self._timer = self._scheduler.call_later(self._gate.patience_s, self._too_late)
+        self._sender.cut_now(order.number, wall_ns, order.label)
+        return True
+
+    def _release(self) -> bool:
+        if not self._gate.answers.is_on:
+            return False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        held_s = self._scheduler.time() - self._held_since_s
+        self.hold_s += held_s
+        self.longest_hold_s = max(self.longest_hold_s, held_s)
+        self._gate.release_answers()
+        return True
+
+    def _too_late(self) -> None:
+        self._timer = None
+        self._sender.give_up(Void.GROUP)
+
+    # -- what the sender says ---------------------------------------------------------------
+    @property
+    def may_cut_alone(self) -> bool:
+        """Whether a cut that cannot wait has to be one of this volume alone."""
+        heard = self._scheduler.time() < self._heard_s + HEARD_S
+        return bool(self.waits_for) or not heard
+
+    def may_end(self) -> bool:
+        """All has been sent: whether END may be said."""
+        if self.stage is Stage.CUT:
+            self.stage = Stage.SENT
+        return self.stage is not Stage.SENT
+
+    def gave_up(self) -> None:
+        """The cut is over, and its point none."""
+        self.stage, self.number = Stage.NONE, 0
+        self._release()
+
+    def has_committed(self) -> None:
+        """The receiver has the point that was ended."""
+        if self.stage is Stage.ENDED:
+            self.committed = (*self.committed, self.number)[-REMEMBERED:]
+        self.stage, self.number = Stage.NONE, 0
+
+    def linked(self) -> None:
+        """The receiver may not have heard how far it may apply."""
+        if self.applies:
+            self._sender.say(ApplyUpTo(self.applies))
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "number": self.committed[-1] if self.committed else None,
+            "waits_for": self.waits_for or None,
+            "cuts_total": self.cuts,
+            "hold_seconds_total": round(self.hold_s, 6),
+            "hold_seconds_max": round(self.longest_hold_s, 6),
+        }

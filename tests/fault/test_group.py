@@ -1,0 +1,68 @@
+"""Groups by real programs: two volumes and their receivers; see `tests.soak.group`."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.soak.group import GroupSites, Pair, run_rounds
+
+pytestmark = pytest.mark.timeout(300)
+
+PATIENT = ("--cut-patience", "1s")
+
+
+@pytest.fixture
+def sites(short_path: Path) -> Iterator[GroupSites]:
+    with GroupSites(short_path, *PATIENT) as made:
+        made.create()
+        yield made
+
+
+def test_a_group_that_lost_its_site_has_one_instant(short_path: Path) -> None:
+    done, _ = run_rounds(short_path, 3, random.Random(7).randrange(1000))
+    assert sum(done.values()) == 3
+
+
+def test_members_are_promoted_together_and_wait_for_one_another(sites: GroupSites) -> None:
+    sites.start()
+    near, far = sites.near, sites.far
+    refused = far["a"].refused("promote", "a")
+    assert refused["code"] == "wrong-state"
+    assert "--group db" in refused["hint"]
+    assert "connected" in far["a"].refused("promote", "a", "b")["message"]
+    assert far["a"].refused("promote", "--group", "other")["code"] == "wrong-state"
+    assert (
+        far["a"].refused("promote", "--group", "db", "--point", "1", "--force")["code"] == "usage"
+    )
+    near["b"].kill()
+    near["a"].until(
+        lambda status: "b does not answer" in (status["points"]["group"]["waits_for"] or "")
+    )
+    before = near["a"].status()["points"]["number"]
+    near["a"].write(1 << 20, b"x" * 4096)  # hosts go on
+    refused = near["a"].refused("point", "a", "--label", "L")
+    assert (refused["code"], "b does not answer" in refused["message"]) == ("unreachable", True)
+    assert near["a"].status()["points"]["number"] == before
+    near["b"].start()
+    near["a"].until(lambda status: status["points"]["number"] > before)
+
+
+def test_a_label_is_that_of_the_whole_group(sites: GroupSites) -> None:
+    sites.start()
+    host = Pair(sites)
+    host.until(5)
+    sites.near["b"].dmctl("point", "b", "--label", "release", "--wait")
+    sites.near["a"].dmctl("wait", "a", "--for", "in-sync", "--timeout", "1ms", check=False)
+    for volume in sites.near.values():
+        volume.kill()
+    host.end()
+    answer = sites.promote()
+    first, second = answer["volumes"]
+    assert first["at"] == second["at"]
+    assert sites.found("b") <= sites.found("a") <= sites.found("b") + 1
+    again = sites.far["a"].refused("promote", "--group", "db")
+    assert again["code"] == "wrong-state"
