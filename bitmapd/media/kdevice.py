@@ -243,6 +243,17 @@ class KernelDevice:
         self.size_bytes = self._size(self._fd)
         return self.size_bytes
 
+    def enlarge(self, size_bytes: int, done: Done) -> None:
+        """Have a file at least this size, durably; of a device take up the present size."""
+
+        def call() -> None:
+            if not self.is_block and self.refresh_size() < size_bytes:
+                os.ftruncate(self._fd, size_bytes)
+                os.fsync(self._fd)
+            self.refresh_size()
+
+        self._engine.offload(call, lambda error, _: done(error), aside=self._aside)
+
     async def present_size_bytes(self) -> int:
         """As `refresh_size`, off the loop."""
         return await self._engine.call(self.refresh_size, aside=self._aside)

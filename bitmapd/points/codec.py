@@ -324,10 +324,11 @@ class Decoder(ShapeReader[Message]):
 
 
 def read_entry(
-    raw: memoryview | bytes, at: int, geometry: Geometry | None
+    raw: memoryview | bytes, at: int, geometry: Geometry | None, *, has_grown: bool = False
 ) -> tuple[Entry, int, int]:
     """The entry at this place, without its payload, and how many bytes that has, packed and not.
-    PeerError RUNS if it contradicts itself or the volume."""
+    PeerError RUNS if it contradicts itself or the volume, which, if it may have grown since, was
+    no larger then."""
     block, stamp, mask, code, zero, length, sum64 = ENTRY.unpack_from(raw, at)
     if geometry is None or block >= geometry.blocks:
         raise wrong(f"block {block} is outside the volume")
@@ -338,7 +339,7 @@ def read_entry(
     encoding = Encoding(code)
     most = raw_bytes(geometry, block, mask)
     fits = {
-        Encoding.RAW: length == most,
+        Encoding.RAW: length == most or (has_grown and 0 < length < most),
         Encoding.ZSTD: 0 < length < most,
         Encoding.ZEROS: length == 0,
     }

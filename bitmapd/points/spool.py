@@ -74,6 +74,13 @@ class Spool:
         """Whether memory has this content of its block."""
         return self._blocks.get(spooled.block) is spooled
 
+    def forget(self, block: int) -> None:
+        """It is read anew, whether it is here or not."""
+        if self.beyond is not None:
+            self.beyond.forget(block)
+        if block in self._blocks:
+            self.drop(block)
+
     def drop(self, block: int) -> None:
         """It was sent, or is elsewhere."""
         self.held_bytes -= len(self._blocks.pop(block).raw)

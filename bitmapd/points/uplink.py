@@ -17,10 +17,12 @@ Invariants:
    has it sent again.
 3. No more is sent than the receiver has given credit for, the rate allows, and the link takes.
 4. Only a receiver that `lineage.judge` lets us follow is sent anything but HELLO2.
-5. After a promotion the record names what was written since, and no more.  So before the first
+5. Entries are those of a volume of the size that the BEGIN before them says; that of an END is the
+   size at the cut.
+6. After a promotion the record names what was written since, and no more.  So before the first
    point of the new generation is committed a receiver has to say in which extents it may differ
    (MAP); one that has no data, or nobody knows which, differs in all of them.
-6. What is not known to differ is compared only before anything of the point was sent, and nothing
+7. What is not known to differ is compared only before anything of the point was sent, and nothing
    is sent meanwhile (`differences`).
 
 A crash ends the incarnation: the receiver drops what it has of it.
@@ -165,7 +167,11 @@ class Uplink:
         self._sent = Sent()
         self._kept = BlockSet()  # of `_sent`: what HAVE has named so far
         self._stamp = 0
-        self._begun = False  # BEGIN of this point was sent over this connection
+        self._begun_bytes = (
+            0  # size in the latest BEGIN of this point over this connection; 0: none
+        )
+        self._cut_bytes = 0  # size of the volume at the cut, once it was ended
+        self._offered_bytes = 0  # that the volume is to have
         self._ended = False  # END was sent, over whichever
         self._committed = False  # and the receiver has it
         self.has_leftovers = False  # the receiver may hold entries of this point, counted or not
@@ -210,9 +216,17 @@ class Uplink:
         that was promoted can be promoted in its turn only when it has one."""
         return self.is_ready and self._identity.promoted and not self.known_committed
 
+    def offer(self, size_bytes: int) -> None:
+        """Have the next receiver make room for a larger volume; 0: no longer."""
+        self._offered_bytes = size_bytes
+
     def resized(self, geometry: Geometry) -> None:
+        """The volume is larger; a point that was ended is not."""
         self._geometry = geometry
         self._packer.geometry = geometry
+        self._offered_bytes = 0
+        if self._wire is not None and self._state is not _State.GREETING:
+            self._wire.greeted(geometry)
 
     def begin_anew(self) -> None:
         """Have the receiver forget the open point: what comes next is of another incarnation."""
@@ -228,7 +242,7 @@ class Uplink:
         if self._wire is not None:
             self._wire.close()
         self._wire, self._state = wire, _State.GREETING
-        self._begun, self.credit_bytes, self._resting = False, 0, True
+        self._begun_bytes, self.credit_bytes, self._resting = 0, 0, True
         wire.send(self.hello())
 
     def hello(self, role: Role = Role.SENDER) -> Hello2:
@@ -237,7 +251,7 @@ class Uplink:
             volume=identity.volume,
             incarnation=identity.incarnation,
             generations=identity.generations,
-            size_bytes=geometry.size_bytes,
+            size_bytes=max(geometry.size_bytes, self._offered_bytes),
             block_bytes=geometry.block_bytes,
             extent_bytes=geometry.extent_bytes,
             committed=self.known_committed,
@@ -438,7 +452,7 @@ class Uplink:
         if self._resting:
             self._resting = False
             self._meter.begin(now_s)
-        count = self._begin(0, "")
+        count = self._begin(self._geometry.size_bytes, 0, "")
         entries = []
         for item in spooled:
             self._stamp += 1
@@ -457,11 +471,11 @@ class Uplink:
         self._meter.add(now_s, raw_bytes)
         return 0.0
 
-    def _begin(self, wall_ns: int, label: str) -> int:
-        if self._begun and not wall_ns:
+    def _begin(self, size_bytes: int, wall_ns: int, label: str) -> int:
+        if self._begun_bytes == size_bytes and not wall_ns:
             return 0
-        self._begun = True
-        identity, size_bytes = self._identity, self._geometry.size_bytes
+        self._begun_bytes = size_bytes
+        identity = self._identity
         base, group = self.point - 1, self.group if wall_ns else 0
         return self.send(
             Begin(self.point, identity.incarnation, base, wall_ns, group, size_bytes, label)
@@ -469,13 +483,16 @@ class Uplink:
 
     def end(self, wall_ns: int, label: str) -> None:
         """All of the point has been sent; `wall_ns` is the time of its cut."""
+        if not self._ended:
+            self._cut_bytes = self._geometry.size_bytes
         self._ended = True
         sent = self._sent
-        self._begin(wall_ns, label)
+        self._begin(self._cut_bytes, wall_ns, label)
         self.send(End(self.point, self._identity.incarnation, len(sent), sent.digest()))
 
     def next_point(self) -> None:
         """The point was committed: the next one is open, and empty."""
         self._sent = Sent()
         self.point += 1
-        self._begun = self._ended = self._committed = self.has_leftovers = False
+        self._begun_bytes = 0
+        self._ended = self._committed = self.has_leftovers = False

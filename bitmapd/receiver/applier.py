@@ -39,6 +39,7 @@ from bitmapd.receiver.keeping import Keeping
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.extents import runs_of
+from bitmapd.record.geometry import Geometry
 
 RETRY_S: Final = 10.0  # after an error of the image
 
@@ -71,7 +72,6 @@ class Applier:
         self.is_at_work = False
         self._journal = journal
         self._image = image
-        self._geometry = line.geometry
         self._redo = Redo(line.geometry, line.volume.bytes, journal.device, image)
         self._scheduler = scheduler
         self._owner = owner
@@ -137,7 +137,7 @@ class Applier:
     ) -> Steps[tuple[dict[int, Collection[int]], Runs | None]]:
         """The first points of the queue that can be applied together: the wrong blocks of each; and
         those that no point of the whole queue makes good, if there are such."""
-        blocks = self._geometry.blocks
+        blocks = self._geometry(queue[-1]).blocks  # a volume only grows
         wrong: dict[int, Collection[int]] = {}
         missing = zeros(blocks, "little")
         for queued in queue:
@@ -146,10 +146,12 @@ class Applier:
                 wrong[queued.point] = range(blocks)  # nobody knows what is lost
                 missing.setall(True)
                 continue
+            geometry = self._geometry(queued)
+            self._redo.resize(geometry)
             bad = yield from self._redo.verify(entries)
             if missing.any():
                 for kept in entries:
-                    if kept.mask == whole_mask(self._geometry, kept.block):
+                    if kept.mask == whole_mask(geometry, kept.block):
                         missing[kept.block] = False
             for block in bad:
                 missing[block] = True
@@ -161,11 +163,15 @@ class Applier:
     def _write(self, wrong: dict[int, Collection[int]]) -> Steps[None]:
         journal = self._journal
         self._partly = True
-        for point, blocks in wrong.items():
-            if (yield from self._redo.apply(journal.points[point], blocks)):
+        for queued in journal.page.queue:
+            if queued.point not in wrong:
+                continue
+            self._redo.resize(self._geometry(queued))
+            entries, bad = journal.points[queued.point], wrong[queued.point]
+            if (yield from self._redo.apply(entries, bad)):
                 return  # it rots under our hands: examine it again
         yield self._image.flush
-        per = self._geometry.blocks_per_extent
+        per = journal.line.geometry.blocks_per_extent
         yield from self.keeping.add(
             block // per for point in wrong for block, _ in journal.points[point].stamps()
         )
@@ -179,6 +185,9 @@ class Applier:
         for call in waiting:
             call(None)
         yield from self._settle()
+
+    def _geometry(self, queued: Queued) -> Geometry:
+        return self._journal.geometry_at(queued.size_bytes)
 
     def _settle(self) -> Steps[None]:
         """Keep the point that the image is.  A part of the next one may be in it if that is queued

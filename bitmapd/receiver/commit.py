@@ -12,6 +12,8 @@ points are between the two.
 4. `incarnation` is that of the sender whose open point may be taken up.  What another one has sent
    towards a point is void from the moment that this page is durable.
 5. `kept_sequence` is that of a directory of kept points that was durable before this page.
+6. A point has the size that the volume had at its cut, 0 in pages of programs that had no growth:
+   that of the journal's volume.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ _TAIL_AT: Final = _HEAD.size + MOST_QUEUED * _QUEUED.size
 _TAIL: Final = struct.Struct("<QQ16sQQ")
 _GROUPS_AT: Final = _TAIL_AT + _TAIL.size  # zeros, written by programs that knew of none
 _GROUPS: Final = struct.Struct(f"<QQ{MOST_QUEUED}Q")
+_SIZES_AT: Final = _GROUPS_AT + _GROUPS.size
+_SIZES: Final = struct.Struct(f"<{1 + MOST_QUEUED}Q")  # of `applied`, and of those queued
 _CRC: Final = struct.Struct("<I")
 _CRC_AT: Final = PAGE_BYTES - 4
 _SALT: Final = b"bitmapd commit page"
@@ -63,6 +67,7 @@ class Queued:
     digest: bytes
     wall_ns: int
     group: int = 0  # number of the point in its group; 0: it is of none
+    size_bytes: int = 0  # of the volume
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +101,13 @@ class CommitPage:
         """Which of them has that number."""
         at = {number: self.applied + place for place, number in enumerate(self.groups)}
         return at.get(group)
+
+    size_bytes: int = 0  # of the volume at `applied`
+
+    @property
+    def committed_bytes(self) -> int:
+        """Size of the volume at the newest point."""
+        return self.queue[-1].size_bytes if self.queue else self.size_bytes
 
     @property
     def fault(self) -> str | None:
@@ -138,7 +150,7 @@ def encode_page(page: CommitPage) -> bytes:
         len(page.queue),
     )
     for number, queued in enumerate(page.queue):
-        values = dataclasses.astuple(queued)[:-1]
+        values = dataclasses.astuple(queued)[:-2]
         _QUEUED.pack_into(raw, _HEAD.size + number * _QUEUED.size, *values)
     _TAIL.pack_into(
         raw,
@@ -152,6 +164,8 @@ def encode_page(page: CommitPage) -> bytes:
     groups = [queued.group for queued in page.queue]
     groups += [0] * (MOST_QUEUED - len(groups))
     _GROUPS.pack_into(raw, _GROUPS_AT, page.applied_group, page.applied_ns, *groups)
+    sizes = [page.size_bytes, *(queued.size_bytes for queued in page.queue)]
+    _SIZES.pack_into(raw, _SIZES_AT, *sizes, *([0] * (1 + MOST_QUEUED - len(sizes))))
     _CRC.pack_into(raw, _CRC_AT, _checksum(raw, page.journal))
     return bytes(raw)
 
@@ -172,10 +186,12 @@ def decode_page(raw: Raw, journal: bytes, slot: int) -> CommitPage:
         raw, _TAIL_AT
     )
     applied_group, applied_ns, *groups = _GROUPS.unpack_from(raw, _GROUPS_AT)
+    size_bytes, *sizes = _SIZES.unpack_from(raw, _SIZES_AT)
     queue = tuple(
         dataclasses.replace(
             Queued(*_QUEUED.unpack_from(raw, _HEAD.size + number * _QUEUED.size)),
             group=groups[number],
+            size_bytes=sizes[number],
         )
         for number in range(min(count, MOST_QUEUED))
     )
@@ -196,6 +212,7 @@ def decode_page(raw: Raw, journal: bytes, slot: int) -> CommitPage:
         kept_sequence,
         applied_group,
         applied_ns,
+        size_bytes,
     )
     fault = page.fault
     if fault is None and (count != len(queue) or sequence % 2 != slot or owner != journal):

@@ -55,6 +55,10 @@ class Redo:
         self._journal = journal
         self._image = image
 
+    def resize(self, geometry: Geometry) -> None:
+        """What comes next is of a point when the volume had this size."""
+        self._geometry = self._unpacker.geometry = geometry
+
     def verify(self, entries: Iterable[Kept]) -> Steps[list[int]]:
         """The blocks whose entries are not what was received."""
         bad: list[int] = []
@@ -145,6 +149,10 @@ class InPlace:
         self._waiting: deque[tuple[list[Piece], set[int], Done]] = deque()
         self._busy: set[int] = set()  # blocks in flight
         self._idle: list[Done] = []
+
+    def resize(self, geometry: Geometry) -> None:
+        """What is received from now on is of a volume of this size."""
+        self._geometry = self._unpacker.geometry = geometry
 
     def write(self, data: Data, done: Done) -> None:
         """PeerError, and nothing is written, if a sum is wrong."""

@@ -15,6 +15,8 @@ Invariants:
    use: a batch that does not fit is cut at the end of its segment, which `_LOSS_BYTES` allows for.
 6. After an error of the device nothing is written any more: what a failed write or flush has left
    is found out by the next scan.
+7. A larger size counts when the superblock with it is durable.  If segments move by that, none of
+   them is in use before, and `scan_from` is behind all that they ever had.
 
 A crash leaves the points that the commit page names, and any part of the open one.
 """
@@ -40,6 +42,7 @@ from bitmapd.receiver.segments import Batch, encode_batch, encode_segment
 from bitmapd.receiver.steps import Steps
 from bitmapd.receiver.superblock import JournalSuperblock, Line, encode_superblock
 from bitmapd.record.copies import SUPERBLOCK_OFFSETS
+from bitmapd.record.geometry import Geometry
 
 Change = Callable[[CommitPage], dict[str, Any]]
 
@@ -77,6 +80,23 @@ class Journal:
         self._changes: deque[tuple[Change, Done]] = deque()
         self._changing = False
         self._recount()
+
+    # -- whose it is ----------------------------------------------------------------------------
+    @property
+    def line(self) -> Line:
+        """WrongStateError before the first sender."""
+        if self.superblock.line is None:
+            raise WrongStateError("the journal belongs to no volume yet")
+        return self.superblock.line
+
+    @property
+    def places(self) -> Places:
+        return Places(self.line.geometry, self.superblock.journal_bytes)
+
+    def geometry_at(self, size_bytes: int) -> Geometry:
+        """Of the volume when it had this size; 0: it has always had that of the line."""
+        geometry = self.line.geometry
+        return dataclasses.replace(geometry, size_bytes=size_bytes or geometry.size_bytes)
 
     # -- figures --------------------------------------------------------------------------------
     @property
@@ -127,6 +147,40 @@ class Journal:
     def follow(self, line: Line, now_s: int) -> Steps[None]:
         """Another generation of the same volume from now on."""
         yield from self._write_superblock(self.superblock.updated(now_s, line=line))
+
+    def grow(self, line: Line, image_bytes: int, now_s: int) -> Steps[None]:
+        """A larger size of the same volume.  If `moves` nothing may be queued; what is here of the
+        open point is gone then."""
+        here_bytes = self.line.geometry.size_bytes
+        moves = self.moves(line)
+        yield from self._landed()
+        if moves and self.page.committed:
+            self.open = Entries()
+            for segment in self._segments:
+                segment.points.clear()
+
+        def sized(page: CommitPage) -> dict[str, Any]:
+            queue = tuple(
+                dataclasses.replace(queued, size_bytes=queued.size_bytes or here_bytes)
+                for queued in page.queue
+            )
+            size_bytes = here_bytes if page.committed else 0
+            return {"size_bytes": page.size_bytes or size_bytes, "queue": queue}
+
+        yield from self._changed(sized)
+        after = self.superblock.updated(now_s, line=line, image_bytes=image_bytes)
+        yield from self._write_superblock(after)
+        self._places = self.places
+        if moves:
+            self._current = None
+            self._segments = [Segment(index) for index in range(self._places.segments)]
+            self._next_index = 0
+        self._recount()
+
+    def moves(self, line: Line) -> bool:
+        """Whether segments are elsewhere in the journal of that."""
+        after = Places(line.geometry, self.superblock.journal_bytes)
+        return after.segments_offset != self.places.segments_offset
 
     def _write_superblock(self, superblock: JournalSuperblock) -> Steps[None]:
         buffer = aligned(PAGE_BYTES)
@@ -241,15 +295,13 @@ class Journal:
         """The open point is in the image, durably: name it."""
         named = self._said(queued) | {"committed": queued.point, "applied": queued.point}
         named |= {"applied_group": queued.group, "applied_ns": queued.wall_ns}
-        yield from self._changed(lambda page: named | {"inconsistent_until": 0})
+        named |= {"inconsistent_until": 0, "size_bytes": queued.size_bytes}
+        yield from self._changed(lambda page: named)
         self.open = Entries()
 
     def _said(self, queued: Queued) -> dict[str, Any]:
-        line = self.superblock.line
-        if line is None:
-            raise WrongStateError("the journal belongs to no volume yet")
-        generation = line.generations[0].bytes
-        return {"committed_ns": queued.wall_ns, "generation": generation, "term": line.term}
+        generation, term = self.line.generations[0].bytes, self.line.term
+        return {"committed_ns": queued.wall_ns, "generation": generation, "term": term}
 
     def applied(self, point: int) -> Steps[None]:
         """All queued points up to this one are in the image, durably: their space is free."""
@@ -261,6 +313,7 @@ class Journal:
                 "applied_ns": last.wall_ns,
                 "inconsistent_until": 0,
                 "queue": tuple(queued for queued in page.queue if queued.point > point),
+                "size_bytes": last.size_bytes,
             }
         )
         for number in [number for number in self.points if number <= point]:

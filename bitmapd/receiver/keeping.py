@@ -29,6 +29,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import count
 from typing import Final, Protocol
 
 from bitarray import bitarray
@@ -36,14 +37,14 @@ from bitarray import bitarray
 from bitmapd.errors import NotFoundError
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
+from bitmapd.receiver.commit import Queued
 from bitmapd.receiver.directory import NO_SLOT, Directory, Keep, KeptPoint
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.maps import PAGE_EXTENTS, decode_map, encode_map_page
-from bitmapd.receiver.places import PAGE_BYTES, Places
+from bitmapd.receiver.places import PAGE_BYTES
 from bitmapd.receiver.retention import Rules, needed
 from bitmapd.receiver.scan import AT_ONCE, pages_at
 from bitmapd.receiver.steps import Steps, Turn, together
-from bitmapd.receiver.superblock import Line
 from bitmapd.record.extents import zeros
 
 Change = Callable[[tuple[KeptPoint, ...]], Iterable[KeptPoint]]
@@ -72,14 +73,11 @@ class Keeping:
     def __init__(
         self,
         journal: Journal,
-        line: Line,
         keeper: Keeper,
         rules: Rules,
         told: Callable[..., None],
     ) -> None:
         self._journal = journal
-        self._line = line
-        self._places = Places(line.geometry, journal.superblock.journal_bytes)
         self._keeper = keeper
         self._rules = rules
         self._emit = told
@@ -95,13 +93,14 @@ class Keeping:
         return self._journal.directory.points
 
     # -- what may come to it --------------------------------------------------------------------
-    def name(self, point: int, wall_ns: int, label: str) -> Steps[None]:
+    def name(self, queued: Queued, label: str) -> Steps[None]:
         """Before a point is committed: whether it has to be kept."""
+        point = queued.point
         wanted: list[KeptPoint] = []
         if label and (reason := self._obstacle(point)):
             self._emit("point-not-kept", point=point, reason=reason)
         elif label:
-            wanted.append(self._wanted(point, wall_ns, label))
+            wanted.append(self._wanted(point, queued.wall_ns, label, queued.size_bytes))
         yield from self._named(
             lambda points: [*(kept for kept in points if kept.point != point), *wanted]
         )
@@ -141,11 +140,32 @@ class Keeping:
 
     def changed_since(self, point: int) -> Steps[bitarray]:
         """The extents in which a kept point and the image's one may differ."""
-        changed = zeros(self._line.geometry.extents)
+        changed = zeros(self._journal.line.geometry.extents)
         for kept in self._journal.directory.kept:
             if kept.point >= point:
                 changed |= yield from self._map_of(kept)
         return changed
+
+    # -- a larger size --------------------------------------------------------------------------
+    def grow(self, growth: Steps[None], most: int) -> Steps[None]:
+        """The journal takes up a larger size by `growth`, and has room for so many maps then: those
+        in use, which may be elsewhere then, say what they have said.  Until one is written there it
+        names everything (`maps`)."""
+        yield from self._work.alone(self._grown(growth, most))
+
+    def _grown(self, growth: Steps[None], most: int) -> Steps[None]:
+        said = {}
+        for kept in self._journal.directory.kept:
+            said[kept.point] = yield from self._map_of(kept)
+        yield from growth
+        if any(kept.slot >= most for kept in self._journal.directory.kept):
+            yield from self._named(_closed_up)
+        added = zeros(self._journal.line.geometry.extents)
+        for kept in self._journal.directory.kept:
+            bits = said[kept.point]
+            bits.extend(added[len(bits) :])
+            yield from self._write_map(kept, bits, range(self._pages))
+            self._open = bits  # the newest is the last one
 
     # -- keeping --------------------------------------------------------------------------------
     def _settled(self, point: int, wall_ns: int | None) -> Steps[None]:
@@ -159,7 +179,7 @@ class Keeping:
         self._looked = True
         here = self._journal.directory.find(point)
         if here is None and wall_ns is not None and self._is_due(point, wall_ns):
-            here = self._wanted(point, wall_ns, "")
+            here = self._wanted(point, wall_ns, "", self._journal.page.size_bytes)
             wanted = here
             yield from self._named(lambda points: [*points, wanted])
         if here is not None and here.state is Keep.WANTED:
@@ -172,7 +192,7 @@ class Keeping:
     def _is_due(self, point: int, wall_ns: int) -> bool:
         if self._obstacle(point):
             return False
-        here = self._wanted(point, wall_ns, "")
+        here = self._wanted(point, wall_ns, "", 0)
         return point in needed([*self.points, here], self._rules)
 
     def _obstacle(self, point: int) -> str | None:
@@ -180,12 +200,14 @@ class Keeping:
         if self._keeper.obstacle:
             return self._keeper.obstacle
         others = [kept for kept in self.points if kept.point != point]
-        if len(others) >= self._places.maps:
+        if len(others) >= self._journal.places.maps:
             return f"{len(others)} are kept, and the journal has no room for another change map"
         return None
 
-    def _wanted(self, point: int, wall_ns: int, label: str) -> KeptPoint:
-        generation, size_bytes = self._line.generations[0].bytes, self._line.geometry.size_bytes
+    def _wanted(self, point: int, wall_ns: int, label: str, size_bytes: int) -> KeptPoint:
+        line = self._journal.line
+        size_bytes = size_bytes or line.geometry.size_bytes
+        generation = line.generations[0].bytes
         return KeptPoint(point, wall_ns, generation, size_bytes, Keep.WANTED, NO_SLOT, label)
 
     def _make(self, wanted: KeptPoint) -> Steps[None]:
@@ -196,9 +218,9 @@ class Keeping:
             yield from self._let_go(wanted)
             return
         used = {kept.slot for kept in self._journal.directory.kept}
-        slot = next(slot for slot in range(self._places.maps) if slot not in used)
+        slot = next(slot for slot in range(self._journal.places.maps) if slot not in used)
         made = dataclasses.replace(wanted, state=Keep.KEPT, slot=slot)
-        empty = zeros(self._line.geometry.extents)
+        empty = zeros(self._journal.line.geometry.extents)
         yield from self._write_map(made, empty, range(self._pages))
         yield from self._replaced(made)
         self._open = empty
@@ -242,7 +264,7 @@ class Keeping:
     # -- maps -----------------------------------------------------------------------------------
     @property
     def _pages(self) -> int:
-        return self._places.map_bytes // PAGE_BYTES
+        return self._journal.places.map_bytes // PAGE_BYTES
 
     def _added(self, extents: Iterable[int]) -> Steps[None]:
         newest = self._journal.directory.newest
@@ -258,17 +280,18 @@ class Keeping:
         yield from self._write_map(newest, self._open, pages)
 
     def _map_of(self, kept: KeptPoint) -> Steps[bitarray]:
-        start = self._places.map_offset(kept.slot)
-        offsets = range(start, start + self._places.map_bytes, PAGE_BYTES)
+        places = self._journal.places
+        start = places.map_offset(kept.slot)
+        offsets = range(start, start + places.map_bytes, PAGE_BYTES)
         pages: list[memoryview | None] = []
         for at in range(0, len(offsets), AT_ONCE):
             pages += yield from pages_at(self._journal.device, offsets[at : at + AT_ONCE])
         journal = self._journal.superblock.journal.bytes
-        return decode_map(pages, journal, kept.point, self._line.geometry.extents)
+        return decode_map(pages, journal, kept.point, places.geometry.extents)
 
     def _write_map(self, kept: KeptPoint, bits: bitarray, pages: Iterable[int]) -> Steps[None]:
         """Durable when it goes on."""
-        start = self._places.map_offset(kept.slot)
+        start = self._journal.places.map_offset(kept.slot)
         journal = self._journal.superblock.journal.bytes
         writes = []
         for page in pages:
@@ -293,6 +316,13 @@ class Keeping:
         points = tuple(sorted(change(before.points), key=lambda kept: kept.point))
         if points != before.points:
             yield from self._journal.name_kept(Directory(before.sequence + 1, points))
+
+
+def _closed_up(points: tuple[KeptPoint, ...]) -> Iterable[KeptPoint]:
+    """Their maps in the first slots."""
+    slots = count()
+    for kept in points:
+        yield dataclasses.replace(kept, slot=next(slots)) if kept.has_map else kept
 
 
 class NoKeeper:

@@ -18,6 +18,8 @@ Nobody else works on journal and image meanwhile.
    and cannot be read; and with an older point the maps of all kept points from that one on.
 3. From 4 on a sender of the old generation is refused, whichever of its points it knows.
 4. The image becomes an older point behind 4 only: before, it may have to go on as a receiver's.
+5. The volume has the size of its point, and the journal the largest one that it ever heard of: what
+   the image has beyond is no part of the volume, and comes with a later `dmctl resize`.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ class Ready:
     wall_ns: int  # of its cut
     since: Runs
     obstacle: Obstacle | None
+    size_bytes: int  # of the volume
 
 
 def has_new_generation(journal: Journal) -> bool:
@@ -102,7 +105,10 @@ def prepare(
     since = _unread(journal, line)
     if chosen is not None:
         since |= yield from keeping.changed_since(chosen.point)
-        return Ready(chosen.point, chosen.wall_ns, runs_of(since), None)
+        size_bytes = chosen.size_bytes
+        return Ready(
+            chosen.point, chosen.wall_ns, _within(since, line, size_bytes), None, size_bytes
+        )
     obstacle = None
     if not page.committed:
         obstacle = Obstacle.NEVER
@@ -113,7 +119,15 @@ def prepare(
     if obstacle is not None and not force and not goes_on:
         yield from undo(journal, line)
     cut_ns = page.applied_ns if page.queue else page.committed_ns
-    return Ready(page.applied, cut_ns, runs_of(since), obstacle)
+    here_bytes = page.size_bytes if obstacle is None else page.committed_bytes
+    size_bytes = here_bytes or line.geometry.size_bytes
+    named = _within(since, line, size_bytes)
+    return Ready(page.applied, cut_ns, named, obstacle, size_bytes)
+
+
+def _within(extents: bitarray, line: Line, size_bytes: int) -> Runs:
+    geometry = dataclasses.replace(line.geometry, size_bytes=size_bytes)
+    return runs_of(extents[: geometry.extents])
 
 
 def _unread(journal: Journal, line: Line) -> bitarray:

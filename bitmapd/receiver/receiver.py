@@ -35,10 +35,11 @@ import dataclasses
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from bitmapd.errors import BitmapdError, UsageError, WrongStateError
+from bitmapd.errors import WrongStateError
 from bitmapd.media.base import Device, Scheduler
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
@@ -69,13 +70,13 @@ from bitmapd.points.messages import (
 )
 from bitmapd.points.pieces import Unpacker
 from bitmapd.points.switchover import refusal
+from bitmapd.receiver import growing
 from bitmapd.receiver.applier import Applier
 from bitmapd.receiver.commit import MOST_QUEUED, PageFlag, Queued, page_figures
 from bitmapd.receiver.entries import IN_IMAGE, Entries, kept
 from bitmapd.receiver.image import InPlace
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.keeping import NO_KEEPER, Keeper, Keeping
-from bitmapd.receiver.places import Places
 from bitmapd.receiver.retention import Rules
 from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.summing import Summing
@@ -156,11 +157,12 @@ class Receiver:
         keeper: Keeper = NO_KEEPER,
         rules: Rules = (),
         on_handover: Callable[[int], None] = lambda term: None,
+        enlarge: growing.Enlarge = lambda size_bytes, done: done(None),
     ) -> None:
         """`keeper`, `rules`: how points are kept, and which.  `differs`: where the image may have
         something else than the point before the sender's generation began, if the image is an old
         primary.  `on_handover` hears the term in which this has to be the volume; `taken` or `kept`
-        follows."""
+        follows.  `enlarge` makes the image at least so large, if that can be."""
         self.state = State.WAITING
         self.journal = journal
         self._image = image
@@ -180,7 +182,7 @@ class Receiver:
         self._followed: Hello2 | None = None  # of the newest sender that was followed
         self._scheduler = scheduler
         self._keeper, self._rules = keeper, rules
-        self._on_handover = on_handover
+        self._on_handover, self._enlarge = on_handover, enlarge
         self._volume = self._follow()
         self._allowed: dict[tuple[State, type], Callable[[Any], None]] = {
             (State.WAITING, Hello2): self._take_hello,
@@ -239,13 +241,13 @@ class Receiver:
         if line is None:
             return None
         volume = line.volume.bytes
-        keeping = Keeping(self.journal, line, self._keeper, self._rules, self._emit)
+        keeping = Keeping(self.journal, self._keeper, self._rules, self._emit)
         return _Volume(
             Unpacker(line.geometry, volume),
             InPlace(line.geometry, volume, self._image),
             Applier(self.journal, self._image, line, self._scheduler, self, keeping),
             keeping,
-            Summing(line.geometry, self.journal, self._image, self._send),
+            Summing(self.journal, self._image, self._send),
         )
 
     # -- connections ----------------------------------------------------------------------------
@@ -274,9 +276,12 @@ class Receiver:
         try:
             self._take(message)
         except PeerError as error:
-            self._emit("sender-refused", message=f"{wire.peer}: {error.text}")
-            self.lost(wire)
-            wire.close(error)
+            self._refuse(wire, error)
+
+    def _refuse(self, wire: Wire, error: PeerError) -> None:
+        self._emit("sender-refused", message=f"{wire.peer}: {error.text}")
+        self.lost(wire)
+        wire.close(error)
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Ping):
@@ -311,30 +316,7 @@ class Receiver:
                 ErrorCode.OTHER,
                 f"this is the receiver of '{self._identity.name}', not of '{hello.name}'",
             )
-        geometry = _geometry(hello)
-        line = self.journal.superblock.line
-        if line is not None and (line.volume.bytes, line.geometry) != (hello.volume, geometry):
-            raise PeerError(
-                ErrorCode.OTHER,
-                f"this is the receiver of volume {line.volume}, of {line.geometry.size_bytes} bytes"
-                f" in blocks of {line.geometry.block_bytes} and extents of"
-                f" {line.geometry.extent_bytes}",
-            )
-        if geometry.size_bytes > self._image.size_bytes:
-            raise PeerError(
-                ErrorCode.SIZE,
-                f"the image has {self._image.size_bytes} bytes, the volume {geometry.size_bytes}",
-            )
-        if geometry.size_bytes % self._image.block_size_bytes:
-            raise PeerError(
-                ErrorCode.SIZE,
-                f"the image has blocks of {self._image.block_size_bytes} bytes, of which"
-                f" {geometry.size_bytes} is no multiple",
-            )
-        try:
-            Places(geometry, self.journal.superblock.journal_bytes)
-        except BitmapdError as error:
-            raise PeerError(ErrorCode.SIZE, error.message) from None
+        growing.check(hello, self.journal, self._image)
 
     def _greet(self) -> None:
         """Answer a HELLO2 as soon as nothing else is being done for a sender."""
@@ -348,18 +330,21 @@ class Receiver:
             self._send(self._greeting())
             return
         self._busy = True
-        run(self._preparing(hello), lambda error, _: self._prepared(hello, error))
+        run(self._preparing(hello), partial(self._prepared, hello))
 
     def _joins(self, verdict: Verdict) -> bool:
         """Whether an image that was a primary becomes one of newer data."""
         committed = self.journal.page.committed
         return verdict is Verdict.RECEIVER_IS_OLD and self._differs is not None and not committed
 
-    def _preparing(self, hello: Hello2) -> Steps[None]:
+    def _preparing(self, hello: Hello2) -> Steps[PeerError | None]:
+        """Why it cannot be followed, after all."""
         journal = self.journal
         if journal.superblock.line is None:
             generations = from_ids(hello.generations)
-            line = Line(UUID(bytes=hello.volume), _geometry(hello), generations, hello.term)
+            line = Line(
+                UUID(bytes=hello.volume), growing.geometry_of(hello), generations, hello.term
+            )
             yield from journal.adopt(line, self._now_s())
             self._volume = self._follow()
         lost = yield from self._known.in_place.settle()
@@ -367,8 +352,13 @@ class Receiver:
             yield from journal.drop(hello.incarnation)
         elif lost:
             journal.open = Entries()
+        return (
+            yield from growing.take_up(
+                hello, journal, self._known.keeping, self._image, self._enlarge, self._now_s()
+            )
+        )
 
-    def _prepared(self, hello: Hello2, error: OSError | None) -> None:
+    def _prepared(self, hello: Hello2, error: OSError | None, fault: PeerError | None) -> None:
         self._busy = False
         if error is not None:
             return  # of the journal: `fail` has been called
@@ -376,17 +366,22 @@ class Receiver:
         if self._hello is not hello or wire is None:
             self._greet()  # of another connection
             return
+        if fault is not None:
+            self._refuse(wire, fault)
+            return
         self.state = State.RECEIVING
         self._followed = hello
         self._credit_bytes = self._room_bytes
         self._unsaid_bytes = 0
-        wire.greeted(_geometry(hello))
+        geometry = growing.geometry_of(hello)
+        wire.greeted(geometry)
+        self._known.summing.greeted(geometry)
         self._emit("sender-connected", peer=wire.peer)
         self._send(self._greeting())
         self._say_what_is_here()
         line = self.journal.superblock.line
         if self._differs is not None and line and line.generations[0].bytes != hello.generations[0]:
-            self._send(Map(self._differs))
+            self._send(Map(growing.within(self._differs, geometry)))
         self._ask_again()
 
     def _greeting(self) -> Hello2:
@@ -426,8 +421,11 @@ class Receiver:
                 ErrorCode.ANSWER,
                 f"point {begin.point} on {begin.base} does not follow {journal.page.committed}",
             )
-        if line is None or begin.size_bytes != line.geometry.size_bytes:
-            raise PeerError(ErrorCode.SIZE, f"point {begin.point} has {begin.size_bytes} bytes")
+        if self._wire is not None and line is not None:
+            geometry = growing.begun(begin, line, journal)
+            self._wire.greeted(geometry)
+            self._known.unpacker.geometry = geometry
+            self._known.in_place.resize(geometry)
         self._begin = begin
 
     def _take_data(self, data: Data) -> None:
@@ -502,14 +500,20 @@ class Receiver:
         self.state = State.COMMITTING
         self._busy = True
         queued = Queued(
-            end.point, end.incarnation, end.entries, end.digest16, begin.wall_ns, begin.group
+            end.point,
+            end.incarnation,
+            end.entries,
+            end.digest16,
+            begin.wall_ns,
+            begin.group,
+            begin.size_bytes,
         )
         steps = self._committing(queued, begin.label)
         run(steps, lambda error, _: self._committed(queued, error))
 
     def _committing(self, queued: Queued, label: str) -> Steps[None]:
         journal = self.journal
-        yield from self._known.keeping.name(queued.point, queued.wall_ns, label)
+        yield from self._known.keeping.name(queued, label)
         if not journal.page.committed:
             yield from self._known.in_place.flush()
             yield from self._take_generation()
@@ -613,10 +617,3 @@ class Receiver:
         if self._volume is None:
             raise WrongStateError("no sender has come yet")
         return self._volume
-
-
-def _geometry(hello: Hello2) -> Geometry:
-    try:
-        return Geometry(hello.size_bytes, hello.extent_bytes, hello.block_bytes)
-    except UsageError as error:
-        raise PeerError(ErrorCode.OTHER, error.message) from None

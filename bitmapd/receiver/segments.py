@@ -141,7 +141,7 @@ def decode_batch(
         place = _ENTRIES_AT + index * _ENTRY_BYTES
         (offset,) = _OFFSET.unpack_from(raw, place + ENTRY.size)
         try:
-            entry, length, _ = read_entry(page, place, geometry)
+            entry, length, _ = read_entry(page, place, geometry, has_grown=True)
         except PeerError:
             return None
         if offset != sum(lengths):

@@ -49,24 +49,24 @@ class Summing:
     """See the module docstring."""
 
     def __init__(
-        self,
-        geometry: Geometry,
-        journal: Journal,
-        image: Device,
-        send: Callable[[Sums | Pieces], None],
+        self, journal: Journal, image: Device, send: Callable[[Sums | Pieces], None]
     ) -> None:
-        self._geometry = geometry
         self._journal = journal
         self._image = image
         self._send = send
         self._asked: deque[_Question] = deque()
         self._connection = 0
+        self._greeted = journal.line.geometry
         self.is_at_work = False
 
     def forget(self) -> None:
         """The connection that asked is gone."""
         self._asked.clear()
         self._connection += 1
+
+    def greeted(self, geometry: Geometry) -> None:
+        """The volume of whoever asks from now on."""
+        self._greeted = geometry
 
     def ask(self, runs: Runs) -> None:
         """PeerError if that is too much."""
@@ -85,14 +85,23 @@ class Summing:
 
     def _take(self, question: _Question) -> None:
         length = sum(self._length(*at) for at in question.runs)
-        if length > max(MOST_BYTES, self._geometry.block_bytes):
+        if length > max(MOST_BYTES, self._journal.line.geometry.block_bytes):
             raise PeerError(ErrorCode.SIZE, f"sums of {length} bytes were asked for at once")
         if len(self._asked) >= MOST_ASKED:
             raise PeerError(ErrorCode.BUSY, f"more than {MOST_ASKED} sums were asked for")
         self._asked.append(question)
 
     def _length(self, first: int, stop: int) -> int:
-        return self._geometry.block_bytes_range(first, stop)[1]
+        return self._geometry_of(stop).block_bytes_range(first, stop)[1]
+
+    def _geometry_of(self, stop: int) -> Geometry:
+        """Of the point that the image has, or of who asks if there is none: the last block may be
+        short.  Of what the image has beyond, that of the largest size."""
+        journal = self._journal
+        here = journal.geometry_at(journal.page.size_bytes)
+        if not journal.page.committed:
+            here = self._greeted
+        return here if stop <= here.blocks else journal.line.geometry
 
     def go_on(self) -> None:
         """A point may have been applied."""
@@ -108,7 +117,7 @@ class Summing:
         buffers = [aligned(self._length(*at)) for at in question.runs]
         yield together(
             [
-                partial(self._image.read, self._geometry.block_bytes_range(*at)[0], buffer)
+                partial(self._image.read, at[0] * self._journal.line.geometry.block_bytes, buffer)
                 for at, buffer in zip(question.runs, buffers, strict=True)
             ]
         )
@@ -121,11 +130,12 @@ class Summing:
         if question.connection == self._connection:
             read = [] if buffers is None else zip(question.runs, buffers, strict=True)
             first = question.runs[0][0]
-            if question.salt is None:
-                sums = [sum64 for at, raw in read for sum64 in sums_of(self._geometry, at[0], raw)]
-                self._send(Sums(first, tuple(sums)))
-            else:
-                salt = question.salt
-                sums = [s for at, raw in read for s in piece_sums(self._geometry, salt, at[0], raw)]
-                self._send(Pieces(first, tuple(sums)))
+            salt, sums = question.salt, list[int]()
+            geometry = self._journal.line.geometry
+            for at, raw in read:
+                if salt is None:
+                    sums += sums_of(geometry, at[0], raw)
+                else:
+                    sums += piece_sums(geometry, salt, at[0], raw)
+            self._send(Sums(first, tuple(sums)) if salt is None else Pieces(first, tuple(sums)))
         self.go_on()

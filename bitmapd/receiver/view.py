@@ -104,7 +104,8 @@ class View:
     # -- who applies a point --------------------------------------------------------------------
     def preserve(self, blocks: Sequence[int], done: Done) -> None:
         """These, in order of place, are about to be overwritten.  Always ends well."""
-        runs = joined({block for block in blocks if not self._there[block]})
+        mine = (block for block in blocks if block < len(self._there))  # the volume may have grown
+        runs = joined({block for block in mine if not self._there[block]})
         if self.has_ended or not runs:
             self._scheduler.call_soon(done, None)
             return

@@ -149,9 +149,11 @@ class Drill:
                 applier.when_applied(look)
                 return
             limit_bytes = self._wanted.limit_bytes
-            self._view = View(geometry, self._image, overlay, limit_bytes, loop, self._failed)
+            journal = self._receiver.journal
+            here = journal.geometry_at(journal.page.size_bytes)
+            self._view = View(here, self._image, overlay, limit_bytes, loop, self._failed)
             applier.guard(self._view)
-            page = self._receiver.journal.page
+            page = journal.page
             self.point = page.applied
             known = page.applied == page.committed and page.committed_ns
             self.at = iso_time(page.committed_ns / 1e9) if known else None

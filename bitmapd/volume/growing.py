@@ -50,7 +50,7 @@ class PairGrowth:
         found = await present_geometry(
             parts.config,
             self._volume.geometry,
-            parts.plain_secondary("resize it"),
+            parts.secondary,
             parts.loop,
         )
         if found is None or found.size_bytes < size_bytes:

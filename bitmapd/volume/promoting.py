@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -149,7 +149,7 @@ async def _promote(
             f"receiver '{media.name}' has never had a sender: there is nothing to promote"
         )
     point = _find(media.name, journal, which)
-    keeping = Keeping(journal, line, keeper, (), lambda event, **fields: None)
+    keeping = Keeping(journal, keeper, (), lambda event, **fields: None)
     applier = Applier(journal, image, line, asyncio.get_running_loop(), _Quiet(), keeping)
     up_to = None if which.group is None else journal.page.point_of(which.group)
     return await become_volume(media, journal, applier, line, force=force, point=point, up_to=up_to)
@@ -178,10 +178,12 @@ async def become_volume(
             hint="--force promotes it as it is; a file system on it may be damaged",
         )
     after = line if goes_on else successor(line, uuid4())
-    await asyncio.to_thread(_make_record, media, after, ready.since)
+    geometry = replace(after.geometry, size_bytes=ready.size_bytes)
+    volume = replace(after, geometry=geometry)
+    await asyncio.to_thread(_make_record, media, volume, ready.since)
     await carried_out(finish(journal, applier.keeping, after, int(time.time())))
     extents = sum(stop - first for first, stop in ready.since)
-    return Promoted(after, ready.point, ready.wall_ns, extents, ready.obstacle)
+    return Promoted(volume, ready.point, ready.wall_ns, extents, ready.obstacle)
 
 
 def _find(name: str, journal: Journal, which: Which) -> int | None:

@@ -161,6 +161,7 @@ class Receiving:
             keeper_of(self.config, self._engine),
             self.config.retain or (),
             self.on_handover,
+            self._image.enlarge,
         )
 
     def _failed(self, error: OSError) -> None:

@@ -90,17 +90,18 @@ def larger_geometry(
 
 
 async def present_geometry(
-    config: VolumeConfig, old: Geometry, secondary: Target, loop: asyncio.AbstractEventLoop
+    config: VolumeConfig, old: Geometry, secondary: Target | None, loop: asyncio.AbstractEventLoop
 ) -> Geometry | None:
-    """What a volume is to grow to by the present sizes of its media; None if it has that."""
+    """What a volume is to grow to by the present sizes of its media; None if it has that.  Without
+    a secondary there is a receiver, which is asked for itself (`offering`)."""
 
     async def local(path: str) -> Medium:
         found = await loop.run_in_executor(None, identify, path)
         return Medium(path, found.size_bytes or 0, found.logical_block_bytes or 512)
 
     primary = await local(config.primary)
-    other = Medium(config.secondary, 0)
-    if primary.size_bytes > old.size_bytes:
+    other = Medium(config.secondary, primary.size_bytes)
+    if secondary is not None and primary.size_bytes > old.size_bytes:
         other = Medium(config.secondary, *await present_size(secondary, config, loop))
     return larger_geometry(old, primary, other, await local(config.record))
 

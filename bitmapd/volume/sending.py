@@ -110,6 +110,7 @@ class ReceiverLink:
         self._silent: MessageWire | None = None  # connected, and has said nothing yet
         self.verdict: Verdict | None = None  # of a receiver that is not followed
         self.receiver: Hello2 | None = None  # as it said last
+        self.refusal: Error | None = None  # likewise
         sender.on_not_followed = self._not_followed
 
     def start(self) -> None:
@@ -190,11 +191,13 @@ class ReceiverLink:
             self.sender.connected(wire)
         self.sender.received(wire, message)
         if isinstance(message, Error):
-            secondary = self._config.secondary
+            secondary, self.refusal = self._config.secondary, message
             self._owner.emit("link-error", secondary=secondary, message=message.text)
+            self._owner.changed()
         if isinstance(message, Hello2) and wire.is_open:
             self.receiver, self.verdict = message, None
             self._heard.set()
+            self._owner.changed()
 
     def drained(self, wire: MessageWire) -> None:
         self.sender.drained(wire)

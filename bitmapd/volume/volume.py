@@ -426,14 +426,16 @@ class Volume:
         )
 
     async def resize(self) -> dict[str, Any]:
-        """Take up a larger size of primary and secondary.
+        """Take up a larger size of primary and secondary, or receiver.
 
         If this volume is `left` afterwards, another `Volume` has to be started in its place.
         """
-        secondary = self._parts.plain_secondary("resize it")
+        secondary = self._parts.secondary
         geometry = await present_geometry(self.config, self.geometry, secondary, self._loop)
         if geometry is None:
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
+        if self._receiver is not None:
+            await self._receiver.offer(geometry.size_bytes)
         if self._paired is not None:
             await self._paired.resize(geometry.size_bytes)
         elif isinstance(self._parts.mode, DmMode):
@@ -451,7 +453,9 @@ class Volume:
         """The parts have taken up a larger size."""
         self.geometry = geometry
         self._exchange_policy(self.config.predictor)
-        if not isinstance(self._parts.secondary, KernelDevice):
+        if self._verifying is not None and self._receiver is not None:
+            self._verifying.cancel(errno.ECANCELED, "the volume has grown")
+        if not isinstance(self._parts.secondary, KernelDevice | None):
             # A server tells its size when a connection begins.
             self.copier.reconnect()
         self.emit("resized", size_bytes=geometry.size_bytes)

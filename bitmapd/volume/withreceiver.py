@@ -25,6 +25,7 @@ from bitmapd.points.switchover import Stage
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import Parts
 from bitmapd.volume.demoting import Demoting
+from bitmapd.volume.offering import offer
 from bitmapd.volume.sending import ReceiverLink
 
 if TYPE_CHECKING:
@@ -171,6 +172,10 @@ class WithReceiver:
                 hint="it answers when its points are in its image: 'dmctl status' there",
             )
         return BySums(geometry, parts.primary.read_aside, sender, parts.loop, pool)
+
+    async def offer(self, size_bytes: int) -> None:
+        """Return when the receiver has room for so large a volume."""
+        await offer(self.link, self._name, size_bytes, self._volume.until)
 
     async def reached(self, newer_than: int) -> None:
         """Return when the receiver has a point of a larger number."""

@@ -193,7 +193,8 @@ def add_volumes(commands: Commands) -> None:
         "copying:resize",
         "take up a new size of primary and secondary, while running",
         "Of two appliances either node takes the command, and both grow, or neither. If it was cut"
-        " off, give it again.",
+        " off, give it again. A receiver is asked first: it extends a file, and a device has to be"
+        " large enough; points of before keep their size.",
     )
     add_name(resize)
     plan = add_command(

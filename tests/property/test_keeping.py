@@ -446,7 +446,7 @@ class Bench:
         assert line is not None
         self.line: Line = line
         keeper = SimKeeper(image, store)
-        self.keeping = Keeping(self.journal, line, keeper, (), lambda event, **fields: None)
+        self.keeping = Keeping(self.journal, keeper, (), lambda event, **fields: None)
         self.applier = Applier(self.journal, image, line, self.loop, Silent(), self.keeping)
 
     def steps(self, point: int | None) -> Steps[Ready]:

@@ -23,7 +23,7 @@ from tests.support.pointmistakes import (
 )
 from tests.support.policies import KeepNothing
 from tests.support.sim import drain
-from tests.support.simpoints import World, Wrong
+from tests.support.simpoints import Growing, World, Wrong
 from tests.support.simreceiver import BLOCK
 
 RUNS = int(os.environ.get("POINTS_RUNS", "10"))
@@ -38,6 +38,24 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("seed", range(RUNS))
 def test_whatever_happens_the_receiver_has_the_last_point(seed: int) -> None:
     world = World(seed)
+    world.run(STEPS)
+    assert world.count["points"]
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_a_point_has_the_size_that_the_volume_had_at_its_cut(seed: int) -> None:
+    """While it grows, and whoever dies meanwhile."""
+    world = Growing(seed)
+    world.run(STEPS)
+    assert world.count["points"]
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_so_it_has_when_the_journal_has_to_be_arranged_anew(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simpoints.moving(monkeypatch)
+    world = Growing(seed)
     world.run(STEPS)
     assert world.count["points"]
 
@@ -67,7 +85,7 @@ def test_what_the_image_has_lost_is_found_and_comes_with_the_next_point(seed: in
         world.step(faults=False)
     world.settle()
     world.check()
-    assert bytes(world.machine.image.visible[: simpoints.SIZE]) == bytes(world.site.primary.visible)
+    assert world.are_equal
 
 
 def test_sums_of_before_a_point_was_applied_accuse_nobody() -> None:

@@ -65,9 +65,7 @@ class Played(World):
                 self.connect()
             self.advance(1.0)
         assert self.at_rest()
-        assert bytes(self.machine.image.visible[: simpoints.SIZE]) == bytes(
-            self.site.primary.visible
-        )
+        assert self.are_equal
 
     def one(self) -> bool:
         """The next step of those that are under way; False: there is none."""

@@ -68,7 +68,7 @@ class Bench:
         line = self.journal.superblock.line
         assert line is not None
         self.line: Line = line
-        self.keeping = Keeping(self.journal, line, NO_KEEPER, (), lambda event, **fields: None)
+        self.keeping = Keeping(self.journal, NO_KEEPER, (), lambda event, **fields: None)
         self.applier = Applier(self.journal, image, line, self.loop, Silent(), self.keeping)
 
     def steps(self, *, force: bool = False) -> Steps[Ready]:

@@ -120,6 +120,13 @@ class SimDisk:
         self.ghosts: list[SimOp] = []
         self.history: list[tuple[str, int, int]] = []
 
+    def extend(self, size_bytes: int, content: bytes) -> None:
+        """The medium is larger from now on, and has this where there was nothing before."""
+        added = (content * size_bytes)[: max(0, size_bytes - self.size_bytes)]
+        self.durable += added
+        self.visible += added
+        self.size_bytes += len(added)
+
     # -- Device ---------------------------------------------------------------------------
     def read(self, offset_bytes: int, buffer: memoryview, done: Done) -> None:
         self._submit("read", offset_bytes, b"", len(buffer), buffer, done)

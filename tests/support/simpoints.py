@@ -13,13 +13,20 @@ I1 The receiver holds, byte for byte, the model at the cut of the point that its
 I2 Every extent in which the primary differs from the receiver is in the stored record.
 I3 When all faults are over, both sides become equal, and nothing is dirty.
 I4 A comparison finds no difference but where a medium has changed by itself.
+
+The volume of a `Growing` world grows now and then, in the steps of `volume.resize`, the receiver
+first: a point has the size of the volume at its cut, and beyond it the receiver has nothing that
+counts.
 """
 
 from __future__ import annotations
 
+import errno
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +37,7 @@ from bitmapd.copier.verify import Verify, VerifyResult
 from bitmapd.gate.cycle import CutGate, Void
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
-from bitmapd.peer.frames import PeerError
+from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.points.messages import NIL, Committed, End, Message
 from bitmapd.points.overflow import BATCH_BYTES
 from bitmapd.points.sender import Sender, Settings
@@ -38,11 +45,14 @@ from bitmapd.points.sums import BySums
 from bitmapd.points.uplink import Identity
 from bitmapd.predict.policy import Policy
 from bitmapd.receiver import receiver
+from bitmapd.receiver.places import Places
+from bitmapd.receiver.steps import Steps, run
 from bitmapd.record.geometry import Geometry
+from bitmapd.record.layout import SUPERBLOCK_OFFSETS, Loaded, encode_superblock
 from bitmapd.record.store import RecordStore
 from tests.support import simreceiver
 from tests.support.policies import MischievousPolicy
-from tests.support.records import blank_image, load_image
+from tests.support.records import blank_image, load_image, superblock
 from tests.support.sim import SECTOR, SimDisk, SimLoop
 from tests.support.simreceiver import BLOCK, GENERATION, GEOMETRY, VOLUME, SimWire, fresh
 
@@ -50,6 +60,8 @@ SIZE = GEOMETRY.size_bytes
 EXTENT = GEOMETRY.extent_bytes
 INTERVAL_S = 2.0
 SPOOL_BYTES = 6 * BLOCK
+SIZES = (SIZE, SIZE + 512, 12 * BLOCK, 13 * BLOCK)
+NEW = b"\x5a\xa5"  # what the primary has where the volume grows
 
 
 ASKED = Void.ASKED
@@ -88,16 +100,35 @@ class PrimaryDisk(SimDisk):
 
 
 class LedgerDisk(SimDisk):
-    """One sector: the number of the newest committed point."""
+    """Two sectors of a superblock: the number of the newest committed point; the volume's size."""
 
     def commit(self, point: int, done: Done) -> None:
         raw = bytearray(SECTOR)
         raw[:8] = point.to_bytes(8, "little")
         self.write(0, memoryview(raw), done, fua=True)
 
+    def grow(self, size_bytes: int, done: Done) -> None:
+        raw = bytearray(SECTOR)
+        raw[:8] = size_bytes.to_bytes(8, "little")
+        self.write(SECTOR, memoryview(raw), done, fua=True)
+
     @property
     def point(self) -> int:
         return int.from_bytes(self.visible[:8], "little")
+
+
+def size_said(ledger: bytes | bytearray) -> int:
+    """The volume's size."""
+    return int.from_bytes(ledger[SECTOR : SECTOR + 8], "little") or SIZE
+
+
+def loaded(record: bytes, geometry: Geometry) -> Loaded:
+    """A record whose superblock says this size."""
+    image = bytearray(record)
+    raw = encode_superblock(superblock(geometry))
+    for offset in SUPERBLOCK_OFFSETS:
+        image[offset : offset + len(raw)] = raw
+    return load_image(bytes(image))
 
 
 class Link:
@@ -119,7 +150,7 @@ class Link:
         return 100
 
     def greeted(self, geometry: Geometry) -> None:
-        """Its decoder knows."""
+        self.wire.sender_greeted(geometry)
 
     def close(self, error: PeerError | None = None) -> None:
         self.is_open = False
@@ -143,18 +174,20 @@ class Site:
         self.primary, self.record, self.ledger = primary, record, ledger
         self.spool_file = SimDisk("spool", BATCH_BYTES * 3)
         self.loop = SimLoop()
+        self.geometry = geometry = replace(GEOMETRY, size_bytes=size_said(ledger.visible))
+        self.offered_bytes = 0  # to the receiver, before the volume grows
         self.incarnation = world.rng.randbytes(16)
         self.verifying: Verify | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.store = RecordStore(
-            GEOMETRY, load_image(bytes(record.visible)), record, self.loop, self._emit
+            geometry, loaded(bytes(record.visible), geometry), record, self.loop, self._emit
         )
-        self.policy = policy or MischievousPolicy(GEOMETRY.extents, world.rng)
+        self.policy = policy or MischievousPolicy(geometry.extents, world.rng)
         self.gate = world.gate_class(
-            GEOMETRY, primary, self.store, self.policy, self.loop, limit_extents=2
+            geometry, primary, self.store, self.policy, self.loop, limit_extents=2
         )
         self.sender = world.sender_class(
-            GEOMETRY,
+            geometry,
             self.gate,
             primary,
             self.loop,
@@ -192,6 +225,40 @@ class Site:
     def _emit(self, event: str, **fields: Any) -> None:
         self.events.append((event, fields))
 
+    # -- a larger size, as `volume.resize` and `volume.offering` take it up --------------------
+    def offer(self, size_bytes: int) -> None:
+        self.offered_bytes = size_bytes
+        self.sender.uplink.offer(size_bytes)
+        self.sender.uplink.close(reason="the volume grows")
+
+    def withdraw(self) -> None:
+        """The receiver cannot take it now."""
+        self.offered_bytes = 0
+        self.sender.uplink.offer(0)
+        self.world.count["put off"] += 1
+
+    def look(self) -> None:
+        """Go on when the receiver has taken it."""
+        theirs = self.sender.uplink.receiver
+        if self.offered_bytes and theirs is not None and theirs.size_bytes >= self.offered_bytes:
+            size_bytes, self.offered_bytes = self.offered_bytes, 0
+            run(self._growing(replace(self.geometry, size_bytes=size_bytes)), lambda e, _: None)
+
+    def _growing(self, geometry: Geometry) -> Steps[None]:
+        yield self.gate.prepare_growth
+        yield partial(self.store.prepare_growth, geometry)
+        yield partial(self.ledger.grow, geometry.size_bytes)
+        if self.verifying is not None:
+            self.verifying.cancel(OSError(errno.ECANCELED, "the volume has grown"))
+        self.store.grow(geometry, ())
+        self.sender.grow(geometry)
+        self.gate.grow(geometry)
+        if isinstance(self.policy, MischievousPolicy):
+            self.gate.set_policy(MischievousPolicy(geometry.extents, self.world.rng))
+        self.world.model += self.primary.visible[self.geometry.size_bytes : geometry.size_bytes]
+        self.geometry = geometry
+        self.world.count["grown"] += 1
+
     def write(self, offset: int, data: bytes, done: Done) -> None:
         buffer = aligned(len(data))
         buffer[:] = data
@@ -206,6 +273,7 @@ class World:
     policy: Callable[[], Policy] | None = None
     generations: tuple[bytes, ...] = (GENERATION.bytes, NIL, NIL, NIL)
     promoted = False
+    grows = False
 
     def __init__(self, seed: int = 1) -> None:
         self.rng = random.Random(seed)
@@ -220,7 +288,8 @@ class World:
         self.serial = 0
         self.link: Link | None = None
         self.machine = fresh()
-        self.boot(bytes(SIZE), blank_image(GEOMETRY), bytes(SECTOR))
+        primary = bytes(SIZE) + (NEW * max(SIZES))[: max(SIZES) - SIZE]
+        self.boot(primary, blank_image(GEOMETRY), bytes(2 * SECTOR))
 
     # -- processes --------------------------------------------------------------------------
     def note(self) -> None:
@@ -234,13 +303,13 @@ class World:
             self.count[f"void-{reason.value}"] += count
 
     def boot(self, primary: bytes, record: bytes, ledger: bytes) -> None:
-        self.model[:] = primary
+        self.model[:] = primary[: size_said(ledger)]
         self.flying = set()
         self.site = Site(
             self,
-            PrimaryDisk("primary", SIZE, primary),
+            PrimaryDisk("primary", max(SIZES), primary),
             SimDisk("record", len(record), record),
-            LedgerDisk("ledger", SECTOR, ledger),
+            LedgerDisk("ledger", 2 * SECTOR, ledger),
             None if self.policy is None else self.policy(),
         )
 
@@ -295,7 +364,9 @@ class World:
         if not link.wire.to_sender:
             if not link.wire.is_open:
                 self.cut_link()
-                if link.wire.error is not None:
+                if self.site.offered_bytes and _is_busy(link.wire.error):
+                    self.site.withdraw()
+                elif link.wire.error is not None:
                     raise Wrong(
                         f"the receiver refuses what the sender says: {link.wire.error.text}"
                     )
@@ -328,7 +399,7 @@ class World:
             self.site.gate.flush(lambda error: None)
             return
         length = rng.choice((1, 1, 8, 33, 70)) if rng.random() < 0.95 else 150
-        first = rng.randrange(SIZE // SECTOR - length + 1)
+        first = rng.randrange(self.site.geometry.size_bytes // SECTOR - length + 1)
         if rng.random() < 0.6:  # some places are hot
             first = first // 3
         sectors = set(range(first, first + length))
@@ -389,18 +460,22 @@ class World:
         weights = [weight for weight, _ in may]
         ((_, action),) = rng.choices(may, weights)
         action()
+        self.site.look()
         self.run_soon()
 
     def time_passes(self) -> None:
         self.advance(self.rng.choice((0.001, 0.02, 0.06, 0.3, 1.1)))
 
     def fault(self) -> None:
+        if self.grows and self.rng.random() < 0.2:
+            self.grow()
+            return
         x = self.rng.random()
         gate, sender = self.site.gate, self.site.sender
         if x < 0.3:
             gate.tick()
         elif x < 0.45:
-            gate.drop_clean(range(GEOMETRY.extents))
+            gate.drop_clean(range(self.site.geometry.extents))
         elif x < 0.6:
             self.cut_link()
             self.count["links"] += 1
@@ -426,6 +501,12 @@ class World:
         if sender.state is CopyState.PAUSED and self.rng.random() < 0.7:
             sender.resume()
 
+    def grow(self) -> None:
+        site = self.site
+        larger = [size for size in SIZES if size > site.geometry.size_bytes]
+        if larger and site.sender.is_linked and not site.offered_bytes:
+            site.offer(self.rng.choice(larger))
+
     def verify(self, *, repair: bool = False) -> list[tuple[OSError | None, VerifyResult]]:
         """Compare both sides; what it ends with comes into the list.  Nothing is to be found that
         `damage` has not done."""
@@ -443,9 +524,9 @@ class World:
                 raise Wrong(f"I4 blocks {found - self.damaged} are said to differ")
 
         site.verifying = Verify(
-            GEOMETRY,
+            site.geometry,
             site.gate,
-            BySums(GEOMETRY, site.primary.read, site.sender, site.loop,
+            BySums(site.geometry, site.primary.read, site.sender, site.loop,
                    BufferPool(site.loop, 1 << 20)),
             site.loop,
             repair=repair,
@@ -469,7 +550,7 @@ class World:
         rng = self.rng
         machine = self.machine.recovered(rng, cut_short=rng.random() < 0.3)
         page = machine.receiver.journal.page
-        got = bytes(machine.image.visible[:SIZE])
+        got = bytes(machine.image.visible[: page.committed_bytes or SIZE])
         if page.committed < self.seen:
             raise Wrong(f"I1 the receiver fell back from point {self.seen} to {page.committed}")
         if page.committed:
@@ -479,13 +560,15 @@ class World:
             exact = self.points.get((page.incarnation, page.committed))
             if got != exact and (exact is not None or got not in wanted):
                 right = exact or next(iter(wanted), b"")
-                blocks = range(GEOMETRY.blocks)
+                blocks = range(-(-max(SIZES) // BLOCK))
                 bad = [b for b in blocks if _block(got, b) != _block(right, b)]
                 raise Wrong(f"I1 blocks {bad} of point {page.committed} are not those of its cut")
         primary = self.site.primary.crash(rng)
-        bits = load_image(self.site.record.crash(rng)).bits
-        for extent in range(GEOMETRY.extents):
-            at = slice(extent * EXTENT, (extent + 1) * EXTENT)
+        size_bytes = size_said(self.site.ledger.crash(rng))
+        geometry = replace(GEOMETRY, size_bytes=size_bytes)
+        bits = loaded(self.site.record.crash(rng), geometry).bits
+        for extent in range(geometry.extents):
+            at = slice(extent * EXTENT, min((extent + 1) * EXTENT, size_bytes))
             if primary[at] != got[at] and not bits[extent]:
                 raise Wrong(f"I2 extent {extent} differs from point {page.committed} unrecorded")
 
@@ -510,8 +593,14 @@ class World:
             raise Wrong(f"I3 it never came to rest: {self.site.sender.figures()}")
         self.settle()
         self.check()
-        if bytes(self.machine.image.visible[:SIZE]) != bytes(self.site.primary.visible):
+        if not self.are_equal:
             raise Wrong("I3 at rest and not equal")
+
+    @property
+    def are_equal(self) -> bool:
+        """Both sides, as far as the volume goes."""
+        size_bytes = self.site.geometry.size_bytes
+        return self.machine.image.visible[:size_bytes] == self.site.primary.visible[:size_bytes]
 
     def settle(self) -> None:
         """Everything that is under way ends, in order."""
@@ -526,6 +615,30 @@ class World:
             while self.to_receiver() or self.to_sender():
                 self.run_soon()
                 moved = True
+
+
+class Growing(World):
+    """Whose volume becomes larger."""
+
+    grows = True
+
+
+def moving(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal of a volume that has grown has larger maps, and its segments elsewhere."""
+
+    def larger(self: Places) -> int:
+        return int(self.geometry.size_bytes > SIZE)
+
+    monkeypatch.setattr(Places, "map_bytes", property(lambda self: 4096 * (1 + larger(self))))
+    monkeypatch.setattr(
+        Places,
+        "segments_offset",
+        property(lambda self: (1 << 20) - self.segment_bytes * (1 - larger(self))),
+    )
+
+
+def _is_busy(error: PeerError | None) -> bool:
+    return error is not None and error.code is ErrorCode.BUSY
 
 
 def _block(content: bytes, block: int) -> bytes:

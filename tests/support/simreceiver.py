@@ -116,6 +116,9 @@ class SimWire:
             _push(self.to_sender, message)
         return 0
 
+    def sender_greeted(self, geometry: Geometry) -> None:
+        self._sender_decoder.set_geometry(geometry)
+
     def greeted(self, geometry: Geometry) -> None:
         self._receiver_decoder.set_geometry(geometry)
 
@@ -161,6 +164,7 @@ class Machine:
 
     differs: Runs | None = None  # of an image that was a primary
     rules: Rules = ()
+    most_bytes = 1 << 40  # that the image can have
 
     def __init__(self, image: SimDisk, journal: SimDisk, store: SimDisk | None = None) -> None:
         """`store`: where copies of points are kept, if they are."""
@@ -182,6 +186,7 @@ class Machine:
             self.differs,
             NO_KEEPER if store is None else SimKeeper(image, store),
             self.rules,
+            enlarge=self._enlarge,
         )
         self.receiver.start()
 
@@ -197,6 +202,11 @@ class Machine:
         run(scan(self.journal), done)
         drain(self.loop, self.journal)
         return found[0]
+
+    def _enlarge(self, size_bytes: int, done: Done) -> None:
+        """What a device that was larger all the time has beyond the volume is anything."""
+        self.image.extend(min(size_bytes, self.most_bytes), b"\xee")
+        self.loop.call_soon(done, None)
 
     def _failed(self, error: OSError) -> None:
         self.failures.append(error)

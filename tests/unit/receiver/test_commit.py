@@ -48,6 +48,7 @@ def pages(draw: st.DrawFn) -> CommitPage:
         queue=queue,
         first_segment=draw(u64),
         scan_from=draw(u64),
+        size_bytes=draw(u64),
         incarnation=draw(ids),
         committed_ns=draw(u64),
     )

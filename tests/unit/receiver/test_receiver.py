@@ -764,7 +764,10 @@ VIOLATIONS: dict[str, Callable[[Script], Message]] = {
     "begin of another process": lambda script: dataclasses.replace(
         script.begin(), incarnation=bytes([1] * 16)
     ),
-    "begin of another size": lambda script: dataclasses.replace(script.begin(), size_bytes=4096),
+    "begin of a larger size": lambda script: dataclasses.replace(
+        script.begin(), size_bytes=IMAGE_BYTES
+    ),
+    "begin of no size": lambda script: dataclasses.replace(script.begin(), size_bytes=4000),
 }
 
 
@@ -854,7 +857,7 @@ def test_a_volume_that_the_journal_is_too_small_for_is_refused(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"volume": bytes([1] * 16)}, {"size_bytes": GEOMETRY.size_bytes - 512}],
+    [{"volume": bytes([1] * 16)}, {"extent_bytes": 2 * GEOMETRY.extent_bytes}],
 )
 def test_another_volume_is_refused(
     changes: dict[str, Any], machine: Machine, script: Script
