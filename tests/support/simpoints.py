@@ -100,7 +100,7 @@ class PrimaryDisk(SimDisk):
 
 
 class LedgerDisk(SimDisk):
-    """Two sectors of a superblock: the number of the newest committed point; the volume's size."""
+    """Sectors of a superblock: the number of the newest committed point; the volume's size."""
 
     def commit(self, point: int, done: Done) -> None:
         raw = bytearray(SECTOR)
@@ -273,7 +273,7 @@ class World:
     policy: Callable[[], Policy] | None = None
     generations: tuple[bytes, ...] = (GENERATION.bytes, NIL, NIL, NIL)
     promoted = False
-    grows = False
+    sizes: tuple[int, ...] = (SIZE,)  # that the volume has, one after the other
 
     def __init__(self, seed: int = 1) -> None:
         self.rng = random.Random(seed)
@@ -288,8 +288,8 @@ class World:
         self.serial = 0
         self.link: Link | None = None
         self.machine = fresh()
-        primary = bytes(SIZE) + (NEW * max(SIZES))[: max(SIZES) - SIZE]
-        self.boot(primary, blank_image(GEOMETRY), bytes(2 * SECTOR))
+        primary = bytes(SIZE) + (NEW * SIZE)[: max(self.sizes) - SIZE]
+        self.boot(primary, blank_image(GEOMETRY), bytes(SECTOR * min(2, len(self.sizes))))
 
     # -- processes --------------------------------------------------------------------------
     def note(self) -> None:
@@ -307,9 +307,9 @@ class World:
         self.flying = set()
         self.site = Site(
             self,
-            PrimaryDisk("primary", max(SIZES), primary),
+            PrimaryDisk("primary", len(primary), primary),
             SimDisk("record", len(record), record),
-            LedgerDisk("ledger", 2 * SECTOR, ledger),
+            LedgerDisk("ledger", len(ledger), ledger),
             None if self.policy is None else self.policy(),
         )
 
@@ -467,7 +467,7 @@ class World:
         self.advance(self.rng.choice((0.001, 0.02, 0.06, 0.3, 1.1)))
 
     def fault(self) -> None:
-        if self.grows and self.rng.random() < 0.2:
+        if len(self.sizes) > 1 and self.rng.random() < 0.2:
             self.grow()
             return
         x = self.rng.random()
@@ -503,7 +503,7 @@ class World:
 
     def grow(self) -> None:
         site = self.site
-        larger = [size for size in SIZES if size > site.geometry.size_bytes]
+        larger = [size for size in self.sizes if size > site.geometry.size_bytes]
         if larger and site.sender.is_linked and not site.offered_bytes:
             site.offer(self.rng.choice(larger))
 
@@ -564,7 +564,7 @@ class World:
                 bad = [b for b in blocks if _block(got, b) != _block(right, b)]
                 raise Wrong(f"I1 blocks {bad} of point {page.committed} are not those of its cut")
         primary = self.site.primary.crash(rng)
-        size_bytes = size_said(self.site.ledger.crash(rng))
+        size_bytes = SIZE if len(self.sizes) == 1 else size_said(self.site.ledger.crash(rng))
         geometry = replace(GEOMETRY, size_bytes=size_bytes)
         bits = loaded(self.site.record.crash(rng), geometry).bits
         for extent in range(geometry.extents):
@@ -620,7 +620,7 @@ class World:
 class Growing(World):
     """Whose volume becomes larger."""
 
-    grows = True
+    sizes = SIZES
 
 
 def moving(monkeypatch: pytest.MonkeyPatch) -> None:
