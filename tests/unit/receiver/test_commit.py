@@ -33,7 +33,9 @@ ids = st.binary(min_size=16, max_size=16)
 def pages(draw: st.DrawFn) -> CommitPage:
     applied = draw(st.integers(0, 1 << 40))
     queue = tuple(
-        Queued(applied + 1 + number, draw(ids), draw(u64), draw(ids), draw(u64), draw(u64))
+        Queued(
+            applied + 1 + number, draw(ids), draw(u64), draw(ids), draw(u64), draw(u64), draw(u64)
+        )
         for number in range(draw(st.integers(0, MOST_QUEUED)))
     )
     return CommitPage(
