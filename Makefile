@@ -9,10 +9,13 @@ PURE_TESTS := tests/unit tests/property
 # Those of the virtual machine that are part of every test run; `make test-vm` runs all.
 VM_CORE := $(addprefix tests/vm/guest/test_,volume.py barrier.py helper.py stack.py discards.py \
   era_metadata.py nbd_attach.py systemd.py)
+# Those that prove the modules of setup.py.
+COMPILED_TESTS := tests/unit/test_compiled.py $(addprefix tests/unit/,gate media nbd predict record) \
+  $(addprefix tests/property/test_,mirror.py store.py policy.py direct.py simulate_gate.py)
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo demo-failover demo-pair test lint coverage test-fast test-real test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-points bench-point-traces bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
+.PHONY: help setup demo demo-failover demo-pair test lint coverage test-fast test-compiled test-real wheel-compiled bench-cost test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-points bench-point-traces bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,7 +35,7 @@ demo-failover: setup  ## two sites, the first one killed in mid-write: promote, 
 demo-pair: setup  ## two appliances, one killed in mid-write, takeover; draws demo-pair.svg
 	$(PYTHON) examples/demo_pair.py
 
-test: lint coverage test-real mutants-sample test-vm-core  ## lint, tests, coverage report and its gate; see test-vm
+test: lint coverage test-compiled test-real mutants-sample test-vm-core  ## lint, tests, coverage report and its gate; see test-vm
 
 mutants-sample: setup
 	$(PYTHON) tools/mutants.py --sample 6
@@ -97,6 +100,27 @@ soak: setup  ## long property tests and walks, file systems, kill -9; CYCLES=, E
 
 soak-pair: setup  ## two appliances under a nemesis, and millions of simulated steps; ROUNDS=500
 	$(PYTHON) -m tests.soak.pair --rounds $(or $(ROUNDS),500)
+
+wheel-compiled: setup  ## dist/dmctl-*.whl with the modules that requests pass through compiled (needs gcc)
+	rm -rf build
+	DMCTL_COMPILED=1 $(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	  --no-build-isolation --wheel-dir dist .
+
+build/compiled/.ready: $(STAMP) setup.py $(shell git ls-files bitmapd)
+	rm -rf build
+	mkdir -p build/compiled
+	cp -r bitmapd dmctl pyproject.toml setup.py README.md build/compiled
+	cd build/compiled && DMCTL_COMPILED=1 ../../$(PYTHON) setup.py --quiet build_ext --inplace
+	@touch $@
+
+test-compiled: build/compiled/.ready  ## the tests of these modules once more, over the compiled ones
+	rm -rf build/compiled/tests
+	cp -r tests build/compiled
+	cd build/compiled && PYTHONPATH=$$PWD EXPECT_COMPILED=1 EXAMPLES_PART=$(or $(EXAMPLES_PART),10) \
+	  ../../$(PYTEST) -n $(JOBS) -m 'not interpreted' $(COMPILED_TESTS)
+
+bench-cost: build/compiled/.ready  ## processor time a request beside nbdkit, interpreted and compiled; writes docs/benchmarks-cost.md
+	$(PYTHON) -m tests.bench.cost --compiled build/compiled $(BENCH_ARGS)
 
 mutants: setup  ## break the code in chosen places, each has to be noticed; MUTANTS="--sample 8"
 	$(PYTHON) tools/mutants.py $(MUTANTS)

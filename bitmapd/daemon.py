@@ -29,7 +29,7 @@ import time
 from functools import partial
 from typing import Any
 
-from bitmapd import __version__
+from bitmapd import version_text
 from bitmapd.attach.choose import resolved
 from bitmapd.config import (
     Paths,
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-dir", metavar="DIR", help="default /etc/dmctl")
     parser.add_argument("--run-dir", metavar="DIR", help="default /run/dmctl")
-    parser.add_argument("--version", action="version", version=f"bitmapd {__version__}")
+    parser.add_argument("--version", action="version", version=f"bitmapd {version_text()}")
     return parser
 
 

@@ -138,6 +138,15 @@ class DifferencesError(BitmapdError):
     exit_status = 101
 
 
+class Unanswered(OSError):
+    """The connection was lost before an answer came: the other end may still do what it was asked
+    to do."""
+
+
+class OtherMediumError(OSError):
+    """What was opened is not the medium that was meant; it has been let go of."""
+
+
 def error_from_json(data: dict[str, Any]) -> BitmapdError:
     """Rebuild an error that came over the control socket; unknown codes become `BitmapdError`."""
     by_code = {cls.code: cls for cls in BitmapdError.__subclasses__()}

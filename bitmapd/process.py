@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
-from bitmapd import __version__
+from bitmapd import __version__, is_compiled
 from bitmapd.config import Paths
 from bitmapd.control.events import EventLog
 from bitmapd.control.metrics import MetricsServer
@@ -107,7 +107,8 @@ class Process(ABC, Generic[S]):
         except BaseException:
             await self._begin_stop(True)
             raise
-        self._log.emit("started", version=__version__, pid=os.getpid())
+        compiled = is_compiled()
+        self._log.emit("started", version=__version__, compiled=compiled, pid=os.getpid())
         notify("READY=1")
         await self._ended.wait()
         with contextlib.suppress(OSError):  # a manager that is gone sees the process end, and how
@@ -197,7 +198,12 @@ class Process(ABC, Generic[S]):
         }
 
     async def _ping(self, args: dict[str, Any], progress: Progress) -> Any:
-        return {"state": "ready", "pid": os.getpid(), "version": __version__}
+        return {
+            "state": "ready",
+            "pid": os.getpid(),
+            "version": __version__,
+            "compiled": is_compiled(),
+        }
 
     async def _status(self, args: dict[str, Any], progress: Progress) -> Any:
         return self.volume.status()

@@ -23,7 +23,7 @@ from __future__ import annotations
 import errno
 from enum import Enum
 
-from bitmapd.media.base import Unanswered
+from bitmapd.errors import Unanswered
 
 
 class Refusal(Enum):

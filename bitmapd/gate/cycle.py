@@ -4,7 +4,7 @@ A *point* is the content of the volume at one instant, the *cut*: all writes tha
 before it, none that was submitted later.  At the cut the era ends, and what is in `taken` then is
 *pending*: its content at the cut has not been read.  Hosts go on; a write to a pending block waits
 until that block was read, which then comes before all others.  While no cut is open a write costs
-nothing more than in a `Gate`, which is what volumes without points have.
+two questions more than in a `Gate`, which is what volumes without points have.
 
 Order of a write while a cut is open:
 1. A pending block among its blocks?  Wait until they were read, then begin anew.
@@ -123,8 +123,6 @@ class CutGate(Gate):
         `take_era`, which this is."""
         self._cutting = True
         self.changes.cut()
-        # A hit is counted in nanoseconds: while no cut is open, `write` is that of `Gate`.
-        self.write = self._write_in_cut  # type: ignore[method-assign]
         self.take_era(ready)
 
     def take_era(self, ready: Callable[[], None]) -> None:
@@ -143,17 +141,11 @@ class CutGate(Gate):
     def end_cut(self) -> None:
         """All of it was read."""
         self._cutting = False
-        self._write_as_ever()
         self._stop_timer()
 
     def release_answers(self) -> None:
         """Those that were withheld since `answers.begin`, which came before `begin_cut`."""
         self.answers.release()
-        self._write_as_ever()
-
-    def _write_as_ever(self) -> None:
-        if not (self._cutting or self.answers.is_on):
-            vars(self).pop("write", None)
 
     def give_up_cut(self, reason: Void) -> None:
         """Nothing if no cut is open.  The reader is told first, then those who wait go on."""
@@ -223,15 +215,13 @@ class CutGate(Gate):
         return not self._cutting and super().is_hot(first, stop)
 
     # -- hosts ----------------------------------------------------------------------------
-    def _write_in_cut(
-        self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False
-    ) -> None:
-        blocks = self._geometry.block_span(offset_bytes, len(buffer))
-        # It begins anew after whatever it waits for, in this cut or after it.
-        if not self._cutting or not self._waits(
-            *blocks, lambda: self.write(offset_bytes, buffer, done, fua)
-        ):
-            super().write(offset_bytes, buffer, self.answers.of(done), fua)
+    def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        if self._cutting:
+            blocks = self._geometry.block_span(offset_bytes, len(buffer))
+            # It begins anew after whatever it waits for, in this cut or after it.
+            if self._waits(*blocks, lambda: self.write(offset_bytes, buffer, done, fua)):
+                return
+        super().write(offset_bytes, buffer, self.answers.of(done), fua)
 
     def _land(
         self,

@@ -29,11 +29,6 @@ ALLOC_HOLE = 1
 ALLOC_ZERO = 2
 
 
-class Unanswered(OSError):
-    """The connection was lost before an answer came: the other end may still do what it was asked
-    to do."""
-
-
 class Timer(Protocol):
     """A callback that was scheduled; `cancel` may be called any number of times."""
 

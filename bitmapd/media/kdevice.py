@@ -37,7 +37,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bitmapd.errors import BitmapdError, PermissionError_, UsageError, refused
+from bitmapd.errors import BitmapdError, OtherMediumError, PermissionError_, UsageError, refused
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO, AllocationDone, Done
 from bitmapd.media.buffers import aligned
@@ -73,10 +73,6 @@ def open_error(path: str, error: OSError) -> BitmapdError:
     if error.errno == errno.EBUSY:
         return busy(path, holder_of(path))
     return refused(error, f"cannot open {path}")
-
-
-class OtherMediumError(OSError):
-    """What was opened is not the medium that was meant; it has been let go of."""
 
 
 class _Round:

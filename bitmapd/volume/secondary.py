@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 from bitmapd.config import VolumeConfig
-from bitmapd.errors import ForeignRecordError, UnreachableError, WrongStateError
+from bitmapd.errors import ForeignRecordError, OtherMediumError, UnreachableError, WrongStateError
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Target
 from bitmapd.media.claims import Claim
-from bitmapd.media.kdevice import KernelDevice, OtherMediumError
+from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
 from bitmapd.nbd.client.target import NbdTarget
 from bitmapd.net.uri import is_uri, parse_uri

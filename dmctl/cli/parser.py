@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from bitmapd import __version__
+from bitmapd import version_text
 from dmctl.cli.options import Parser, PrintCompletion, add_global_options
 from dmctl.cli.parser_failover import add_failover, add_receivers, add_roles
 from dmctl.cli.parser_tools import add_configuration, add_partner_keys, add_records, add_simulate
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_global_options(parser, again=False)
-    parser.add_argument("--version", action="version", version=f"dmctl {__version__}")
+    parser.add_argument("--version", action="version", version=f"dmctl {version_text()}")
     parser.add_argument(
         "--print-completion",
         action=PrintCompletion,

@@ -26,7 +26,8 @@ class Load:
     depth: int
     region_bytes: int
     align_bytes: int = 0
-    requests: int = 0
+    requests: int = 0  # of each job
+    jobs: int = 1  # each with a connection of its own
 
     def options(self, seconds: int, seed: int) -> list[str]:
         said = [
@@ -36,17 +37,21 @@ class Load:
             f"--size={self.region_bytes}",
             f"--randseed={seed}",
             "--norandommap=1",
+            f"--numjobs={self.jobs}",
+            "--group_reporting=1",
         ]
         if self.align_bytes:
             said.append(f"--blockalign={self.align_bytes}")
         if seconds and not self.requests:
             return [*said, "--time_based=1", f"--runtime={seconds}", "--ramp_time=1"]
         some = 2000 if self.block_bytes <= 64 * KIB else 64
-        return [*said, f"--number_ios={self.requests or some}"]
+        count = self.requests or some
+        return [*said, f"--number_ios={count}", f"--io_size={count * self.block_bytes}"]
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
+    requests: int
     iops: float
     bytes_per_s: float
     mean_us: float
@@ -103,6 +108,7 @@ def _fio(options: list[str], seconds: int) -> Outcome:
     side = max((job["read"], job["write"]), key=lambda one: one["total_ios"])
     percentiles = side["clat_ns"].get("percentile", {})
     return Outcome(
+        requests=side["total_ios"],
         iops=side["iops"],
         bytes_per_s=side["bw_bytes"],
         mean_us=side["lat_ns"]["mean"] / 1000,

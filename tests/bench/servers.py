@@ -27,6 +27,7 @@ class Server:
     uri: str
     direct: bool
     volume: Volume | None = None
+    pid: int = 0  # of those that have no volume
 
 
 def wait_listening(path: Path, process: subprocess.Popen[bytes]) -> None:
@@ -47,12 +48,12 @@ def wait_listening(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _running(command: list[str], path: Path) -> Iterator[None]:
+def _running(command: list[str], path: Path) -> Iterator[int]:
     with Path(f"{path}.log").open("wb") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
         wait_listening(path, process)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         try:
@@ -66,8 +67,8 @@ def _running(command: list[str], path: Path) -> Iterator[None]:
 @contextmanager
 def nbdkit_file(backing: Path, sockets: Path, name: str = "nbdkit") -> Iterator[Server]:
     path = sockets / f"{name}.sock"
-    with _running(["nbdkit", "--foreground", "-U", str(path), "file", str(backing)], path):
-        yield Server(name, f"nbd+unix:///?socket={path}", direct=False)
+    with _running(["nbdkit", "--foreground", "-U", str(path), "file", str(backing)], path) as pid:
+        yield Server(name, f"nbd+unix:///?socket={path}", direct=False, pid=pid)
 
 
 @contextmanager

@@ -12,6 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def test_quick_run_tells_what_a_request_costs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.cost", "--quick"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.endswith("|") and "us a" in line]
+    assert len(rows) == 5 * 3, "five loads; nbdkit, and bitmapd with and without copying"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_quick_run_measures_every_part(tmp_path: Path) -> None:

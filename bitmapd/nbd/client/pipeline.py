@@ -37,7 +37,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 
-from bitmapd.media.base import Unanswered
+from bitmapd.errors import Unanswered
 from bitmapd.nbd.client.connect import tls_reason
 from bitmapd.nbd.client.handshake import ServerExport
 from bitmapd.nbd.client.replies import InFlight, ReplyParser

@@ -24,8 +24,8 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
-from bitmapd.errors import BitmapdError, UsageError
-from bitmapd.media.base import AllocationDone, Done, Unanswered
+from bitmapd.errors import BitmapdError, Unanswered, UsageError
+from bitmapd.media.base import AllocationDone, Done
 from bitmapd.nbd.client.connect import TlsSettings, connect, tls_reason
 from bitmapd.nbd.client.handshake import (
     SECTOR_BYTES,

@@ -162,7 +162,7 @@ class Connection:
         if not self._stream.reads:
             return False
         if self.phase is Phase.SERVING:
-            return self._receive_requests()
+            return self._receive_requests() if self._payload is None else self._receive_payload()
         if self.phase is Phase.HANDSHAKE:
             return self._receive_handshake()
         if self.phase is Phase.TLS:
@@ -235,8 +235,6 @@ class Connection:
         self._read_on_if_pending()
 
     def _receive_requests(self) -> bool:
-        if self._payload is not None:
-            return self._receive_payload()
         if self._pos:
             # What is left of the previous batch is less than a header.
             left = bytes(self._view[self._pos : self._end])

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from bitmapd.copier.refusals import Refusal, judge, may_do_without
-from bitmapd.media.base import Unanswered
+from bitmapd.errors import Unanswered
 
 EXPECTED = {
     Refusal.PLACE: "EIO EINVAL EREMOTEIO EILSEQ ENODATA EBADE EOVERFLOW ENOMEM EAGAIN EBUSY"

@@ -84,6 +84,10 @@ def settling_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settling, "SETTLE_INTERVAL_S", 0.05)
 
 
+# `Failing` takes the place of a method of the disk engine.
+pytestmark = pytest.mark.interpreted
+
+
 class Failing:
     """In place of the disk engine's flush: the primary fails when asked to."""
 

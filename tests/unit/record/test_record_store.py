@@ -639,6 +639,7 @@ def test_writes_of_pages_need_no_buffers_from_the_system(monkeypatch: pytest.Mon
     assert stored_if(rig, GEOMETRY) == {5, 6, *range(40, EXTENTS)} - {EDGE}
 
 
+@pytest.mark.interpreted
 def test_growth_without_memory_is_refused_and_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

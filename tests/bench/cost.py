@@ -1,0 +1,157 @@
+"""Processor time of a server for a request, beside nbdkit: `make bench-cost`.
+
+Requests a second swing with whatever else a machine does; the time that a server's threads have had
+does so far less.  All contenders run at once over files in memory, one after the other is loaded,
+the order turns, and each figure is the median of all turns.  bitmapd is measured with its copier
+paused and at work, as it is and, with `--compiled`, as `make wheel-compiled` makes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import stat
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tests.bench import loads, machine, report, servers
+from tests.bench.loads import KIB, MIB, Load
+from tests.support.volumes import DMCTL, Volume, make_file
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTES = (
+    "User and system time of all threads of the server, divided by the requests; nbdkit's of"
+    " connections that have ended included. 4 KiB in 64 MiB that the record has; files in memory;"
+    " fio's NBD engine over a unix socket. `copying`: the copier is at work, and what it costs is"
+    " in the figure. `compiled`: [decisions/0008](decisions/0008-compiled-modules.md)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    name: str
+    uri: str
+    pid: int
+
+
+def processor_s(pid: int) -> float:
+    """What a process has had so far, threads that have ended included: its CPU clock, whose number
+    is made of the process's (MAKE_PROCESS_CPUCLOCK in the kernel's posix-timers.h)."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def the_loads(region_bytes: int, requests: int) -> list[Load]:
+    def load(name: str, pattern: str, depth: int, jobs: int = 1) -> Load:
+        return Load(
+            name, pattern, 4 * KIB, depth, region_bytes, requests=requests // jobs, jobs=jobs
+        )
+
+    return [
+        load("hit, depth 1", "randwrite", 1),
+        load("hit, depth 16", "randwrite", 16),
+        load("hit, 4 connections of depth 4", "randwrite", 4, 4),
+        load("read, depth 1", "randread", 1),
+        load("read, depth 16", "randread", 16),
+    ]
+
+
+def compiled_program(folder: Path, tree: Path) -> Path:
+    """A dmctl that runs what is in that tree, and so does all that it starts."""
+    path = folder / "dmctl-compiled"
+    path.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH={tree.resolve()} PYTHONSAFEPATH=1\n"
+        f'exec {sys.executable} -m dmctl "$@"\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def measure(tree: Path | None, turns: int, requests: int, size_bytes: int) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    with ExitStack() as stack:
+        state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cost")))
+        media = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm", prefix="c")))
+        backing = make_file(media / "nbdkit.img", size_bytes)
+        peer = stack.enter_context(servers.nbdkit_file(backing, state))
+        found = [Contender("nbdkit", peer.uri, peer.pid)]
+        programs = {"bitmapd": DMCTL}
+        if tree is not None:
+            programs["compiled"] = compiled_program(state, tree)
+        for kind, program in programs.items():
+            for copying in (False, True):
+                name = f"{kind}, copying" if copying else kind
+                folder, place = state / name[:3] / str(copying), media / name
+                folder.mkdir(parents=True)
+                place.mkdir()
+                volume = stack.enter_context(
+                    Volume(
+                        folder,
+                        size_bytes,
+                        "cost",
+                        ["--initial-sync", "skip"],
+                        str(make_file(place / "secondary", size_bytes)),
+                        place,
+                        program=program,
+                    )
+                )
+                volume.create()
+                volume.start()
+                if volume.ask("ping")["compiled"] != (kind == "compiled"):
+                    raise RuntimeError(f"{name} is not what it should be")
+                if not copying:
+                    volume.dmctl("pause", "cost")
+                found.append(Contender(name, volume.uri, volume.pid))
+        for one in found:
+            loads.fill(one.uri, size_bytes)
+        for load in the_loads(min(64 * MIB, size_bytes), requests):
+            cost: dict[str, list[float]] = {one.name: [] for one in found}
+            p99: dict[str, list[float]] = {one.name: [] for one in found}
+            for turn in range(turns):
+                at = turn % len(found)
+                for one in found[at:] + found[:at]:
+                    before_s = processor_s(one.pid)
+                    outcome = loads.over_nbd(one.uri, load, 0, turn)
+                    spent_s = processor_s(one.pid) - before_s
+                    cost[one.name].append(1e6 * spent_s / outcome.requests)
+                    p99[one.name].append(outcome.p99_us)
+            base = statistics.median(cost["nbdkit"])
+            for one in found:
+                middle = statistics.median(cost[one.name])
+                figures[f"{load.name}: {one.name}"] = {
+                    "us a request": round(middle, 2),
+                    "of nbdkit": round(middle / base, 2),
+                    "p99 us": round(statistics.median(p99[one.name]), 0),
+                }
+                print(load.name, one.name, figures[f"{load.name}: {one.name}"], flush=True)
+    return figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="processor time of a request, beside nbdkit")
+    parser.add_argument("--compiled", type=Path, help="a tree with compiled modules")
+    parser.add_argument("--quick", action="store_true", help="a run that only shows it works")
+    parser.add_argument("--turns", type=int, default=5)
+    options = parser.parse_args()
+    turns, requests = (1, 400) if options.quick else (options.turns, 40_000)
+    results = {
+        "command": "make bench-cost",
+        "at": datetime.now(UTC).isoformat(timespec="minutes"),
+        "machine": machine.describe(),
+        "figures": measure(options.compiled, turns, requests, (16 if options.quick else 256) * MIB),
+    }
+    page = report.figures_page("Processor time of a request", results, NOTES)
+    if options.quick:
+        print(page)
+    else:
+        (ROOT / "docs" / "benchmarks-cost.md").write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
