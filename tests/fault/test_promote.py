@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,6 +70,31 @@ def test_the_promoted_site_has_a_point_and_the_old_one_follows_with_its_differen
     sites.near.stop()
     assert sites.equal()
     assert final >= 1_000_100
+
+
+def test_of_what_both_records_name_only_pieces_that_differ_are_sent(sites: Sites) -> None:
+    """The process that was promoted dies as well, so that its record is all that it knows."""
+    sites.start()
+    sites.near.until(lambda status: status["record_bytes"] < 8 * MIB)
+    sites.near.dmctl("set", "vol0", "point-interval=1h")
+    for number in range(20):
+        sites.near.write(number * MIB + 8192, os.urandom(4096))
+    sites.near.kill()
+    sites.far.dmctl("promote", "vol0")
+    sites.far.dmctl("set", "vol0", "point-interval=1h")
+    for number in range(10, 30):
+        sites.far.write(number * MIB + 16384, os.urandom(4096))
+    sites.far.kill()
+    sites.far.start()
+    failback(sites)
+    sites.far.dmctl("set", "vol0", "point-interval=300ms")
+    sites.far.wait_in_sync()
+    points = sites.far.status()["points"]
+    assert points["sent_bytes_total"] == 40 * 4096
+    assert points["equal_bytes_total"] < points["compared_bytes_total"]
+    sites.far.stop()
+    sites.near.stop()
+    assert sites.equal()
 
 
 def test_places_are_exchanged_back_without_a_loss(sites: Sites) -> None:
