@@ -76,8 +76,8 @@ class GroupSites:
             self.near[name].create()
 
     def start(self) -> None:
-        for volume in (*self.far.values(), *self.near.values()):
-            volume.start()
+        for site in (self.far, self.near):
+            site["a"].dmctl("start", *NAMES)
         self.points(1)
 
     def points(self, count: int) -> None:
@@ -86,7 +86,7 @@ class GroupSites:
             volume.until(lambda status: status["points"]["committed_total"] >= count)
 
     def group(self, name: str) -> dict[str, Any]:
-        found: dict[str, Any] = self.near[name].status()["points"]["group"]
+        found: dict[str, Any] = self.near[name].ask("status")["points"]["group"]
         return found
 
     def promote(self, *words: str) -> dict[str, Any]:
@@ -192,7 +192,9 @@ def run_rounds(folder: Path, count: int, seed: int) -> tuple[Counter[str], list[
     for number in range(count):
         place = folder / str(number)
         place.mkdir()
-        done[one_round(place, rng, holds)] += 1
+        strike = one_round(place, rng, holds)
+        done[strike] += 1
+        print(f"round {number + 1}: {strike}", file=sys.stderr, flush=True)
     return done, holds
 
 
