@@ -71,6 +71,23 @@ def test_walks_that_have_shown_something(seed: int, troubles: str, length: int) 
     walk(seed, frozenset(TROUBLES[troubles]), length)
 
 
+@pytest.mark.parametrize(
+    ("seed", "troubles", "length"),
+    [
+        # A host with a new record: its superblock named the volume before its record named what it
+        # had learnt of a keeper that lacked something itself.
+        pytest.param(9500023, "stops", 400, id="paired-and-not-stored"),
+        pytest.param(9500067, "crashes", 1500, id="exchanging-and-not-stored"),
+        pytest.param(9500219, "everything", 1500, id="a-keeper-that-has-said-BYE"),
+        pytest.param(9500347, "failing growth", 1500, id="a-size-that-is-not-in-force"),
+    ],
+)
+def test_walks_with_a_keeper_that_have_shown_something(
+    seed: int, troubles: str, length: int
+) -> None:
+    walk(seed, frozenset(TROUBLES[troubles]), length, kept=True)
+
+
 def settle(world: World, turns: int) -> None:
     """Everything that is under way ends, and what is clean leaves the records."""
     for _ in range(turns):

@@ -295,6 +295,8 @@ class Side:
         off = self.leaving or self.gone or self.stopping is not None or self.stopped
         if off or self.requests < 0:
             return
+        if self.kernel is None and not self.may_serve:
+            return
         if self.kernel is None:
             disk = Path("primary", self.world.primary, self.world.primary_landed)
             self.kernel = SimKernel(self.geometry, disk)
@@ -427,17 +429,24 @@ class Side:
 
     @property
     def joins_again(self) -> bool:
-        """Node 2 has a new record, and has not met node 1 since."""
-        return self.lasting.volume == NIL and self.lasting.volatile
+        """It has a new record, and has not met the other node since."""
+        lost = self.lasting.volatile or (self.world.kept and self.number == 1)
+        return self.lasting.volume == NIL and lost
 
     def replace_record(self) -> None:
-        """`dmctl record replace`: it names nothing, and says so."""
-        size_bytes = self.world.sides[2 - self.number].durable_blocks * BLOCK
-        self.record_image = blank_image(replace(GEOMETRY, size_bytes=size_bytes))
-        joins = self.number == 2
+        """`dmctl record replace`: it names nothing, and says so.  Of a host whose keeper has all:
+        `dmctl create --join`."""
+        self.record_image = blank_image(self.world.sides[2 - self.number].size_in_force)
+        joins = self.number == 2 or self.world.kept
         volume = NIL if joins else VOLUME.bytes
         generations = (self.world.rng.randbytes(16), NIL, NIL, NIL)
-        self.lasting = Lasting(joins, 0, generations, volume, volatile=True)
+        self.lasting = Lasting(joins, 0, generations, volume, volatile=not self.world.kept)
+
+    @property
+    def size_in_force(self) -> Geometry:
+        """What a node that joins has to have: a size that is only in the superblock counts when the
+        next process begins."""
+        return self.geometry if self.alive else load_image(self.record_image).superblock.geometry
 
     def look_at_record(self) -> None:
         self.node.stand_in.record_is(failing=self.store.failing)
@@ -447,6 +456,13 @@ class Side:
         both = min(self.geometry.extents, other.geometry.extents)
         mine = self.rights.own | self.rights.owed
         return (mine[:both] & ~other.rights.owed[:both]).any() or mine[both:].any()
+
+    def writes_elsewhere(self) -> bool:
+        """Whether a write is on its way to what is not its own."""
+        ops = self.primary.pending + self.secondary.pending
+        return any(
+            op.kind == "write" and not self.rights.own[op.offset_bytes // EXTENT] for op in ops
+        )
 
     def known(self) -> bitarray:
         return self.rights.own | self.rights.other | self.rights.owed
@@ -475,7 +491,18 @@ class Side:
         off = self.leaving or self.stopping is not None or self.stopped
         if self.world.direct == self.number:
             return self.kernel is not None and not off and self.requests >= 0
-        return self.alive and self.node.serves and not off and self.requests >= 0
+        return self.alive and self.node.serves and not off and self.requests >= 0 and self.may_serve
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether it gives dirt away while hosts write: not past its gate.  A barrier would wait
+        for a write that waits for what only the barrier sets free."""
+        return self.world.direct != self.number
+
+    @property
+    def may_serve(self) -> bool:
+        """Whether hosts come to this node, unless it has stopped or lost them."""
+        return self.world.direct == 0 or self.world.serving == self.number
 
     @property
     def counts(self) -> bool:
@@ -484,7 +511,10 @@ class Side:
 
     @property
     def knows(self) -> bool:
-        return self.counts and (self.node._known if self.keeps else self.node.serves)
+        if not self.keeps:
+            return self.counts and self.node.serves
+        # One that has said BYE is asked no more: what it has stored is what counts.
+        return self.counts and self.node._known and not self.node._over
 
 
 class _Around:
@@ -629,8 +659,9 @@ class World:
         self.falls_back = self.rng.random() < 0.7  # record_fallback
         if kept:
             self.goes_on %= 2
-        # The node whose hosts write past its gate, if any.
+        # The node whose hosts write past its gate, if any; then one node has hosts at a time.
         self.direct = self.rng.choice((1, 2)) if "kernel" in troubles else 0
+        self.serving = self.direct  # which one
         self._swift = self.rng.random() < 0.5  # a link that is lost comes back soon
         self._writes_superblocks = self.rng.choice((0.05, 0.5))  # how soon they are written
         self.log: list[str] = []
@@ -808,7 +839,7 @@ class World:
         is_there = other.alive and other.copier.state is CopyState.RUNNING
         away = side.copier.state is CopyState.LINK_DOWN
         side.copier.rounds.hands_over = on = away and is_there
-        if on and side.node.state is State.PAIRED and not self.kept:
+        if on and side.node.state is State.PAIRED and side.hands_over and not self.kept:
             side.rights.hand_over(side.gate.idle_dirt(EXTENTS))
 
     def yield_hosts(self, side: Side) -> None:
@@ -830,15 +861,14 @@ class World:
         def taken(error: Exception | None) -> None:
             self.log.append(f"{side.number}: has taken, {error!r}")
             if side.alive and error is None:
+                self.serving = side.number
                 side.go_on()
             same = incarnation == (side.incarnations, other.incarnations) and before is other.end
             if error is None and same and other.alive and other.stopped:
                 # What this side has handed over meanwhile is not meant.
                 if other.keeps_from(side):
                     raise AssertionError("TAKEN before everything was given")
-                if any(
-                    op.kind == "write" for op in other.primary.pending + other.secondary.pending
-                ):
+                if other.writes_elsewhere():
                     raise AssertionError("TAKEN with writes on their way")
 
         self.log.append(f"{side.number}: takes")
@@ -863,7 +893,7 @@ class World:
                 # What the other has handed over meanwhile is not meant.
                 if side.keeps_from(other):
                     raise AssertionError("not everything was given")
-                if any(op.kind == "write" for op in side.primary.pending + side.secondary.pending):
+                if side.writes_elsewhere():
                     raise AssertionError("given with writes on their way")
 
         def out(_: str | None) -> None:
@@ -920,8 +950,7 @@ class World:
             self.crash(host)
         self.log.append("1: its record is lost")
         self.lacking = self.lacking or host.lasting.gone_on
-        host.record_image = blank_image(geometry)
-        host.lasting = Lasting(True, 0, (self.rng.randbytes(16), NIL, NIL, NIL), NIL)
+        host.replace_record()
 
     def finish(self, side: Side, *, anything: bool) -> bool:
         """One disk operation of this side."""
@@ -1058,7 +1087,7 @@ class World:
         elif what == "lie":
             self.lie()
         elif what == "take":
-            if side.alive and side.stopped and self.rng.random() < 0.5:
+            if side.alive and side.stopped and not self.direct and self.rng.random() < 0.5:
                 side.go_on()
             elif self.rng.random() < 0.3:
                 self.demote(side)
@@ -1073,7 +1102,7 @@ class World:
                 self.restart(side)
             elif side.takes_hosts and self.rng.random() < 0.3:
                 side.leaving = True
-        elif what == "hand-over" and side.alive and side.node.serves:
+        elif what == "hand-over" and side.alive and side.node.serves and side.hands_over:
             own = [e for e in range(side.geometry.extents) if side.rights.own[e]]
             if own:
                 side.rights.hand_over([self.rng.choice(own)])
@@ -1174,6 +1203,7 @@ class World:
         other.fence_kernel()
         other.lay_ghosts()
         self.log.append(f"{side.number}: takes over")
+        self.serving = side.number
         side.node.fenced(Proof.FENCE)
         side.loop.run_soon()
 
