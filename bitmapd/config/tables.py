@@ -160,15 +160,6 @@ def _judge_group(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
 def _judge_receiver(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
     if config.node is not None:
         yield "secondary", UsageError("is a receiver, and the volume one of two appliances")
-    if config.attach == "dm":
-        yield (
-            "attach",
-            UsageError(
-                "a volume with a receiver serves its hosts over NBD in this version: the kernel"
-                " cannot tell which of their writes belong to a point",
-                hint="set attach = nbd",
-            ),
-        )
     if config.initial_sync != "full":
         yield (
             "initial_sync",

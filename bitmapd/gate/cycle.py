@@ -28,7 +28,11 @@ Invariants:
 5. A trim is a hint: it leaves pending blocks out.  A zeroing is a write.
 6. While answers are withheld, for a group (`withheld`), that holds for every write that is
    submitted, in whatever way it got here.
-7. Whatever marks blocks and is not a host's write says in the same event that it is not known what
+7. Where hosts write past the gate (`direct`), a cut is made only while none does and all that was
+   written so is known: then this gate sees every write, and the instant is its own.  An extent is
+   not direct again before its pending blocks were read (`follow`), and what a barrier brings while
+   a cut is open is of the next era, whenever it was written.
+8. Whatever marks blocks and is not a host's write says in the same event that it is not known what
    of them changed; but for `send_again`, since what was not committed is known all the while.
 
 What was read, and what was sent, counts as copied and not settled (`unsettled`): no extent of it
@@ -37,7 +41,7 @@ leaves the record before the point is committed and the primary was flushed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -45,7 +49,7 @@ from typing import Protocol
 
 from bitmapd.gate.blockset import BlockSet
 from bitmapd.gate.changes import PIECE_SHIFT, Changes
-from bitmapd.gate.elsewhere import Run
+from bitmapd.gate.elsewhere import Elsewhere, Run
 from bitmapd.gate.gate import Gate, Submit
 from bitmapd.gate.withheld import Withheld
 from bitmapd.media.base import Device, Done, Scheduler, Timer, after_all
@@ -80,6 +84,22 @@ class Reader(Protocol):
         """The cut is over; what is pending no longer has to be read."""
 
 
+class Direct(Elsewhere, Protocol):
+    """Hosts that write past the gate, and can be kept from it."""
+
+    def still(self, *, wanted: bool) -> None:
+        """Have the next barrier end all of it, and none let it begin again, as long as that is
+        wanted."""
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nobody can write there, and the blocks of all that was written are known."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a barrier is under way."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waiter:
     first: int
@@ -103,8 +123,18 @@ class CutGate(Gate):
         *,
         limit_extents: int,
         patience_s: float = PATIENCE_S,
+        direct: Direct | None = None,
     ) -> None:
-        super().__init__(geometry, primary, store, policy, scheduler, limit_extents=limit_extents)
+        super().__init__(
+            geometry,
+            primary,
+            store,
+            policy,
+            scheduler,
+            limit_extents=limit_extents,
+            elsewhere=() if direct is None else (direct,),
+        )
+        self.direct = direct
         self.patience_s = patience_s
         self.changes = Changes(geometry, self.current)
         self._current_era.marks = self.changes.pieces
@@ -121,14 +151,52 @@ class CutGate(Gate):
     def begin_cut(self, ready: Callable[[], None]) -> None:
         """This is the instant.  Calls back when pending blocks may be read.  To be called as
         `take_era`, which this is."""
+        if self.direct is not None and not self.direct.is_still:
+            raise RuntimeError("hosts write past the gate")
         self._cutting = True
         self.changes.cut()
-        self.take_era(ready)
+        self._take_era((), ready)
 
-    def take_era(self, ready: Callable[[], None]) -> None:
-        super().take_era(ready)
+    def _take_era(self, others: Sequence[Elsewhere], ready: Callable[[], None]) -> None:
+        super()._take_era(others, ready)
         self.changes.begin_era(self.current)
         self._current_era.marks = self.changes.pieces
+
+    # -- hosts that write past it ---------------------------------------------------------
+    def follow(self, done: Callable[[bool], None]) -> None:
+        """A barrier that ends no era here, whatever else goes on: what was written elsewhere gets
+        known, as of this era, and the kernel's table follows the record.  Not while `is_busy`;
+        calls back with whether it has passed, never from inside."""
+        direct, begun_s = self.direct, self._scheduler.time()
+        if direct is None:
+            raise RuntimeError("nobody writes past the gate")
+
+        def brought(runs: Sequence[Run] | None) -> None:
+            if runs is not None:
+                self._unsettled.join(runs, self._known_until)
+                self._tell_policy(runs)
+                for run in runs:
+                    self.changes.unknown(*run)
+                self._known_until = max(self._known_until, begun_s)
+            self._scheduler.call_soon(done, runs is not None)
+
+        recorded = BlockSet(self._store.covered_runs())
+        if self._cutting:
+            per = self._geometry.blocks_per_extent
+            recorded = recorded.minus(
+                BlockSet((first // per, (stop - 1) // per + 1) for first, stop in self.taken.runs())
+            )
+        direct.barrier(recorded.runs(), brought)
+
+    def _take_from_elsewhere(self, runs: Sequence[Run]) -> None:
+        super()._take_from_elsewhere(runs)
+        for run in runs:
+            self.changes.unknown(*run)
+
+    @property
+    def wants_era(self) -> bool:
+        """Not for the table's sake, which `follow` does without."""
+        return self._unsettled.wants_era or (self.direct is not None and self.direct.written)
 
     @property
     def is_cutting(self) -> bool:
@@ -169,7 +237,7 @@ class CutGate(Gate):
         self.changes.committed()
         super().settle(extents)
 
-    # -- what marks blocks, and may make some pending (invariants 4 and 7) ------------------
+    # -- what marks blocks, and may make some pending (invariants 4 and 8) ------------------
     def take_recorded(self) -> None:
         self.give_up_cut(Void.ASKED)
         super().take_recorded()

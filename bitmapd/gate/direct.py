@@ -198,6 +198,19 @@ class DirectPath:
         when another node waits."""
         return self.routes.urgent or self.at_rest or bool(self._leaving)
 
+    # -- no direct writes (`cycle.Stillable`) -------------------------------------------------
+    def still(self, *, wanted: bool) -> None:
+        if wanted is not self.routes.is_gating:
+            self.routes.gate_all(wanted=wanted)
+
+    @property
+    def is_still(self) -> bool:
+        return not self._busy and self.routes.is_still
+
+    @property
+    def is_busy(self) -> bool:
+        return self._busy
+
     @property
     def collected_era(self) -> int:
         """The latest era whose blocks are known."""

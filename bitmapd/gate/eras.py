@@ -81,10 +81,14 @@ class Eras:
         To be called only while no copy is in flight: a block that is copied now and written now
         would else be taken out of `taken` by a copy that read it too early.  One call at a time.
         """
+        self._take_era(self._elsewhere, ready)
+
+    def _take_era(self, others: Sequence[Elsewhere], ready: Callable[[], None]) -> None:
+        """`others`: all who may have written elsewhere what is not known."""
         self._current_era = self._unsettled.take_era()
         self.era += 1
         begun = self._scheduler.time()
-        missing = list(self._elsewhere)  # those whose blocks have not come
+        missing = list(others)  # those whose blocks have not come
         waiting = 1 + len(missing)
 
         def ended() -> None:
@@ -103,7 +107,7 @@ class Eras:
                 missing.remove(other)
             self._scheduler.call_soon(ended)
 
-        for other in self._elsewhere:
+        for other in others:
             other.barrier(self._store.covered_runs(), partial(brought, other))
         self.when_landed(ended)
 
@@ -135,6 +139,10 @@ class Eras:
         if not runs:
             return
         self._unsettled.take(runs, self._known_until)
+        self._tell_policy(runs)
+
+    def _tell_policy(self, runs: Sequence[Run]) -> None:
+        """Of blocks that were written elsewhere."""
         now, per, end = self._scheduler.time(), self._geometry.blocks_per_extent, 0
         for first, stop in runs:
             extent, extent_stop = max(first // per, end), (stop - 1) // per + 1

@@ -177,6 +177,15 @@ class Routes:
         self._must_load |= not wanted
 
     @property
+    def is_gating(self) -> bool:
+        return self._gating
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing is direct, and all that was written when it was is known."""
+        return not self._open
+
+    @property
     def all_gated(self) -> bool:
         """Whether no host can write past the gate."""
         return not self._direct and not self._maybe

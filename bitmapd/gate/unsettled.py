@@ -101,6 +101,13 @@ class Unsettled:
             self._taken_since_s = _earliest(self._taken_since_s, since_s)
         self._withhold(since_s)
 
+    def join(self, runs: Iterable[Run], since_s: float) -> None:
+        """As `take`, into the current era."""
+        era = self.current_era
+        for first, stop in runs:
+            era.mark(first, stop, since_s)
+            era.since_s = _earliest(era.since_s, since_s)
+
     def _withhold(self, since_s: float | None) -> None:
         """Put what is under embargo back into the current era."""
         for extent in self._embargoed:

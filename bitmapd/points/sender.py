@@ -48,6 +48,7 @@ from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
 from bitmapd.points.closing import Closing, Ledger
 from bitmapd.points.differences import Differences
+from bitmapd.points.following import Following
 from bitmapd.points.group import ALONE, Member
 from bitmapd.points.lineage import Verdict
 from bitmapd.points.messages import Hello2, Message, Pieces, Sums
@@ -159,6 +160,10 @@ class Sender:
         )
         self.room = Room(gate, self.spool, self.uplink, geometry.block_bytes, emit)
         self.closing = Closing(gate, primary, ledger, self.passes, self._closed)
+        self.following: Following | None = None
+        if gate.direct is not None:
+            self.following = Following(gate, gate.direct, scheduler, self._soon)
+        self._wants_cut = False  # that of `following`
         gate.reader = self
         gate.on_flush_error = self._primary_not_flushed
         self.state = CopyState.STOPPED
@@ -212,6 +217,8 @@ class Sender:
             if timer is not None:
                 timer.cancel()
         self._timer = self._wake = None
+        if self.following is not None:
+            self.following.stop()
         self._draining.append(done)
         self._check_stopped()
 
@@ -222,6 +229,8 @@ class Sender:
     def wake(self) -> None:
         """The next cut need not wait for its time: used while draining."""
         self.schedule.hurry()
+        if self.following is not None:
+            self.following.hurry()
         self._soon()
 
     def cut(self, label: str = "") -> None:
@@ -282,7 +291,11 @@ class Sender:
         """Whether nothing is in flight here, whatever the receiver does."""
         spool_is_idle = self.overflow is None or self.overflow.idle
         parts = (self.reading, self.closing, self.differences)
-        return not self._barrier and all(part.idle for part in parts) and spool_is_idle
+        return not self._in_barrier and all(part.idle for part in parts) and spool_is_idle
+
+    @property
+    def _in_barrier(self) -> bool:
+        return self._barrier or (self.following is not None and self.following.under_way)
 
     @property
     def is_linked(self) -> bool:
@@ -360,11 +373,16 @@ class Sender:
         if self.state is CopyState.STOPPED:
             self._check_stopped()
             return
-        if self.state is CopyState.PAUSED:
-            if self.idle:
-                self._changed()  # whoever asked for the pause waits for this
-            return
         now = self._scheduler.time()
+        self._wants_cut = False
+        if self.state is not CopyState.PAUSED:
+            self._go_forward(now)
+        elif self.idle:
+            self._changed()  # whoever asked for the pause waits for this
+        if self.following is not None:
+            self.following.step(now, wants_cut=self._wants_cut)
+
+    def _go_forward(self, now: float) -> None:
         if self.overflow is not None:
             self.overflow.proceed()
         if self.phase is Phase.OPEN and self.state is CopyState.RUNNING:
@@ -384,7 +402,7 @@ class Sender:
     # -- before the cut -----------------------------------------------------------------------
     def _go_on(self, now: float) -> None:
         """No cut is open: cut, or copy ahead, or wait."""
-        if self._barrier or self.reading.is_revoked:
+        if self._in_barrier or self.reading.is_revoked:
             return
         if self.schedule.copies_ahead or self.reading.is_blocked:
             self._copy_ahead(now)
@@ -399,7 +417,8 @@ class Sender:
         ):
             self._next_round()
         elif self.schedule.due_s <= now:
-            if self._may_cut_alone:
+            self._wants_cut = self._may_cut_alone
+            if self._wants_cut and (self.following is None or self.following.may_cut(now)):
                 self.uplink.group = 0 if self.member is None else ALONE
                 self._cut(now)
         else:

@@ -314,7 +314,14 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     if secondary is None:
         patience_s = effective_cut_patience_s(config)
         gate = CutGate(
-            geometry, primary, names, policy, loop, limit_extents=limit, patience_s=patience_s
+            geometry,
+            primary,
+            names,
+            policy,
+            loop,
+            limit_extents=limit,
+            patience_s=patience_s,
+            direct=mode.elsewhere[0] if isinstance(mode, DmMode) else None,
         )
     else:
         gate = Gate(

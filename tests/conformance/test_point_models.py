@@ -1,7 +1,7 @@
 """The Spin models of consistent points hold; seeded mistakes give counterexamples.
 
 `points.pml` is the protocol of a volume and its receiver, with promote and failback; `group.pml`
-the cut of several volumes at one instant; `word.pml` the cut by device-mapper.  MODEL_FULL=1 adds
+the cut of several volumes at one instant; `still.pml` the cut by device-mapper.  MODEL_FULL=1 adds
 the larger searches (minutes, and up to 3 GB of memory).
 """
 
@@ -22,7 +22,7 @@ def points(*defines: str) -> Search:
     return "points.pml", " ".join(defines)
 
 
-GROUP, WORD = ("group.pml", ""), ("word.pml", "")
+GROUP, STILL = ("group.pml", ""), ("still.pml", "")
 USUAL = points()
 AHEAD = points("AHEAD=1", "CRASHES=0")
 
@@ -33,7 +33,7 @@ HOLDS = [
     points("CRASHES=0", "LINKS=0", "FALLS=2", "WRITES=1"),
     points("CRASHES=0", "FALLS=0", "LINKS=2", "AHEAD=1"),
     GROUP,
-    WORD,
+    STILL,
 ]
 FULL = [USUAL, points("AHEAD=1", "FALLS=0"), points("AHEAD=1", "CRASHES=0"), points("POINTS=3")]
 MISTAKES = {
@@ -47,16 +47,17 @@ MISTAKES = {
     "BUG_FAILBACK_ONE_RECORD": [USUAL],
     "BUG_HAVE_IGNORED": [points("BUG_END_UNCHECKED")],
     "BUG_HELLO_WHILE_COMMITTING": [USUAL],
-    "BUG_NO_CBW": [USUAL],
+    "BUG_NO_CBW": [USUAL, STILL],
     "BUG_NO_PRIMARY_FLUSH": [USUAL],
     "BUG_OLD_WITHOUT_LIST": [USUAL],
     "BUG_RESUME_OTHER": [USUAL],
     "BUG_TOLD_EARLY": [USUAL],
     "BUG_NOT_WITHHELD": [GROUP],
     "BUG_RELEASED_EARLY": [GROUP],
-    "BUG_LOOKED_FIRST": [WORD],
-    "BUG_WORD_EARLY": [WORD],
-    "BUG_WORD_LATE": [WORD],
+    "BUG_DIRECT": [STILL],
+    "BUG_LATER_PENDING": [STILL],
+    "BUG_ONE_BARRIER": [STILL],
+    "BUG_PENDING_DIRECT": [STILL],
 }
 # Else a model could hold because nothing ever happens in it.
 WITNESSES = {
@@ -64,7 +65,7 @@ WITNESSES = {
     "WITNESS_RESUMED": [USUAL],
     "WITNESS_TWO_POINTS": [USUAL],
     "WITNESS_CUT": [GROUP],
-    "WITNESS_NEW": [WORD],
+    "WITNESS_POINTS": [STILL],
 }
 FOUND = spin.searches(MISTAKES | WITNESSES)
 
@@ -94,6 +95,6 @@ def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: 
     assert errors(tmp_path, search, name) == 1
 
 
-@pytest.mark.parametrize("model", ["points.pml", "group.pml", "word.pml"])
+@pytest.mark.parametrize("model", ["points.pml", "group.pml", "still.pml"])
 def test_every_mistake_and_good_end_is_tried(model: str) -> None:
     assert spin.mistakes_and_ends(model) == {name for search, name in FOUND if search[0] == model}

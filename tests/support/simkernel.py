@@ -211,11 +211,11 @@ class Bio:
 class SimKernel:
     """A `Kernel`; see the module docstring."""
 
-    def __init__(self, geometry: Geometry, disk: SimDisk) -> None:
+    def __init__(self, geometry: Geometry, disk: SimDisk, era: SimEra | None = None) -> None:
         self.geometry = geometry
         self.size_bytes, self.block_bytes = geometry.size_bytes, geometry.block_bytes
         self.disk = disk
-        self.era = SimEra(disk, geometry)
+        self.era = era or SimEra(disk, geometry)
         self.table: list[Segment] = [(0, geometry.size_bytes, GATE)]
         self.inactive: list[Segment] | None = None
         self.coming: list[Segment] | None = None  # the resume that is under way has it

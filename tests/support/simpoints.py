@@ -396,7 +396,7 @@ class World:
     def host(self) -> None:
         rng = self.rng
         if rng.random() < 0.05:
-            self.site.gate.flush(lambda error: None)
+            self.flush()
             return
         length = rng.choice((1, 1, 8, 33, 70)) if rng.random() < 0.95 else 150
         first = rng.randrange(self.site.geometry.size_bytes // SECTOR - length + 1)
@@ -413,13 +413,21 @@ class World:
             self.count["writes"] += 1
 
         kind = rng.random()
-        if kind < 0.1:
-            self.site.gate.zero(first * SECTOR, length * SECTOR, done)
-        elif kind < 0.2:
-            self.site.gate.trim(first * SECTOR, length * SECTOR, done)
+        fill = rng.randbytes(8) if kind < 0.6 else self.serial.to_bytes(8, "big")
+        name = "zero" if kind < 0.1 else "trim" if kind < 0.2 else "write"
+        self.change(name, first * SECTOR, fill * (length * SECTOR // 8), done)
+
+    def flush(self) -> None:
+        self.site.gate.flush(lambda error: None)
+
+    def change(self, kind: str, offset: int, data: bytes, done: Done) -> None:
+        """A host's, of which only a write has data."""
+        if kind == "write":
+            self.site.write(offset, data, done)
+        elif kind == "zero":
+            self.site.gate.zero(offset, len(data), done)
         else:
-            fill = rng.randbytes(8) if kind < 0.6 else self.serial.to_bytes(8, "big")
-            self.site.write(first * SECTOR, fill * (length * SECTOR // 8), done)
+            self.site.gate.trim(offset, len(data), done)
 
     # -- one thing at a time ----------------------------------------------------------------
     @property
@@ -457,11 +465,16 @@ class World:
                 may.append((2.0, self.to_receiver))
             if link.wire.to_sender or not link.wire.is_open:
                 may.append((1.0, self.to_sender))
+        may += self.beside(faults=faults)
         weights = [weight for weight, _ in may]
         ((_, action),) = rng.choices(may, weights)
         action()
         self.site.look()
         self.run_soon()
+
+    def beside(self, *, faults: bool) -> list[tuple[float, Callable[[], object]]]:
+        """What else can happen, and how likely it is."""
+        return []
 
     def time_passes(self) -> None:
         self.advance(self.rng.choice((0.001, 0.02, 0.06, 0.3, 1.1)))
@@ -602,6 +615,10 @@ class World:
         size_bytes = self.site.geometry.size_bytes
         return self.machine.image.visible[:size_bytes] == self.site.primary.visible[:size_bytes]
 
+    def moves(self) -> bool:
+        """Whether something moved that is neither disk nor link."""
+        return False
+
     def settle(self) -> None:
         """Everything that is under way ends, in order."""
         moved = True
@@ -612,6 +629,7 @@ class World:
                 while disk.pending:
                     self.finish(disk)
                     moved = True
+            moved |= self.moves()
             while self.to_receiver() or self.to_sender():
                 self.run_soon()
                 moved = True

@@ -51,7 +51,6 @@ def test_a_volume_with_a_receiver_is_served_over_nbd_and_everything_is_to_be_sen
     [
         ({"secondary": "receiver+tls://far/v"}, "--partner-certificates: the receiver needs"),
         ({"secondary": "receiver+tls://far"}, "name is missing"),
-        ({"attach": "dm"}, "--attach: a volume with a receiver serves its hosts over NBD"),
         ({"initial_sync": "skip"}, "--initial-sync: skip is for secondaries that can be read"),
         ({"block_size": "512KiB"}, "--block-size is larger than 256KiB"),
         ({"point_interval": "1ms"}, "--point-interval"),

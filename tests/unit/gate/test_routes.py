@@ -364,3 +364,22 @@ def test_a_table_has_only_what_is_recorded_and_not_cooling(
     if len(table.runs) < (max_segments - 1) // 2:
         assert found == extents - cooling
     assert all(map(routes.is_open, found | hits))
+
+
+def test_still_is_when_nothing_is_direct_and_all_of_before_is_known() -> None:
+    routes = Routes()
+    assert routes.is_still
+    routes.gated_hit(0, 3)
+    assert routes.propose([(0, 3)]) is not None
+    assert not routes.is_still
+    routes.landed(())
+    assert not routes.is_still
+    routes.gate_all()
+    assert routes.is_gating
+    assert routes.propose([(0, 3)]) is not None
+    routes.landed(())
+    assert routes.all_gated
+    assert not routes.is_still  # of what was written before the swap nothing is known
+    assert routes.propose([(0, 3)]) is None
+    routes.landed(())
+    assert routes.is_still

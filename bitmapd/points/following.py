@@ -1,0 +1,139 @@
+"""Barriers for hosts that write past the gate: when the kernel's table follows, and cuts (pure).
+
+With device-mapper hosts write recorded extents in the kernel, and what they wrote is known at
+barriers.  dm-era's eras end at a snapshot that comes before the drain, so what one brings is the
+volume's content at no instant: a point made of it would have writes of two eras.  So a cut is not
+one of the kernel's.  Before it, one barrier moves everything to the gate, and the next brings what
+was written until the first one's drain had ended.  Then the gate sees every write in the order of
+submission, and cuts as it does where hosts use NBD.
+
+| state | on | goes to | does |
+| --- | --- | --- | --- |
+| none | a cut is due | stilling | the next barriers end what is direct |
+| stilling | a barrier has passed, and all is known | still | the cut may be made in that event |
+| stilling, still | no cut is due any more | none | the next barrier makes extents direct again |
+| still | the cut was made | none | the same, but for extents with pending blocks |
+
+Other barriers come for the table's sake: hosts reach extents through the gate that could be direct,
+or nothing was written lately and one more barrier would make that known.
+
+Invariants:
+1. A cut is made only when nothing is direct and nothing that was is unknown (the gate's condition).
+2. One barrier at a time, and that of a round is one of them.
+3. Barriers for the table's sake are `URGENT_ERA_S` apart; while a cut is being read as far apart as
+   it has lasted, for each of them moves only what was read meanwhile.  After one that failed the
+   next waits `AGAIN_S`.
+4. They come whatever the receiver does, since misses would stay in the gate as long as it is away.
+
+A crash leaves a table, and the next process counts all that is direct in it as written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from bitmapd.copier.rounds import URGENT_ERA_S
+from bitmapd.gate.cycle import CutGate, Direct
+from bitmapd.media.base import Scheduler, Timer
+
+AGAIN_S: Final = 1.0
+QUIET_S: Final = 1.0  # without a write, before a barrier is worth having for knowing that
+
+
+class Following:
+    """See the module docstring.  `look` is called when something may have to be done."""
+
+    def __init__(
+        self, gate: CutGate, direct: Direct, scheduler: Scheduler, look: Callable[[], None]
+    ) -> None:
+        self._gate = gate
+        self._direct = direct
+        self._scheduler = scheduler
+        self._look = look
+        self._under_way = False
+        self._hurried = False
+        self._began_s = float("-inf")  # of the latest barrier
+        self._cut_s = float("-inf")
+        self._not_before_s = float("-inf")
+        self._written_bytes = 0  # by hosts, when that was seen to change
+        self._written_s = scheduler.time()
+        self._urgent: Timer | None = None
+        direct.when_urgent(self._became_urgent)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a barrier of its own is: no era may end meanwhile."""
+        return self._under_way
+
+    def hurry(self) -> None:
+        """A barrier is wanted though nothing is urgent."""
+        self._hurried = True
+
+    def may_cut(self, now_s: float) -> bool:
+        """A cut is due.  If it cannot be made in this event, what it takes is begun."""
+        if self._direct.is_still:
+            self._direct.still(wanted=False)  # from the next barrier on
+            self._cut_s = now_s
+            return True
+        self._direct.still(wanted=True)
+        self._begin(now_s)
+        return False
+
+    def step(self, now_s: float, *, wants_cut: bool) -> None:
+        """For the table's sake; `wants_cut`: one is due, and may be as soon as all is still."""
+        if wants_cut or self._under_way:
+            return
+        self._direct.still(wanted=False)
+        if self._is_due(now_s):
+            self._begin(now_s)
+
+    def stop(self) -> None:
+        """No timer calls `look` any more."""
+        if self._urgent is not None:
+            self._urgent.cancel()
+            self._urgent = None
+
+    def _is_due(self, now_s: float) -> bool:
+        direct = self._direct
+        if not direct.wants_barrier:
+            self._hurried = False
+            return False
+        return (
+            self._hurried or self._is_quiet(now_s) or (direct.is_urgent and now_s >= self._next_s)
+        )
+
+    def _is_quiet(self, now_s: float) -> bool:
+        _, written_bytes = self._direct.host_load
+        if written_bytes != self._written_bytes:
+            self._written_bytes, self._written_s = written_bytes, now_s
+        return now_s >= max(self._written_s, self._began_s) + QUIET_S
+
+    @property
+    def _next_s(self) -> float:
+        pause_s = URGENT_ERA_S
+        if self._gate.is_cutting:
+            pause_s = max(pause_s, self._began_s - self._cut_s)
+        return self._began_s + pause_s
+
+    def _begin(self, now_s: float) -> None:
+        if self._direct.is_busy or now_s < self._not_before_s:
+            return
+        self._under_way, self._hurried = True, False
+        self._began_s = now_s
+        self._gate.follow(self._passed)
+
+    def _passed(self, passed: bool) -> None:
+        self._under_way = False
+        if not passed:
+            self._not_before_s = self._scheduler.time() + AGAIN_S
+        self._look()
+
+    def _became_urgent(self) -> None:
+        if self._urgent is None:
+            wait_s = max(0.0, self._next_s - self._scheduler.time())
+            self._urgent = self._scheduler.call_later(wait_s, self._urgent_now)
+
+    def _urgent_now(self) -> None:
+        self._urgent = None
+        self._look()

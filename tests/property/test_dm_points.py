@@ -1,0 +1,73 @@
+"""Consistent points of a volume whose hosts write past the gate (see tests/support/simdmpoints)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support import simpoints
+from tests.support.dmpointmistakes import MISTAKES
+from tests.support.simdmpoints import DmWorld
+from tests.support.simpoints import Wrong
+
+RUNS = int(os.environ.get("POINTS_RUNS", "10"))
+STEPS = int(os.environ.get("POINTS_STEPS", "300"))
+
+Begin = Callable[[int], DmWorld]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    simpoints.small(monkeypatch)
+
+
+@pytest.fixture
+def begin() -> Iterator[Begin]:
+    """Worlds that end with the test."""
+    worlds: list[DmWorld] = []
+
+    def made(seed: int) -> DmWorld:
+        worlds.append(DmWorld(seed))
+        return worlds[-1]
+
+    yield made
+    for world in worlds:
+        world.end()
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_whatever_happens_the_receiver_has_the_last_point(seed: int, begin: Begin) -> None:
+    world = begin(seed)
+    world.run(STEPS)
+    assert world.count["points"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake: str, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
+    MISTAKES[mistake](monkeypatch)
+    with pytest.raises(Wrong):
+        run_many(begin)
+
+
+def run_many(begin: Begin) -> None:
+    for seed in range(60):
+        begin(seed).run(400)
+
+
+def test_it_stops_when_no_barrier_of_its_own_is_under_way(begin: Begin) -> None:
+    world = begin(1)
+    world.run(50)
+    world.change("write", 0, bytes(4096), lambda error: None)
+    world.settle()
+    world.advance(1.5)
+    world.site.loop.run_soon()
+    assert world.site.sender.following is not None
+    assert world.site.sender.following.under_way
+    stopped: list[bool] = []
+    world.site.sender.stop(lambda: stopped.append(True))
+    world.run_soon()
+    assert not stopped
+    world.settle()
+    assert stopped

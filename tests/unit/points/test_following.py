@@ -1,0 +1,163 @@
+"""points/following: when barriers come for cuts and for the kernel's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bitmapd.copier.rounds import URGENT_ERA_S
+from bitmapd.points.following import AGAIN_S, QUIET_S, Following
+from tests.support.sim import SimLoop
+
+
+class Path:
+    """A direct path whose state a test sets, and the gate over it."""
+
+    def __init__(self) -> None:
+        self.is_still = self.is_busy = self.is_urgent = self.is_cutting = False
+        self.wants_barrier = True
+        self.host_load = (0, 0)
+        self.wanted: list[bool] = []
+        self.barriers: list[Callable[[bool], None]] = []
+        self.urgent: Callable[[], None] = lambda: None
+
+    def still(self, *, wanted: bool) -> None:
+        self.wanted.append(wanted)
+
+    def when_urgent(self, call: Callable[[], None]) -> None:
+        self.urgent = call
+
+    def follow(self, done: Callable[[bool], None]) -> None:
+        self.barriers.append(done)
+
+
+class Case:
+    def __init__(self) -> None:
+        self.path, self.loop, self.looks = Path(), SimLoop(), 0
+        self.following = Following(self.path, self.path, self.loop, self.look)  # type: ignore
+
+    def look(self) -> None:
+        self.looks += 1
+
+    def step(self, *, wants_cut: bool = False) -> int:
+        """How many barriers were begun up to now."""
+        self.following.step(self.loop.time(), wants_cut=wants_cut)
+        return len(self.path.barriers)
+
+    def may_cut(self) -> bool:
+        return self.following.may_cut(self.loop.time())
+
+    def busy(self) -> None:
+        """Hosts write all the time."""
+        load = self.path.host_load
+        self.path.host_load = (load[0] + 1, load[1] + 4096)
+
+
+@pytest.fixture
+def case() -> Case:
+    made = Case()
+    made.busy()
+    return made
+
+
+def test_a_cut_is_made_when_all_is_still_and_not_before(case: Case) -> None:
+    assert not case.may_cut()
+    assert case.following.under_way
+    assert case.step(wants_cut=True) == 1
+    case.path.barriers[0](True)
+    assert (case.following.under_way, case.looks) == (False, 1)
+    assert not case.may_cut()  # what was written before the first one's drain is not known
+    case.path.barriers[1](True)
+    assert case.path.wanted == [True, True]
+    case.path.is_still = True
+    assert case.may_cut()
+    assert case.path.wanted[-1] is False  # from the next barrier on
+    assert len(case.path.barriers) == 2
+
+
+def test_a_cut_that_is_not_wanted_any_more_leaves_nothing_gated(case: Case) -> None:
+    case.may_cut()
+    case.step()
+    assert case.path.wanted == [True]  # the barrier under way goes on as it was asked for
+    case.path.barriers[0](True)
+    case.step()
+    assert case.path.wanted == [True, False]
+
+
+def test_after_a_barrier_that_failed_the_next_waits(case: Case) -> None:
+    case.may_cut()
+    case.path.barriers[0](False)
+    assert not case.may_cut()
+    assert len(case.path.barriers) == 1
+    case.loop.advance(AGAIN_S)
+    assert not case.may_cut()
+    assert len(case.path.barriers) == 2
+
+
+def test_a_barrier_of_a_round_is_waited_for(case: Case) -> None:
+    case.path.is_busy = True
+    assert not case.may_cut()
+    assert not case.path.barriers
+
+
+def test_urgent_ones_are_apart_and_more_so_in_a_cut(case: Case) -> None:
+    case.path.is_urgent = True
+    assert case.step() == 1
+    case.path.barriers[0](True)
+    assert case.step() == 1
+    case.loop.advance(URGENT_ERA_S)
+    case.busy()
+    assert case.step() == 2
+    case.path.barriers[1](True)
+    case.path.is_still = True
+    assert case.may_cut()
+    case.path.is_cutting = True
+    for begun, wait_s in ((3, URGENT_ERA_S), (4, URGENT_ERA_S), (5, 2 * URGENT_ERA_S)):
+        case.loop.advance(wait_s)
+        case.busy()
+        assert case.step() == begun
+        case.path.barriers[-1](True)
+        case.loop.advance(wait_s / 2)
+        case.busy()
+        assert case.step() == begun
+
+
+def test_who_waits_for_the_table_has_it_looked_at(case: Case) -> None:
+    case.path.is_urgent = True
+    case.step()
+    case.path.urgent()
+    case.path.urgent()
+    case.loop.advance(URGENT_ERA_S)
+    assert case.looks == 1
+    case.path.urgent()
+    case.following.stop()
+    case.following.stop()
+    case.loop.advance(URGENT_ERA_S)
+    assert case.looks == 1
+
+
+def test_when_hosts_are_quiet_what_is_left_gets_known(case: Case) -> None:
+    assert case.step() == 0
+    case.loop.advance(QUIET_S)
+    case.busy()
+    assert case.step() == 0
+    case.loop.advance(QUIET_S)
+    assert case.step() == 1
+    case.path.barriers[0](True)
+    assert case.step() == 1
+    case.path.wants_barrier = False
+    case.loop.advance(QUIET_S)
+    assert case.step() == 1
+
+
+def test_a_barrier_that_is_asked_for_comes_once(case: Case) -> None:
+    case.following.hurry()
+    assert case.step() == 1
+    case.path.barriers[0](True)
+    assert case.step() == 1
+    case.path.wants_barrier = False
+    case.following.hurry()
+    assert case.step() == 1
+    case.path.wants_barrier = True
+    assert case.step() == 1

@@ -1,0 +1,139 @@
+"""A volume with points whose hosts write past the gate, and its receiver, in one guest."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.vm.guest.disks import MIB, Disk, disks
+from tests.vm.guest.dmvolume import DmVolume
+
+NAME = "far0"
+PIECE = 4096
+STEP = 7919  # a prime: the pieces go all over the slots
+SLOTS = 2000
+
+
+class FarSite(DmVolume):
+    """A receiver; what it has is called as the volume, and has no layers of its own."""
+
+    def __init__(self, folder: Path, image: Disk, journal: Disk, uri: str) -> None:
+        super().__init__(NAME, folder, [image, image, journal])
+        self.uri = uri
+
+    def create(self, *options: str) -> None:
+        self.dmctl(
+            *("receive", NAME, "--image", self.primary.path, "--journal", self.record.path),
+            *("--listen", self.uri, *options),
+        )
+
+
+class NearSite(DmVolume):
+    """The volume."""
+
+    def __init__(self, folder: Path, primary: Disk, record: Disk, uri: str) -> None:
+        super().__init__("near0", folder, [primary, primary, record])
+        self.uri = uri
+
+    def create(self, *options: str) -> None:
+        self.dmctl(
+            *("create", self.name, "--attach", "dm", "--primary", self.primary.path),
+            *("--secondary", self.uri, "--record", self.record.path, *options),
+        )
+
+    def points(self) -> dict[str, Any]:
+        return dict(self.status()["points"])
+
+    def point(self, newer_than: int) -> None:
+        words = ("wait", self.name, "--for", "point", "--newer-than", str(newer_than))
+        self.dmctl(*words, "--timeout", "120s")
+
+
+@contextlib.contextmanager
+def dm_sites(
+    *options: str, size_bytes: int = 64 * MIB, interval: str = "1s"
+) -> Iterator[tuple[NearSite, FarSite]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="dms-") as name,
+        disks(
+            ("site-p", size_bytes),
+            ("site-i", size_bytes),
+            ("site-j", 80 * MIB),
+            ("site-r", 4 * MIB),
+        ) as (primary, image, journal, record),
+    ):
+        uri = f"receiver+unix:///{NAME}?socket={name}/link"
+        near = NearSite(Path(name) / "near", primary, record, uri)
+        far = FarSite(Path(name) / "far", image, journal, uri)
+        try:
+            far.create()
+            near.create("--point-interval", interval, *options)
+            far.start()
+            near.start()
+            near.point(0)
+            yield near, far
+        finally:
+            near.destroy()
+            far.destroy()
+
+
+class DeviceWriter:
+    """A host that writes numbered pieces past the page cache, one after the other."""
+
+    def __init__(self, device: str) -> None:
+        self.answered = 0
+        self._stop = threading.Event()
+        self._reached = threading.Condition()
+        self._thread = threading.Thread(target=self._run, args=(device,), daemon=True)
+        self._thread.start()
+
+    def _run(self, device: str) -> None:
+        memory = mmap.mmap(-1, PIECE)
+        fd = os.open(device, os.O_WRONLY | os.O_DIRECT)
+        try:
+            while not self._stop.is_set():
+                number = self.answered + 1
+                memory[:] = content(number)
+                os.pwrite(fd, memory, number * STEP % SLOTS * PIECE)
+                with self._reached:
+                    self.answered = number
+                    self._reached.notify_all()
+        finally:
+            os.close(fd)
+
+    def until(self, number: int) -> None:
+        with self._reached:
+            assert self._reached.wait_for(lambda: self.answered >= number, timeout=120)
+
+    def more(self, count: int) -> None:
+        self.until(self.answered + count)
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join(60)
+        return self.answered
+
+
+def content(number: int) -> bytes:
+    return struct.pack(">Q", number) * (PIECE // 8)
+
+
+def newest(image: str) -> int:
+    """The number up to which an image has all writes and none of later."""
+    fd = os.open(image, os.O_RDONLY)
+    try:
+        found = [struct.unpack(">Q", os.pread(fd, 8, slot * PIECE))[0] for slot in range(SLOTS)]
+        last = max(found)
+        for number in range(max(1, last - SLOTS + 1), last + 1):
+            place = number * STEP % SLOTS
+            assert os.pread(fd, PIECE, place * PIECE) == content(number), (number, found[place])
+    finally:
+        os.close(fd)
+    return last
