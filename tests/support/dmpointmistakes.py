@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -11,41 +11,13 @@ from bitmapd.gate.cycle import CutGate
 from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.elsewhere import Run
 from bitmapd.gate.eras import Eras
-from bitmapd.gate.unsettled import Unsettled
 
 Patch = pytest.MonkeyPatch
-
-
-def one_barrier(patch: Patch) -> None:
-    """A cut comes after the barrier that moved all to the gate: what was written between its
-    snapshot and its drain is not in the point."""
-    patch.setattr(DirectPath, "is_still", property(lambda self: self.routes.all_gated))
 
 
 def while_direct(patch: Patch) -> None:
     """A cut comes while hosts write past the gate."""
     patch.setattr(DirectPath, "is_still", property(lambda self: not self.is_busy))
-
-
-def pending_of_later(patch: Patch) -> None:
-    """What a barrier brings while a cut is open is pending, too."""
-
-    def join(self: Unsettled, runs: Iterable[Run], since_s: float) -> None:
-        self.take(runs, since_s)
-
-    patch.setattr(Unsettled, "join", join)
-
-
-def pending_is_direct(patch: Patch) -> None:
-    """The table that follows a cut has extents that were not read."""
-    follow = CutGate.follow
-
-    def following(self: CutGate, done: Callable[[bool], None]) -> None:
-        cutting, self._cutting = self._cutting, False
-        follow(self, done)
-        self._cutting = cutting
-
-    patch.setattr(CutGate, "follow", following)
 
 
 def pieces_of_the_gate(patch: Patch) -> None:
@@ -61,10 +33,7 @@ def pieces_of_the_gate(patch: Patch) -> None:
 MISTAKES: dict[str, Callable[[Patch], None]] = {
     mistake.__name__: mistake
     for mistake in (
-        one_barrier,
         while_direct,
-        pending_of_later,
-        pending_is_direct,
         pieces_of_the_gate,
     )
 }
