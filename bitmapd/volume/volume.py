@@ -435,6 +435,12 @@ class Volume:
         if geometry is None:
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
         if self._receiver is not None:
+            if isinstance(self._parts.mode, DmMode):
+                raise WrongStateError(
+                    f"volume '{self.config.name}' has a receiver and hosts in the kernel, and this"
+                    " version cannot resize it",
+                    hint="with attach = nbd it grows while it is used",
+                )
             await self._receiver.offer(geometry.size_bytes)
         if self._paired is not None:
             await self._paired.resize(geometry.size_bytes)

@@ -16,9 +16,9 @@ from bitmapd.media.base import Device, Done, Scheduler
 from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
-from tests.support.sim import SECTOR, SimDisk
+from tests.support.sim import SimDisk
 from tests.support.simkernel import SimEra, SimKernel
-from tests.support.simpoints import LedgerDisk, PrimaryDisk, Site, World
+from tests.support.simpoints import LedgerDisk, PrimaryDisk, Site, World, size_said
 from tests.support.simreceiver import GEOMETRY
 
 
@@ -75,7 +75,7 @@ class DmWorld(World):
     # -- processes --------------------------------------------------------------------------
     def boot(self, primary: bytes, record: bytes, ledger: bytes) -> None:
         disk = PrimaryDisk("primary", len(primary), primary)
-        self.model[:] = primary
+        self.model[:] = primary[: size_said(ledger)]
         self.flying = set()
         era = ToldEra(disk, GEOMETRY)
         era.submitted = self.submitted
@@ -88,7 +88,7 @@ class DmWorld(World):
             self,
             disk,
             SimDisk("record", len(record), record),
-            LedgerDisk("ledger", SECTOR, ledger),
+            LedgerDisk("ledger", len(ledger), ledger),
             None if self.policy is None else self.policy(),
         )
         disk.submitted = None  # it is the era device that tells
@@ -108,7 +108,7 @@ class DmWorld(World):
             images.append(disk.crash(self.rng))
         self.kernel.bitmapd_died(self.rng, swap=self.rng.random() < 0.5)
         disk = self.site.primary
-        self.model[:] = disk.visible  # without what the kernel will send again
+        self.model[:] = disk.visible[: len(self.model)]  # without what the kernel will send again
         for op in disk.pending:
             if op.kind == "write":
                 self.model[op.offset_bytes : op.offset_bytes + op.length_bytes] = op.data
