@@ -248,6 +248,8 @@ def test_maps_say_what_they_said_wherever_they_are(
             assert said(after) == exact
             assert said(machine) == exact
             assert size_of(after) == LARGER
+            slots = [kept.slot for kept in keeping_of(after).points]
+            assert max(slots) < after.receiver.journal.places.maps
             break
 
 
@@ -298,7 +300,7 @@ def test_a_page_of_a_journal_without_sizes_means_that_of_the_journal() -> None:
 def test_what_such_a_page_means_is_written_before_the_volume_grows() -> None:
     machine, script = followed()
     journal = machine.receiver.journal
-    journal.page = replace(journal.page, size_bytes=0)
+    done(journal._changed(lambda page: {"size_bytes": 0}), machine.loop, *machine.disks)
     greeted(machine, script, LARGER)
     after = machine.crash(random.Random(3)).receiver.journal
     assert after.page.committed_bytes == GEOMETRY.size_bytes
