@@ -577,7 +577,6 @@ RECEIVER = {"secondary": "receiver+unix:///far?socket=/run/far", "attach": "nbd"
         ({"secondary": "receiver+tcp://far/vol0"}, "secondary"),
         ({"secondary": "receiver+tls://far/.x"}, "secondary"),
         ({"secondary": "receiver+tls://far/vol0"}, "partner_certificates"),
-        ({"attach": "dm"}, "attach"),
         ({"initial_sync": "checksum"}, "initial_sync"),
         ({"initial_sync": "skip"}, "initial_sync"),
         ({"point_interval": "50ms"}, "point_interval"),
