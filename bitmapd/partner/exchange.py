@@ -24,7 +24,13 @@ from functools import partial
 from typing import Protocol
 
 from bitmapd.partner.greeting import NIL, adopted, has, in_memory, stores_first
-from bitmapd.partner.keeping import is_keeper, may_lack, nobody_knows, share_with_keeper
+from bitmapd.partner.keeping import (
+    is_keeper,
+    may_lack,
+    nobody_knows,
+    record_lacks,
+    share_with_keeper,
+)
 from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Free, Hello, HelloFlag, Message, Ready, Record
 from bitmapd.partner.rights import Rights
@@ -113,18 +119,21 @@ class Exchange:
                 node.rights.learn(((0, size),))
         generations, term = adopted(mine, theirs)
         volume = mine.volume if any(mine.volume) else theirs.volume
-        volatile = in_memory(mine, theirs) and not has(mine, HelloFlag.UNSTORED)
+        lacks = in_memory(mine, theirs) or shares.everything
+        lacks = lacks or (self._with_keeper and not self._keeps and record_lacks(mine, theirs))
+        volatile = lacks and not has(mine, HelloFlag.UNSTORED)
         agree = partial(self._agreed, shares, not view.fresh or their_view.fresh)
 
         def edit(now: Lasting) -> Lasting:
-            # A flag that is set stays: only `reliance` takes it back.
+            # A flag that is set stays: only `reliance` takes it back.  A keeper's record lacks
+            # something for as long as the host may be alone, which it may until it says READY.
             return Lasting(
                 False,
                 term,
                 generations,
                 volume,
                 volatile=volatile or now.volatile,
-                gone_on=may_lack(mine, theirs) if self._keeps else now.gone_on,
+                gone_on=now.gone_on or (self._keeps and may_lack(mine, theirs)),
                 kept=is_keeper(theirs),
             )
 

@@ -10,9 +10,13 @@ What differs after both have met is named by the record of one of them, or of bo
 | --- | --- |
 | has lived | what it owns: the keeper takes note of that |
 | is fresh | its own stored record and the keeper's: of one that lives in its memory, else stored |
-| is fresh, so is the keeper, and the flag VOLATILE is set in one superblock | nobody knows |
+| is fresh, so is the keeper, and that is volatile | nobody knows |
 | joins, its record being new | the keeper's record; unless that *lacks* something: nobody knows |
-| is fresh, and its record volatile, for which a new one passes | so if the keeper lives |
+| is fresh, and its record volatile, for which a new one passes | the same |
+
+A host's record is volatile, in its superblock the flag VOLATILE, while it names less than the
+keeper's: the host relies on what it is granted, or has joined and not stored yet what it fetched.
+Without its keeper it may go alone with its own record if that is not volatile.
 
 A keeper's record lacks something, in its superblock the flag GONE_ON, while what it has granted
 stands in its memory only, and where the host may take places without it: in a cut, if that has
@@ -22,11 +26,14 @@ Invariants:
 1. What may be lacking is durable at the keeper before READY or BYE lets it come about.
 2. With the two nodes exchanged the result is the mirror image, as that of `share`.
 3. The keeper owns nothing afterwards, and knows of all that the host owns.
+4. The flags stay until the nodes have come together, and all that either knows is stored.
+
+Source: docs/models/keeper.pml.
 """
 
 from __future__ import annotations
 
-from bitmapd.partner.greeting import NIL, has, stores_first
+from bitmapd.partner.greeting import NIL, has, relies, stores_first
 from bitmapd.partner.messages import Hello, HelloFlag, Role
 from bitmapd.partner.share import Shares, View
 from bitmapd.record.extents import zeros
@@ -43,11 +50,9 @@ def nobody_knows(mine: Hello, theirs: Hello) -> bool:
         return False
     if host.volume == NIL:
         return has(keeper, HelloFlag.GONE_ON)
-    volatile = has(host, HelloFlag.VOLATILE)
-    if has(keeper, HelloFlag.FRESH):
-        return volatile or has(keeper, HelloFlag.VOLATILE)
-    # The host's record may be a new one, which says no more than this.
-    return volatile and has(keeper, HelloFlag.GONE_ON)
+    if has(keeper, HelloFlag.FRESH) and has(keeper, HelloFlag.VOLATILE):
+        return True  # of a host whose own record could not be written: it has no flag
+    return has(host, HelloFlag.VOLATILE) and has(keeper, HelloFlag.GONE_ON)
 
 
 def share_with_keeper(mine: View, theirs: View, *, keeps: bool, everything: bool) -> Shares:
@@ -64,6 +69,11 @@ def share_with_keeper(mine: View, theirs: View, *, keeps: bool, everything: bool
     if keeps:
         return Shares(nothing, own, nothing.copy(), everything)
     return Shares(own, nothing, own & ~host.own, everything)
+
+
+def record_lacks(host: Hello, keeper: Hello) -> bool:
+    """Whether the host's stored record need not name all that it may write from now on."""
+    return host.volume == NIL or relies(host, keeper)
 
 
 def may_lack(keeper: Hello, host: Hello) -> bool:

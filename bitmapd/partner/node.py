@@ -58,6 +58,7 @@ from bitmapd.partner.greeting import (
 )
 from bitmapd.partner.growth import Growth
 from bitmapd.partner.handover import Handover, Hosts, Outcome
+from bitmapd.partner.keeping import is_keeper
 from bitmapd.partner.lead import Lead
 from bitmapd.partner.ledger import Ledger
 from bitmapd.partner.messages import Hello, HelloFlag, Message
@@ -376,7 +377,7 @@ class Node:
         self.rights.store_first(stores_first(mine, theirs))
         self.rights.thaw(shares, copying)
         self._other_goes_on = has(theirs, HelloFlag.GO_ON)  # and has gone on with nothing so far
-        if stores_first(mine, theirs) if self.keeps else not in_memory(mine, theirs):
+        if stores_first(mine, theirs) if self.keeps else not self._lacks:
             self._reliance.settle()
         if self.lasting.gone_on and not self.keeps:
             # The other knows now; if this fails, it stays a warning.
@@ -389,6 +390,12 @@ class Node:
             partner_extents=shares.other.count(),
             dirty_extents=shares.dirty.count(),
         )
+
+    @property
+    def _lacks(self) -> bool:
+        """Whether this node's stored record need not name all that counts while they are paired."""
+        mine, theirs = self._mine, self._theirs
+        return in_memory(mine, theirs) or (is_keeper(theirs) and relies(mine, theirs))
 
     # -- going on in a cut --------------------------------------------------------------------
     def _look_whether_to_go_on(self) -> None:

@@ -31,6 +31,10 @@ def memory(*defines: str) -> Search:
     return "memory.pml", " ".join(("CUTS=1", *defines))
 
 
+def keeper(*defines: str) -> Search:
+    return "keeper.pml", " ".join(defines)
+
+
 MEETS = coherence("WRITES=2")
 CUT = coherence("CUTS=1")
 CRASH = coherence("CRASHES=1")
@@ -42,6 +46,8 @@ STORED_HERE = memory("CRASHES=2")
 STORED_THERE = memory("CRASHES=2", "STORE", "FAILS=1")
 IN_MEMORY = memory("CRASHES=2", "RELY=3")
 FALLS_BACK = memory("CRASHES=1", "FAILS=1")
+KEPT = keeper()
+KEPT_STORED = keeper("STORE")
 READS_OTHER = memory("CRASHES=2", "SHARED", "RELY=3")
 
 HOLDS = [
@@ -68,6 +74,11 @@ HOLDS = [
     IN_MEMORY,
     FALLS_BACK,
     READS_OTHER,
+    KEPT,
+    KEPT_STORED,
+    keeper("RELY"),
+    keeper("RELY", "STORE"),
+    keeper("GO_ON"),
 ]
 FULL = [
     coherence("READS=1", "GUESSES=1", "CUTS=0", "WRITES=2"),
@@ -89,6 +100,9 @@ FULL = [
     memory("CRASHES=2", "FAILS=1", "RELY=1", "STORE"),
     memory("CRASHES=2", "FAILS=1", "SHARED", "STORE"),
     memory("FAILS=2", "RELY=3"),
+    keeper("GO_ON", "RELY"),
+    keeper("GO_ON", "RELY", "STORE"),
+    keeper("FAILS", "STORE"),
 ]
 MISTAKES = {
     "BUG_ABSORB_CLEAN": [CRASH],
@@ -98,7 +112,9 @@ MISTAKES = {
     "BUG_ASKED_IS_GRANTED": [pair()],
     "BUG_BOTH_GRANT": [MEETS],
     "BUG_BYE_BEFORE_COPIES_END": [STOP],
+    "BUG_BYE_BEFORE_LACKS": [KEPT_STORED],
     "BUG_CLEAR_AT_ONCE": [MEETS],
+    "BUG_COMPLETE_BEFORE_READY": [KEPT_STORED],
     "BUG_COPY_UNDER_EMBARGO": [MEETS],
     "BUG_CUT_WRITES_ON": [CUT],
     "BUG_DIRT_STAYS": [MEETS],
@@ -121,7 +137,11 @@ MISTAKES = {
     "BUG_GUESS_TAKES": [coherence("GUESSES=1")],
     "BUG_HOLDER_ACKS_FIRST": [pair()],
     "BUG_HOLDER_FORGETS": [pair()],
+    "BUG_KEEPERS_FLAG_UNREAD": [keeper("FAILS")],
+    "BUG_KEEPER_PASSES_FOR_COMPLETE": [KEPT],
+    "BUG_KEEPER_UNASKED": [KEPT],
     "BUG_LOST_GRANT_CLEAN": [CUT],
+    "BUG_NEW_RECORD_IS_TRUSTED": [KEPT],
     "BUG_NOTHING_OWED": [CUT],
     "BUG_NO_EMBARGO": [MEETS],
     "BUG_NO_FENCE": [pair()],
@@ -133,11 +153,13 @@ MISTAKES = {
     "BUG_OWED_IS_DROPPED": [STORED_HERE],
     "BUG_OWED_IS_NOT_KNOWN": [CUT],
     "BUG_OWN_COPY_FORGOTTEN": [MEETS],
+    "BUG_OWN_RECORD_UNREAD": [KEPT],
     "BUG_READY_BEFORE_FLAG": [IN_MEMORY],
-    "BUG_READY_UNSTORED": [STORED_THERE],
+    "BUG_READY_UNSTORED": [STORED_THERE, KEPT_STORED],
     "BUG_READ_WITHOUT_ASKING": [coherence("CACHE", "READS=1")],
     "BUG_RECLAIM_BEFORE_READY": [CUT],
     "BUG_RECORD_OF_START": [STORED_THERE],
+    "BUG_RECORD_OF_WHO_RELIES_IS_TRUSTED": [keeper("RELY", "STORE")],
     "BUG_RELIES_ON_FAILING": [memory("FAILS=2", "RELY=1")],
     "BUG_REMOVE_BEFORE_COPIED": [pair()],
     "BUG_RESTART_BEFORE_GHOSTS": [CRASH],
@@ -150,12 +172,15 @@ MISTAKES = {
     "BUG_TRUSTS_AFTER_RESTART": [pair()],
     "BUG_UNION_IS_OWN_ONLY": [coherence("CRASHES=2")],
     "BUG_UNION_LOST_BY_A_CUT": [coherence("GO_ON", "CUTS=2", "CRASHES=1")],
+    "BUG_VOLATILE_IS_TRUSTED": [keeper("RELY")],
 }
 # Else a model could hold because nothing ever happens in it.
 WITNESSES = {
+    "WITNESS_ALONE": [KEPT],
     "WITNESS_BACK": [pair()],
-    "WITNESS_COMPARED": [IN_MEMORY],
+    "WITNESS_COMPARED": [IN_MEMORY, KEPT],
     "WITNESS_CROSSED": [MEETS],
+    "WITNESS_FETCHED": [KEPT],
     "WITNESS_GONE_ON": [pair("GO_ON")],
     "WITNESS_NOTHING_COPIED": [pair()],
     "WITNESS_READ": [READS_OTHER],
@@ -198,6 +223,6 @@ def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: 
     assert errors(tmp_path, search, name) == 1
 
 
-@pytest.mark.parametrize("model", ["coherence.pml", "pair.pml", "memory.pml"])
+@pytest.mark.parametrize("model", ["coherence.pml", "pair.pml", "memory.pml", "keeper.pml"])
 def test_every_mistake_and_good_end_is_tried(model: str) -> None:
     assert spin.mistakes_and_ends(model) == {name for search, name in FOUND if search[0] == model}

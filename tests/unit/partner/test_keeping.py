@@ -89,7 +89,8 @@ def test_both_come_to_the_same_and_the_keeper_owns_nothing(
         ({"flags": FRESH | VOLATILE}, HelloFlag(0), False),  # what is in its memory is there
         ({"flags": FRESH | VOLATILE}, GONE_ON, True),  # the record may be a new one
         ({"flags": FRESH}, GONE_ON, False),
-        ({"flags": FRESH | VOLATILE}, FRESH, True),
+        ({"flags": FRESH | VOLATILE}, FRESH, False),  # the keeper has stored what it granted
+        ({"flags": FRESH | VOLATILE}, FRESH | GONE_ON, True),
         ({"flags": FRESH}, FRESH | VOLATILE, True),
         ({"flags": FRESH}, FRESH | GONE_ON, False),  # its own record names what the other lacks
         ({"flags": FRESH, "volume": NIL}, HelloFlag(0), False),
@@ -252,6 +253,41 @@ def test_a_keeper_that_cannot_write_what_it_lacks_is_none() -> None:
             it.two.write(FAILED)
     assert it.two.node.state is State.WAITING
     assert it.one.node.state is not State.PAIRED
+
+
+def test_a_keeper_lacks_something_until_the_other_has_come_together_with_it() -> None:
+    """One that is alone goes on alone if the link is lost before it says READY."""
+    it = Kept()
+    it.two.flags = STORED
+    it.two.node.ledger.lasting = replace(it.two.node.lasting, gone_on=True)
+    it.connect()
+    while not any(type(message).__name__ == "Ready" for message, _ in it.two.cable.queue):
+        it.carry(most=1)
+    assert it.two.node.lasting.gone_on
+    it.carry()
+    assert it.two.node.state is State.PAIRED
+    assert not it.two.node.lasting.gone_on
+
+
+def test_the_record_of_one_that_relies_is_not_complete_though_the_keeper_stores_first() -> None:
+    it = Kept()
+    it.one.flags, it.two.flags = HelloFlag.RELIES, STORED
+    it.pair()
+    assert it.one.relies
+    assert it.one.node.lasting.volatile
+    assert not it.two.node.lasting.volatile
+    it.cut()
+    assert not it.one.write().volatile, "all of it is stored"
+
+
+def test_a_new_record_is_not_complete_before_it_names_what_was_fetched() -> None:
+    it = Kept(blank())
+    it.one.destage_waits = True
+    it.pair()
+    assert it.one.node.lasting.kept
+    assert it.one.node.lasting.volatile
+    it.one.destages[-1](None)
+    assert not it.one.write().volatile
 
 
 # -- one ends ---------------------------------------------------------------------------------

@@ -90,6 +90,19 @@ def test_that_everything_counts_is_known_before_ready() -> None:
 
 
 # -- the exchange -----------------------------------------------
+def test_that_nobody_knows_what_differs_is_durable_until_all_of_it_is_stored() -> None:
+    """Of two new processes one has a new record.  The next ones would not see that it was new."""
+    it = Two(two=Station(2, paired=False))
+    it.two.node.ledger.lasting = replace(it.two.node.lasting, volume=NIL)
+    it.one.destage_waits = it.two.destage_waits = True
+    it.pair()
+    assert it.one.rights.own.all()
+    for station in (it.one, it.two):
+        assert station.node.lasting.volatile
+        station.destages[-1](None)
+        assert not station.write().volatile
+
+
 def test_knowledge_grows_before_ready_and_rights_change_after_it() -> None:
     it = met()
     it.own(it.two, 5)
