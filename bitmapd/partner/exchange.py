@@ -10,9 +10,7 @@ Invariants:
    READY is sent, and node 2's first one is not written before node 1's READY has come: a node 1
    that was never paired serves without asking anybody, so it has to know durably that there is a
    partner before node 2 counts as one.
-3. A node that joins with a new record has stored in it what it has learnt before its superblock
-   names the volume: from then on the record counts, and the partner's may lack the same.
-4. FREE may come before the other's READY, and counts (`BUG_FREE_MEANS_NOW`).
+3. FREE may come before the other's READY, and counts (`BUG_FREE_MEANS_NOW`).
 
 An exchange belongs to its link and ends with it.  What it has added to what is known stays.
 """
@@ -158,10 +156,8 @@ class Exchange:
                 certain = not has(mine, HelloFlag.UNSTORED)
                 node.ledger.change(edit, stored, certain=certain)
 
-        # READY says what GRANT says: where that has to be stored first, this has, too.  And a new
-        # record counts as complete once the superblock names the volume (`_is_unnamed`).
-        joins = mine.volume == NIL
-        if not ((joins or stores_first(mine, theirs)) and self._around.destage(named)):
+        # READY says what GRANT says: where that has to be stored first, this has, too.
+        if not (stores_first(mine, theirs) and self._around.destage(named)):
             named(None)
 
     def _learn(self, record: Record, mine: View, theirs: View) -> None:

@@ -174,18 +174,6 @@ def test_a_node_whose_record_is_lost_has_what_the_keeper_holds() -> None:
     assert again.one.node.lasting.volume == it.two.node.lasting.volume
 
 
-def test_a_new_record_names_what_has_been_learnt_before_the_superblock_names_the_volume() -> None:
-    # The keeper's record may lack the same: when both die then, nobody would know that.
-    it = Kept(blank())
-    it.one.destage_waits = True
-    it.connect()
-    for _ in range(10):
-        it.carry()
-    assert not it.one.writes
-    it.one.destages[0](None)
-    assert it.one.write().volume == it.two.node.lasting.volume
-
-
 def test_of_one_that_may_go_on_in_a_cut_a_lost_record_is_not_made_up_for() -> None:
     it = Kept()
     it.one.flags = GO_ON
