@@ -19,7 +19,8 @@ def test_failover(context: Context, args: Namespace) -> int:
     name, output = args.name, context.output
     config = receiver_of(context, name)
     if args.end:
-        if any(value is not None for value in (args.listen, args.view_limit, args.point)):
+        others = (args.listen, args.view_limit, args.point, args.overlay)
+        if any(value is not None for value in others):
             raise UsageError("--end goes with no other option")
         ended = _ask(context, name, {"end": True})["ended"]
         if output.as_json:

@@ -166,6 +166,13 @@ def test_what_a_view_cannot_be_had_of(sites: Sites, tmp_path: Path) -> None:
     assert nowhere["code"] in ("failed", "not-found", "permission")
     assert sites.far.status()["receiver"]["view"] is None
     sites.far.dmctl("test-failover", "vol0", "--end")  # nothing to do
+    for option in (
+        ("--overlay", str(tmp_path)),
+        ("--listen", f"nbd+unix:///vol0?socket={tmp_path}/s"),
+        ("--view-limit", "1MiB"),
+        ("--point", "1"),
+    ):
+        assert sites.far.refused("test-failover", "vol0", "--end", *option)["code"] == "usage"
     view = drill(sites, "--overlay", str(tmp_path))
     assert sites.far.refused("test-failover", "vol0")["code"] == "busy"
     assert not list(tmp_path.iterdir())
