@@ -47,7 +47,7 @@ _EVENTS = (
     EventKind(
         "started",
         Level.NOTICE,
-        ("version", "pid"),
+        ("version", "compiled", "pid"),
         "the process serves the volume",
         "nothing",
     ),
