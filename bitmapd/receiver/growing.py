@@ -128,9 +128,9 @@ def take_up(
     return None
 
 
-def begun(begin: Begin, line: Line, journal: Journal) -> Geometry:
+def begun(begin: Begin, journal: Journal) -> Geometry:
     """Of the entries that follow.  PeerError if the volume cannot have that size."""
-    size_bytes, page = begin.size_bytes, journal.page
+    size_bytes, page, line = begin.size_bytes, journal.page, journal.line
     least = journal.geometry_at(page.committed_bytes).size_bytes if page.committed else 0
     if not least <= size_bytes <= line.geometry.size_bytes or size_bytes % _SECTOR_BYTES:
         raise PeerError(ErrorCode.SIZE, f"point {begin.point} has {size_bytes} bytes")

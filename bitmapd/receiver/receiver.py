@@ -36,7 +36,7 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 from uuid import UUID
 
 from bitmapd.errors import WrongStateError
@@ -414,18 +414,17 @@ class Receiver:
 
     # -- the open point -------------------------------------------------------------------------
     def _take_begin(self, begin: Begin) -> None:
-        journal, line = self.journal, self.journal.superblock.line
+        journal = self.journal
         wanted = (journal.open_point, journal.page.committed, journal.page.incarnation)
         if (begin.point, begin.base, begin.incarnation) != wanted:
             raise PeerError(
                 ErrorCode.ANSWER,
                 f"point {begin.point} on {begin.base} does not follow {journal.page.committed}",
             )
-        if self._wire is not None and line is not None:
-            geometry = growing.begun(begin, line, journal)
-            self._wire.greeted(geometry)
-            self._known.unpacker.geometry = geometry
-            self._known.in_place.resize(geometry)
+        geometry = growing.begun(begin, journal)
+        cast("Wire", self._wire).greeted(geometry)  # the one that has brought it
+        self._known.unpacker.geometry = geometry
+        self._known.in_place.resize(geometry)
         self._begin = begin
 
     def _take_data(self, data: Data) -> None:

@@ -586,6 +586,7 @@ RECEIVER = {"secondary": "receiver+unix:///far?socket=/run/far", "attach": "nbd"
         ({"spool_file_limit": 0}, "spool_file_limit"),
         ({"compress": "zstd"}, "compress"),
         ({"start_alone": True}, "start_alone"),
+        ({"group": "g", "attach": "dm"}, "group"),
         ({"node": 1, "partner": "unix:///b", "partner_listen": "unix:///a"}, "secondary"),
     ],
 )
@@ -609,6 +610,10 @@ def test_a_receiver_is_a_secondary_with_settings_of_its_own(write: Write) -> Non
     assert (config.point_interval_s, config.compress) == (3600.0, "off")
     tls = {**RECEIVER, "secondary": "receiver+tls://far/vol0", "tls_certificates": "/c"}
     assert has_receiver(load_volume(write(vol0=toml_of(**tls)), "vol0"))
+
+
+def test_a_group_is_of_volumes_with_a_receiver(write: Write) -> None:
+    assert problems_of(write(vol0=toml_of(group="g"))) == [("vol0.toml", "group")]
 
 
 def test_settings_of_points_are_refused_without_a_receiver(write: Write) -> None:

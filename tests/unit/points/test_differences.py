@@ -265,3 +265,8 @@ def test_without_memory_it_waits_for_some() -> None:
     home.pool.give(held)
     home.run()
     assert any(op[0] == "read" for op in home.primary.history)
+
+
+def test_the_status_says_that_it_compares() -> None:
+    home = named((0, 1))
+    assert home.sender.figures()["state"] == "comparing"

@@ -12,7 +12,17 @@ from bitmapd.copier.engine import CopyState
 from bitmapd.copier.throttle import Throttle
 from bitmapd.gate.cycle import PATIENCE_S, Void
 from bitmapd.points import sender
-from bitmapd.points.messages import Applied, Begin, Committed, Credit, Data, End, Need
+from bitmapd.points.messages import (
+    Applied,
+    ApplyUpTo,
+    Begin,
+    Committed,
+    Credit,
+    Data,
+    End,
+    Feature,
+    Need,
+)
 from bitmapd.points.overflow import BATCH_BYTES
 from bitmapd.points.sender import Phase
 from bitmapd.record.geometry import Geometry
@@ -1048,3 +1058,49 @@ def test_what_is_too_much_to_be_counted_block_by_block_is_estimated(
     assert home.ended() is not None
     home.commit(1)
     assert home.recorded() == set()
+
+
+# -- of a group -------------------------------------------------------------------------------
+
+
+def member_after_point_1(credit_bytes: int = 1 << 20) -> Home:
+    home = after_point_1()
+    features = Feature.ZSTD | Feature.GROUP
+    home.greet(committed=1, applied=1, credit_bytes=credit_bytes, features=features)
+    return home
+
+
+def test_who_cannot_be_cut_with_its_group_says_why() -> None:
+    home = member_after_point_1()
+    assert home.sender.cut_obstacle == ""
+    home.sender.say(ApplyUpTo(7))
+    assert ApplyUpTo(7) in home.told()
+    home.lose()
+    home.sender.say(ApplyUpTo(8))  # to nobody
+    assert home.told() == []
+    assert "is away" in home.sender.cut_obstacle
+
+
+def test_one_that_cannot_be_read_is_not_cut_with_its_group() -> None:
+    home = member_after_point_1()
+    home.primary.unreadable = {4 * BLOCK}
+    home.put(4)
+    home.sender.cut()
+    for _ in range(5):
+        home.run(1.0)
+    assert "cannot be read" in home.sender.cut_obstacle
+
+
+def test_one_that_copies_ahead_is_not_cut_with_its_group() -> None:
+    home = member_after_point_1(credit_bytes=13 * BLOCK)
+    home.put(0, 6)
+    assert "begins to copy ahead" in home.sender.cut_obstacle
+    home.sender.wake()
+    home.turn()
+    assert home.sender.cut_obstacle == "it copies ahead"
+
+
+def test_one_whose_receiver_has_no_room_is_not_cut_with_its_group() -> None:
+    home = member_after_point_1(credit_bytes=4 * BLOCK - 1)
+    home.put(0, 4)
+    assert "journal of its receiver is full" in home.sender.cut_obstacle

@@ -13,6 +13,7 @@ from bitarray import bitarray
 
 from bitmapd.media.base import Done
 from bitmapd.peer.frames import ErrorCode
+from bitmapd.points.messages import ApplyUpTo
 from bitmapd.receiver import growing
 from bitmapd.receiver.commit import decode_page, encode_page
 from bitmapd.receiver.places import Places
@@ -90,6 +91,26 @@ def test_a_sender_whose_growth_was_cut_short_goes_on() -> None:
     point(script, machine)
     page = machine.receiver.journal.page
     assert (page.committed, page.committed_bytes) == (2, GEOMETRY.size_bytes)
+    assert bytes(machine.image.visible[: GEOMETRY.size_bytes]) == bytes(script.content)
+
+
+def test_what_waits_in_the_journal_is_read_with_the_size_of_its_own_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine, script = followed()
+    begin = script.begin
+    monkeypatch.setattr(script, "begin", lambda: replace(begin(), group=7))
+    script.restart()  # all of it comes again, also the last block, which is short
+    script.connect(machine)
+    script.content[-512:] = b"x" * 512
+    point(script, machine)
+    page = machine.receiver.journal.page
+    assert (page.committed, page.applied) == (2, 1), "it waits for its group"
+    wire = greeted(machine, script, LARGER)
+    wire.say(ApplyUpTo(7))
+    wire.deliver()
+    machine.settle()
+    assert machine.receiver.journal.page.applied == 2
     assert bytes(machine.image.visible[: GEOMETRY.size_bytes]) == bytes(script.content)
 
 
