@@ -35,7 +35,6 @@ from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.keeping import Keeping
 from bitmapd.receiver.places import Places
 from bitmapd.receiver.steps import Steps
-from bitmapd.receiver.superblock import Line
 from bitmapd.record.geometry import Geometry
 
 _SECTOR_BYTES: Final = 512

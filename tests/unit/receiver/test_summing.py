@@ -18,6 +18,7 @@ from tests.support.simreceiver import (
     GEOMETRY,
     Machine,
     Script,
+    SimWire,
     exchange,
     fresh,
     point,
@@ -97,6 +98,26 @@ def test_sums_wait_until_what_was_committed_is_in_the_image(
     machine.settle()
     found = [message for message in answers(script) if isinstance(message, Sums)]
     assert found == [sums(script, 0, GEOMETRY.blocks)]
+
+
+def test_the_last_block_is_as_long_as_in_the_point_that_the_image_has(
+    script: Script, machine: Machine
+) -> None:
+    last = GEOMETRY.blocks
+    wire = script.wire = SimWire(machine)  # the volume has grown, and no point of it is there yet
+    machine.receiver.connected(wire)
+    wire.say(script.hello(size_bytes=18 * BLOCK))
+    wire.deliver()
+    machine.settle()
+    assert sums(script, last - 1, last) in ask(script, machine, (last - 1, last))
+
+
+def test_before_a_point_the_size_of_who_asks_counts(machine: Machine) -> None:
+    script = Script(random.Random(1))
+    script.connect(machine)
+    exchange(script, machine)
+    empty = Sums(0, (xxhash.xxh3_64_intdigest(bytes(BLOCK)),))
+    assert empty in ask(script, machine, (0, 1))
 
 
 def test_what_cannot_be_read_has_no_sums(script: Script, machine: Machine) -> None:
