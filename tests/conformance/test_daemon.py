@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from bitmapd import __version__
+from bitmapd import __version__, is_compiled
 from bitmapd.control.client import ControlClient
 from bitmapd.daemon import build_parser, main
 from bitmapd.errors import BitmapdError, NoSpaceError, NotFoundError, UsageError
@@ -349,7 +349,9 @@ def test_a_stop_that_fails_ends_the_process_all_the_same(
 def test_verbs(local: LocalVolume, start: Starter) -> None:
     process = start(local)
     process.until("started")
-    assert process.call("ping") == {"state": "ready", "pid": process.pid, "version": __version__}
+    said = process.call("ping")
+    assert said.pop("compiled") is is_compiled()
+    assert said == {"state": "ready", "pid": process.pid, "version": __version__}
     assert process.call("pause") == {"state": "paused"}
     assert process.call("resume") == {"state": "in-sync"}
     assert process.call("wait", **{"for": "in-sync"}) == {"state": "in-sync"}
