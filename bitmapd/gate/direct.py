@@ -198,7 +198,7 @@ class DirectPath:
         when another node waits."""
         return self.routes.urgent or self.at_rest or bool(self._leaving)
 
-    # -- no direct writes (`cycle.Stillable`) -------------------------------------------------
+    # -- no direct writes (`cycle.Direct`) ----------------------------------------------------
     def still(self, *, wanted: bool) -> None:
         if wanted is not self.routes.is_gating:
             self.routes.gate_all(wanted=wanted)

@@ -255,9 +255,7 @@ class Sender:
     def grow(self, geometry: Geometry) -> None:
         """The volume is larger from now on, as the receiver is already; a cut that is open has the
         size of before.  A last block that was short comes again, as a whole."""
-        self._gate.give_up_cut(Void.ASKED)
-        if self.phase is Phase.SENDING:
-            self._void(Void.ASKED)
+        self.give_up(Void.ASKED)
         last, before = self._geometry.blocks - 1, self._geometry.size_bytes
         if before % geometry.block_bytes:
             self.reading.revoke()

@@ -167,9 +167,7 @@ class Uplink:
         self._sent = Sent()
         self._kept = BlockSet()  # of `_sent`: what HAVE has named so far
         self._stamp = 0
-        self._begun_bytes = (
-            0  # size in the latest BEGIN of this point over this connection; 0: none
-        )
+        self._begun_bytes = 0  # size in the point's latest BEGIN over this connection; 0: none
         self._cut_bytes = 0  # size of the volume at the cut, once it was ended
         self._offered_bytes = 0  # that the volume is to have
         self._ended = False  # END was sent, over whichever
