@@ -4,6 +4,8 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 STAMP := .venv/.ready
 JOBS ?= auto
+# Tests with real programs wait more than they compute: two at a time keep two processors 40 % busy.
+REAL_JOBS ?= 3
 # First the tests that prove the pure modules, under coverage; then those that run real programs.
 PURE_TESTS := tests/unit tests/property
 # Those of the virtual machine that are part of every test run; `make test-vm` runs all.
@@ -60,7 +62,7 @@ test-fast: setup  ## unit and property tests with a tenth of the examples; with 
 	EXAMPLES_PART=10 $(PYTEST) -n $(JOBS) $(PURE_TESTS)
 
 test-real: setup  ## foreign clients and servers, faults, fuzzing, demo and benchmark smoke
-	$(PYTEST) -n $(JOBS) --durations=20 $(wildcard $(REAL_TESTS))
+	$(PYTEST) -n $(REAL_JOBS) --durations=20 $(wildcard $(REAL_TESTS))
 
 test-vm-core: setup  ## the part of test-vm that make test runs
 	$(PYTHON) -m tests.vm.lab pytest -- $(VM_CORE)

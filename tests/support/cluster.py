@@ -297,6 +297,10 @@ class Cluster:
                 client.sendall(b"off")
 
     # -- what can be seen and done --------------------------------------------------------------
+    def fenced_since(self, before: list[str]) -> set[int]:
+        """Nodes that were fenced, however often, since `fenced` was this."""
+        return {int(name.removeprefix("node")) for name in self.fenced[len(before) :]}
+
     def run(self, number: int, *words: str, check: bool = True) -> str:
         """A command at a node."""
         pid = str(self._nodes[number].pid)
