@@ -49,7 +49,7 @@ from dmctl.cli.pair import as_node, check_fencing
 from dmctl.cli.plan import build_commands
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.record import wipe
-from dmctl.cli.withreceiver import check_points
+from dmctl.cli.withreceiver import check_points, notes_on_points
 from dmctl.model.names import Layer, layer_name
 
 OPTION_KEYS = (
@@ -187,6 +187,7 @@ def _plan(config: VolumeConfig, superblock: Superblock, found: Findings) -> dict
     own_limit = config.resync_target_s is not None or config.record_limit_bytes is not None
     if not (own_limit or is_keeper(config)):
         notes.append(f"the record is limited to {human_size(limit)}; see --record-limit")
+    notes += notes_on_points(config)
     return {
         "name": config.name,
         "uuid": str(config.uuid),

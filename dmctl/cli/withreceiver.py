@@ -15,7 +15,10 @@ from bitmapd.errors import UsageError
 from bitmapd.net.tls import node_context
 from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.points.pieces import MAX_BLOCK_BYTES
-from bitmapd.units import format_size
+from bitmapd.units import format_duration, format_size
+
+# A cut with attach = dm costs two barriers, and until the next one all hosts go through the gate.
+SHORT_DM_INTERVAL_S = 10.0
 
 OPTIONS = (
     "point_interval", "spool_limit", "spool", "spool_file_limit", "compress", "start_alone",
@@ -44,3 +47,15 @@ def check_points(table: Mapping[str, Any], config: VolumeConfig | None) -> None:
     folder: Path | None = config.partner_certificates or config.tls_certificates
     if peer.host is not None and folder is not None:
         node_context(folder, accepts=False)
+
+
+def notes_on_points(config: VolumeConfig) -> list[str]:
+    """What whoever makes such a volume should know."""
+    interval_s = config.point_interval_s
+    if not has_receiver(config) or config.attach != "dm" or interval_s >= SHORT_DM_INTERVAL_S:
+        return []
+    return [
+        f"with --attach dm each point costs two barriers, in which hosts wait, and for a while all"
+        f" they write goes through bitmapd: --point-interval {format_duration(interval_s)} has them"
+        f" slower; {format_duration(SHORT_DM_INTERVAL_S)} or more costs little, or --attach nbd"
+    ]

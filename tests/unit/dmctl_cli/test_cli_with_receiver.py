@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from bitmapd.config import load_volume
 from bitmapd.record import tool
+from dmctl.cli.withreceiver import notes_on_points
 from tests.support.cli import MIB, Cli, new_cli
 
 FAR = "receiver+unix:///far?socket=/run/far.sock"
@@ -81,3 +83,20 @@ def test_certificates_that_are_not_there_are_reported_at_once(cli: Cli) -> None:
     outcome = cli.call(*words(cli, secondary="receiver+tls://far/v", partner_certificates=folder))
     assert outcome.status != 0
     assert folder in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("attach", "interval_s", "warns"),
+    [("dm", 9.9, True), ("dm", 10.0, False), ("nbd", 1.0, False)],
+)
+def test_many_points_of_a_volume_in_the_kernel_are_warned_of(
+    cli: Cli, attach: str, interval_s: float, warns: bool
+) -> None:
+    cli.ok(*words(cli))
+    config = load_volume(cli.paths, "vol0")
+    notes = notes_on_points(dataclasses.replace(config, attach=attach, point_interval_s=interval_s))
+    assert bool(notes) is warns
+    assert all("two barriers" in note for note in notes)
+    cli.medium("s")
+    plain = dataclasses.replace(config, secondary=f"{cli.folder}/s", attach="dm")
+    assert not notes_on_points(dataclasses.replace(plain, point_interval_s=1.0))
