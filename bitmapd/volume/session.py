@@ -30,11 +30,18 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from bitmapd.config import Paths, VolumeConfig, atomic_write, is_keeper
-from bitmapd.errors import ForeignRecordError, UsageError
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    ForeignRecordError,
+    FormatTooNewError,
+    PermissionError_,
+    UsageError,
+)
 from bitmapd.media.fingerprint import fingerprint
 from bitmapd.net.uri import is_receiver, is_remote
 from bitmapd.record import tool
@@ -53,6 +60,7 @@ from bitmapd.record.updates import SuperblockUpdates
 from bitmapd.volume.sides import CHAPTER, check_primary, secondary_holds, secondary_mismatch
 
 Emit = Callable[..., None]
+T = TypeVar("T")
 
 
 class RecordSession:
@@ -73,15 +81,40 @@ class RecordSession:
         self.primary_is_as_left = False  # since a stop; nobody knows after a crash
         self.both_left_equal = False  # by a clean stop, as far as this host knows
         self.secondary_was_written = False  # since then
-        self._medium = tool.RecordMedium.open(config.record)
+        self._medium = self._usable(lambda: tool.RecordMedium.open(config.record))
         try:
             self._medium.lock()
-            self.loaded = tool.load(self._medium)
+            self.loaded = self._usable(lambda: tool.load(self._medium))
             self._updates = SuperblockUpdates(self._medium, self.loaded)
             self._check(self.superblock)
         except BaseException:
             self._medium.close()
             raise
+
+    def _usable(self, result: Callable[[], T]) -> T:
+        """Whatever the record's device does not give is lost to a single appliance.  The partner of
+        a pair has it, but this node does not start without a record of its own: the record's lock
+        is the proof that the process before it writes no more, and its superblock says what this
+        node knows of the pair's history."""
+        try:
+            return result()
+        except (BusyError, FormatTooNewError, PermissionError_, UsageError):
+            raise
+        except BitmapdError as error:
+            raise type(error)(error.message, self._way_on or error.hint) from error
+
+    @property
+    def _way_on(self) -> str | None:
+        """What to do where the record of a node of a pair cannot be used; None for a single one."""
+        config = self._config
+        if self._node is None:
+            return None
+        if is_keeper(config):
+            return f"give the keeper a new one: 'dmctl remove {config.name}', then create it again"
+        return (
+            f"let the partner run, and give this node a new one: 'dmctl record replace"
+            f" {config.name} DEVICE'; the partner says what differs"
+        )
 
     @property
     def superblock(self) -> Superblock:
@@ -106,7 +139,7 @@ class RecordSession:
             check_primary(config, self._paths, superblock, self.loaded.bits.count())
         state = self._known_state()
         known = int(state.get("session", 0))
-        hint = (
+        hint = self._way_on or (
             f"put the newest record back; if primary {config.primary} has the newest data:"
             f" 'dmctl remove {config.name}', then 'dmctl create {config.name} … --force"
             " --initial-sync checksum' copies what differs over the secondary"

@@ -230,6 +230,25 @@ def test_new_places_wait_if_the_partner_dies_as_well(failing: tuple[Pair, Faulty
     assert pair.equal()
 
 
+def test_a_node_does_not_start_without_a_record_and_the_partner_goes_on(
+    failing: tuple[Pair, FaultyDisk], short_path: Path
+) -> None:
+    """The lock and the superblock of a record prove things that nobody else can say."""
+    pair, disk = failing
+    pair[1].write(10 * MIB, noise(47, MIB))
+    pair[1].kill()
+    with disk.failing("pread"):
+        refused = pair[1].refused("start", "vol0")
+        assert refused["code"] == "record-damaged"
+        assert "'dmctl record replace vol0 DEVICE'" in refused["hint"]
+        assert pair[2].read(30 * MIB, MIB) == bytes(MIB)
+        pair[1].dmctl("record", "replace", "vol0", str(make_file(short_path / "new", MIB)))
+        pair[1].start()
+        assert pair.until(1, "paired")["compared_extents_total"] == 0
+        in_sync(pair)
+    assert pair.equal()
+
+
 def test_both_die_while_one_record_alone_has_the_flag(failing: tuple[Pair, FaultyDisk]) -> None:
     pair, disk = failing
     data = noise(44, MIB)
@@ -257,7 +276,7 @@ def test_a_lost_record_is_replaced_and_the_partner_says_what_differs(
         pair[lost].write(10 * MIB, noise(46, MIB))
         pair[lost].kill()
         pair[lost].record.write_bytes(bytes(MIB))
-        assert pair[lost].dmctl_process("start", "vol0").returncode
+        assert "'dmctl record replace vol0 DEVICE'" in pair[lost].refused("start", "vol0")["hint"]
         new = make_file(short_path / "new", 2 * MIB)
         assert pair[other].refused("record", "replace", "vol0", str(new))["exit_status"] == 14
         pair[lost].dmctl("record", "replace", "vol0", str(new))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,15 @@ from uuid import UUID
 
 import pytest
 
-from bitmapd.errors import ForeignRecordError, UsageError
+from bitmapd.errors import (
+    BitmapdError,
+    ForeignRecordError,
+    NotFoundError,
+    RecordDamagedError,
+    UsageError,
+)
 from bitmapd.record import tool
-from bitmapd.record.layout import PairFlag, PairState, PartnerAck, RecordOn
+from bitmapd.record.layout import SUPERBLOCK_OFFSETS, PairFlag, PairState, PartnerAck, RecordOn
 from bitmapd.volume.session import RecordSession
 from tests.support.local import LocalVolume
 
@@ -141,6 +148,36 @@ def test_a_record_of_another_node_is_refused(
     assert caught.value.hint is not None
     assert "'node' and 'partner'" in caught.value.hint
     assert local.record.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("node", "role", "way_on"),
+    [
+        (None, "pair", "create it anew"),
+        (1, "pair", "'dmctl record replace vol0 DEVICE'"),
+        (2, "pair", "'dmctl record replace vol0 DEVICE'"),
+        (2, "keeper", "'dmctl remove vol0'"),
+    ],
+)
+def test_where_a_record_cannot_be_used_the_way_on_is_that_of_the_node(
+    local: LocalVolume, node: int | None, role: str, way_on: str
+) -> None:
+    config = dataclasses.replace(local.config, node=node, partner_role=role)
+
+    def refused(kind: type[BitmapdError]) -> str | None:
+        with pytest.raises(kind) as caught:
+            RecordSession(config, local.paths, lambda *_, **__: None, node=node)
+        return caught.value.hint
+
+    damaged = bytearray(local.record.read_bytes())
+    for offset in SUPERBLOCK_OFFSETS:
+        damaged[offset + 100] ^= 1
+    local.record.write_bytes(damaged)
+    assert way_on in str(refused(RecordDamagedError))
+    local.record.write_bytes(bytes(len(damaged)))
+    assert way_on.replace(" anew", "") in str(refused(NotFoundError))
+    local.record.unlink()
+    assert (refused(NotFoundError) is None) is (node is None)
 
 
 def test_a_volume_of_one_node_has_no_pair_to_store(local: LocalVolume, open_as: Open) -> None:
