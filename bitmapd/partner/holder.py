@@ -176,11 +176,11 @@ class PairRecord(Record):
             self.rights.release(extent)
 
     def _was_not_stored(self, batch: _Batch, error: OSError) -> None:
-        if self.on_unwritten():
+        if not self.on_unwritten():
+            batch.fail(error)
+        elif not batch.rights:  # else it waits already, and once only
             batch.rights += 1
             self.rights.want_anew(batch.first, partial(self._granted, batch, batch.first))
-        else:
-            batch.fail(error)
 
     def drop(self, extents: Iterable[int]) -> None:
         gone = self.rights.drop(extents)

@@ -170,6 +170,7 @@ def test_one_that_still_waits_for_the_right_looks_again_with_it() -> None:
     it.disk.finish()
     it.loop.run_soon()
     assert it.done == []
+    assert it.rights.waiting == 1, "one request of a host"
     it.grant((1, 2))
     assert it.done == [None]
     assert not it.record.covers(1, 2), "so it is added once more"
