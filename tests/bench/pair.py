@@ -12,6 +12,7 @@ What is measured, and why:
 - two hosts at two nodes on one extent: what changing hands costs;
 - a takeover after kill -9: until the first read is answered, and what is compared and copied;
 - an exchange of 16 TiB with 100,000 runs, in one process without a link;
+- a miss at some distance, in round trips of an echo over the same link (`pairdistance`);
 - what the link costs and bears (`pairlinks`): TLS, reads of what the other writes, an exchange over
   it, a cut, one cut after another; the destage of a large record; messages of recorded traces.
 """
@@ -39,6 +40,7 @@ from bitmapd.record.extents import bits_of, runs_of
 from tests.bench import loads, machine, pairlinks
 from tests.bench.bench import ROOT
 from tests.bench.loads import KIB, MIB, Load
+from tests.bench.pairdistance import measure_distance
 from tests.bench.pairlinks import GIB, TIB, echo_us, quartiles
 from tests.bench.report import figures_page
 from tests.support import rawnbd
@@ -294,15 +296,16 @@ def measure_exchange(runs: int) -> Found:
 
 
 NOTES = """\
-How to read this: primary, secondary and records lie in memory, so a hit is nearly all CPU, and
-what a pair costs shows undiluted: a hit asks two bits instead of one, a read one more question. A
-miss is carried by two processes that wake one another, and by what each computes: message,
-record, page. A bare echo computes nothing, so the bar of 1.5 of them is out of reach of this
-program; `echoes` says how far. Nothing is copied while misses are measured: they leave dirt, and
-whichever run takes longer would copy more of its own. A read of what the other writes asks first,
-unless the extent is clean and was given up; its median has at most two round trips and the writes
-that it waits for. Messages per 1,000 writes of a trace follow its misses, of which the best
-policy can save only some (docs/prediction.md)."""
+How to read this: primary, secondary and records lie in memory, so a hit is nearly all CPU, and what
+a pair costs shows undiluted: a hit asks two bits instead of one, a read one more question. A miss
+is carried by two processes that wake one another, and by what each computes: message, record, page.
+A bare echo computes nothing, so 1.5 of them are out of reach of this program where both nodes are
+processes of one machine; `echoes` says how far. A miss takes one round trip all the same, and what
+is computed is lost in it where the nodes are apart: `at a distance`. Nothing is copied while misses
+are measured: they leave dirt, and whichever run takes longer would copy more of its own. A read of
+what the other writes asks first, unless the extent is clean and was given up; its median has at
+most two round trips and the writes that it waits for. Messages per 1,000 writes of a trace follow
+its misses, of which the best policy can save only some (docs/prediction.md)."""
 
 
 def main() -> int:
@@ -322,6 +325,9 @@ def main() -> int:
         | {
             "miss over TLS, depth 1": pairlinks.measure_tls(
                 turns, 100 if quick else 3000, size_bytes
+            ),
+            "miss at a distance, depth 1": measure_distance(
+                *((1, 50, size_bytes, (0.2,)) if quick else (3, 1000, size_bytes))
             ),
             "disjoint hosts": measure_disjoint(2 if quick else 20, size_bytes),
             "one extent, two hosts": measure_contended(1 if quick else 5),

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
@@ -76,14 +76,17 @@ def part(values: list[float], of_1000: int) -> float:
 
 
 @contextmanager
-def pair_of(size_bytes: int, *options: str, tls: bool = False) -> Iterator[Pair]:
-    """Both have started, are paired and in sync; everything lies in memory."""
+def pair_of(
+    size_bytes: int, *options: str, prepare: Callable[[Pair], None] | None = None
+) -> Iterator[Pair]:
+    """Both have started, are paired and in sync; everything lies in memory.  `prepare` is called
+    before they are created."""
     with (
         tempfile.TemporaryDirectory(prefix="bp", dir="/dev/shm") as folder,
         Pair(Path(folder), size_bytes, *options) as pair,
     ):
-        if tls:
-            over_tls(pair)
+        if prepare is not None:
+            prepare(pair)
         for node in (1, 2):
             os.truncate(pair[node].record, MIB + size_bytes // (4 * MIB) + 64 * KIB)
         pair.create()
@@ -110,14 +113,20 @@ def echo_us(rounds: int, keys: Path | None = None) -> float:
     unix socket or, with the folders of `partner-keys`, TLS over loopback; the median."""
     if keys is None:
         here, there = socket.socketpair()
-        more = []
     else:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             here = socket.create_connection(listener.getsockname())
             there, _ = listener.accept()
         for sock in (here, there):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        more = [str(keys / "right")]
+    return echo_between(here, there, rounds, keys)
+
+
+def echo_between(
+    here: socket.socket, there: socket.socket, rounds: int, keys: Path | None = None
+) -> float:
+    """The same between the ends of a connection, which it closes."""
+    more = [] if keys is None else [str(keys / "right")]
     command = [sys.executable, "-c", ECHO, str(there.fileno()), *more]
     took = []
     with subprocess.Popen(command, pass_fds=[there.fileno()]) as other:
@@ -145,7 +154,7 @@ def measure_tls(turns: int, requests: int, size_bytes: int) -> Found:
     found: dict[str, list[float]] = {}
     options = ("--extent-size", "64KiB", "--record-limit", f"{size_bytes}B", "--predictor", "lru")
     for turn in range(turns):
-        with pair_of(size_bytes, *options, tls=True) as pair:
+        with pair_of(size_bytes, *options, prepare=over_tls) as pair:
             pair[1].ask("pause")
             new = loads.over_nbd(pair[1].uri, miss, 0, turn)
             again = loads.over_nbd(pair[1].uri, miss, 0, turn)  # the same places: hits

@@ -26,7 +26,7 @@ def test_a_quick_run_measures_every_part(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.iterdir()
     figures = json.loads(path.read_text())["figures"]
-    assert len(figures) == 17
+    assert len(figures) == 18
     assert figures["destage of 1 TiB"]["page writes"] == 34
     assert figures["exchange over a link"]["own extents"] == 100
     assert figures["link ends every 100 ms"]["exchanges"] > 1

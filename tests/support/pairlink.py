@@ -21,7 +21,7 @@ class Link:
         self._listener.bind(str(outer))
         self._listener.listen()
         self._listener.setblocking(False)
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.SelectSelector()  # epoll waits whole milliseconds
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._ways: dict[socket.socket, tuple[socket.socket, bool]] = {}  # other end; from outer?
         self._late: list[tuple[float, socket.socket, bytes]] = []
@@ -50,7 +50,8 @@ class Link:
         while not self._ended:
             with self._lock:
                 self._send_late()
-            for key, _ in self._selector.select(LOOK_S):
+                late_s = self._late[0][0] - time.monotonic() if self._late else LOOK_S
+            for key, _ in self._selector.select(max(0.0, min(late_s, LOOK_S))):
                 with self._lock:
                     if key.fileobj is self._listener:
                         self._accept()
