@@ -181,10 +181,10 @@ def measure_reads(seconds: int) -> Found:
             "--time_based=1", f"--runtime={seconds}", "--rate=10m",
         ]  # fmt: skip
         writer = threading.Thread(target=loads.run, args=(command, seconds + 60))
-        writer.start()
         before = pair.partner(2)
         with pair[2].host() as host:
-            while writer.is_alive():
+            writer.start()
+            while not took or writer.is_alive():
                 at = len(took) * 7919 % 1024 * 4 * KIB
                 began = time.perf_counter()
                 host.call(rawnbd.READ, at, 4 * KIB)
