@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_quick_run_measures_every_part(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench.pair", "--quick", "--results", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=590,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
