@@ -4,8 +4,8 @@ What hosts write gathers in the gate's current era.  One round after another bri
 1. Every `era_interval_s`, if something was written, no new copies begin, those in flight finish,
    `gate.take_era`; the barrier is waited for.
 2. Runs of `gate.taken` are copied, several at a time (`Transfers`).
-3. When nothing is left to copy, or the interval of settles is over, both sides are flushed and the
-   gate settles (`Settling`).  Copying goes on meanwhile.
+3. When nothing is left to copy, the interval of settles is over, or much was copied since the last,
+   both sides are flushed and the gate settles (`Settling`).  Copying goes on meanwhile.
 
 Invariants:
 1. `take_era` is called only while no copy is in flight (the gate's condition).

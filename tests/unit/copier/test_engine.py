@@ -7,6 +7,7 @@ import errno
 
 import pytest
 
+from bitmapd.copier import settling
 from bitmapd.copier.engine import Copier, CopyState
 from bitmapd.copier.late import QUIET_S
 from bitmapd.copier.settling import SETTLE_INTERVAL_S
@@ -210,6 +211,20 @@ def test_a_failed_flush_of_either_side_copies_again(mirror: Mirror, side: str) -
     error = mirror.copier.last_error
     assert error is not None
     assert error.errno == errno.EIO
+
+
+def test_much_that_was_copied_is_flushed_while_copying_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settling, "SETTLE_BYTES", 2 * PER_EXTENT * BLOCK)
+    mirror = begun(pool_bytes=PER_EXTENT * BLOCK, piece_bytes=PER_EXTENT * BLOCK)
+    for extent in range(8):
+        mirror.put(extent * PER_EXTENT, PER_EXTENT)
+    mirror.run(1.0)
+    assert equal(mirror)
+    assert mirror.recorded() == set()
+    kinds = [call[0] for call in mirror.secondary.calls]
+    assert "write" in kinds[kinds.index("flush") :]
 
 
 def test_a_primary_that_cannot_be_flushed_is_told_and_not_hurried(mirror: Mirror) -> None:
