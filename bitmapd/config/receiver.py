@@ -139,6 +139,19 @@ class ReceiverConfig:
             "1min",
         ),
     ]
+    catch_up: Annotated[
+        str,
+        Key(
+            "catch_up",
+            kinds.choice("keep", "clone", "in-place"),
+            "What becomes of the last point when more has changed than fits into the journal. keep:"
+            " it stays, and the sender waits. clone: a copy of the image is kept first, which"
+            " 'dmctl promote' then takes, and what comes goes into the image at once. in-place: it"
+            " goes there without a copy, and until it is complete there is no point at all. In a"
+            " group: keep.",
+            "keep",
+        ),
+    ]
     view_limit_bytes: Annotated[
         int,
         Key(
@@ -210,6 +223,15 @@ def _judge(config: ReceiverConfig) -> Iterable[tuple[str, UsageError]]:
     """What is wrong with values that are right one by one: (key, error) pairs."""
     if config.image == config.journal:
         yield "journal", UsageError("is the same as image")
+    if config.group is not None and config.catch_up != "keep":
+        yield (
+            "catch_up",
+            UsageError(
+                f"{config.catch_up!r} is not for the members of a group: a point that goes into the"
+                " image at once would be there before the others have theirs",
+                "leave it at keep, with a journal that is large enough; or do without group",
+            ),
+        )
     uri = parse_receiver_uri(config.listen)
     if uri.name != config.name and not config.dials:
         yield "listen", UsageError(f"names the receiver {uri.name!r}, not {config.name!r}")

@@ -25,7 +25,7 @@ OF_THE_ROLE: Final = frozenset(
 )  # fmt: skip
 
 # Of a receiver: what an administrator has chosen for it, whatever its media are.
-OF_RECEIVERS: Final = frozenset({"retain", "point_hook", "hook_timeout", "view_limit"})
+OF_RECEIVERS: Final = frozenset({"retain", "point_hook", "hook_timeout", "view_limit", "catch_up"})
 
 
 def volume_table(

@@ -702,6 +702,23 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "catch-up-begun",
+        Level.CRITICAL,
+        ("point", "message"),
+        "what has changed does not fit into the receiver's journal and goes into its image, which"
+        " is between two points until this one is committed: the receiver's `catch_up` says so",
+        "leave both running; until it ends 'dmctl promote' takes the copy of the last point, if"
+        " there is one",
+        is_error=True,
+    ),
+    EventKind(
+        "catch-up-ended",
+        Level.NOTICE,
+        ("point",),
+        "at a receiver: this point is in the image, which is consistent again",
+        "nothing",
+    ),
+    EventKind(
         "group-waits",
         Level.WARNING,
         ("group", "message"),
@@ -781,8 +798,8 @@ _EVENTS = (
         "point-not-kept",
         Level.ERROR,
         ("point", "reason"),
-        "at a receiver: this point had to stay, for its label or by `retain`, and no copy of it"
-        " could be made; points go on",
+        "at a receiver: this point had to stay, for its label, by `retain` or by `catch_up`, and no"
+        " copy of it could be made; points go on, but that one does not which needs the copy",
         "see the reason: room beside the image, `point_hook`, or too many points that are kept",
         is_error=True,
     ),

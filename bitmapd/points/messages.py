@@ -69,6 +69,9 @@ class Feature(enum.IntFlag):
     ZSTD = 1
     PIECES = 2  # answers `Compare`, for where the sender does not know what differs
     GROUP = 4
+    CATCH_UP = 8  # a receiver that may be asked for IN_PLACE
+    IN_PLACE = 16  # of a sender: there is no room for the open point, may it go into the image?
+    # Of a receiver: it goes there, and so nothing has to fit.
 
 
 class Encoding(enum.IntEnum):

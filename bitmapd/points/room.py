@@ -10,7 +10,8 @@ point may fill it, and can then be neither committed nor applied.
    `FULL_S`: it has to be dropped, and sent anew.  So has one that rule 1 holds back while the
    receiver keeps sendings of it that count no more.
 
-Before point 1 the receiver writes into its image, and nothing has to fit.
+Where the receiver writes into its image at once, before point 1 and in a catch-up that it was asked
+to take so, nothing has to fit.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Room:
     @property
     def is_tight(self) -> bool:
         """Whether what is left would not fit if more of it were sent twice."""
-        if self._uplink.point <= 1:
+        if self._uplink.is_in_place:
             return False
         gate = self._gate
         # What was written again counts twice here; that seldom matters, and without it a copy of
@@ -81,7 +82,7 @@ class Room:
         """Whether the open point, which lacks credit, has to be dropped."""
         self._tell(now_s)
         uplink = self._uplink
-        if uplink.point <= 1 or uplink.applied < uplink.point - 1:
+        if uplink.is_in_place or uplink.applied < uplink.point - 1:
             self._full_since_s = now_s  # what is applied makes room
         return now_s >= self._full_since_s + FULL_S
 

@@ -64,6 +64,7 @@ from bitmapd.record.geometry import Geometry
 Emit = Callable[..., None]
 
 LOOK_S: Final = 1.0
+ASK_AGAIN_S: Final = 60.0  # whether a point that does not fit may go into the image
 COUNTED_BLOCKS: Final = 2048  # one by one: 4 ms
 AHEAD_BYTES: Final = 8 << 20  # that are read ahead of the link without a cut
 SPOOL_BYTES: Final = 256 << 20
@@ -187,6 +188,8 @@ class Sender:
         self._wanted = False  # a point, changed or not
         self._barrier = False
         self._told_slow = False
+        self._told_in_place = False
+        self._ask_again_s = float("-inf")
         self._stepping = False
         self._timer: Timer | None = None
         self._wake: Timer | None = None
@@ -407,9 +410,7 @@ class Sender:
         elif not self.reading.idle or not self._has_something:
             return  # an era ends only while nothing is being read
         elif self.room.refuses(now):
-            # What the receiver holds of this point counts no more, and takes the room of it.
-            if self.uplink.has_leftovers and self.room.is_hopeless(now):
-                self._drop_point()
+            self._make_room(now)
         elif not self.room.is_tight and self.schedule.is_much(
             self.left_bytes, self.meter.bytes_per_s
         ):
@@ -421,6 +422,17 @@ class Sender:
                 self._cut(now)
         else:
             self._wake_in(min(self.schedule.due_s - now, LOOK_S))
+
+    def _make_room(self, now: float) -> None:
+        uplink = self.uplink
+        if not self.room.is_hopeless(now):
+            return
+        if uplink.has_leftovers:
+            # What the receiver holds of this point counts no more, and takes the room of it.
+            self._drop_point()
+        elif uplink.may_ask_in_place and now >= self._ask_again_s:
+            self._ask_again_s = now + ASK_AGAIN_S
+            uplink.ask_in_place()
 
     @property
     def _has_something(self) -> bool:
@@ -613,7 +625,7 @@ class Sender:
         self.cut_s = self._point_cut_s
         self._emit("point-committed", point=self.uplink.point)
         self.label = ""
-        self._told_slow = False
+        self._told_slow = self._told_in_place = False
         self._count_room()
         self.room.next_point()
         self.uplink.next_point()
@@ -661,6 +673,16 @@ class Sender:
         self._link_is_up()
         if self.member is not None:
             self.member.linked()
+        if self.uplink.is_in_place and not self._told_in_place:
+            self._told_in_place = True
+            self.room.next_point()
+            if self.uplink.point > 1:
+                self._emit(
+                    "catch-up-begun",
+                    point=self.uplink.point,
+                    message="there is no room for it in the receiver's journal: it goes into the"
+                    " image, which is between two points until then",
+                )
         self._soon()
 
     def _send_again(self, lost: BlockSet, reason: Void) -> None:

@@ -180,6 +180,8 @@ class Uplink:
         self.lacks_credit = False
         self.receiver: Hello2 | None = None  # as it said last
         self.applied = 0
+        self._asks_in_place = False
+        self._in_place = 0  # the point that goes into the receiver's image at once
         self._joins = False  # MAP is waited for, or carried out
         self._is_old = False  # the receiver's data are, and ours descend from them
         self._joined: set[bytes] = set()  # generations whose differences are to be sent
@@ -213,6 +215,26 @@ class Uplink:
         """Whether there has to be a point although nothing may have changed: a receiver of a volume
         that was promoted can be promoted in its turn only when it has one."""
         return self.is_ready and self._identity.promoted and not self.known_committed
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the open point goes into the receiver's image at once, so that nothing of it has
+        to fit into a journal."""
+        return self.point <= 1 or self._in_place == self.point
+
+    @property
+    def may_ask_in_place(self) -> bool:
+        """Whether the receiver, all of whose points are applied, can be asked for that.  Not by one
+        of a group: its point would be applied whether the others have theirs or not."""
+        theirs = self.receiver
+        may = theirs is not None and Feature.CATCH_UP in theirs.features
+        return may and self.is_ready and not self.in_group and self.applied == self.point - 1
+
+    def ask_in_place(self) -> None:
+        """The open point, of which nothing counts yet, does not fit: have it written in place.  The
+        next HELLO2 of the receiver says whether it is."""
+        self._asks_in_place = True
+        self.begin_anew()
 
     def offer(self, size_bytes: int) -> None:
         """Have the next receiver make room for a larger volume; 0: no longer."""
@@ -257,7 +279,8 @@ class Uplink:
             oldest_kept=0,
             role=role,
             features=(Feature.ZSTD if self.compress else Feature(0))
-            | (Feature.GROUP if self.in_group else Feature(0)),
+            | (Feature.GROUP if self.in_group else Feature(0))
+            | (Feature.IN_PLACE if self._asks_in_place else Feature(0)),
             credit_bytes=0,
             term=identity.term,
             name=identity.name,
@@ -346,6 +369,8 @@ class Uplink:
                 ErrorCode.OTHER,
                 f"the receiver has point {theirs.committed}, and {self.point} is the open one",
             )
+        self._asks_in_place = False
+        self._in_place = self.point if Feature.IN_PLACE in theirs.features else 0
         wire.greeted(self._geometry)
         self.credit_bytes, self.lacks_credit = theirs.credit_bytes, False
         packs = self.compress and bool(theirs.features & Feature.ZSTD)

@@ -107,6 +107,10 @@ class Applier:
         """Who is asked before the image is overwritten; to be set while it is whole."""
         self._redo.guard = guard
 
+    @property
+    def guarded_by(self) -> Guard | None:
+        return self._redo.guard
+
     def when_applied(self, done: Done) -> None:
         """Call it when the queue has become shorter."""
         self._when_applied.append(done)

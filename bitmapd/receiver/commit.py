@@ -14,6 +14,7 @@ points are between the two.
 5. `kept_sequence` is that of a directory of kept points that was durable before this page.
 6. A point has the size that the volume had at its cut, 0 in pages of programs that had no growth:
    that of the journal's volume.
+7. An image that is inconsistent although nothing is queued gets the open point in place.
 """
 
 from __future__ import annotations
@@ -108,6 +109,11 @@ class CommitPage:
     def committed_bytes(self) -> int:
         """Size of the volume at the newest point."""
         return self.queue[-1].size_bytes if self.queue else self.size_bytes
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what is received goes into the image at once."""
+        return bool(self.inconsistent_until) and not self.queue
 
     @property
     def fault(self) -> str | None:
@@ -249,6 +255,7 @@ def page_figures(page: CommitPage) -> dict[str, Any]:
         "queued_bytes": None,
         "journal_bytes": None,
         "journal_limit_bytes": None,
+        "in_place_until": until if page.in_place and page.committed else None,
         "consistent": "never" if until == NEVER else "no" if until else "yes",
         "kept": [],
         "view": None,

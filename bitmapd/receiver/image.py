@@ -6,8 +6,8 @@ Invariants:
    pieces that they have.
 3. An entry that is wrong when it is read again is not written: `apply` says which ones were.
 4. Before a window is written whoever looks at the image (`guard`) has what it needs of it.
-5. `InPlace`, for the first point only, writes what has just been received.  Two writes to one block
-   are never in flight together, so that the later one wins.
+5. `InPlace`, for a point that goes into the image at once, writes what has just been received.  Two
+   writes to one block are never in flight together, so that the later one wins.
 
 A crash leaves any part of a point in the image; applying it once more makes it whole, since its
 entries say what each piece has to be, not how it changes.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Final, Protocol
@@ -141,10 +141,18 @@ class InPlace:
     """Writes received entries to the image at once.  After an error nothing that was written since
     the last `settle` counts."""
 
-    def __init__(self, geometry: Geometry, volume: bytes, image: Device) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        volume: bytes,
+        image: Device,
+        guard: Callable[[], Guard | None] = lambda: None,
+    ) -> None:
+        """`guard`: who looks at the image now."""
         self._geometry = geometry
         self._unpacker = Unpacker(geometry, volume)
         self._image = image
+        self._guard = guard
         self._failure: OSError | None = None
         self._waiting: deque[tuple[list[Piece], set[int], Done]] = deque()
         self._busy: set[int] = set()  # blocks in flight
@@ -190,7 +198,14 @@ class InPlace:
             pieces, blocks, done = self._waiting.popleft()
             self._busy |= blocks
             ended = partial(self._ended, blocks, done)
-            together(list(writes(self._image, pieces)))(ended)
+            self._preserved(sorted(blocks), together(list(writes(self._image, pieces))), ended)
+
+    def _preserved(self, blocks: Sequence[int], write: Step, ended: Done) -> None:
+        guard = self._guard()
+        if guard is None:
+            write(ended)
+        else:
+            guard.preserve(blocks, lambda _: write(ended))
 
     def _ended(self, blocks: set[int], done: Done, error: OSError | None) -> None:
         self._busy -= blocks

@@ -6,7 +6,7 @@ it has ended.  Receiving goes on meanwhile, and nobody who writes waits.
 
 | a point is | because | then |
 | --- | --- | --- |
-| WANTED | it has a label, or the rules say so | its copy is made, once it is in the image |
+| WANTED | it has a label, rules want it, or `catchup` | its copy is made once it is in the image |
 | KEPT | that has succeeded, and an empty map is durable | what is applied joins the newest map |
 | GOING | its copy failed, or it is no longer needed | the copy is taken away |
 | not named | that has succeeded | |
@@ -19,6 +19,8 @@ Invariants:
    the image.
 4. The map of a point that goes joins that of the one before it first.
 5. A copy that fails costs its point, and nothing else.
+6. While the open point goes into the image (`catchup`) no copy of that is made, and a copy of the
+   last point stays.
 
 A crash leaves a directory that says what was under way: what is WANTED is made again, what is GOING
 is taken away again, and bits are added to a map a second time.
@@ -34,7 +36,7 @@ from typing import Final, Protocol
 
 from bitarray import bitarray
 
-from bitmapd.errors import NotFoundError
+from bitmapd.errors import NotFoundError, WrongStateError
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
 from bitmapd.receiver.commit import Queued
@@ -74,9 +76,10 @@ class Keeping:
         self,
         journal: Journal,
         keeper: Keeper,
-        rules: Rules,
+        rules: Rules | None,
         told: Callable[..., None],
     ) -> None:
+        """`rules`: None leaves what is kept as it is."""
         self._journal = journal
         self._keeper = keeper
         self._rules = rules
@@ -114,8 +117,13 @@ class Keeping:
         `wall_ns`: when it was cut; None if it can no longer be due."""
         yield from self._work.alone(self._settled(point, wall_ns))
 
+    def leave(self, wall_ns: int, then: Steps[None], *, copied: bool) -> Steps[None]:
+        """The image, which is the last point, is one no longer when `then` has ended; with `copied`
+        a copy of it is kept before, and nothing is done if none can be."""
+        yield from self._work.alone(self._left(wall_ns, then, copied=copied))
+
     def drop(self, point: int) -> Steps[None]:
-        """NotFoundError if it is not kept."""
+        """NotFoundError if it is not kept, WrongStateError if nothing else has the last point."""
         yield from self._work.alone(self._dropped(point))
 
     def choose(self, point: int | None) -> Steps[None]:
@@ -168,7 +176,26 @@ class Keeping:
             self._open = bits  # the newest is the last one
 
     # -- keeping --------------------------------------------------------------------------------
+    def _left(self, wall_ns: int, then: Steps[None], *, copied: bool) -> Steps[None]:
+        page = self._journal.page
+        point = page.applied
+        yield from self._settled(point, None)  # what has to be kept of it for another reason
+        if copied and not self._is_kept(point):
+            if reason := self._obstacle(point):
+                self._emit("point-not-kept", point=point, reason=reason)
+                return
+            wanted = self._wanted(point, wall_ns, "", page.size_bytes)
+            yield from self._named(lambda points: [*points, wanted])
+            yield from self._make(wanted)
+            if not self._is_kept(point):
+                return
+        yield from then
+
+    def _is_kept(self, point: int) -> bool:
+        return any(kept.point == point for kept in self._journal.directory.kept)
+
     def _settled(self, point: int, wall_ns: int | None) -> Steps[None]:
+        in_place = self._journal.page.in_place
         for kept in self.points:
             missed = kept.state is Keep.WANTED and kept.point < point
             if missed:
@@ -184,13 +211,15 @@ class Keeping:
             yield from self._named(lambda points: [*points, wanted])
         if here is not None and here.state is Keep.WANTED:
             yield from self._make(here)
+        if self._rules is None:
+            return
         stay = needed(self.points, self._rules)
         for kept in self._journal.directory.kept:
-            if kept.point not in stay:
+            if kept.point not in stay and not (in_place and kept.point == point):
                 yield from self._let_go(kept)
 
     def _is_due(self, point: int, wall_ns: int) -> bool:
-        if self._obstacle(point):
+        if self._rules is None or self._journal.page.in_place or self._obstacle(point):
             return False
         here = self._wanted(point, wall_ns, "", 0)
         return point in needed([*self.points, here], self._rules)
@@ -231,6 +260,12 @@ class Keeping:
         kept = self._journal.directory.find(point)
         if kept is None or not kept.has_map:
             raise NotFoundError(f"point {point} is not kept")
+        page = self._journal.page
+        if page.in_place and point == page.committed:
+            raise WrongStateError(
+                f"nothing but the copy of point {point} has the last point",
+                hint=f"point {page.inconsistent_until} ends that, when it is committed",
+            )
         yield from self._let_go(kept)
 
     def _let_go(self, kept: KeptPoint) -> Steps[None]:

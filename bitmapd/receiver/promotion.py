@@ -18,7 +18,9 @@ Nobody else works on journal and image meanwhile.
    and cannot be read; and with an older point the maps of all kept points from that one on.
 3. From 4 on a sender of the old generation is refused, whichever of its points it knows.
 4. The image becomes an older point behind 4 only: before, it may have to go on as a receiver's.
-5. The volume has the size of its point, and the journal the largest one that it ever heard of: what
+5. An image that gets the open point in place is no point; the copy that was made of the last one
+   is taken, as if it had been asked for.
+6. The volume has the size of its point, and the journal the largest one that it ever heard of: what
    the image has beyond is no part of the volume, and comes with a later `dmctl resize`.
 """
 
@@ -87,6 +89,10 @@ def prepare(
     the newest point that all of the group have; what is newer stays in the journal, and is named.
     """
     goes_on, keeping = has_new_generation(journal), applier.keeping
+    if point is None and not goes_on and journal.page.in_place:
+        last = journal.directory.newest
+        if last is not None and last.point == journal.page.committed:
+            point = last.point  # what the image was before a catch-up that goes into it
     if not goes_on:
         yield from journal.flagged(_HALF, line)
         applier.up_to = journal.page.committed if up_to is None else up_to

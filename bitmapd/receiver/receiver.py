@@ -5,7 +5,7 @@
 | waiting | HELLO2 that fits | greeting | leftovers of another incarnation are dropped, durably |
 | greeting | (done) | receiving | HELLO2, HAVE, and NEED if something rots |
 | greeting | (does not follow) | refused | HELLO2, from which the sender concludes the same |
-| receiving | BEGIN, DATA | receiving | into the journal; before point 1 into the image |
+| receiving | BEGIN, DATA | receiving | into the journal, or at once into the image (`catchup`) |
 | receiving | END, sets equal | committing | flush, commit page, COMMITTED |
 | receiving | END, not equal | receiving | HAVE |
 | receiving, committing | APPLY-UP-TO | | what all of the group have may be applied (`held`) |
@@ -72,6 +72,7 @@ from bitmapd.points.pieces import Unpacker
 from bitmapd.points.switchover import refusal
 from bitmapd.receiver import growing
 from bitmapd.receiver.applier import Applier
+from bitmapd.receiver.catchup import CatchingUp, CatchUp
 from bitmapd.receiver.commit import MOST_QUEUED, PageFlag, Queued, page_figures
 from bitmapd.receiver.entries import IN_IMAGE, Entries, kept
 from bitmapd.receiver.image import InPlace
@@ -138,6 +139,7 @@ class _Volume:
     in_place: InPlace
     applier: Applier
     keeping: Keeping
+    catching_up: CatchingUp
     summing: Summing
 
 
@@ -158,11 +160,13 @@ class Receiver:
         rules: Rules = (),
         on_handover: Callable[[int], None] = lambda term: None,
         enlarge: growing.Enlarge = lambda size_bytes, done: done(None),
+        catch_up: CatchUp = CatchUp.KEEP,
     ) -> None:
         """`keeper`, `rules`: how points are kept, and which.  `differs`: where the image may have
         something else than the point before the sender's generation began, if the image is an old
         primary.  `on_handover` hears the term in which this has to be the volume; `taken` or `kept`
-        follows.  `enlarge` makes the image at least so large, if that can be."""
+        follows.  `enlarge` makes the image at least so large, if that can be.  `catch_up`: what
+        becomes of the last point if the next one does not fit into the journal."""
         self.state = State.WAITING
         self.journal = journal
         self._image = image
@@ -181,7 +185,7 @@ class Receiver:
         self._differs = differs
         self._followed: Hello2 | None = None  # of the newest sender that was followed
         self._scheduler = scheduler
-        self._keeper, self._rules = keeper, rules
+        self._keeper, self._rules, self._catch_up = keeper, rules, catch_up
         self._on_handover, self._enlarge = on_handover, enlarge
         self._volume = self._follow()
         self._allowed: dict[tuple[State, type], Callable[[Any], None]] = {
@@ -242,11 +246,13 @@ class Receiver:
             return None
         volume = line.volume.bytes
         keeping = Keeping(self.journal, self._keeper, self._rules, self._emit)
+        applier = Applier(self.journal, self._image, line, self._scheduler, self, keeping)
         return _Volume(
             Unpacker(line.geometry, volume),
-            InPlace(line.geometry, volume, self._image),
-            Applier(self.journal, self._image, line, self._scheduler, self, keeping),
+            InPlace(line.geometry, volume, self._image, lambda: applier.guarded_by),
+            applier,
             keeping,
+            CatchingUp(self._catch_up, self.journal, keeping, self._emit),
             Summing(self.journal, self._image, self._send),
         )
 
@@ -352,6 +358,8 @@ class Receiver:
             yield from journal.drop(hello.incarnation)
         elif lost:
             journal.open = Entries()
+        if Feature.IN_PLACE in hello.features:
+            yield from self._known.catching_up.begin()
         return (
             yield from growing.take_up(
                 hello, journal, self._known.keeping, self._image, self._enlarge, self._now_s()
@@ -399,12 +407,17 @@ class Receiver:
             applied=page.applied,
             oldest_kept=next((kept.point for kept in self.journal.directory.kept), 0),
             role=Role.PROMOTED if promoted else Role.RECEIVER,
-            features=FEATURES,
+            features=self._features,
             credit_bytes=self._room_bytes,
             term=0 if line is None else line.term,
             name=self._identity.name,
             program=self._identity.program,
         )
+
+    @property
+    def _features(self) -> Feature:
+        may_ask = Feature(0) if self._catch_up is CatchUp.KEEP else Feature.CATCH_UP
+        return FEATURES | may_ask | (Feature.IN_PLACE if self.journal.page.in_place else Feature(0))
 
     def _say_what_is_here(self) -> None:
         journal = self.journal
@@ -435,15 +448,15 @@ class Receiver:
             raise PeerError(
                 ErrorCode.BUSY, f"Data costs {cost} bytes; {self._credit_bytes} were granted"
             )
-        if self.journal.page.committed:
-            for entry in data.entries:
-                self._known.unpacker.unpack(entry)
-            self.journal.append(data.entries, lambda error: self._written(cost))
-        else:
+        if self.journal.page.in_place:
             self._known.in_place.write(data, lambda error: self._in_image(cost, error))
             self._in_place_bytes += cost
             for entry in data.entries:
                 self.journal.open.add(kept(entry, IN_IMAGE, len(entry.payload)))
+        else:
+            for entry in data.entries:
+                self._known.unpacker.unpack(entry)
+            self.journal.append(data.entries, lambda error: self._written(cost))
         self._credit_bytes -= cost
         self._unwritten_bytes += cost
         self._unsaid_bytes += cost
@@ -466,7 +479,7 @@ class Receiver:
     def _image_failed(self, error: OSError) -> None:
         """What was written in place may be lost: the sender has to come again."""
         self._emit("image-error", message=error.strerror or str(error))
-        if not self.journal.page.committed and self._wire is not None:
+        if self.journal.page.in_place and self._wire is not None:
             wire = self._wire
             self.lost(wire)
             wire.close(PeerError(ErrorCode.INTERNAL, "the image of the receiver has failed"))
@@ -508,14 +521,18 @@ class Receiver:
             begin.size_bytes,
         )
         steps = self._committing(queued, begin.label)
-        run(steps, lambda error, _: self._committed(queued, error))
+        page = self.journal.page
+        caught_up = page.in_place and bool(page.committed)
+        run(steps, lambda error, _: self._committed(queued, error, caught_up=caught_up))
 
     def _committing(self, queued: Queued, label: str) -> Steps[None]:
         journal = self.journal
         yield from self._known.keeping.name(queued, label)
-        if not journal.page.committed:
+        if journal.page.in_place:
             yield from self._known.in_place.flush()
             yield from self._take_generation()
+            per = journal.line.geometry.blocks_per_extent
+            yield from self._known.keeping.add(block // per for block, _ in journal.open.stamps())
             yield from journal.commit_in_image(queued)
             return
         while len(journal.page.queue) >= MOST_QUEUED:
@@ -531,7 +548,7 @@ class Receiver:
         after = dataclasses.replace(line, generations=generations, term=hello.term)
         yield from self.journal.follow(after, self._now_s())
 
-    def _committed(self, queued: Queued, error: OSError | None) -> None:
+    def _committed(self, queued: Queued, error: OSError | None, *, caught_up: bool) -> None:
         self._busy = False
         if error is not None:
             if self.journal.failure is None:
@@ -539,6 +556,8 @@ class Receiver:
             return
         self._begin = None
         self._emit("point-committed", point=queued.point)
+        if caught_up:
+            self._emit("catch-up-ended", point=queued.point)
         if self.state is State.COMMITTING:
             self.state = State.RECEIVING
             self._send(Committed(queued.point, queued.incarnation))
@@ -605,6 +624,7 @@ class Receiver:
         journal = self.journal
         return page_figures(journal.page) | {
             "connected": self.state in _GREETED,
+            "catch_up": self._catch_up.value,
             "kept": [kept.point for kept in journal.directory.kept],
             "queued_bytes": journal.queued_bytes,
             "journal_bytes": journal.used_bytes,

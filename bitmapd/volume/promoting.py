@@ -149,7 +149,7 @@ async def _promote(
             f"receiver '{media.name}' has never had a sender: there is nothing to promote"
         )
     point = _find(media.name, journal, which)
-    keeping = Keeping(journal, keeper, (), lambda event, **fields: None)
+    keeping = Keeping(journal, keeper, None, lambda event, **fields: None)
     applier = Applier(journal, image, line, asyncio.get_running_loop(), _Quiet(), keeping)
     up_to = None if which.group is None else journal.page.point_of(which.group)
     return await become_volume(media, journal, applier, line, force=force, point=point, up_to=up_to)
@@ -175,7 +175,7 @@ async def become_volume(
     if ready.obstacle is not None and not force and not goes_on:
         raise WrongStateError(
             f"the image of receiver '{media.name}' cannot be relied upon: {ready.obstacle.value}",
-            hint="--force promotes it as it is; a file system on it may be damaged",
+            hint=_way_out(media.name, journal, ready.obstacle),
         )
     after = line if goes_on else successor(line, uuid4())
     geometry = replace(after.geometry, size_bytes=ready.size_bytes)
@@ -184,6 +184,18 @@ async def become_volume(
     await carried_out(finish(journal, applier.keeping, after, int(time.time())))
     extents = sum(stop - first for first, stop in ready.since)
     return Promoted(volume, ready.point, ready.wall_ns, extents, ready.obstacle)
+
+
+def _way_out(name: str, journal: Journal, obstacle: Obstacle) -> str:
+    forced = "--force promotes it as it is; a file system on it may be damaged"
+    page, older = journal.page, journal.directory.newest
+    if obstacle is not Obstacle.INCONSISTENT or not page.in_place:
+        return forced
+    kept = "" if older is None else f"'dmctl promote {name} --point {older.point}' takes a copy; "
+    return (
+        f"the sender's point {page.inconsistent_until} ends that: start the receiver and wait;"
+        f" {kept}{forced}"
+    )
 
 
 def _find(name: str, journal: Journal, which: Which) -> int | None:

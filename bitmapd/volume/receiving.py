@@ -37,6 +37,7 @@ from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.peer.transport import Settings
 from bitmapd.points.messages import Message, Ping
 from bitmapd.points.wire import TIMEOUT_S, MessageWire, PointTransport
+from bitmapd.receiver.catchup import CatchUp
 from bitmapd.receiver.commit import PageFlag
 from bitmapd.receiver.journal import Journal
 from bitmapd.receiver.promotion import has_new_generation, undo
@@ -162,6 +163,7 @@ class Receiving:
             self.config.retain or (),
             self.on_handover,
             self._image.enlarge,
+            CatchUp(self.config.catch_up),
         )
 
     def _failed(self, error: OSError) -> None:

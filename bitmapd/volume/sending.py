@@ -235,6 +235,7 @@ class ReceiverLink:
             "role": None if theirs is None else theirs.role.name.lower(),
             "committed": uplink.known_committed,
             "applied": uplink.applied,
+            "in_place": uplink.is_ready and uplink.is_in_place,
             "name": None if theirs is None else theirs.name,
             "version": None if theirs is None else theirs.program,
         }

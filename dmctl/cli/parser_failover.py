@@ -171,6 +171,12 @@ def add_receivers(commands: Commands) -> None:
         " can be cloned, unless --point-hook is given",
     )
     receive.add_argument(
+        "--catch-up",
+        metavar="keep|clone|in-place",
+        help="what becomes of the last point when more has changed than fits into the journal"
+        " (default: keep)",
+    )
+    receive.add_argument(
         "--group",
         metavar="NAME",
         help="that of its volume: its members are promoted to one point",

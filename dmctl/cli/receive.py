@@ -62,7 +62,7 @@ LEAST_IMAGE_BYTES = MIB  # an extent of the usual size
 ROOM_FOR = 10  # a journal of a tenth of the image is a good size
 _MEDIA = ("image", "journal")
 _PATHS = (*_MEDIA, "certificates", "point_hook")
-_OPTIONS = (*_PATHS, "listen", "sender_name", "sender_fingerprint", "retain", "group")
+_OPTIONS = (*_PATHS, "listen", "sender_name", "sender_fingerprint", "retain", "group", "catch_up")
 
 
 def receive(context: Context, args: Namespace) -> int:
@@ -185,11 +185,16 @@ def _check_size(found: Findings, image_bytes: int, have: int, path: str, kind: s
 
 def _check_keeping(found: Findings, config: ReceiverConfig) -> None:
     """Whether points can be kept, if that is wanted."""
-    if config.retain is None or config.point_hook is not None:
+    wanted = [] if config.retain is None else ["--retain"]
+    wanted += ["--catch-up clone"] if config.catch_up == "clone" else []
+    if not wanted or config.point_hook is not None:
         return
     obstacle = clone_obstacle(config.image)
     if obstacle is not None:
-        hint = "put the image on XFS or btrfs, or give --point-hook PROGRAM; or do without --retain"
+        hint = (
+            "put the image on XFS or btrfs, or give --point-hook PROGRAM; or do without"
+            f" {' and '.join(wanted)}"
+        )
         found.errors.append(UsageError(f"no points can be retained: {obstacle}", hint))
 
 

@@ -254,6 +254,17 @@ def test_a_point_is_dropped_by_name_and_its_map_is_not_lost() -> None:
         next(keeping.drop(7))
 
 
+def test_a_promotion_has_no_rules_and_leaves_what_is_kept() -> None:
+    """Or a point that a rule keeps is gone before it can be promoted."""
+    machine, _ = several(random.Random(4), {4: "a"}, 8)
+    before = numbers(machine)
+    assert machine.store is not None
+    keeper = SimKeeper(machine.image, machine.store)
+    keeping = Keeping(machine.receiver.journal, keeper, None, lambda event, **fields: None)
+    done(keeping.settle(8, None), machine.loop, *machine.disks)
+    assert numbers(machine) == before == [3, 4, 6]
+
+
 def test_points_are_committed_while_a_copy_is_made() -> None:
     """K5: what has to wait is only what is applied."""
     machine, script = several(random.Random(3), {}, 1)

@@ -54,7 +54,7 @@ from tests.support import simreceiver
 from tests.support.policies import MischievousPolicy
 from tests.support.records import blank_image, load_image, superblock
 from tests.support.sim import SECTOR, SimDisk, SimLoop
-from tests.support.simreceiver import BLOCK, GENERATION, GEOMETRY, VOLUME, SimWire, fresh
+from tests.support.simreceiver import BLOCK, GENERATION, GEOMETRY, VOLUME, Machine, SimWire, fresh
 
 SIZE = GEOMETRY.size_bytes
 EXTENT = GEOMETRY.extent_bytes
@@ -273,6 +273,7 @@ class World:
     policy: Callable[[], Policy] | None = None
     generations: tuple[bytes, ...] = (GENERATION.bytes, NIL, NIL, NIL)
     promoted = False
+    machine_made: Callable[[], Machine] = staticmethod(fresh)
     sizes: tuple[int, ...] = (SIZE,)  # that the volume has, one after the other
 
     def __init__(self, seed: int = 1) -> None:
@@ -287,7 +288,7 @@ class World:
         self.damaged: set[int] = set()  # blocks of the image
         self.serial = 0
         self.link: Link | None = None
-        self.machine = fresh()
+        self.machine = self.machine_made()
         primary = bytes(SIZE) + (NEW * SIZE)[: max(self.sizes) - SIZE]
         self.boot(primary, blank_image(GEOMETRY), bytes(SECTOR * min(2, len(self.sizes))))
 
@@ -561,7 +562,10 @@ class World:
     # -- looking ----------------------------------------------------------------------------
     def check(self) -> None:
         rng = self.rng
-        machine = self.machine.recovered(rng, cut_short=rng.random() < 0.3)
+        self.look_at(self.machine.recovered(rng, cut_short=rng.random() < 0.3))
+
+    def look_at(self, machine: Machine) -> None:
+        """After a recovery."""
         page = machine.receiver.journal.page
         got = bytes(machine.image.visible[: page.committed_bytes or SIZE])
         if page.committed < self.seen:
@@ -576,6 +580,11 @@ class World:
                 blocks = range(-(-max(SIZES) // BLOCK))
                 bad = [b for b in blocks if _block(got, b) != _block(right, b)]
                 raise Wrong(f"I1 blocks {bad} of point {page.committed} are not those of its cut")
+        self.check_record(got, page.committed)
+
+    def check_record(self, got: bytes, committed: int) -> None:
+        """I2, against what the receiver has."""
+        rng = self.rng
         primary = self.site.primary.crash(rng)
         size_bytes = SIZE if len(self.sizes) == 1 else size_said(self.site.ledger.crash(rng))
         geometry = replace(GEOMETRY, size_bytes=size_bytes)
@@ -583,7 +592,7 @@ class World:
         for extent in range(geometry.extents):
             at = slice(extent * EXTENT, min((extent + 1) * EXTENT, size_bytes))
             if primary[at] != got[at] and not bits[extent]:
-                raise Wrong(f"I2 extent {extent} differs from point {page.committed} unrecorded")
+                raise Wrong(f"I2 extent {extent} differs from point {committed} unrecorded")
 
     def at_rest(self) -> bool:
         site = self.site

@@ -41,6 +41,7 @@ from bitmapd.points.messages import (
 )
 from bitmapd.points.pieces import Packer, digest, gather, whole_mask
 from bitmapd.receiver import places
+from bitmapd.receiver.catchup import CatchUp
 from bitmapd.receiver.commit import encode_page, first_page, slot_offset
 from bitmapd.receiver.directory import KeptPoint
 from bitmapd.receiver.journal import Journal
@@ -165,6 +166,7 @@ class Machine:
     differs: Runs | None = None  # of an image that was a primary
     rules: Rules = ()
     most_bytes = 1 << 40  # that the image can have
+    catch_up = CatchUp.KEEP
 
     def __init__(self, image: SimDisk, journal: SimDisk, store: SimDisk | None = None) -> None:
         """`store`: where copies of points are kept, if they are."""
@@ -187,6 +189,7 @@ class Machine:
             NO_KEEPER if store is None else SimKeeper(image, store),
             self.rules,
             enlarge=self._enlarge,
+            catch_up=self.catch_up,
         )
         self.receiver.start()
 

@@ -38,7 +38,11 @@ TLS = PLAIN | {
 }
 
 
-KEEPS = PLAIN | {"retain": "24 x 1h, 14 x 1d, 3 x 90s", "point_hook": "/hook"}
+KEEPS = PLAIN | {
+    "retain": "24 x 1h, 14 x 1d, 3 x 90s",
+    "point_hook": "/hook",
+    "catch_up": "in-place",
+}
 
 
 @pytest.mark.parametrize("table", [PLAIN, TLS, KEEPS])
@@ -67,6 +71,8 @@ def test_what_is_read_is_written_again(table: dict[str, Any]) -> None:
         ({"retain": "2 x 500ms"}, ["retain"]),
         ({"retain": "40 x 1h, 9 x 1d"}, ["retain"]),
         ({"point_hook": "hook"}, ["point_hook"]),
+        ({"catch_up": "no"}, ["catch_up"]),
+        ({"catch_up": "clone", "group": "db"}, ["catch_up"]),
     ],
 )
 def test_everything_that_is_wrong_is_reported(changes: dict[str, Any], keys: list[str]) -> None:

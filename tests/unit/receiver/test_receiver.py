@@ -136,6 +136,8 @@ def test_points_come_through_one_after_the_other(machine: Machine, script: Scrip
         "queued_bytes": 0,
         "journal_bytes": 0,
         "journal_limit_bytes": 9 * SEGMENT,
+        "catch_up": "keep",
+        "in_place_until": None,
         "consistent": "yes",
         "kept": [],
         "view": None,
