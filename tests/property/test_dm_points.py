@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import simpoints
 from tests.support.dmpointmistakes import MISTAKES
-from tests.support.simdmpoints import DmWorld
+from tests.support.simdmpoints import CutWorld, DmWorld
 from tests.support.simpoints import Wrong
 
 RUNS = int(os.environ.get("POINTS_RUNS", "10"))
@@ -44,6 +44,17 @@ def test_whatever_happens_the_receiver_has_the_last_point(seed: int, begin: Begi
     assert world.count["points"]
 
 
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_a_point_has_what_hosts_write_while_its_barriers_pass(seed: int) -> None:
+    world = CutWorld(seed)
+    try:
+        world.rounds(20)
+    finally:
+        world.end()
+    assert world.count["points"] >= 20
+    assert world.count["direct"]
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: str, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     MISTAKES[mistake](monkeypatch)
@@ -52,6 +63,12 @@ def test_a_mistake_is_found(mistake: str, begin: Begin, monkeypatch: pytest.Monk
 
 
 def run_many(begin: Begin) -> None:
+    for seed in range(30):
+        world = CutWorld(seed)
+        try:
+            world.rounds(20)
+        finally:
+            world.end()
     for seed in range(60):
         begin(seed).run(400)
 

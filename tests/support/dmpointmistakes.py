@@ -11,6 +11,8 @@ from bitmapd.gate.cycle import CutGate
 from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.elsewhere import Run
 from bitmapd.gate.eras import Eras
+from bitmapd.gate.routes import Routes
+from bitmapd.gate.unsettled import Unsettled
 
 Patch = pytest.MonkeyPatch
 
@@ -18,6 +20,28 @@ Patch = pytest.MonkeyPatch
 def while_direct(patch: Patch) -> None:
     """A cut comes while hosts write past the gate."""
     patch.setattr(DirectPath, "is_still", property(lambda self: not self.is_busy))
+
+
+def one_barrier(patch: Patch) -> None:
+    """A cut comes when nothing is direct any more, though not all that was written so is known."""
+    patch.setattr(Routes, "is_still", property(lambda self: self.all_gated))
+
+
+def pending_later(patch: Patch) -> None:
+    """What a barrier brings while a cut is open gets pending."""
+    patch.setattr(Unsettled, "join", Unsettled.take)
+
+
+def pending_and_direct(patch: Patch) -> None:
+    """Hosts write past the gate what has still to be read for the point."""
+    follow = CutGate.follow
+
+    def of_all(self: CutGate, done: Callable[[bool], None]) -> None:
+        cutting, self._cutting = self._cutting, False
+        follow(self, done)
+        self._cutting = cutting
+
+    patch.setattr(CutGate, "follow", of_all)
 
 
 def pieces_of_the_gate(patch: Patch) -> None:
@@ -34,6 +58,9 @@ MISTAKES: dict[str, Callable[[Patch], None]] = {
     mistake.__name__: mistake
     for mistake in (
         while_direct,
+        one_barrier,
+        pending_later,
+        pending_and_direct,
         pieces_of_the_gate,
     )
 }

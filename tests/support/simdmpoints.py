@@ -18,7 +18,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.record.store import RecordStore
 from tests.support.sim import SimDisk
 from tests.support.simkernel import SimEra, SimKernel
-from tests.support.simpoints import LedgerDisk, PrimaryDisk, Site, World, size_said
+from tests.support.simpoints import LedgerDisk, PrimaryDisk, Site, World, Wrong, size_said
 from tests.support.simreceiver import GEOMETRY
 
 
@@ -157,6 +157,48 @@ class DmWorld(World):
             kernel.step()
             self.run_soon()
         return moved
+
+
+class CutWorld(DmWorld):
+    """Cut after cut of a volume that is at rest before each: what hosts write while barriers pass
+    is nearly all that is dirty then, so nothing else brings it into the point.  No faults."""
+
+    def rounds(self, count: int) -> None:
+        self.connect()
+        for _ in range(count):
+            self.rest()
+            for _ in range(self.rng.randrange(5)):
+                self.host()
+            self.site.sender.cut()
+            seen = self.seen
+            for _ in range(300):
+                self.step()
+                if self.seen > seen:
+                    break
+            self.check()
+
+    def rest(self) -> None:
+        for number in range(5000):
+            self.step(faults=False)
+            if number % 7 == 0 and self.at_rest():
+                self.settle()
+                return
+        raise Wrong(f"I3 it never came to rest: {self.site.sender.figures()}")
+
+    def fault(self) -> None:
+        """Nothing."""
+
+    def host(self) -> None:
+        if not self.site.gate.is_cutting or self.rng.random() < 0.3:  # most cuts become points
+            super().host()
+
+    def beside(self, *, faults: bool) -> list[tuple[float, Callable[[], object]]]:
+        may = super().beside(faults=False)
+        if faults and self.kernel.busy is not None:
+            may.append((3.0, self.host))
+        if faults and self.site.gate.is_cutting:
+            may.append((1.0, self.site.sender.wake))  # barriers while it is being read
+        return may
 
 
 def _runs(extents: Iterable[int]) -> list[tuple[int, int]]:
