@@ -39,6 +39,7 @@ _IN_SPACE = 2 * REACH_BITS * 2 * _SIDES
 KINDS = _IN_SPACE + 2 * STEP_BITS * 2
 
 _ONE = bitarray("1")
+_BELOW = 2  # the first window of what is backwards
 
 
 def kind_in_space(direction: int, bits: int, ever: int, side: int) -> int:
@@ -50,18 +51,20 @@ def kind_in_time(direction: int, bits: int, repeats: int) -> int:
     return _IN_SPACE + (direction * STEP_BITS + bits) * 2 + repeats
 
 
-# By direction, distance and side: the kinds of what was never written, and of what was.
-_PAIRS = [
-    [
-        [tuple(kind_in_space(direction, bits, ever, side) for ever in (0, 1)) for side in (0, 1, 2)]
-        for bits in range(REACH_BITS)
+def _looks(forwards: int, backwards: int) -> list[tuple[int, int, int, int]]:
+    """All kinds in space with these sides, the nearest first: kind, which of the four windows of
+    `_in_space`, and the distances in it, less one, as a range."""
+    sides = ((FORWARDS, forwards), (BACKWARDS, backwards))
+    return [
+        (kind_in_space(direction, bits, ever, side), 2 * direction + ever, near - 1, 2 * near - 1)
+        for bits, near in ((bits, 1 << bits) for bits in range(REACH_BITS))
+        for direction, side in sides
+        for ever in (1, 0)
     ]
-    for direction in (FORWARDS, BACKWARDS)
-]
 
 
-def _at(chosen: bitarray, first: int) -> list[int]:
-    return [first + index for index in chosen.search(_ONE)]
+# By side, as seen forwards and backwards.
+_LOOKS = [[_looks(forwards, backwards) for backwards in (0, 1, 2)] for forwards in (0, 1, 2)]
 
 
 class Nearby:
@@ -139,26 +142,30 @@ class Nearby:
         odds: Sequence[float],
         floor: float,
     ) -> Iterator[tuple[int, list[int]]]:
-        side_forwards, side_backwards = self._sides(low, high, now_s)
-        ever, extents = self.ever, self._extents
-        for bits in range(REACH_BITS):
-            near, far = (1 << bits) - 1, (2 << bits) - 1
-            fresh, known = _PAIRS[FORWARDS][bits][side_forwards]
-            if odds[fresh] >= floor or odds[known] >= floor:
-                first, stop = high + near, min(high + far, extents)
-                free, written = ~recorded[first:stop], ever[first:stop]
-                if odds[known] >= floor and (found := _at(free & written, first)):
-                    yield known, found
-                if odds[fresh] >= floor and (found := _at(free & ~written, first)):
-                    yield fresh, found
-            fresh, known = _PAIRS[BACKWARDS][bits][side_backwards]
-            if odds[fresh] >= floor or odds[known] >= floor:
-                first, stop = max(low - far, 0), max(low - near, 0)
-                free, written = ~recorded[first:stop], ever[first:stop]
-                if odds[known] >= floor and (found := _at(free & written, first)):
-                    yield known, found[::-1]
-                if odds[fresh] >= floor and (found := _at(free & ~written, first)):
-                    yield fresh, found[::-1]
+        forwards, backwards = self._sides(low, high, now_s)
+        looks = [look for look in _LOOKS[forwards][backwards] if odds[look[0]] >= floor]
+        if not looks:
+            return
+        # Not recorded, by distance: above and never written, above and written, the same below.
+        above = slice(high, min(high + REACH, self._extents))
+        below = slice(max(low - REACH, 0), low)
+        fresh_above, written_above = ~recorded[above], self.ever[above]
+        fresh_below, written_below = ~recorded[below], self.ever[below]
+        fresh_below.reverse()
+        written_below.reverse()
+        written_above &= fresh_above
+        fresh_above ^= written_above
+        written_below &= fresh_below
+        fresh_below ^= written_below
+        windows = (fresh_above, written_above, fresh_below, written_below)
+        for kind, window, near, far in looks:
+            at = windows[window].search(_ONE, near, far)
+            if window < _BELOW:
+                found = [high + distance for distance in at]
+            else:
+                found = [low - 1 - distance for distance in at]
+            if found:
+                yield kind, found
 
     def _sides(self, low: int, high: int, now_s: float) -> tuple[int, int]:
         """Where there is activity, as seen by candidates forwards and backwards."""

@@ -184,6 +184,63 @@ def test_memory_of_a_smaller_volume_is_restored() -> None:
     assert [e for e in range(20) if found.ever[e]] == [6]
 
 
+def one_by_one(
+    found: Nearby, low: int, high: int, recorded: bitarray, odds: list[float], floor: float
+) -> list[tuple[int, list[int]]]:
+    """Candidates in space as the module's text has them, each extent looked at by itself."""
+    active = [extent for extent, _ in found._recent]
+    below = any(low - REACH <= extent < low for extent in active)
+    above = any(high <= extent < high + REACH for extent in active)
+    elsewhere = OTHER_SIDE if below or above else ALONE
+    sides = (
+        (FORWARDS, THIS_SIDE if below else elsewhere),
+        (BACKWARDS, THIS_SIDE if above else elsewhere),
+    )
+    listed: list[tuple[int, list[int]]] = []
+    for bits in range(REACH_BITS):
+        for direction, side in sides:
+            for ever in (1, 0):
+                kind = kind_in_space(direction, bits, ever, side)
+                near = [
+                    extent
+                    for distance in range(1 << bits, 2 << bits)
+                    for extent in [high - 1 + distance if direction == FORWARDS else low - distance]
+                    if 0 <= extent < len(recorded)
+                    and not recorded[extent]
+                    and found.ever[extent] == ever
+                ]
+                if near and odds[kind] >= floor:
+                    listed.append((kind, near))
+    return listed
+
+
+@given(
+    st.lists(st.integers(0, 149), max_size=120),
+    st.lists(st.integers(0, 149), max_size=6),
+    st.integers(0, 149),
+    st.integers(1, 5),
+    st.lists(st.booleans(), min_size=150, max_size=150),
+    st.lists(st.sampled_from((0.1, 0.9)), min_size=KINDS, max_size=KINDS),
+)
+def test_what_is_found_at_one_look_is_what_looking_one_by_one_finds(
+    written: list[int],
+    active: list[int],
+    low: int,
+    size: int,
+    held: list[bool],
+    odds: list[float],
+) -> None:
+    found = nearby(150)
+    for extent in written:
+        found.used(extent)
+    for extent in active:
+        found.active(extent, 0.0)
+    high, recorded = min(low + size, 150), bitarray(held)
+    for floor in (0.0, 0.5):
+        expected = one_by_one(found, low, high, recorded, odds, floor)
+        assert list(found.groups(low, high, None, 0.0, recorded, odds, floor)) == expected
+
+
 @given(
     st.lists(st.integers(0, 99), max_size=80),
     st.integers(0, 99),
