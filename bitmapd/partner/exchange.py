@@ -119,7 +119,10 @@ class Exchange:
         volume = mine.volume if any(mine.volume) else theirs.volume
         lacks = in_memory(mine, theirs) or shares.everything
         lacks = lacks or (self._with_keeper and not self._keeps and record_lacks(mine, theirs))
-        volatile = lacks and not has(mine, HelloFlag.UNSTORED)
+        # A node that cannot write its record leaves to the other what has to be certain: both flags
+        # are read wherever one counts.  But a keeper may be away where its host begins anew.
+        says_so = not has(mine, HelloFlag.UNSTORED) or (self._with_keeper and not self._keeps)
+        volatile = lacks and says_so
         agree = partial(self._agreed, shares, not view.fresh or their_view.fresh)
 
         def edit(now: Lasting) -> Lasting:
@@ -152,9 +155,7 @@ class Exchange:
                 self._first_pairing = partial(node.ledger.change, edit, stored)
                 self._look_for_ready()
             else:
-                # A node that cannot write its record leaves to the other what has to be certain.
-                certain = not has(mine, HelloFlag.UNSTORED)
-                node.ledger.change(edit, stored, certain=certain)
+                node.ledger.change(edit, stored, certain=says_so)
 
         # READY says what GRANT says: where that has to be stored first, this has, too.
         if not (stores_first(mine, theirs) and self._around.destage(named)):

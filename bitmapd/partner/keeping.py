@@ -10,13 +10,14 @@ What differs after both have met is named by the record of one of them, or of bo
 | --- | --- |
 | has lived | what it owns: the keeper takes note of that |
 | is fresh | its own stored record and the keeper's: of one that lives in its memory, else stored |
-| is fresh, so is the keeper, and that is volatile | nobody knows |
 | joins, its record being new | the keeper's record; unless that *lacks* something: nobody knows |
 | is fresh, and its record volatile, for which a new one passes | the same |
 
 A host's record is volatile, in its superblock the flag VOLATILE, while it names less than the
 keeper's: the host relies on what it is granted, or has joined and not stored yet what it fetched.
-Without its keeper it may go alone with its own record if that is not volatile.
+Without its keeper it may go alone with its own record if that is not volatile.  A record that
+cannot be written cannot take the flag either, and may be well again when the next process reads it:
+what stores the superblock has another place for the flag then, on the host's own disk.
 
 A keeper's record lacks something, in its superblock the flag GONE_ON, while what it has granted
 stands in its memory only, and where the host may take places without it: in a cut, if that has
@@ -27,6 +28,7 @@ Invariants:
 2. With the two nodes exchanged the result is the mirror image, as that of `share`.
 3. The keeper owns nothing afterwards, and knows of all that the host owns.
 4. The flags stay until the nodes have come together, and all that either knows is stored.
+5. Nothing counts in the keeper's place alone before the host has the flag, in its record or beside.
 
 Source: docs/models/keeper.pml.
 """
@@ -50,8 +52,6 @@ def nobody_knows(mine: Hello, theirs: Hello) -> bool:
         return False
     if host.volume == NIL:
         return has(keeper, HelloFlag.GONE_ON)
-    if has(keeper, HelloFlag.FRESH) and has(keeper, HelloFlag.VOLATILE):
-        return True  # of a host whose own record could not be written: it has no flag
     return has(host, HelloFlag.VOLATILE) and has(keeper, HelloFlag.GONE_ON)
 
 

@@ -9,6 +9,7 @@ Invariants (rule 14 of docs/partner-protocol.md):
 1. The flag is durable in both superblocks before anything counts only in memory: each node sets it
    before it says READY, and relies on the other's memory only after the other's READY.  A node
    whose record cannot be written leaves it to the other: one of both flags is enough (`share`).
+   Not so a keeper's host (`keeping`).
 2. Nothing relies on the partner any more once its link is lost, from the event on that reports it:
    writes to places that are not stored here wait until they are.
 3. The flag goes once all that this node knows of, its own, the other's and what is owed, is in its

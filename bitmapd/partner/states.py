@@ -72,7 +72,9 @@ class Surroundings(Protocol):
     """What a node asks of the appliance it is in."""
 
     def store(self, lasting: Lasting, done: Done) -> None:
-        """Write the superblock; call back, later, when it is durable."""
+        """Write the superblock; call back, later, when it is durable.  Where it cannot be written
+        and all that is new is the flag VOLATILE of a keeper's host, that is durable elsewhere, and
+        stands until a superblock is."""
 
     def rely(self, on: bool) -> None:
         """Whether what the other holds of this node's record counts, stored here or not."""

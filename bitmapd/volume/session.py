@@ -21,6 +21,11 @@ copy of the record is also told from the newest by an update within one session,
 marks it clean.
 
 One node's record of a pair has no fingerprints: the partner goes on to write both media.
+
+A record that fails cannot say so itself, and may be well again at the next start.  Where a
+keeper's copy counts in its place the file says so first (`record_lacks`), until a superblock is
+durable.  The next session sets the flag VOLATILE, also where the file is gone that might have said
+it.
 """
 
 from __future__ import annotations
@@ -61,6 +66,7 @@ from bitmapd.volume.sides import CHAPTER, check_primary, secondary_holds, second
 
 Emit = Callable[..., None]
 T = TypeVar("T")
+LACKS = "record_lacks"
 
 
 class RecordSession:
@@ -78,6 +84,7 @@ class RecordSession:
         self._paths = paths
         self._state_file = paths.state_file(config.uuid)
         self._begun = False
+        self._lacks = False  # something, as far as the record is concerned, which cannot say so
         self.primary_is_as_left = False  # since a stop; nobody knows after a crash
         self.both_left_equal = False  # by a clean stop, as far as this host knows
         self.secondary_was_written = False  # since then
@@ -138,6 +145,7 @@ class RecordSession:
         if not is_keeper(config):
             check_primary(config, self._paths, superblock, self.loaded.bits.count())
         state = self._known_state()
+        self._may_lack = state.get(LACKS, not state)
         known = int(state.get("session", 0))
         hint = self._way_on or (
             f"put the newest record back; if primary {config.primary} has the newest data:"
@@ -240,9 +248,13 @@ class RecordSession:
         for message in (*loaded.warnings, *damaged):
             self._emit("record-damaged", device=self._config.record, message=message)
         self.loaded = tool.heal(self._medium, self.loaded)
+        pair = self.pair
+        if pair is not None and PairFlag.KEPT in pair.flags and self._may_lack:
+            pair = dataclasses.replace(pair, flags=pair.flags | PairFlag.VOLATILE)
         self.update(
             session=self.superblock.session + 1,
             flags=self.superblock.flags & ~RecordFlag.CLEAN,
+            pair=pair,
         )
         self._begun = True
         self._write_state()
@@ -251,11 +263,14 @@ class RecordSession:
         """Write a superblock with these changes; durable on return."""
         self._updates.update(int(time.time()), **changes)
         if self._begun:
-            try:
-                self._write_state()
-            except OSError as error:
-                # It names an older superblock then: an old copy may pass for the newest.
-                self._state_unusable(f"cannot be written: {error.strerror or error}")
+            self._remember()
+
+    def _remember(self) -> None:
+        try:
+            self._write_state()
+        except OSError as error:
+            # It names an older superblock then: an old copy may pass for the newest.
+            self._state_unusable(f"cannot be written: {error.strerror or error}")
 
     def store_pair(
         self,
@@ -271,7 +286,10 @@ class RecordSession:
         **changes: Any,
     ) -> None:
         """What pairing has come to, in one update, durable on return.  `volume` is the pair's;
-        `changes` are of the other fields of `PairState`, such as the partner's `machine`."""
+        `changes` are of the other fields of `PairState`, such as the partner's `machine`.
+
+        That the record of a keeper's host lacks something is durable elsewhere if the superblock
+        cannot be written."""
         pair = self.pair
         if pair is None:
             raise UsageError(f"the record of '{self._config.name}' is of no pair")
@@ -285,8 +303,20 @@ class RecordSession:
         ):
             if is_set:
                 flags |= flag
-        pair = dataclasses.replace(pair, volume=volume, flags=flags, term=term, **changes)
-        self.update(pair=pair, generations=generations)
+        new = dataclasses.replace(pair, volume=volume, flags=flags, term=term, **changes)
+        try:
+            self.update(pair=new, generations=generations)
+        except BitmapdError:
+            lacks = dataclasses.replace(pair, flags=pair.flags | PairFlag.VOLATILE)
+            same = new == lacks and generations == self.superblock.generations
+            if not (same and PairFlag.KEPT in new.flags):
+                raise
+            self._lacks = True
+            self._write_state()
+        else:
+            if self._lacks:
+                self._lacks = False
+                self._remember()
 
     def convert(self, pair: PairState | None) -> None:
         """Of a volume that is not served: one of a pair's from now on, or of a single appliance."""
@@ -321,7 +351,7 @@ class RecordSession:
         if not self._begun or self.pair is not None:
             return
         try:
-            seals = {"fingerprint": self._fingerprint(self.superblock)}
+            seals: dict[str, object] = {"fingerprint": self._fingerprint(self.superblock)}
             if self.superblock.clean and not is_remote(self._config.secondary):
                 seals["secondary_fingerprint"] = self._fingerprint(
                     self.superblock, self._config.secondary
@@ -345,12 +375,13 @@ class RecordSession:
     def _state_unusable(self, message: str) -> None:
         self._emit("state-unreadable", file=str(self._state_file), message=message)
 
-    def _write_state(self, **more: str) -> None:
+    def _write_state(self, **more: object) -> None:
         superblock = self.superblock
         state = {
             "name": self._config.name,
             "session": superblock.session,
             "superblock": superblock.sequence,
+            **({LACKS: True} if self._lacks else {}),
             **more,
         }
         atomic_write(self._state_file, json.dumps(state).encode() + b"\n")

@@ -5,14 +5,14 @@
      own, dirty, lH   the host's record R in memory, its dirt, its stored record
      volH    flag VOLATILE of the host: its stored record may lack something
      joins   its record is a new one, for a machine that was lost: it names nothing
-     p, lK, volK   what the keeper has granted, its stored record, flag VOLATILE
-     bad, failed   the host's record device takes no writes; ever since its record was made
+     p, lK   what the keeper has granted, its stored record
+     bad, failed   the host's record device takes no writes; it has failed once, and does so no more
+     mark    on the host's own disk: its record may lack something, which that could not say
      lacks, lacksK   what it has granted may not be all: durable in its superblock (GONE_ON), and of
              a keeper that lives (the host may go on in a cut)
      ahead   the host has gone on alone in a generation that the keeper does not know
-     hfresh, hjoins, hvol, hbad, kfresh, kvol, klacks   what HELLO said;  said   what the keeper's RECORD did
-     told    the administrator has said that nobody is given the keeper's record as it is, and that
-             the host's record has not failed
+     hfresh, hjoins, hvol, hbad, klacks   what HELLO said;  said   what the keeper's RECORD did
+     told    the administrator has said that nobody is given the keeper's record as it is
      upH, upK   0 no link, 1 HELLO and RECORD sent, 2 RECORD learnt, 3 READY sent, 4 paired
 
    Modes: -DRELY: record_on = partner.  -DSTORE: the keeper stores before it grants.  -DGO_ON: the
@@ -60,16 +60,12 @@ chan toH = [4] of { mtype, bit };
 chan toK = [4] of { mtype, bit };
 
 bit own, dirty, lH, volH, joins, p, lK, lacks = MAY_LACK, lacksK = GOES_ON, ahead, told;
-bit hfresh, hjoins, hvol, hbad, kfresh, kvol, klacks, said, volK, bad, failed;
+bit hfresh, hjoins, hvol, hbad, klacks, said, bad, failed, mark;
 bit aliveH = 1, aliveK = 1, knownH = 1, knownK = 1, alone, relies, settlesH, settlesK;
 bit conn, differ, want, wait, compared, fetched;
 byte upH, upK, writes = 2, cuts, crashes, lost, byes;
 
-#ifdef BUG_KEEPERS_FLAG_UNREAD
 #define NOBODY_KNOWS (hfresh && (hjoins || hvol) && klacks)
-#else
-#define NOBODY_KNOWS (hfresh && ((hjoins || hvol) && klacks || kfresh && kvol))
-#endif
 #define SENDH(t, b) if :: conn -> assert(nfull(toH)); toH!t(b) :: else fi
 #define SENDK(t, b) if :: conn -> assert(nfull(toK)); toK!t(b) :: else fi
 
@@ -94,7 +90,8 @@ active proctype Host() {
   :: atomic { dirty && (upH == 0 || upH == 4) -> dirty = 0; differ = 0 }
   :: atomic { own && !dirty && !wait && (upH == 0 || upH == 4) ->
        own = 0; if :: !bad -> lH = 0 :: true fi; if :: upH == 4 -> SENDK(REMOVE, 0) :: else fi }
-  :: atomic { aliveH && settlesH && (upH == 0 || upH == 4) && volH && !bad && (!own || lH) -> volH = 0 }
+  :: atomic { aliveH && settlesH && (upH == 0 || upH == 4) && (volH || mark) && !bad && (!own || lH) ->
+       volH = 0; mark = 0 }
 
   :: atomic { aliveH && upH == 4 && toH?[GRANT] -> toH?GRANT(_); own = 1; want = 0 }
   :: atomic { aliveH && upH == 4 && toH?[BYE] -> toH?BYE(_);       /* the keeper's: go on alone */
@@ -116,6 +113,9 @@ active proctype Host() {
 #else
        if :: (RELIES || joins || NOBODY_KNOWS) && !HBAD -> volH = 1 :: else fi;
 #endif
+#ifndef BUG_FAILED_RECORD_IS_TRUSTED
+       if :: HBAD -> mark = 1 :: else fi;
+#endif
        joins = 0;
        upH = 3; SENDK(READY, 0) }
   :: atomic { aliveH && upH == 3 && toH?[READY] -> toH?READY(_);
@@ -136,7 +136,7 @@ active proctype Host() {
        s = 0; said = 0; knownH = 1; alone = 0; told = 0; upH = 4; relies = RELIES;
        if :: !RELIES -> settlesH = 1 :: else fi }
   /* The administrator's word: on without the keeper, whose record nobody will be given. */
-  :: atomic { aliveH && !upH && !conn && !alone && !joins && !bad && (knownH || !failed) && byes < 1 ->
+  :: atomic { aliveH && !upH && !conn && !alone && !joins && !bad && byes < 1 ->
        byes++; told = 1; ahead = 1;
        if
        :: knownH -> skip
@@ -155,8 +155,8 @@ active proctype Keeper() {
   bit o;
   do
   :: atomic { aliveK && p && !lK -> lK = 1 }
-  :: atomic { aliveK && settlesK && (upK == 0 || upK == 4) && (volK || lacks != lacksK) && (!p || lK) ->
-       volK = 0; lacks = lacksK }
+  :: atomic { aliveK && settlesK && (upK == 0 || upK == 4) && lacks != lacksK && (!p || lK) ->
+       lacks = lacksK }
   :: atomic { aliveK && upK == 4 && toK?[ADD] && STORES && !lK -> lK = 1 }
   :: atomic { aliveK && upK == 4 && toK?[ADD] && (!STORES || lK) -> toK?ADD(_); p = 1; SENDH(GRANT, 0) }
   :: atomic { aliveK && upK == 4 && toK?[REMOVE] -> toK?REMOVE(_); p = 0; if :: lK = 0 :: true fi }
@@ -170,7 +170,6 @@ active proctype Keeper() {
 #else
   :: atomic { aliveK && upK == 2 && conn && (!STORES || !p || lK) ->
 #endif
-       if :: IN_MEMORY -> volK = 1 :: else fi;
 #ifdef BUG_COMPLETE_BEFORE_READY
        lacks = MAY_LACK;
 #else
@@ -197,12 +196,12 @@ active proctype World() {
   :: atomic { !conn && aliveH && aliveK && !upH && !upK ->
        if :: ahead && knownK -> forget_K() :: else fi;   /* outdated: it begins anew, fresh */
        conn = 1; upH = 1; upK = 1; hfresh = !knownH; hjoins = joins; hvol = volH;
-       hbad = bad; kfresh = !knownK; kvol = volK; klacks = (knownK -> lacksK : lacks);
+       hbad = bad; klacks = (knownK -> lacksK : lacks);
        settlesH = 0; settlesK = 0;
        toK!RECORD(own || (lH && !knownH)); toH!RECORD((knownK -> p : lK)) }
   :: atomic { crashes < CRASHES && aliveH -> die_H() }
   :: atomic { crashes < CRASHES && aliveK -> flush_link(); aliveK = 0; forget_K(); crashes++ }
-  :: atomic { !aliveH && !conn && !bad -> aliveH = 1 }
+  :: atomic { !aliveH && !conn && !bad -> aliveH = 1; volH = volH || mark; mark = 0 }
 #ifdef FAILS
   :: atomic { aliveH && !failed -> bad = 1; failed = 1 }
   :: atomic { bad -> bad = 0 }
@@ -211,7 +210,7 @@ active proctype World() {
   /* The host's machine is lost with its record: a new node 1 joins.  Or its record is: a new one
      that says VOLATILE passes for it. */
   :: atomic { !aliveH && !told && !lost && !joins ->
-       lost = 1; lH = 0;
+       lost = 1; lH = 0; mark = 0;
        if :: joins = 1; volH = 0 :: volH = 1 fi }
   od
 }

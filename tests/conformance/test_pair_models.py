@@ -102,6 +102,7 @@ FULL = [
     memory("FAILS=2", "RELY=3"),
     keeper("GO_ON", "RELY"),
     keeper("GO_ON", "RELY", "STORE"),
+    keeper("FAILS"),
     keeper("FAILS", "STORE"),
 ]
 MISTAKES = {
@@ -122,6 +123,7 @@ MISTAKES = {
     "BUG_EMBARGO_FORGOTTEN": [CUT],
     "BUG_EMBARGO_PASSED_ON": [MEETS],
     "BUG_EXCHANGE_CLEARS_FLAG": [IN_MEMORY],
+    "BUG_FAILED_RECORD_IS_TRUSTED": [keeper("FAILS", "STORE")],
     "BUG_FLAG_BEFORE_DESTAGE": [pair(), IN_MEMORY],
     "BUG_FLAG_UNREAD": [READS_OTHER],
     "BUG_FREE_MEANS_NOW": [CUT],
@@ -137,7 +139,6 @@ MISTAKES = {
     "BUG_GUESS_TAKES": [coherence("GUESSES=1")],
     "BUG_HOLDER_ACKS_FIRST": [pair()],
     "BUG_HOLDER_FORGETS": [pair()],
-    "BUG_KEEPERS_FLAG_UNREAD": [keeper("FAILS")],
     "BUG_KEEPER_PASSES_FOR_COMPLETE": [KEPT],
     "BUG_KEEPER_UNASKED": [KEPT],
     "BUG_LOST_GRANT_CLEAN": [CUT],

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.support import rawnbd
+from tests.support.faulty import faulty_disk
 from tests.support.keepers import Kept
 from tests.support.volumes import KIB, MIB, Volume, make_file, noise
 
@@ -224,6 +226,31 @@ def test_a_volume_that_starts_without_its_keeper_waits_and_may_be_told_to_go_on(
     assert kept.equal()
     kept.keeper.start()
     kept.paired()
+
+
+def test_a_record_that_failed_and_is_well_again_is_not_taken_for_complete(short_path: Path) -> None:
+    """The keeper, which knows what it lacks, is away."""
+    with ExitStack() as stack:
+        backing = make_file(short_path / "backing", 2 * MIB)
+        disk = stack.enter_context(faulty_disk(short_path / "faulty", backing))
+        kept = stack.enter_context(
+            Kept(short_path, options=NO_GUESS, words=("--partner-ack", "stored"))
+        )
+        kept.host.record = disk.path
+        in_sync(kept)
+        kept.host.dmctl("pause", "vol0")
+        with disk.failing("pwrite"):
+            kept.host.write(10 * MIB, noise(51, MIB))
+            assert kept.partner(kept.host)["record_fallback"]
+            for node in (kept.keeper, kept.host):
+                node.kill()
+        assert 10 not in kept.host.recorded()
+        assert kept.host.dmctl_process("start", "vol0").returncode == 15
+        answer = json.loads(kept.host.dmctl("--json", "takeover", "vol0", "--fenced"))
+        assert answer["partner"]["compared_extents_total"] == EXTENTS
+        kept.host.dmctl("resume", "vol0")
+        kept.host.wait_in_sync()
+        assert kept.equal()
 
 
 # -- life -------------------------------------------------------------------------------------

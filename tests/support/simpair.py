@@ -14,9 +14,9 @@ What is checked:
 2. Two nodes never have writes to the same block on their way at once.
 3. Where primary and secondary differ, or a write is on its way, each live node that knows anything
    has the extent in its records, and one of the stored records names it, or the flag VOLATILE
-   stands in one of the superblocks.  A node that writes has either in its own, or what it writes
-   is in the other's stored record (partner_ack = stored); or the flag is in the other's, if its own
-   record cannot be written.
+   stands in one of the superblocks, or beside that of a keeper's host.  A node that writes has
+   either in its own, or what it writes is in the other's stored record (partner_ack = stored); or
+   the flag is in the other's, if its own record cannot be written.
 4. Reads are those of one disk with two doors.
 5. No message is refused, and nobody sees a split brain, since every proof of death is true.
 6. A node that has said BYE or TAKEN owns nothing, and nothing of its is on its way.
@@ -179,6 +179,7 @@ class Side:
         self.record_image = blank_image(GEOMETRY)
         self.lasting = Lasting(True, 1, (b"\1" * 16, NIL, NIL, NIL), VOLUME.bytes)
         self.broken = False  # nothing can be written to the record's device
+        self.marked = False  # its own disk says what the record could not: it is VOLATILE
         self.sent: dict[str, int] = {}
         self.ghosts: list[tuple[Path, SimOp]] = []
         self.kernel: SimKernel | None = None  # the stack that hosts have, if this node has one
@@ -247,7 +248,11 @@ class Side:
         else:
             hands.attach(self.gate, self.copier, self.pair_record)
         self.end: End | None = None
-        self.superblocks: list[tuple[Callable[[], None], Callable[[OSError | None], None]]] = []
+        self.superblocks: list[
+            tuple[Callable[[], None], Callable[[OSError | None], None], Callable[[], bool]]
+        ] = []
+        if self.marked:
+            self.lasting, self.marked = replace(self.lasting, volatile=True), False
         self.events: list[tuple[str, dict[str, object]]] = []
         self.node = Node(
             self.number, self.lasting, self.rights, self.loop, _Around(self), keeps=self.keeps
@@ -331,7 +336,7 @@ class Side:
             if not self.shut_out:  # else the storage refuses them
                 self.ghosts += [(path, op) for op in path.to_come]
             path.pending, path.ghosts = [], []
-        for write, _ in self.superblocks[:1]:
+        for write, _, _ in self.superblocks[:1]:
             if world.rng.random() < 0.5:
                 write()
         self.superblocks = []
@@ -420,7 +425,12 @@ class Side:
     def may_be_in_memory(self) -> bool:
         """Whether VOLATILE says that what it owns may stand in the other's memory only."""
         other = self.world.sides[2 - self.number]
-        return self.lasting.volatile or (self.leaves_it_to_the_other and other.lasting.volatile)
+        return self.is_volatile or (self.leaves_it_to_the_other and other.is_volatile)
+
+    @property
+    def is_volatile(self) -> bool:
+        """Whether it is durable here that the stored record may lack something."""
+        return self.lasting.volatile or self.marked
 
     @property
     def leaves_it_to_the_other(self) -> bool:
@@ -441,6 +451,7 @@ class Side:
         volume = NIL if joins else VOLUME.bytes
         generations = (self.world.rng.randbytes(16), NIL, NIL, NIL)
         self.lasting = Lasting(joins, 0, generations, volume, volatile=not self.world.kept)
+        self.marked = False
 
     @property
     def size_in_force(self) -> Geometry:
@@ -527,9 +538,16 @@ class _Around:
         side = self._side
 
         def write() -> None:
-            side.lasting = lasting
+            side.lasting, side.marked = lasting, False
 
-        side.superblocks.append((write, done))
+        def mark() -> bool:
+            """On the machine's own disk, where the record's cannot be written."""
+            if lasting.kept and replace(side.node.lasting, volatile=True) == lasting:
+                side.marked = True
+                return True
+            return False
+
+        side.superblocks.append((write, done, mark))
 
     def rely(self, on: bool) -> None:
         self._side.pair_record.rely(on)
@@ -603,7 +621,10 @@ class _Media:
             if error is not None:
                 answer(str(error))
             else:
-                side.superblocks.append((write, lambda error: answer(error and str(error))))
+                side.superblocks.append((write, written, lambda: False))
+
+        def written(error: OSError | None) -> None:
+            answer(error and str(error))
 
         def write() -> None:
             raw = layout.encode_superblock(replace(superblock(GEOMETRY), geometry=geometry))
@@ -982,11 +1003,11 @@ class World:
     def superblock(self, side: Side) -> bool:
         if not side.alive or not side.superblocks:
             return False
-        write, done = side.superblocks.pop(0)
+        write, done, mark = side.superblocks.pop(0)
         fails = side.broken or (self._errs and self.rng.random() < 0.1)
         if not fails or self.rng.random() < 0.5:  # one that fails has landed, or has not
             write()
-        done(OSError(errno.EIO, "simulated") if fails else None)
+        done(OSError(errno.EIO, "simulated") if fails and not mark() else None)
         side.loop.run_soon()
         return True
 
@@ -1260,7 +1281,7 @@ class World:
         unnamed = one.unnamed(may_differ) & two.unnamed(may_differ)
         # A host whose record is lost leaves it to the keeper, which says so if it cannot tell.
         excused = one.lasting.volume == NIL and two.lasting.gone_on
-        if unnamed and not (excused or any(side.lasting.volatile for side in self.sides)):
+        if unnamed and not (excused or any(side.is_volatile for side in self.sides)):
             raise AssertionError(f"no stored record names blocks {unnamed}")
         complete = self.kept and not (two.lasting.gone_on or two.lasting.never_paired or self.told)
         if complete and (lacking := two.unnamed(may_differ)):

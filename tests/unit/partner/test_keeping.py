@@ -91,7 +91,7 @@ def test_both_come_to_the_same_and_the_keeper_owns_nothing(
         ({"flags": FRESH}, GONE_ON, False),
         ({"flags": FRESH | VOLATILE}, FRESH, False),  # the keeper has stored what it granted
         ({"flags": FRESH | VOLATILE}, FRESH | GONE_ON, True),
-        ({"flags": FRESH}, FRESH | VOLATILE, True),
+        ({"flags": FRESH}, FRESH | VOLATILE, False),
         ({"flags": FRESH}, FRESH | GONE_ON, False),  # its own record names what the other lacks
         ({"flags": FRESH, "volume": NIL}, HelloFlag(0), False),
         ({"flags": FRESH, "volume": NIL}, FRESH, False),
@@ -241,6 +241,41 @@ def test_a_keeper_that_cannot_write_what_it_lacks_is_none() -> None:
             it.two.write(FAILED)
     assert it.two.node.state is State.WAITING
     assert it.one.node.state is not State.PAIRED
+
+
+def test_a_host_whose_record_fails_says_so_before_the_keepers_copy_counts() -> None:
+    """The keeper may be away when the next process begins, and the record well again."""
+    it = Kept()
+    it.one.flags = HelloFlag.UNSTORED | HelloFlag.RELIES
+    it.two.flags = STORED
+    it.connect()
+    while not it.one.writes:
+        it.carry(most=1, write=False)
+    assert not it.one.relies
+    assert it.one.write().volatile, "in its record, or beside it"
+    it.carry()
+    assert it.one.relies
+    assert not it.two.node.lasting.volatile
+    it.one.flags = HelloFlag(0)
+    it.cut()
+    it.connect()
+    it.carry()
+    assert not it.one.relies
+    assert not it.one.node.lasting.volatile, "all is stored again"
+
+
+def test_the_keepers_copy_does_not_count_if_that_can_be_said_nowhere() -> None:
+    it = Kept()
+    it.one.flags = HelloFlag.UNSTORED | HelloFlag.RELIES
+    it.connect()
+    for _ in range(10):
+        it.carry(write=False)
+        if it.one.writes:
+            it.one.write(FAILED)
+        if it.two.writes:
+            it.two.write()
+    assert it.one.node.state is not State.PAIRED
+    assert not it.one.relies
 
 
 def test_a_keeper_lacks_something_until_the_other_has_come_together_with_it() -> None:

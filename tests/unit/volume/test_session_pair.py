@@ -150,6 +150,96 @@ def test_a_record_of_another_node_is_refused(
     assert local.record.read_bytes() == before
 
 
+# -- a keeper's host whose record fails ---------------------------------------------------------
+
+
+def kept(local: LocalVolume, open_as: Open) -> RecordSession:
+    """A session of a volume whose record a keeper holds."""
+    formatted(local, PairState(node=1, volume=PAIR, flags=PairFlag.KEPT))
+    remember(local)
+    session = open_as(1)
+    session.begin()
+    return session
+
+
+def remember(local: LocalVolume, **more: object) -> None:
+    state = json.dumps({"session": 0, **more})
+    local.paths.state_file(local.config.uuid).parent.mkdir(parents=True, exist_ok=True)
+    local.paths.state_file(local.config.uuid).write_text(state)
+
+
+def is_volatile(session: RecordSession) -> bool:
+    assert session.pair is not None
+    return PairFlag.VOLATILE in session.pair.flags
+
+
+def store(session: RecordSession, *, volatile: bool, term: int = 0, kept: bool = True) -> None:
+    generations = session.superblock.generations
+    session.store_pair(
+        PAIR, never_paired=False, term=term, generations=generations, volatile=volatile, kept=kept
+    )
+
+
+def fail_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BitmapdError("simulated")
+
+    monkeypatch.setattr(tool, "write_superblock_copy", fail)
+
+
+def test_what_a_failing_record_cannot_say_the_host_remembers(
+    local: LocalVolume, open_as: Open
+) -> None:
+    session = kept(local, open_as)
+    assert not is_volatile(session)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fail_writes(monkeypatch)
+        store(session, volatile=True)
+    session.update(flags=session.superblock.flags)  # as for a pause: it says nothing of this
+    session.close()
+    again = open_as(1)
+    again.begin()
+    assert is_volatile(again)
+    again.close()
+    assert is_volatile(open_as(1)), "and not before the record itself says so"
+
+
+def test_what_the_host_remembers_goes_with_the_next_superblock_of_the_pair(
+    local: LocalVolume, open_as: Open
+) -> None:
+    session = kept(local, open_as)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        fail_writes(monkeypatch)
+        store(session, volatile=True)
+    store(session, volatile=False)
+    session.close()
+    again = open_as(1)
+    again.begin()
+    assert not is_volatile(again)
+
+
+@pytest.mark.parametrize("wrong", ["term", "no keeper"])
+def test_nothing_else_is_remembered_in_the_place_of_a_superblock(
+    local: LocalVolume, open_as: Open, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    session = kept(local, open_as)
+    if wrong == "no keeper":
+        store(session, volatile=False, kept=False)
+    fail_writes(monkeypatch)
+    with pytest.raises(BitmapdError, match="simulated"):
+        store(session, volatile=True, term=int(wrong == "term"), kept=wrong == "term")
+
+
+@pytest.mark.parametrize("flags", [PairFlag.KEPT, PairFlag(0)])
+def test_where_nobody_remembers_a_kept_record_may_lack_something(
+    local: LocalVolume, open_as: Open, flags: PairFlag
+) -> None:
+    formatted(local, PairState(node=1, volume=PAIR, flags=flags))
+    session = open_as(1)
+    session.begin()
+    assert is_volatile(session) is bool(flags)
+
+
 @pytest.mark.parametrize(
     ("node", "role", "way_on"),
     [
