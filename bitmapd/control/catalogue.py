@@ -727,6 +727,16 @@ _EVENTS = (
         limited=True,
     ),
     EventKind(
+        "group-apart",
+        Level.ERROR,
+        ("point",),
+        "at a receiver: so many points of a group wait that others lack that this one was applied"
+        " to make place for the next; until all members have a newer point the group cannot be"
+        " promoted to one",
+        "see why the receivers of the others lose their points just before they are committed",
+        is_error=True,
+    ),
+    EventKind(
         "receiver-went-back",
         Level.CRITICAL,
         ("secondary", "committed", "theirs"),

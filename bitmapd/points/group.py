@@ -18,10 +18,14 @@ Invariants:
 2. No member says END before all have read and sent everything.  What can still go wrong behind that
    is the loss of a link or a process: then some receivers have a point that others lack, and none
    of them applies it before a later one that all have.
+   A member whose receiver has `LAGS` points or more that are not applied, as others may lack them,
+   says END when all others have the point: so the last place at its receiver is for a point that
+   all have then (models/apart.pml).
 3. No host waits for another member longer than `patience_s`, whatever became of it.
 4. The leader remembers nothing that it needs: another one goes on from what the members say.
 5. A member that is not there, or not able, keeps the group from being cut.  It stays so: a point
-   without it would be none of the group.
+   without it would be none of the group.  That goes for a leader that hangs, too: it is
+   a member, so nobody takes its place, and those that do not hear it say so.
 
 Points of a group have random numbers, which are the same at all members; their order is that in
 which each member has them.  `ALONE` is the number of a point that a member was cut for by itself,
@@ -44,8 +48,9 @@ ALONE: Final = 1
 FIRST: Final = 2  # the smallest number of a point of a group
 NUMBER_BITS: Final = 52  # what JSON carries everywhere
 REMEMBERED: Final = 16  # as many as a receiver has waiting
+LAGS: Final = REMEMBERED // 2
 HEARD_S: Final = 3.0  # the leader's last word counts for so long
-UNHEARD: Final = "its leader has not been heard yet"
+UNHEARD: Final = "its leader does not answer"
 
 
 class Stage(Enum):
@@ -69,7 +74,7 @@ class Act(Enum):
 class Seen:
     """What a member says.  `is_ready`: it can be cut now.  `obstacle`: why it cannot, if that may
     last, or empty.  `applies`: the number up to which its receiver was told to apply; `committed`:
-    the newest that its receiver has."""
+    the newest that its receiver has; `unapplied`: how many points wait there."""
 
     name: str
     is_ready: bool
@@ -80,6 +85,7 @@ class Seen:
     number: int
     committed: tuple[int, ...]
     applies: int
+    unapplied: int = 0
 
     @classmethod
     def of(cls, name: str, said: dict[str, Any]) -> Seen:
@@ -94,14 +100,18 @@ class Seen:
             int(said["number"]),
             tuple(map(int, said["committed"])),
             int(said["applies"]),
+            int(said.get("unapplied", 0)),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
+    """`later`: members that are not told yet."""
+
     act: Act
     number: int = 0
     label: str = ""
+    later: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +160,12 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
         elif all(seen.stage is not Stage.CUT for seen in alike) and any(
             seen.stage is Stage.SENT for seen in alike
         ):
-            orders.append(Order(Act.END, number))
+            lag = [seen for seen in alike if seen.stage is Stage.SENT and seen.unapplied >= LAGS]
+            others = [seen for seen in members if seen not in lag]
+            have_it = all(number in seen.committed for seen in others)
+            later = () if have_it else tuple(seen.name for seen in lag)
+            if any(seen.stage is Stage.SENT and seen not in lag for seen in alike) or not later:
+                orders.append(Order(Act.END, number, later=later))
     return Decision(tuple(orders), "", True)
 
 
@@ -172,6 +187,10 @@ class Cuttable(Protocol):
     @property
     def label(self) -> str:
         """That of the point that was asked for."""
+
+    @property
+    def unapplied(self) -> int:
+        """How many committed points its receiver has not applied."""
 
     def cut_now(self, number: int, wall_ns: int, label: str) -> None: ...
 
@@ -205,7 +224,7 @@ class Member:
         self.number = 0
         self.committed: tuple[int, ...] = ()
         self.applies = 0
-        self.waits_for = UNHEARD
+        self._waits_for = ""
         self._heard_s = float("-inf")
         self._held_since_s = 0.0
         self.cuts = 0
@@ -231,11 +250,18 @@ class Member:
             self.number,
             self.committed,
             self.applies,
+            sender.unapplied,
         )
+
+    @property
+    def waits_for(self) -> str:
+        """Why the group cannot be cut, or empty."""
+        heard = self._scheduler.time() < self._heard_s + HEARD_S
+        return self._waits_for if heard else UNHEARD
 
     def hear(self, waits_for: str) -> None:
         """The leader is there, and the group cannot be cut for that reason; empty: it can."""
-        self.waits_for, self._heard_s = waits_for, self._scheduler.time()
+        self._waits_for, self._heard_s = waits_for, self._scheduler.time()
 
     def obey(self, order: Order, wall_ns: int = 0) -> bool:
         """Whether it could: of no use for what is not CUT or RELEASE.  `wall_ns`: of the cut."""
@@ -288,8 +314,7 @@ class Member:
     @property
     def may_cut_alone(self) -> bool:
         """Whether a cut that cannot wait has to be one of this volume alone."""
-        heard = self._scheduler.time() < self._heard_s + HEARD_S
-        return bool(self.waits_for) or not heard
+        return bool(self.waits_for)
 
     def may_end(self) -> bool:
         """All has been sent: whether END may be said."""

@@ -506,6 +506,10 @@ class Sender:
     def is_due(self) -> bool:
         return self._has_something and self.schedule.due_s <= self._scheduler.time()
 
+    @property
+    def unapplied(self) -> int:
+        return max(0, self.uplink.known_committed - self.uplink.applied)
+
     def cut_now(self, number: int, wall_ns: int, label: str) -> None:
         self.uplink.group, self.label = number, label
         self._cut(self._scheduler.time())

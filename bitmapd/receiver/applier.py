@@ -15,7 +15,8 @@ Invariants:
 4. Only if a part of a point that waits may be in the image the commit page says that the image is
    inconsistent until the next point.  After a start nobody knows, so then it may.
 5. An error of the image ends nothing: what was written is written again after `RETRY_S`.
-6. Points of a group wait until all members have them (`held`).
+6. Points of a group wait until all members have them, or until there is no place for another
+   (`held`).
 7. While a copy of the image is made nothing is written to it.
 
 A crash leaves a queue, which is applied again.
@@ -86,6 +87,15 @@ class Applier:
         """All members of the group have the point with that number."""
         self.up_to = named(self._journal.page, group, self.up_to)
         self.go_on()
+
+    def make_place(self) -> int | None:
+        """Another point is complete, and no more can be queued: the number of one that is applied
+        although others of its group may lack it, if that has to be."""
+        if self.due or not self._journal.page.queue:
+            return None
+        self.up_to = self._journal.page.queue[0].point
+        self.go_on()
+        return self.up_to
 
     @property
     def due(self) -> tuple[Queued, ...]:

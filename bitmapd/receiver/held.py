@@ -6,6 +6,9 @@ the newest point that all have.
 
 1. A point that is of no group may be applied, and so may all before it.
 2. A point of a group may be applied once the sender has named it, or a later one.
+3. When as many wait as a receiver can name, and another one is complete, the oldest is applied all
+   the same: nothing waits for ever.  The senders see to it that all others have that other one then
+   (`points.group`).
 """
 
 from __future__ import annotations

@@ -536,6 +536,8 @@ class Receiver:
             yield from journal.commit_in_image(queued)
             return
         while len(journal.page.queue) >= MOST_QUEUED:
+            if place := self._known.applier.make_place():
+                self._emit("group-apart", point=place)
             yield self._known.applier.when_applied
         yield from journal.commit(queued)
 

@@ -6,7 +6,8 @@ process ends.  The leader asks the others over their control sockets (verb `grou
 1. Members are the volumes of this host whose configuration names the group, running or not.
 2. A cut is asked of all at once, and RELEASE or VOID follows at once.  Nobody is waited for longer
    than `patience_s`; a member that was not reached gives its own cut up by its own timer.
-3. A leader that hangs keeps the group from being cut, and no host waiting.
+3. A leader that hangs keeps the group from being cut, as any member that hangs does, and no host
+   waiting; the others say that they do not hear it.
 
 A crash frees the lock.  What the leader had begun is ended by each member's timer, and by the next
 leader.
@@ -26,7 +27,17 @@ from typing import Any, Final
 from bitmapd.config import Paths, VolumeConfig, has_receiver, load_any, volume_names
 from bitmapd.control.protocol import MAX_LINE_BYTES, Failure, Result, decode_answer, encode_request
 from bitmapd.errors import BitmapdError, UsageError
-from bitmapd.points.group import FIRST, NUMBER_BITS, Act, Member, Order, Seen, decide
+from bitmapd.points.group import (
+    FIRST,
+    HEARD_S,
+    NUMBER_BITS,
+    UNHEARD,
+    Act,
+    Member,
+    Order,
+    Seen,
+    decide,
+)
 
 LOOK_S: Final = 0.25
 BUSY_S: Final = 0.02  # while a point of the group is on its way
@@ -71,16 +82,23 @@ class Grouping:
     """See the module docstring."""
 
     def __init__(
-        self, config: VolumeConfig, paths: Paths, member: Member, emit: Callable[..., None]
+        self,
+        config: VolumeConfig,
+        paths: Paths,
+        member: Member,
+        emit: Callable[..., None],
+        changed: Callable[[], None],
     ) -> None:
+        """`changed`: what is waited for is another thing now."""
         self._name, self._group = config.name, config.group
         self._paths = paths
         self.member = member
-        self._emit = emit
+        self._emit, self._changed = emit, changed
         self._others: dict[str, _Other] = {}
         self._read_ns = 0  # when the folder of configurations had changed last
         self._lock: int | None = None
         self._told = ""
+        self._since_s = time.monotonic()
         self.leads = False
 
     async def run(self) -> None:
@@ -91,6 +109,7 @@ class Grouping:
                 if self.leads or self._take_lock():
                     self.leads = True
                     pace_s = await self._lead()
+                self._tell_people(self.member.waits_for)
                 await asyncio.sleep(pace_s)
         finally:
             for other in self._others.values():
@@ -119,11 +138,17 @@ class Grouping:
                 await self._cut(order)
             else:
                 await self._tell(order)
-        if decision.waits_for != self._told:
-            self._told = decision.waits_for
-            if self._told:
-                self._emit("group-waits", group=self._group, message=self._told)
         return BUSY_S if decision.is_busy else LOOK_S
+
+    def _tell_people(self, waits_for: str) -> None:
+        """The leader says what all wait for; the others, if that is the leader."""
+        unheard = waits_for == UNHEARD and time.monotonic() >= self._since_s + HEARD_S
+        told = waits_for if self.leads or unheard else ""
+        if told != self._told:
+            self._told = told
+            self._changed()
+            if told:
+                self._emit("group-waits", group=self._group, message=told)
 
     async def _states(self) -> tuple[list[Seen], list[str]]:
         # The last word of the leader comes with its next question.
@@ -149,13 +174,15 @@ class Grouping:
         await self._tell(Order(Act.RELEASE if well else Act.VOID, number))
 
     async def _tell(self, order: Order) -> None:
-        self.member.obey(order)
-        await self._ask_all({"do": order.act.value, "number": order.number}, ANSWER_S)
+        if self._name not in order.later:
+            self.member.obey(order)
+        words = {"do": order.act.value, "number": order.number}
+        await self._ask_all(words, ANSWER_S, but=order.later)
 
     async def _ask_all(
-        self, args: dict[str, Any], within_s: float
+        self, args: dict[str, Any], within_s: float, but: tuple[str, ...] = ()
     ) -> dict[str, dict[str, Any] | None]:
-        others = list(self._others.values())
+        others = [other for other in self._others.values() if other.name not in but]
         answers = await asyncio.gather(*(other.ask(args, within_s) for other in others))
         return {other.name: answer for other, answer in zip(others, answers, strict=True)}
 
@@ -187,6 +214,7 @@ class Grouping:
                 "number": seen.number,
                 "committed": list(seen.committed),
                 "applies": seen.applies,
+                "unapplied": seen.unapplied,
             }
         try:
             act, number, wall_ns = Act(word), int(args["number"]), int(args.get("wall_ns", 0))

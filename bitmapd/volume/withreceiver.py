@@ -41,6 +41,8 @@ class Around(Protocol):
 
     def emit(self, event: str, **fields: Any) -> None: ...
 
+    def changed(self) -> None: ...
+
     async def until(self, condition: Callable[[], bool]) -> None: ...
 
     async def end_eras(self, enough: Callable[[], bool]) -> None: ...
@@ -68,7 +70,8 @@ class WithReceiver:
 
             sender.uplink.in_group = True
             sender.member = Member(self._name, sender, gate, self._parts.loop)
-            self._grouping = Grouping(config, paths, sender.member, self._volume.emit)
+            volume = self._volume
+            self._grouping = Grouping(config, paths, sender.member, volume.emit, volume.changed)
             self._led = self._parts.loop.create_task(self._grouping.run())
         self.link.start()
         await self.link.first_word()

@@ -1,7 +1,8 @@
 """The Spin models of consistent points hold; seeded mistakes give counterexamples.
 
 `points.pml` is the protocol of a volume and its receiver, with promote and failback; `group.pml`
-the cut of several volumes at one instant; `still.pml` the cut by device-mapper.  MODEL_FULL=1 adds
+the cut of several volumes at one instant, and `apart.pml` what their receivers hold when one lacks
+what another has; `still.pml` the cut by device-mapper.  MODEL_FULL=1 adds
 the larger searches (minutes, and up to 3 GB of memory).
 """
 
@@ -22,7 +23,7 @@ def points(*defines: str) -> Search:
     return "points.pml", " ".join(defines)
 
 
-GROUP, STILL = ("group.pml", ""), ("still.pml", "")
+GROUP, STILL, APART = ("group.pml", ""), ("still.pml", ""), ("apart.pml", "")
 USUAL = points()
 AHEAD = points("AHEAD=1", "CRASHES=0")
 
@@ -33,6 +34,7 @@ HOLDS = [
     points("CRASHES=0", "LINKS=0", "FALLS=2", "WRITES=1"),
     points("CRASHES=0", "FALLS=0", "LINKS=2", "AHEAD=1"),
     GROUP,
+    APART,
     STILL,
 ]
 FULL = [USUAL, points("AHEAD=1", "FALLS=0"), points("AHEAD=1", "CRASHES=0"), points("POINTS=3")]
@@ -54,6 +56,9 @@ MISTAKES = {
     "BUG_TOLD_EARLY": [USUAL],
     "BUG_NOT_WITHHELD": [GROUP],
     "BUG_RELEASED_EARLY": [GROUP],
+    "BUG_TIMER_KEEPS_THE_CUT": [GROUP],
+    "BUG_ALL_AT_ONCE": [APART],
+    "BUG_WAITS": [APART],
     "BUG_DIRECT": [STILL],
     "BUG_LATER_PENDING": [STILL],
     "BUG_ONE_BARRIER": [STILL],
@@ -65,6 +70,7 @@ WITNESSES = {
     "WITNESS_RESUMED": [USUAL],
     "WITNESS_TWO_POINTS": [USUAL],
     "WITNESS_CUT": [GROUP],
+    "WITNESS_LAST": [APART],
     "WITNESS_POINTS": [STILL],
 }
 FOUND = spin.searches(MISTAKES | WITNESSES)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from bitmapd.points.group import UNHEARD
 from tests.soak.group import GroupSites, Pair, run_rounds
 
 pytestmark = pytest.mark.timeout(300)
@@ -49,6 +52,29 @@ def test_members_are_promoted_together_and_wait_for_one_another(sites: GroupSite
     assert near["a"].status()["points"]["number"] == before
     near["b"].start()
     near["a"].until(lambda status: status["points"]["number"] > before)
+
+
+def test_a_leader_that_hangs_keeps_the_group_from_being_cut_and_that_is_said(
+    sites: GroupSites,
+) -> None:
+    sites.start()
+    near = sites.near
+    leader, other = ("a", "b") if near["a"].status()["points"]["group"]["leads"] else ("b", "a")
+    os.kill(near[leader].pid, signal.SIGSTOP)
+    try:
+        near[other].until(lambda status: status["points"]["group"]["waits_for"] == UNHEARD)
+        near[other].write(1 << 20, b"x" * 4096)  # hosts go on
+        refused = near[other].refused("point", other, "--label", "L")
+        assert refused["code"] == "unreachable"
+        assert UNHEARD in refused["message"]
+        told = near[other].dmctl("events", other, "--now")
+        assert UNHEARD in told
+    finally:
+        os.kill(near[leader].pid, signal.SIGCONT)
+    before = near[other].status()["points"]["number"]
+    near[other].write(2 << 20, b"y" * 4096)
+    near[other].until(lambda status: status["points"]["number"] > before)
+    assert near[other].status()["points"]["group"]["waits_for"] is None
 
 
 def test_a_label_is_that_of_the_whole_group(sites: GroupSites) -> None:

@@ -134,7 +134,7 @@ class Group:
 
     def _tell(self, order: Order) -> Iterator[None]:
         for world in self.rng.sample(self.worlds, 2):
-            if self.rng.random() > 0.02:
+            if self.rng.random() > 0.02 and world.name not in order.later:
                 world.member.obey(order)
                 self.count[order.act.value] += 1
             yield

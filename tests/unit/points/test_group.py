@@ -14,7 +14,9 @@ from bitmapd.gate.withheld import Withheld
 from bitmapd.points.group import (
     FIRST,
     HEARD_S,
+    LAGS,
     REMEMBERED,
+    UNHEARD,
     Act,
     Decision,
     Member,
@@ -97,6 +99,32 @@ def test_a_group_is_cut_with_the_label_of_who_has_one_and_waits_for_who_cannot()
     assert decide([due], ["c"]).waits_for == "c does not answer"
 
 
+def test_who_has_many_that_others_may_lack_says_end_last() -> None:
+    sent = replace(IDLE, stage=Stage.SENT, number=G, is_ready=False)
+    behind = replace(sent, name="b", unapplied=LAGS)
+    assert decide([sent, behind], ()).orders == (Order(Act.END, G, later=("b",)),)
+    ended = replace(sent, stage=Stage.ENDED)
+    assert decide([ended, behind], ()).orders == ()
+    done = replace(IDLE, committed=(G,))
+    assert decide([done, behind], ()).orders == (Order(Act.END, G),)
+    assert decide([IDLE, behind], ()).orders == (Order(Act.VOID, G),), "it is lost there"
+    also = replace(behind, name="a")
+    assert decide([also, behind], ()).orders == (Order(Act.END, G),), "nobody can be the first"
+    few = replace(behind, unapplied=LAGS - 1)
+    assert decide([sent, few], ()).orders == (Order(Act.END, G),)
+
+
+def test_a_leader_that_hangs_is_said_to(volume: Volume) -> None:
+    member = volume.member
+    assert member.waits_for == UNHEARD
+    member.hear("")
+    assert member.waits_for == ""
+    volume.loop.advance(HEARD_S + 0.1)
+    assert member.waits_for == UNHEARD
+    member.hear("b does not answer")
+    assert member.waits_for == "b does not answer"
+
+
 # -- a member ---------------------------------------------------------------------------------
 
 
@@ -108,6 +136,7 @@ class Volume:
         self.answers = Withheld()
         self.patience_s = 0.05
         self.cut_obstacle, self.may_be_cut, self.is_due, self.label = "", True, False, ""
+        self.unapplied = 0
         self.done: list[object] = []
         self.member = Member("a", self, self, self.loop)
 

@@ -16,6 +16,7 @@ from bitmapd.points.codec import cost_bytes
 from bitmapd.points.messages import (
     NIL,
     Applied,
+    ApplyUpTo,
     Committed,
     Credit,
     Data,
@@ -33,7 +34,7 @@ from bitmapd.points.messages import (
 from bitmapd.points.pieces import whole_mask
 from bitmapd.receiver import places
 from bitmapd.receiver import receiver as module
-from bitmapd.receiver.commit import NEVER, PageFlag, encode_page, slot_offset
+from bitmapd.receiver.commit import MOST_QUEUED, NEVER, PageFlag, encode_page, slot_offset
 from bitmapd.receiver.receiver import State
 from tests.support.sim import SimDisk
 from tests.support.simreceiver import (
@@ -981,3 +982,30 @@ def test_a_journal_without_a_volume_has_no_room(machine: Machine) -> None:
     journal = machine.receiver.journal
     assert (journal.room_bytes, journal.used_bytes, journal.limit_bytes) == (0, 0, 0)
     assert journal.page.inconsistent_until == NEVER
+
+
+def test_points_that_others_lack_do_not_wait_for_ever(
+    machine: Machine, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as a page can name wait; then each new one has the oldest applied."""
+    begin = script.begin
+    monkeypatch.setattr(
+        script, "begin", lambda: dataclasses.replace(begin(), group=100 + script.point)
+    )
+    point(script, machine)  # in place
+    for _ in range(MOST_QUEUED):
+        script.write()
+        point(script, machine)
+    page = machine.receiver.journal.page
+    assert (page.committed, page.applied) == (1 + MOST_QUEUED, 1)
+    assert "group-apart" not in dict(machine.events)
+    script.write()
+    point(script, machine)
+    page = machine.receiver.journal.page
+    assert (page.committed, page.applied) == (2 + MOST_QUEUED, 2)
+    assert machine.events.count(("group-apart", {"point": 2})) == 1
+    assert script.wire is not None
+    script.wire.say(ApplyUpTo(100 + page.committed))
+    exchange(script, machine)
+    assert machine.receiver.journal.page.applied == page.committed
+    assert content(machine) == bytes(script.content)
