@@ -28,7 +28,7 @@ from bitmapd.attach.helper import Wiring
 from bitmapd.attach.helper_frames import Frame, FrameError, HelperError, unpack_runs
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import BitmapdError, BusyError, error_from_json
-from bitmapd.gate.direct import BarrierDone, Counters, HostCounters, Landed, PutOffError
+from bitmapd.gate.direct import BarrierDone, Counters, HostCounters, Landed, PutOffError, SwapDone
 from bitmapd.gate.routes import Segment
 from bitmapd.media.blockstat import BlockStat
 from bitmapd.nbd.numbers import ExportFlag, HandshakeFlag, Opt
@@ -268,6 +268,9 @@ class KernelAttachment:
     ) -> None:
         self._begin(self._barrier(segments, since_era, done))
 
+    def swap(self, segments: Sequence[Segment], done: SwapDone) -> None:
+        self._begin(self._swap(segments, done))
+
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
@@ -299,6 +302,18 @@ class KernelAttachment:
             done(OSError(errno.EPROTO, f"the wiring helper's answer: {error}"), None)
         else:
             done(None, landed)
+
+    async def _swap(self, segments: Sequence[Segment], done: SwapDone) -> None:
+        fields = {"segments": segments, "deadline_s": BARRIER_DEADLINE_S}
+        try:
+            frame = await self._wiring.call("swap", fields)
+            window_s = float(frame.header["window_s"])
+        except HelperError as error:
+            done(error, 0.0)
+        except (KeyError, ValueError, TypeError) as error:
+            done(OSError(errno.EPROTO, f"the wiring helper's answer: {error}"), 0.0)
+        else:
+            done(None, window_s)
 
     def _tell_of_counting(self, restored: Sequence[str], problem: str) -> None:
         """Somebody has the kernel not count: see `media/blockstat`.

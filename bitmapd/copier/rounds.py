@@ -13,7 +13,8 @@ Invariants:
 3. Where others write (`gate/elsewhere`) eras end whether or not anything is copied, since the
    kernel's table follows the record at barriers; so they do while another node takes over what is
    to be copied (`hands_over`).  They end early when somebody there has a reason not to
-   wait, but not before `URGENT_ERA_S`, for a barrier has its price.
+   wait, but not before `URGENT_ERA_S`, for a barrier has its price.  Where it is enough that the
+   kernel's table grows, no era ends for it, and copying goes on; how often is up to `holding`.
 4. An era that may end, or a rate that allows the next copy, is looked at though nothing else
    happens then.
 5. The kernel lets a host wait at its first write to a block in an era.  After an era with many of
@@ -27,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bitmapd.copier.ages import Ages
+from bitmapd.copier.holding import Holding
 from bitmapd.copier.late import LateWrites
 from bitmapd.copier.settling import Settling
 from bitmapd.copier.transfers import Transfers
@@ -67,6 +69,8 @@ class Rounds:
         self.longest_era_s = longest_era_s
         self.hands_over = False
         self._barrier = False
+        self._growing = False
+        self._holding = Holding(scheduler.time())
         self._began_s = float("-inf")  # the present era
         self._era_since_s = 0.0  # of the era that the barrier ends
         self._urgent: Timer | None = None
@@ -77,7 +81,8 @@ class Rounds:
     @property
     def idle(self) -> bool:
         """Whether nothing is in flight and the barrier, if one was begun, has passed."""
-        return self._transfers.idle and not self._settling.under_way and not self._barrier
+        waits = self._barrier or self._growing
+        return self._transfers.idle and not self._settling.under_way and not waits
 
     @property
     def stuck(self) -> bool:
@@ -96,11 +101,12 @@ class Rounds:
         if self._barrier or not (running or self._gate.is_written_elsewhere or self.hands_over):
             return
         now = self._scheduler.time()
-        if self._era_is_over(now):
+        if not self._growing and self._era_is_over(now):
             if not self._transfers.idle:
                 return
             self._end_era(now)
             return
+        self._grow(now)
         if not running:
             return
         exhausted = self._copy(now)
@@ -125,7 +131,8 @@ class Rounds:
     def _era_is_over(self, now: float) -> bool:
         if now >= self._began_s + self._lasts_s:
             return self._gate.wants_era
-        return self._gate.era_is_urgent and now >= self._urgent_s
+        gate = self._gate
+        return gate.era_is_urgent and not gate.can_grow_direct and now >= self._urgent_s
 
     def _end_era(self, now: float) -> None:
         self._barrier = True
@@ -139,6 +146,23 @@ class Rounds:
         self._ages.joined(self._gate.taken, self._era_since_s)
         self._transfers.new_round()
         self._look()
+
+    def _grow(self, now: float) -> None:
+        """Have the kernel's table grow if that is worth it, and not too often."""
+        gate = self._gate
+        if self._growing or not gate.can_grow_direct:
+            return
+        wait_s = self._holding.wait_s(now, *gate.held_s)
+        if wait_s:
+            self._look_in(wait_s)
+            return
+        self._growing = True
+        gate.grow_direct(self._grown)
+
+    def _grown(self) -> None:
+        self._growing = False
+        self._look()
+        self._look_when_urgent()
 
     @property
     def _urgent_s(self) -> float:
@@ -154,13 +178,25 @@ class Rounds:
         return max(self.era_interval_s, min(lasts_s, self.longest_era_s))
 
     def _became_urgent(self) -> None:
+        if self._gate.can_grow_direct:
+            self._look_in(0.0)
+        else:
+            self._look_in(max(0.0, self._urgent_s - self._scheduler.time()))
+
+    def _look_in(self, wait_s: float) -> None:
         if self._urgent is None:
-            wait_s = max(0.0, self._urgent_s - self._scheduler.time())
             self._urgent = self._scheduler.call_later(wait_s, self._urgent_now)
 
     def _urgent_now(self) -> None:
         self._urgent = None
         self._look()
+        self._look_when_urgent()
+
+    def _look_when_urgent(self) -> None:
+        """What growth could not do waits until the era may end, which is later."""
+        wait_s = self._urgent_s - self._scheduler.time()
+        if wait_s > 0 and self._gate.era_is_urgent:
+            self._look_in(wait_s)
 
     # -- copies ---------------------------------------------------------------------------
     def _copy(self, now: float) -> bool:

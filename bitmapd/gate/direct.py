@@ -14,7 +14,8 @@ begun in.  A barrier ends the era, waits until no write of it is in flight, and 
 3. Eras are collected without a gap: a barrier that fails is followed by one that brings the blocks
    of both eras.  One that is put off, since the kernel is busy with earlier eras, is not an error,
    and otherwise like one that failed.
-4. One barrier at a time.
+4. One barrier at a time, and none while the table grows (`grow`), which is a change of the table
+   without an end of the era: it brings nothing, and what is open stays so.
 5. Hosts write directly only to what is recorded.  So if the kernel's marks cannot be read, every
    block of the record counts as written.
 6. A write that was in flight when this process began may be marked in an era before the first one
@@ -86,6 +87,8 @@ class Landed:
 
 
 BarrierDone = Callable[[OSError | None, Landed | None], None]
+# The seconds for which writes were held.
+SwapDone = Callable[[OSError | None, float], None]
 
 
 class Kernel(Protocol):
@@ -100,6 +103,9 @@ class Kernel(Protocol):
         self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
     ) -> None:
         """Calls `done` once, on the loop's thread, never from inside; see the module's rules."""
+
+    def swap(self, segments: Sequence[Segment], done: SwapDone) -> None:
+        """Put a table in force and end no era; `done` as with `barrier`."""
 
 
 class DirectPath:
@@ -198,6 +204,44 @@ class DirectPath:
         when another node waits."""
         return self.routes.urgent or self.at_rest or bool(self._leaving)
 
+    # -- growth -----------------------------------------------------------------------------
+    @property
+    def can_grow(self) -> bool:
+        """Not while another node waits for what only a barrier takes out of the table."""
+        return self.routes.can_grow and not self._busy and not self._leaving
+
+    def grow(self, recorded: Iterable[Run], done: Callable[[], None]) -> None:
+        """Have hosts write past the gate what they write through it and is recorded durably."""
+        if self._busy:
+            raise RuntimeError("a barrier is under way")
+        table = self.routes.grow(recorded)
+        if table is None:
+            done()
+            return
+        self._busy = True
+
+        def ended(error: OSError | None, window_s: float) -> None:
+            self._busy = False
+            if error is None:
+                self.routes.grew()
+                self._held(window_s)
+            else:
+                self.routes.failed()
+                self._not_landed(error)
+            done()
+
+        geometry = self.geometry
+        self._kernel.swap(table.segments(geometry.extent_bytes, geometry.size_bytes), ended)
+
+    @property
+    def held_s(self) -> tuple[float, float]:
+        return self.window_s_total, self.window_s_last
+
+    def _held(self, window_s: float) -> None:
+        self.window_s_total += window_s
+        self.window_s_last = window_s
+        self.window_s_max = max(self.window_s_max, window_s)
+
     # -- no direct writes (`cycle.Direct`) ----------------------------------------------------
     def still(self, *, wanted: bool) -> None:
         if wanted is not self.routes.is_gating:
@@ -276,9 +320,7 @@ class DirectPath:
             self.marked_blocks = sum(stop - first for first, stop in landed.runs)
             self.barriers += 1
             self.skipped += landed.skipped
-            self.window_s_total += landed.window_s
-            self.window_s_last = landed.window_s
-            self.window_s_max = max(self.window_s_max, landed.window_s)
+            self._held(landed.window_s)
             per = geometry.blocks_per_extent
             blocks = geometry.blocks
             runs = [(first, min(stop, blocks)) for first, stop in landed.runs if first < blocks]

@@ -59,6 +59,19 @@ class Elsewhere(Protocol):
     def gated_hit(self, first: int, stop: int) -> None:
         """A write to recorded extents came through the gate."""
 
+    # -- what hosts may write there
+    @property
+    def can_grow(self) -> bool:
+        """Whether hosts write much through the gate that they could write there."""
+
+    def grow(self, recorded: Iterable[Run], done: Callable[[], None]) -> None:
+        """Have them write there what is durably recorded.  No era ends, and none may before `done`
+        was called, maybe from inside."""
+
+    @property
+    def held_s(self) -> tuple[float, float]:
+        """For how long barriers and growth have held hosts' writes: in all, and the latest."""
+
     # -- eras
     def barrier(self, recorded: Iterable[Run], done: Collected) -> None: ...
 

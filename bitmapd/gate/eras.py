@@ -179,6 +179,32 @@ class Eras:
         """Whether somebody who writes elsewhere should not have to wait for the end of the era."""
         return any(other.is_urgent for other in self._elsewhere)
 
+    @property
+    def can_grow_direct(self) -> bool:
+        """Whether hosts write much through here that they could write elsewhere."""
+        return any(other.can_grow for other in self._elsewhere)
+
+    def grow_direct(self, done: Callable[[], None]) -> None:
+        """Have hosts write elsewhere what is durably recorded.  Neither an era may end nor another
+        growth begin before `done` is called, in a later event."""
+        growing = [other for other in self._elsewhere if other.can_grow]
+        left = len(growing)
+
+        def grown() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self._scheduler.call_soon(done)
+
+        for other in growing:
+            other.grow(self._store.covered_runs(), grown)
+
+    @property
+    def held_s(self) -> tuple[float, float]:
+        """For how long the writes of hosts were held elsewhere: in all, and the latest time."""
+        held = [other.held_s for other in self._elsewhere]
+        return sum(total_s for total_s, _ in held), max((last_s for _, last_s in held), default=0.0)
+
     def take_recorded(self) -> None:
         """Mark every block of every recorded extent as to be copied: recovery, or a resync.  Of a
         shared volume without what is on its way into the record, since it is not ours yet."""

@@ -79,6 +79,20 @@ class PromotedPath:
             self.path.when_urgent(call)
 
     @property
+    def can_grow(self) -> bool:
+        return self.path is not None and self.path.can_grow and not self._is_held_up
+
+    def grow(self, recorded: Iterable[Run], done: Callable[[], None]) -> None:
+        if self.path is None:
+            done()
+        else:
+            self.path.grow(recorded, done)
+
+    @property
+    def held_s(self) -> tuple[float, float]:
+        return (0.0, 0.0) if self.path is None else self.path.held_s
+
+    @property
     def _is_held_up(self) -> bool:
         return self.path is not None and not self.path.routes.is_sealed and self.is_held_up()
 

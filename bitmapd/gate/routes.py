@@ -14,6 +14,11 @@ goes through the gate.  What is direct can be written without bitmapd's knowledg
 4. The table has at most `max_segments` segments.  When the runs do not fit, those that were
    written lately stay, and of these the longest.
 
+5. A table that only *grows* needs no barrier: it has every extent of the one in force and more, so
+   nothing leaves, and what was written and is not known stays so until the next barrier.  What
+   comes into it is open from the moment it is asked for.  A table that has to lose something waits
+   for a barrier, and so does any while it is not known which one is in force.
+
 A table is changed only when that helps: something has to be cooled, or the gate has had writes to
 recorded extents that could have been direct.  When not all of them fit, one that goes in pushes
 another one out, so then it takes many such writes.
@@ -40,6 +45,8 @@ GATE = "gate"
 MAX_SEGMENTS = 2000
 # Writes through the gate that could have been direct, before a barrier is worth having for them.
 URGENT_HITS = 64
+# And before it is worth having the table grow, which ends no era.
+GROWTH_HITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,8 @@ EMPTY = Table(())
 class Routes:
     """See the module docstring."""
 
-    def __init__(self, *, max_segments: int = MAX_SEGMENTS) -> None:
+    def __init__(self, *, max_segments: int = MAX_SEGMENTS, growth_hits: int = GROWTH_HITS) -> None:
+        self._growth_hits = growth_hits
         self._max_runs = max(1, (max_segments - 1) // 2)
         self._table = EMPTY
         self._direct = BlockSet()
@@ -92,7 +100,7 @@ class Routes:
         self._last = False  # the barrier under way began after `seal`
         self.loads = 0
         self.moved = 0
-        # Called now and then while there may be a reason to end the era early (`urgent`).
+        # Called now and then while the table may be worth changing (`urgent`, `can_grow`).
         self.on_urgent: Callable[[], None] = lambda: None
 
     # -- what the gate asks -----------------------------------------------------------------
@@ -144,7 +152,7 @@ class Routes:
         """A write to recorded extents [first, stop) came through the gate."""
         self._gated_hits += 1
         self._gated.add(first, stop)
-        if self._gated_hits % URGENT_HITS == 0:
+        if self._gated_hits % self._growth_hits == 0:
             self.on_urgent()
 
     def adopt(self, extents: Iterable[Run]) -> None:
@@ -189,6 +197,41 @@ class Routes:
     def all_gated(self) -> bool:
         """Whether no host can write past the gate."""
         return not self._direct and not self._maybe
+
+    # -- growth -----------------------------------------------------------------------------
+    @property
+    def can_grow(self) -> bool:
+        """Whether a larger table is worth having, and needs no barrier."""
+        if self._gated_hits < self._growth_hits or self._full or self._must_load or self._pending:
+            return False
+        return not self._sealed and not self._gating and self._misplaced
+
+    def grow(self, recorded: Iterable[Run]) -> Table | None:
+        """The table in force with all of these runs, or None if it has no room for them.
+
+        What comes in is open until `grew`, or the barrier after `failed`.
+        """
+        grown = BlockSet(self._without_cooling(recorded))
+        grown.update(self._direct)
+        runs = tuple(grown.runs())
+        self._full = len(runs) > self._max_runs
+        if self._full:
+            return None
+        self._pending = Table(runs)
+        self._maybe.update(grown)
+        self._open.update(grown)
+        return self._pending
+
+    def grew(self) -> None:
+        """The table that `grow` has made is in force."""
+        if self._pending is None:
+            raise RuntimeError("no table was asked for")
+        direct = self._pending.extents()
+        self.moved += direct.count() - self._direct.count()
+        self.loads += 1
+        self._table, self._direct, self._pending = self._pending, direct, None
+        self._maybe = BlockSet()
+        self._gated_hits = 0
 
     # -- barriers ---------------------------------------------------------------------------
     @property

@@ -30,6 +30,8 @@ dm-era marks a block before a write to it goes on, in the era that is current th
 6. Somebody may have switched counting off (`media/blockstat`).  Lapses are part of a reading, so
    whatever was not counted is unknown, and discards may have been among it.
 7. What a barrier needs of memory for 4 exists before.
+9. A table that only grows is put in force without all the rest (`swap`): no write leaves the way it
+   took, so nothing has to be known of what was written.
 8. dm-era digests an ended era at a cost of the volume's size, some seconds per TiB, keeps its marks
    until then, and fails writes when its metadata are full.  So no era is ended while more than half
    of them are in use: that leaves room for a copy of all that a digestion changes while a snapshot
@@ -199,6 +201,12 @@ class Barrier:
         if widened:
             blocks = widen(blocks)
         return Collected(blocks, to_era, window_s, widened=widened, damage=damage)
+
+    def swap(self, table: Sequence[Target], deadline_s: float) -> float:
+        """Put a table in force that has all that is direct in the one before, and end no era; the
+        seconds for which writes were held.  TimeoutError as with a barrier."""
+        self._mapper.load(self._write, table)
+        return self._drain(False, deadline_s)
 
     def status(self) -> EraStatus:
         line = self._mapper.status(self._era)[0].parameters

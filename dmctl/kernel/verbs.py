@@ -96,6 +96,7 @@ class Helper:
             "connect": self.connect,
             "attach": self.attach,
             "barrier": self.barrier,
+            "swap": self.swap,
             "stat": self.stat,
             "close_top": self.close_top,
             "detach": self.detach,
@@ -236,20 +237,14 @@ class Helper:
         segments = request.segments()
         self.own()
         since_era, deadline_s = request.number("since_era"), request.seconds("deadline_s")
+        table: Sequence[Target] | None = None
         if self._barrier is None or segments is not None:
-            seen = observe(self._volume, self._mapper)
-            era = self._layer(seen, Layer.ERA)
-            self._layer(seen, Layer.WRITE)
-            barrier = self._barrier_of(era)
-            table = None
-            if segments is not None:
-                nbd = self._nbd_number(seen)
-                table = write_table(self._volume, segments, era=era.number, nbd=nbd)
+            barrier, table = self._barrier_and_table(segments)
         else:
-            barrier, table = self._barrier, None
+            barrier = self._barrier
         self._lapses = request.number("lapses")
         restored, uncounted = self._count_on()
-        collected = barrier(None if table is None else wired(table), since_era, deadline_s)
+        collected = barrier(table, since_era, deadline_s)
         answer = {
             "collected_to_era": collected.to_era,
             "window_s": collected.window_s,
@@ -260,6 +255,26 @@ class Helper:
             "uncounted": uncounted,
         }
         return answer, pack_runs(runs(collected.blocks))
+
+    def swap(self, request: Request) -> Answer:
+        """A table that has all that is direct in the one in force; no era ends."""
+        self.own()
+        barrier, table = self._barrier_and_table(request.segments())
+        if table is None:
+            raise UsageError("a swap without a table")
+        return {"window_s": barrier.swap(table, request.seconds("deadline_s"))}, b""
+
+    def _barrier_and_table(
+        self, segments: tuple[Segment, ...] | None
+    ) -> tuple[Barrier, Sequence[Target] | None]:
+        seen = observe(self._volume, self._mapper)
+        era = self._layer(seen, Layer.ERA)
+        self._layer(seen, Layer.WRITE)
+        barrier = self._barrier_of(era)
+        if segments is None:
+            return barrier, None
+        nbd = self._nbd_number(seen)
+        return barrier, wired(write_table(self._volume, segments, era=era.number, nbd=nbd))
 
     def stat(self, request: Request) -> Answer:
         del request

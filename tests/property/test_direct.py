@@ -90,7 +90,9 @@ class DirectMachine(MirrorMachine):
             if self.rng.random() < 0.5:
                 self.kernel.era.defers = lambda: self.rng.random() < 0.3
         kernel = self.kernel
-        self.routes = Routes(max_segments=self.rng.choice([3, 5, 2000]))
+        self.routes = Routes(
+            max_segments=self.rng.choice([3, 5, 2000]), growth_hits=self.rng.choice([1, 16])
+        )
         self.routes.adopt((extent, extent + 1) for extent in kernel.direct(kernel.table))
         self.direct = DirectPath(
             GEOMETRY, kernel, self.routes, lambda *a, **k: None, since_era=kernel.era.current

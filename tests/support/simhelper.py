@@ -187,6 +187,11 @@ class SimHelper:
         self._process = Lockstep(work)
         return self._process
 
+    def begin_swap(self, segments: Sequence[Segment]) -> Lockstep:
+        table = wired(write_table(self._volume, segments, era=ERA, nbd=NBD))
+        self._process = Lockstep(lambda: self._barrier.swap(table, 5.0))
+        return self._process
+
     # -- what the barrier asks for ----------------------------------------------------------
     def _call(self, what: str, waits_for: Callable[[], bool] = lambda: True) -> None:
         if self._process is None:

@@ -22,7 +22,7 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bitmapd.gate.direct import BarrierDone, Counters, HostCounters, Landed
+from bitmapd.gate.direct import BarrierDone, Counters, HostCounters, Landed, SwapDone
 from bitmapd.gate.routes import DIRECT, GATE, Run, Segment
 from bitmapd.media.base import AllocationDone, Device, Done
 from bitmapd.media.buffers import aligned
@@ -170,8 +170,8 @@ class SimEra:
 @dataclass(slots=True)
 class _Barrier:
     segments: list[Segment] | None
-    since_era: int
-    done: BarrierDone
+    swaps: bool
+    done: BarrierDone | SwapDone
     process: Lockstep
     older: Marks | None  # a snapshot that a helper left which died
 
@@ -242,11 +242,22 @@ class SimKernel:
     def barrier(
         self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
     ) -> None:
-        if self.busy is not None:
-            raise AssertionError("a barrier was asked for while another one was under way")
+        self._must_be_free()
         wanted = None if segments is None else list(segments)
         process = self._helper.begin(wanted, since_era, self._seen.lapses)
-        self.busy = _Barrier(wanted, since_era, done, process, self.snapshot)
+        self.busy = _Barrier(wanted, False, done, process, self.snapshot)
+
+    def swap(self, segments: Sequence[Segment], done: SwapDone) -> None:
+        self._must_be_free()
+        wanted = list(segments)
+        gone = self.direct(self.table) - self.direct(wanted)
+        if gone:
+            raise AssertionError(f"extents {gone} are to leave the table without a barrier")
+        self.busy = _Barrier(wanted, True, done, self._helper.begin_swap(wanted), self.snapshot)
+
+    def _must_be_free(self) -> None:
+        if self.busy is not None:
+            raise AssertionError("a barrier was asked for while another one was under way")
 
     # -- what the helper asks of it -------------------------------------------------------
     @property
@@ -305,13 +316,23 @@ class SimKernel:
         self._must_be_tidy(barrier)
         self.busy = None
         collected = barrier.process.result
+        if barrier.swaps:
+            self._answer(barrier, barrier.process.error)
+            return
         self._seen.lapses += self._helper.switched_on
         if collected is None:
-            barrier.done(barrier.process.error, None)
+            self._answer(barrier, barrier.process.error)
             return
         brought = runs(collected.blocks)
         landed = Landed(list(brought), collected.to_era, 0.001, collected.skipped, collected.damage)
-        barrier.done(None, landed)
+        barrier.done(None, landed)  # type: ignore[arg-type]
+
+    def _answer(self, barrier: _Barrier, error: OSError | None) -> None:
+        """That it failed, or that a swap did not."""
+        if barrier.swaps:
+            barrier.done(error, 0.001)  # type: ignore[arg-type]
+        else:
+            barrier.done(error, None)  # type: ignore[arg-type]
 
     # -- what goes wrong ------------------------------------------------------------------
     def give_up(self) -> None:
@@ -327,7 +348,7 @@ class SimKernel:
             while not process.ended:
                 process.step()
         self._must_be_tidy(barrier)
-        barrier.done(process.error or OSError(errno.EPROTO, "simulated"), None)
+        self._answer(barrier, process.error or OSError(errno.EPROTO, "simulated"))
 
     def _must_be_tidy(self, barrier: _Barrier) -> None:
         """Nothing waits for a helper that has answered."""
@@ -349,7 +370,7 @@ class SimKernel:
             self.resume(swap=True)
         self._helper = SimHelper(self, lambda: self.era.current)
         if barrier is not None:
-            barrier.done(OSError(errno.EPIPE, "simulated"), None)
+            self._answer(barrier, OSError(errno.EPIPE, "simulated"))
 
     def _kill_helper(self) -> _Barrier | None:
         barrier, self.busy = self.busy, None

@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from tests.bench.vm import loads, rig
 from tests.bench.vm.loads import Load
-from tests.bench.vm.media import sh
+from tests.bench.vm.media import MIB, sh
 from tests.bench.vm.rig import Rig
 from tests.bench.vm.stack import Delta
 
@@ -59,6 +59,16 @@ SCALES = {
         Scale("smoke", 1, 0.1, 0.1, 0.1, 0, 1.2, 50, few=True),
     )
 }
+
+
+CLASS_EXTENTS = 80
+GATED_EXTENTS = 40  # too few for a change of the table
+CLASSES = (
+    "miss",
+    "hit through the gate",
+    "in the kernel, first in its era",
+    "in the kernel, again",
+)
 
 
 class Bench:
@@ -125,6 +135,38 @@ class Bench:
             )
             self._tell(title, {rig.MISSES: [one["rate"] for one in outcomes]})
         return found
+
+    def classes(self) -> list[Results]:
+        """One write to each of some extents, which is at first a miss and in the end nothing but
+        three layers of device-mapper; each extent is used for one repeat."""
+        stack, count = self._rig.stacks[rig.CLASSES], CLASS_EXTENTS
+        outcomes: dict[str, list[Results]] = {title: [] for title in CLASSES}
+
+        def write(title: str, first_byte: int, times: int) -> None:
+            with stack.watched() as deltas:
+                outcome = loads.fio_each_once(stack.device, first_byte, MIB, times, 1)
+            outcomes[title].append({**asdict(outcome), **_said(deltas)})
+
+        for repeat in range(self._scale.repeats):
+            self._rig.keep_awake()
+            first_byte = repeat * count * MIB
+            offsets = [first_byte + number * MIB for number in range(count)]
+            write(CLASSES[0], first_byte, count)
+            write(CLASSES[1], first_byte, GATED_EXTENTS)
+            stack.make_direct([*range(0, first_byte, MIB), *offsets])
+            write(CLASSES[2], first_byte, count)
+            write(CLASSES[3], first_byte, count)
+            stack.settle()
+        self._tell("mean us", {t: [one["mean_us"] for one in all_] for t, all_ in outcomes.items()})
+        return [
+            {
+                "name": "class",
+                "title": title,
+                "unit": "1/s",
+                "outcomes": {rig.CLASSES: outcomes[title]},
+            }
+            for title in CLASSES
+        ]
 
     def windows(self) -> list[Results]:
         """How long barriers hold writes; with short eras, so that there are many of them."""
@@ -221,14 +263,17 @@ def _said(deltas: list[Delta]) -> Results:
     return {"volume": {**asdict(delta), **shares}}
 
 
-def measure(scale: Scale) -> Results:
+def measure(scale: Scale, only: Sequence[str] = ()) -> Results:
+    """All parts, or only some and the contenders that these need."""
+    chosen = [part for part in PARTS if not only or part in only]
+    wanted = {name for part in chosen for name in PARTS[part][0]}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bvm")))
         began_s = time.monotonic()
-        made = stack.enter_context(rig.rig(folder))
+        made = stack.enter_context(rig.rig(folder, wanted))
         print("bench: contenders: " + ", ".join(made.devices), flush=True)
-        untouched = {rig.SEGMENTS, rig.FRESH, rig.MISSES}
-        whole = {rig.LINEAR, rig.MIX, *rig.PEERS}  # the mix is written everywhere
+        untouched = {rig.SEGMENTS, rig.FRESH, rig.MISSES, rig.CLASSES}
+        whole = set(rig.MIXED)  # the mix is written everywhere
         filled = {name: device for name, device in made.devices.items() if name not in untouched}
         for device in set(filled.values()):
             everywhere = device in {filled[name] for name in whole if name in filled}
@@ -242,29 +287,35 @@ def measure(scale: Scale) -> Results:
             "versions": made.versions,
             "scale": asdict(scale),
         }
-        for part, work in (
-            ("main", lambda: bench.compare(loads.MAIN, rig.MAIN)),
-            ("slow", lambda: bench.compare(loads.RANDOM_WRITES, (rig.SLOW_LINEAR, rig.SLOW_HITS))),
-            ("spread", lambda: bench.compare(loads.SPREAD, (rig.LINEAR, rig.HITS, rig.SEGMENTS))),
-            ("misses", bench.misses),
-            ("mixed", lambda: bench.compare(loads.MIXED, (rig.LINEAR, rig.MIX, *rig.PEERS))),
-            ("windows", bench.windows),
-            ("database", bench.databases),
-            ("fill", bench.fills),
-            ("equal", bench.equal),
-        ):
+        for part in chosen:
             began_s = time.monotonic()
-            results[part] = work()
+            results[part] = PARTS[part][1](bench)
             print(f"bench: {part}: {time.monotonic() - began_s:.0f} s", flush=True)
         return results
+
+
+# Each with the contenders that it is about.
+PARTS: dict[str, tuple[tuple[str, ...], Callable[[Bench], Any]]] = {
+    "main": (rig.MAIN, lambda bench: bench.compare(loads.MAIN, rig.MAIN)),
+    "slow": (rig.SLOW, lambda bench: bench.compare(loads.RANDOM_WRITES, rig.SLOW)),
+    "spread": (rig.SPREAD, lambda bench: bench.compare(loads.SPREAD, rig.SPREAD)),
+    "classes": ((rig.CLASSES,), Bench.classes),
+    "misses": ((rig.MISSES,), Bench.misses),
+    "mixed": (rig.MIXED, lambda bench: bench.compare(loads.MIXED, rig.MIXED)),
+    "windows": ((rig.HITS, rig.SEGMENTS, rig.MIX), Bench.windows),
+    "database": ((*rig.MAIN, rig.MIX), Bench.databases),
+    "fill": ((rig.LINEAR, rig.FRESH, *rig.PEERS), Bench.fills),
+    "equal": ((), Bench.equal),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="the guest's part of make bench-vm")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", action="append", choices=PARTS, default=[])
     options = parser.parse_args()
-    options.out.write_text(json.dumps(measure(SCALES[options.scale]), indent=1))
+    options.out.write_text(json.dumps(measure(SCALES[options.scale], options.only), indent=1))
     return 0
 
 

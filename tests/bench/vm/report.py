@@ -256,6 +256,46 @@ def to_terminal(results: Results) -> str:
     return "\n".join(lines)
 
 
+def parts_to_terminal(results: Results) -> str:
+    """Of a run that left parts out: each load with what the volumes did in it."""
+    lines = ["", *table(*class_rows(results))] if "classes" in results else []
+    for part in results.values():
+        for load in part if isinstance(part, list) else [part]:
+            if isinstance(load, dict) and load.get("outcomes"):
+                head, rows = load_rows(load)
+                lines += ["", load["title"], *table(head, rows)]
+                lines += _volume_lines(load)
+    return "\n".join(lines)
+
+
+def _volume_lines(load: Results) -> list[str]:
+    lines = []
+    for name, outcomes in load["outcomes"].items():
+        if "volume" in outcomes[0]:
+            hits, direct = (
+                _share(_middle(load, name, f"{key}_share")) for key in ("hit", "direct")
+            )
+            loads, held_s = (_middle(load, name, key) for key in ("table_loads", "suspended_s"))
+            lines.append(
+                f"{name}: {hits} hits, {direct} in the kernel, {loads:.0f} table changes,"
+                f" writes held {1000 * (held_s or 0):.0f} ms"
+            )
+    return lines
+
+
+def class_rows(results: Results) -> tuple[Row, list[Row]]:
+    head = ["one write of 4 KiB, depth 1", "mean us", "99 % us", "hits", "in the kernel"]
+    rows = []
+    for load in results["classes"]:
+        outcomes = load["outcomes"][rig.CLASSES]
+        mean_us, p99_us = (
+            statistics.median(one[key] for one in outcomes) for key in ("mean_us", "p99_us")
+        )
+        shares = (_share(_middle(load, rig.CLASSES, f"{key}_share")) for key in ("hit", "direct"))
+        rows.append([load["title"], f"{mean_us:.0f}", f"{p99_us:.0f}", *shares])
+    return head, rows
+
+
 def to_markdown(results: Results) -> str:
     lines = [
         "# Benchmarks in a kernel",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ RAW, LINEAR, ERA = "raw device", "dm-linear", "dm-era alone"
 THREE = "dm-linear, three deep"
 HITS, PAUSED = "stack, all hits", "stack, all hits, paused"
 SEGMENTS, MISSES = "stack, 2,000 segments", "stack, all misses"
+CLASSES = "stack, one kind of write after another"
 MIX, FRESH = "stack, defaults", "stack, defaults, nothing recorded"
 MD, MD_BEHIND = "md raid1, bitmap", "md raid1, bitmap, write-behind"
 MIRROR = "dm-mirror, disk log"
@@ -28,6 +29,9 @@ DRBD, DRBD_ALONE = "DRBD 8.4, protocol A", "DRBD 8.4, disconnected"
 SLOW_LINEAR, SLOW_HITS = "dm-linear, slow disk", "stack, all hits, slow disk"
 PEERS = (MD, MD_BEHIND, MIRROR, DRBD, DRBD_ALONE)
 MAIN = (RAW, LINEAR, THREE, ERA, HITS, PAUSED, *PEERS)
+SLOW = (SLOW_LINEAR, SLOW_HITS)
+SPREAD = (LINEAR, HITS, SEGMENTS)
+MIXED = (LINEAR, HITS, MIX, *PEERS)
 
 # The emulated processor is about ten times slower than the bare one, so beside it this is what a
 # quick NVMe drive is beside the bare one.
@@ -40,6 +44,7 @@ SHAPES = {
     SLOW_HITS: Shape("slow", SIZE_BYTES, MIB, _ROOMY, LATENCY_US),
     SEGMENTS: Shape("segs", SIZE_BYTES, PLACE_BYTES // 2, _ROOMY),
     MISSES: Shape("miss", SIZE_BYTES, MISS_EXTENT_BYTES, _ROOMY),
+    CLASSES: Shape("class", SIZE_BYTES, MIB, _ROOMY),
     MIX: Shape("mix", SIZE_BYTES, MIB),
     FRESH: Shape("fresh", SIZE_BYTES, MIB),
 }
@@ -60,45 +65,48 @@ class Rig:
 
 
 @contextmanager
-def rig(folder: Path) -> Iterator[Rig]:
-    """The volumes' configuration and sockets are in the folder, whose path must be short."""
+def rig(folder: Path, wanted: Collection[str]) -> Iterator[Rig]:
+    """Those of the contenders that are wanted.  The volumes' configuration and sockets are in the
+    folder, whose path must be short."""
     made = Rig(versions=_versions())
     with ExitStack() as stack:
         media = stack.enter_context(Media())
+        sh("modprobe", "dm-mod")
 
-        def add(name: str, device: AbstractContextManager[str]) -> None:
+        def disk(name: str, latency_us: int = 0) -> str:
+            # One each, so that each can have a file system.
+            return media.make(name, SIZE_BYTES, latency_us)
+
+        peer: dict[str, Callable[[], AbstractContextManager[str]]] = {
+            RAW: lambda: nullcontext(disk("raw")),
+            LINEAR: lambda: peers.linear("linear", disk("lower"), SIZE_BYTES),
+            THREE: lambda: peers.three_deep(disk("deep"), SIZE_BYTES),
+            SLOW_LINEAR: lambda: peers.linear("slow-linear", disk("slow", LATENCY_US), SIZE_BYTES),
+            ERA: lambda: peers.era(media, disk("tracked"), SIZE_BYTES),
+            MD: lambda: peers.md_raid1(media, 0, SIZE_BYTES, write_behind=False),
+            MD_BEHIND: lambda: peers.md_raid1(media, 1, SIZE_BYTES, write_behind=True),
+            MIRROR: lambda: peers.dm_mirror(media, SIZE_BYTES),
+            DRBD: lambda: peers.drbd_connected(media, SIZE_BYTES),
+            DRBD_ALONE: lambda: peers.drbd_alone(media, SIZE_BYTES),
+        }
+        for name in filter(wanted.__contains__, peer):
             try:
-                made.devices[name] = stack.enter_context(device)
+                made.devices[name] = stack.enter_context(peer[name]())
             except (CommandFailed, OSError, TimeoutError) as error:
                 made.missing[name] = str(error)
                 print(f"bench: NOT MEASURED: {name}: {error}", flush=True)
-
-        # A disk each, so that each can have a file system.
-        raw, lower, deep, tracked = (
-            media.make(name, SIZE_BYTES) for name in ("raw", "lower", "deep", "tracked")
-        )
-        slow = media.make("slow", SIZE_BYTES, LATENCY_US)
-        made.devices[RAW] = raw
-        sh("modprobe", "dm-mod")
-        add(LINEAR, peers.linear("linear", lower, SIZE_BYTES))
-        add(THREE, peers.three_deep(deep, SIZE_BYTES))
-        add(SLOW_LINEAR, peers.linear("slow-linear", slow, SIZE_BYTES))
-        add(ERA, peers.era(media, tracked, SIZE_BYTES))
-        add(MD, peers.md_raid1(media, 0, SIZE_BYTES, write_behind=False))
-        add(MD_BEHIND, peers.md_raid1(media, 1, SIZE_BYTES, write_behind=True))
-        add(MIRROR, peers.dm_mirror(media, SIZE_BYTES))
-        add(DRBD, peers.drbd_connected(media, SIZE_BYTES))
-        add(DRBD_ALONE, peers.drbd_alone(media, SIZE_BYTES))
         # Without these there is nothing to compare: what goes wrong here ends the run.
-        for name, shape in SHAPES.items():
-            volume = stack.enter_context(Stack(media, folder, shape))
+        for name in filter(wanted.__contains__, SHAPES):
+            volume = stack.enter_context(Stack(media, folder, SHAPES[name]))
             made.stacks[name], made.devices[name] = volume, volume.device
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(Stack.start, made.stacks.values()))
-        made.stacks[PAUSED], made.devices[PAUSED] = made.stacks[HITS], made.devices[HITS]
-        for name in (HITS, SLOW_HITS):
+        if PAUSED in wanted:
+            made.stacks[PAUSED], made.devices[PAUSED] = made.stacks[HITS], made.devices[HITS]
+        for name in {HITS, SLOW_HITS}.intersection(made.stacks):
             made.stacks[name].make_direct(list(range(0, SIZE_BYTES, MIB)))
-        made.stacks[SEGMENTS].make_direct([place * PLACE_BYTES for place in range(PLACES)])
+        if SEGMENTS in made.stacks:
+            made.stacks[SEGMENTS].make_direct([place * PLACE_BYTES for place in range(PLACES)])
         yield made
 
 

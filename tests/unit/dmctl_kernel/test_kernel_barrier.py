@@ -402,3 +402,31 @@ def test_marks_that_cannot_be_read_are_damage(bench: Bench) -> None:
     assert "checksum" in landed.damage
     assert landed.era == bench.kernel.era.current - 1
     assert bench.kernel.snapshot is None
+
+
+def test_a_swap_puts_a_table_in_force_and_ends_no_era(bench: Bench) -> None:
+    bench.kernel.table = HALF
+    era = bench.kernel.era.current
+    bench.write(0, lands=False)
+    answers: list[OSError | None] = []
+    bench.kernel.swap(ALL_DIRECT, lambda error, window_s: answers.append(error))
+    bench.end()
+    assert (answers, bench.kernel.table) == ([], HALF), "a write is in flight"
+    bench.land()
+    bench.end()
+    assert (answers, bench.kernel.table) == ([None], ALL_DIRECT)
+    assert bench.kernel.era.current == era
+    bench.write(6)
+    assert bench.landed().runs == [(0, 1), (6, 7)]
+
+
+def test_a_swap_that_is_given_up_leaves_nothing_behind(bench: Bench) -> None:
+    bench.kernel.table = HALF
+    bench.write(0, lands=False)
+    answers: list[OSError | None] = []
+    bench.kernel.swap(ALL_DIRECT, lambda error, window_s: answers.append(error))
+    bench.end()
+    bench.kernel.give_up()
+    assert isinstance(answers[0], TimeoutError)
+    assert (bench.kernel.table, bench.kernel.inactive) == (HALF, None)
+    assert not bench.kernel.suspended

@@ -15,8 +15,9 @@ from bitmapd.gate.direct import (
     HostCounters,
     Landed,
     PutOffError,
+    SwapDone,
 )
-from bitmapd.gate.routes import DIRECT, GATE, Routes, Run, Segment
+from bitmapd.gate.routes import DIRECT, GATE, GROWTH_HITS, Routes, Run, Segment
 from bitmapd.record.geometry import Geometry
 
 BLOCK = 4096
@@ -32,6 +33,8 @@ class Helper:
         self.in_flight = 0
         self.asked: list[tuple[Sequence[Segment] | None, int]] = []
         self.done: BarrierDone = lambda error, landed: None
+        self.swaps: list[Sequence[Segment]] = []
+        self.swapped: SwapDone = lambda error, window_s: None
 
     def counters(self) -> Counters:
         return self.now
@@ -44,6 +47,10 @@ class Helper:
     ) -> None:
         self.asked.append((segments, since_era))
         self.done = done
+
+    def swap(self, segments: Sequence[Segment], done: SwapDone) -> None:
+        self.swaps.append(segments)
+        self.swapped = done
 
 
 class Bench:
@@ -321,3 +328,55 @@ def test_nobody_needs_to_be_told_that_a_barrier_ended() -> None:
     bench.begin()
     bench.land()
     assert bench.got == [[]]
+
+
+def test_the_table_grows_and_no_era_ends(bench: Bench) -> None:
+    grown: list[str] = []
+    for _ in range(GROWTH_HITS):
+        bench.routes.gated_hit(1, 2)
+    assert bench.path.can_grow
+    bench.path.grow([(0, 2)], lambda: grown.append("grown"))
+    assert not bench.path.can_grow, "one at a time"
+    with pytest.raises(RuntimeError, match="under way"):
+        bench.begin()
+    with pytest.raises(RuntimeError, match="under way"):
+        bench.path.grow([(0, 2)], lambda: None)
+    assert not grown
+    bench.helper.swapped(None, 0.25)
+    assert grown == ["grown"]
+    extents = 2 * GEOMETRY.extent_bytes
+    assert bench.helper.swaps == [
+        [(0, min(extents, GEOMETRY.size_bytes), DIRECT)]
+        + ([(extents, GEOMETRY.size_bytes, GATE)] if extents < GEOMETRY.size_bytes else [])
+    ]
+    assert (bench.path.held_s, bench.path.collected_era, bench.path.barriers) == (
+        (0.25, 0.25),
+        6,
+        0,
+    )
+    bench.begin((0, 2))
+    assert bench.helper.asked == [(None, 7)]
+
+
+def test_growth_that_failed_is_told_and_a_barrier_loads_the_table(bench: Bench) -> None:
+    for _ in range(GROWTH_HITS):
+        bench.routes.gated_hit(1, 2)
+    grown: list[str] = []
+    bench.path.grow([(0, 2)], lambda: grown.append("ended"))
+    bench.helper.swapped(OSError(errno.ETIMEDOUT, "a write hangs"), 0.0)
+    assert grown == ["ended"]
+    assert bench.events[-1]["event"] == "barrier-error"
+    assert not bench.path.can_grow
+    bench.begin((0, 2))
+    assert bench.helper.asked[0][0] is not None
+
+
+def test_nothing_grows_while_another_node_waits(bench: Bench) -> None:
+    bench.routes.gated_hit(0, 1)
+    bench.begin((0, 1))
+    bench.land()
+    for _ in range(GROWTH_HITS):
+        bench.routes.gated_hit(1, 2)
+    assert bench.path.can_grow
+    bench.path.leave([0], lambda: None)
+    assert not bench.path.can_grow

@@ -9,7 +9,7 @@ import pytest
 
 from bitmapd.copier.rounds import MARKS_PER_S, URGENT_ERA_S
 from bitmapd.gate.elsewhere import Collected, Run
-from bitmapd.gate.routes import DIRECT, GATE, URGENT_HITS
+from bitmapd.gate.routes import DIRECT, GATE, GROWTH_HITS, URGENT_HITS
 from tests.support.mirror import (
     BLOCK,
     EXTENT,
@@ -194,19 +194,77 @@ def test_many_hits_that_could_have_been_direct_make_the_era_urgent() -> None:
     assert mirror.gate.era_is_urgent
 
 
-def test_a_busy_gate_is_relieved_before_the_era_is_over() -> None:
+def in_one_era() -> Mirror:
+    """A mirror that is copied, whose present era does not end by itself."""
     mirror = begun(direct=True)
     mirror.copier.rounds.era_interval_s = 1000.0
     mirror.run(1.0)  # the era that began with the other interval
-    for _ in range(URGENT_HITS):
+    return mirror
+
+
+def test_a_busy_gate_is_relieved_at_once_and_in_the_same_era() -> None:
+    mirror = in_one_era()
+    era, barriers = mirror.gate.era, mirror.path.barriers
+    for _ in range(GROWTH_HITS):
         mirror.put(0)
-    mirror.run(URGENT_ERA_S)
+    mirror.run(0.0)
     assert mirror.routes.loads == 0, "the first write is a miss"
-    for _ in range(2 * URGENT_HITS):
+    mirror.put(0)
+    mirror.run(0.0)
+    assert (mirror.routes.loads, mirror.routes.count_direct) == (1, 1)
+    assert (mirror.gate.era, mirror.path.barriers) == (era, barriers)
+
+
+def test_copying_goes_on_while_the_table_grows() -> None:
+    mirror = in_one_era()
+    for _ in range(1 + GROWTH_HITS):
         mirror.put(0)
-    mirror.run(URGENT_ERA_S)
+    answers = host_writes(mirror, PER_EXTENT)  # in flight, so that the table waits
+    mirror.loop.advance(0.0)
+    while mirror.kernel.can_step:
+        mirror.kernel.step()
+    assert mirror.kernel.busy is not None
+    assert not mirror.copier.rounds.idle
+    mirror.copier.rounds.hurry()
+    mirror.copier.wake()
+    mirror.turn()
+    assert mirror.routes.loads == 0, "and no barrier was begun, which the kernel would refuse"
+    mirror.run(0.0)
+    assert answers == [None]
+    assert mirror.routes.loads >= 1
+
+
+def test_growth_is_paid_from_what_time_has_brought() -> None:
+    mirror = in_one_era()
+    mirror.path.window_s_total = mirror.path.window_s_last = 0.03
+    for _ in range(1 + GROWTH_HITS):
+        mirror.put(0)
+    mirror.run(0.9)
+    assert mirror.routes.loads == 0, "of 50 ms that are saved 20 were left, and 30 are expected"
+    mirror.run(0.2)
     assert mirror.routes.loads == 1
-    assert mirror.routes.count_direct == 1
+
+
+@pytest.mark.parametrize("trouble", ["another node waits", "it must be loaded", "no room"])
+def test_what_growth_cannot_do_is_left_to_a_barrier(trouble: str) -> None:
+    mirror = in_one_era()
+    if trouble == "no room":
+        mirror.routes._max_runs = 0
+    elif trouble == "it must be loaded":
+        mirror.routes.adopt([(3, 4)])
+        mirror.routes.take_adopted()
+    barriers = mirror.path.barriers
+    if trouble == "another node waits":
+        for _ in range(1 + GROWTH_HITS):
+            mirror.put(PER_EXTENT)
+        mirror.run(0.0)
+        assert mirror.routes.is_direct(1)
+    for _ in range(1 + URGENT_HITS):
+        mirror.put(0)
+    if trouble == "another node waits":
+        mirror.path.leave([1], lambda: None)
+    mirror.run(URGENT_ERA_S)
+    assert mirror.path.barriers > barriers
 
 
 @pytest.mark.parametrize(
@@ -523,9 +581,12 @@ class Another:
         self.left: list[int] = []
         self.leaving: list[Callable[[], None]] = []
         self.written = self.being_written = self.wants_barrier = self.is_urgent = False
+        self.can_grow = False
         self.host_load = (0, 0)
+        self.held_s = (0.0, 0.0)
         self.marked_blocks = 0
         self.done: Collected | None = None
+        self.grown: tuple[list[Run], Callable[[], None]] | None = None
 
     def is_open(self, extent: int) -> bool:
         return extent in self.open
@@ -553,6 +614,9 @@ class Another:
 
     def barrier(self, recorded: Iterable[Run], done: Collected) -> None:
         self.done = done
+
+    def grow(self, recorded: Iterable[Run], done: Callable[[], None]) -> None:
+        self.grown = (list(recorded), done)
 
     def when_urgent(self, call: Callable[[], None]) -> None:
         """It never is."""

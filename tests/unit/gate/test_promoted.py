@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from bitmapd.gate.elsewhere import Run
 from bitmapd.gate.promoted import PromotedPath
+from bitmapd.gate.routes import GROWTH_HITS
 from tests.unit.gate.test_direct_path import Bench
 
 
@@ -24,7 +25,10 @@ def test_without_layers_nobody_writes_elsewhere() -> None:
     asked = [path.wants_barrier, path.is_urgent, path.written, path.being_written]
     assert asked == [False] * 4
     assert path.marked_blocks == 0
-    assert (got, called, path.host_load) == ([()], ["left"], (0, 0))
+    assert (path.can_grow, path.held_s) == (False, (0.0, 0.0))
+    path.grow([(0, 5)], lambda: called.append("grown"))
+    assert called.pop(0) == "left"
+    assert (got, called, path.host_load) == ([()], ["grown"], (0, 0))
 
 
 def promoted(bench: Bench) -> PromotedPath:
@@ -94,3 +98,18 @@ def test_a_barrier_does_not_wait_for_a_partner_that_is_not_there() -> None:
     bench.routes.seal()  # hosts are out: nothing of theirs waits
     path.barrier([(0, 5)], bench.got.append)
     assert len(bench.helper.asked) == 1
+
+
+def test_the_table_grows_unless_hosts_are_held_up() -> None:
+    bench = Bench()
+    path = promoted(bench)
+    for _ in range(GROWTH_HITS):
+        path.gated_hit(1, 2)
+    path.is_held_up = lambda: True
+    assert not path.can_grow, "it would hold all other writes until its deadline"
+    path.is_held_up = lambda: False
+    assert path.can_grow
+    grown: list[str] = []
+    path.grow([(0, 2)], lambda: grown.append("grown"))
+    bench.helper.swapped(None, 0.5)
+    assert (grown, path.held_s) == (["grown"], (0.5, 0.5))

@@ -10,6 +10,7 @@ from bitmapd.gate.routes import (
     DIRECT,
     EMPTY,
     GATE,
+    GROWTH_HITS,
     MAX_SEGMENTS,
     URGENT_HITS,
     Routes,
@@ -165,6 +166,98 @@ def test_a_cooling_extent_that_is_written_stays_with_the_gate_until_it_is_wanted
     routes.warm([1])
     assert routes.wants_change
     assert routes.propose([(0, 2)]) == Table(((0, 2),))
+
+
+# -- growth without a barrier -----------------------------------------------------------------
+
+
+def grows(*runs: Run, max_segments: int = MAX_SEGMENTS) -> Routes:
+    """With a table in force, and hits enough at the extent behind all of it."""
+    routes = direct(*runs, max_segments=max_segments)
+    assert not routes.can_grow
+    for _ in range(GROWTH_HITS):
+        routes.gated_hit(8, 9)
+    assert routes.can_grow
+    return routes
+
+
+def test_a_table_grows_by_what_is_recorded_and_loses_nothing() -> None:
+    routes = grows((0, 2))
+    table = routes.grow([(1, 3), (8, 9)])
+    assert table == Table(((0, 3), (8, 9))), "extent 0 needs a barrier to leave"
+    assert is_open(routes) == [0, 1, 2, 8], "from the moment it is asked for"
+    assert not routes.can_grow, "one is under way"
+    routes.grew()
+    assert (routes.loads, routes.moved, routes.count_direct) == (2, 4, 4)
+    assert is_open(routes) == [0, 1, 2, 8]
+    assert not routes.can_grow
+    assert not routes.wants_change
+
+
+def test_what_is_leaving_stays_open_while_the_table_grows() -> None:
+    routes = direct((0, 2))
+    routes.cool([1])
+    routes.propose([(0, 2)])
+    routes.landed(())
+    for _ in range(GROWTH_HITS):
+        routes.gated_hit(8, 9)
+    assert routes.grow([(0, 2), (8, 9)]) == Table(((0, 1), (8, 9))), "extent 1 cools"
+    routes.grew()
+    assert is_open(routes) == [0, 1, 8], "what was written to 1 last comes with the next barrier"
+    routes.propose([(0, 2), (8, 9)])
+    routes.landed(())
+    assert is_open(routes) == [0, 8]
+
+
+def test_what_the_gate_was_asked_for_while_it_cools_is_known_after_growth() -> None:
+    routes = grows((0, 1))
+    routes.cool([5])
+    routes.gated_hit(5, 6)
+    routes.grow([(0, 1), (8, 9)])
+    routes.grew()
+    assert routes.missed() == [5]
+
+
+@pytest.mark.parametrize("what", ["sealed", "gating", "adopted", "failed"])
+def test_nothing_grows_when_something_has_to_leave_or_the_table_is_not_known(what: str) -> None:
+    routes = grows((0, 1))
+    if what == "sealed":
+        routes.seal()
+    elif what == "gating":
+        routes.gate_all()
+    elif what == "adopted":
+        routes.adopt([(3, 4)])
+    else:
+        routes.grow([(0, 1), (8, 9)])
+        routes.failed()
+        assert is_open(routes) == [0, 8], "the new table may be in force"
+    assert not routes.can_grow
+
+
+def test_a_seal_while_the_table_grows_is_for_the_next_barrier() -> None:
+    routes = grows((0, 1))
+    routes.grow([(0, 1), (8, 9)])
+    routes.seal()
+    routes.grew()
+    assert routes.settling
+    assert routes.propose([(0, 1), (8, 9)]) == EMPTY
+    routes.landed(())
+    assert is_open(routes) == []
+
+
+def test_a_table_without_room_waits_for_a_barrier_to_choose() -> None:
+    routes = grows((0, 1), max_segments=3)
+    assert routes.grow([(0, 1), (8, 9)]) is None
+    assert not routes.can_grow
+    assert is_open(routes) == [0]
+    for _ in range(URGENT_HITS):
+        routes.gated_hit(8, 9)
+    assert routes.urgent
+
+
+def test_nothing_grew_that_was_not_asked_for() -> None:
+    with pytest.raises(RuntimeError, match="no table"):
+        Routes().grew()
 
 
 # -- failures ---------------------------------------------------------------------------------
