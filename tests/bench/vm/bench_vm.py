@@ -21,7 +21,7 @@ from tests.bench.vm import report
 from tests.vm.lab import Guest, GuestDied, VmUnavailable, accelerator, pass_on
 
 ROOT = Path(__file__).resolve().parents[3]
-MEMORY_MIB = 4096
+MEMORY_MIB = 5120
 TIMEOUT_S = 1800
 _SAID = ("processor", "cores", "memory", "kernel")
 
