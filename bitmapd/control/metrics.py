@@ -46,7 +46,7 @@ GAUGES = {
     "record_wait_seconds": "Age of the oldest write to the stored record that is not answered yet.",
     "era": "Number of the era.",
     "direct_extents": "Extents that hosts write in the kernel, without the gate.",
-    "suspended_seconds_max": "Longest time that a barrier made writes wait.",
+    "suspended_seconds_max": "Longest time that a barrier or a new table made writes wait.",
 }
 COUNTERS = {
     "writes_total": "Writes of hosts.",
@@ -62,8 +62,8 @@ COUNTERS = {
     "barriers_total": "Ends of eras in the kernel.",
     "barrier_errors_total": "Barriers that failed and were tried again.",
     "barriers_put_off_total": "Barriers that waited for dm-era to digest earlier eras.",
-    "suspended_seconds_total": "Time in which barriers made writes wait.",
-    "table_loads_total": "Barriers that changed the kernel's table.",
+    "suspended_seconds_total": "Time in which barriers and new tables made writes wait.",
+    "table_loads_total": "Changes of the kernel's table, at barriers and between them.",
     "table_moves_total": "Extents that were moved between the gate and the direct path.",
 }
 # Of a pair: key of `partner` -> what it is.

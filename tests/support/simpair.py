@@ -287,7 +287,8 @@ class Side:
         return direct
 
     def _follow(self, kernel: SimKernel) -> DirectPath:
-        routes = Routes(max_segments=self.world.rng.choice((3, 5, 2000)))
+        rng = self.world.rng
+        routes = Routes(max_segments=rng.choice((3, 5, 2000)), growth_hits=rng.choice((1, 16)))
         since_era = kernel.era.current
         path = DirectPath(self.geometry, kernel, routes, lambda *a, **k: None, since_era=since_era)
         self.path.begin(path)

@@ -639,6 +639,28 @@ def test_an_era_is_over_when_all_of_them_say_so() -> None:
     assert list(mirror.gate.taken.runs()) == [(0, 1), (2, 3), (4, 5)]
 
 
+def test_growth_is_over_when_all_who_can_have_grown() -> None:
+    one, other, third = Another(), Another(), Another()
+    one.can_grow = other.can_grow = True
+    one.held_s, other.held_s = (0.5, 0.2), (0.25, 0.25)
+    mirror = Mirror(elsewhere=(one, other, third))
+    mirror.put(0)
+    assert mirror.gate.can_grow_direct
+    assert mirror.gate.held_s == (0.75, 0.25)
+    done: list[int] = []
+    mirror.gate.grow_direct(lambda: done.append(1))
+    assert third.grown is None
+    for path in (one, other):
+        assert path.grown is not None
+        assert path.grown[0] == [(0, 1)], "what is recorded durably"
+        mirror.loop.run_soon()
+        assert not done
+        path.grown[1]()
+        assert not done, "in a later event"
+    mirror.loop.run_soon()
+    assert done == [1]
+
+
 def test_an_extent_is_left_when_all_of_them_have_left_it() -> None:
     one, other = Another(), Another()
     mirror = Mirror(elsewhere=(one, other), piecewise=True)
