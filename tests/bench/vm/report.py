@@ -19,7 +19,8 @@ READS_OF_LINEAR = 0.95
 WINDOW_MS = 10.0
 WINDOW_SHARE = 0.01
 SEGMENTS_PART = 0.9
-MIX_BARS = ((rig.LINEAR, 0.75), (rig.MD, 1.0), (rig.MIRROR, 1.0), (rig.DRBD, 2.0))
+MIX_OF_LINEAR = 0.75  # all of it direct
+MIX_BARS = ((rig.MD, 1.0), (rig.MIRROR, 1.0), (rig.DRBD, 2.0))
 FILL_OF_MD = 0.8
 
 
@@ -175,6 +176,8 @@ def bar_rows(results: Results) -> list[Row]:
         for peer, least in MIX_BARS:
             what = f"mix, default settings, depth {depth}, of {peer}"
             at_least(what, least, ratio(load, rig.MIX, peer))
+        what = f"mix, all direct, depth {depth}, of dm-linear"
+        at_least(what, MIX_OF_LINEAR, ratio(load, rig.HITS, rig.LINEAR))
     what = f"first fill of a file system, default settings, of {rig.MD}"
     at_least(what, FILL_OF_MD, ratio(results["fill"], rig.FRESH, rig.MD))
     for name, equal in results["equal"].items():
@@ -200,6 +203,7 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
     for load in results["spread"]:
         heading = f"One segment and 2,000 segments: {load['title']}"
         parts.append((heading, "At 999 places 256 KiB apart.", table(*load_rows(load))))
+    parts.append(("What one write takes", CLASS_NOTE, table(*class_rows(results))))
     parts.append(("Misses and a mix, by the way they took", "", table(*mixed_rows(results))))
     parts.append(("How long a barrier holds writes", WINDOW_NOTE, table(*window_rows(results))))
     return parts
@@ -212,6 +216,10 @@ SLOW_NOTE = (
 MIX_NOTE = (
     "The mix is 9 of 10 writes to a tenth of the volume, the others anywhere; the volume has the"
     " default settings."
+)
+CLASS_NOTE = (
+    "One write of 4 KiB to each of some extents, one after another. What is first in its era waits"
+    " for dm-era, which commits its metadata."
 )
 WINDOW_NOTE = (
     "The time from suspend to resume, as the wiring helper measures it. Eras of 300 ms, so that"
