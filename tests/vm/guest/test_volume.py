@@ -81,6 +81,24 @@ def test_hits_stay_in_the_kernel(volume: DmVolume) -> None:
     assert volume.is_equal()
 
 
+def test_new_places_are_written_in_the_kernel_while_the_era_goes_on(volume: DmVolume) -> None:
+    put(volume, 0)
+    volume.wait_in_sync()
+    volume.dmctl("set", volume.name, "era-interval=10min")
+    before = volume.status()
+    words = ["fio", "--name=job", f"--filename={volume.device}", "--direct=1", "--rw=randwrite"]
+    words += ["--ioengine=libaio", "--bs=4k", "--iodepth=8", "--size=8m", "--loops=4", *VERIFY]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as job:
+        after = volume.until(lambda status: status["direct_extents"] >= 8)
+        assert after["table_loads_total"] > before["table_loads_total"]
+        assert after["barriers_total"] == before["barriers_total"]
+        assert job.wait(300) == 0
+    volume.dmctl("set", volume.name, "era-interval=1s")
+    volume.wait_in_sync()
+    volume.stop()
+    assert volume.is_equal()
+
+
 @pytest.mark.parametrize("sector_bytes", [512, 4096])
 def test_sectors_and_a_short_last_extent(sector_bytes: int) -> None:
     size = 33 * MIB + 7 * 4096
