@@ -124,6 +124,13 @@ def standing(mine: Hello, theirs: Hello) -> Standing:
     return Standing.AHEAD if alone else Standing.BEHIND
 
 
+def has_new_record(mine: Hello, theirs: Hello) -> bool:
+    """Whether what the other's earlier processes had stored is lost: its record knows nothing of
+    our history, nor we of its."""
+    both_know = set(mine.generations) & set(theirs.generations) - {NIL}
+    return theirs.volume == NIL or not both_know
+
+
 def is_over(mine: Hello, theirs: Hello) -> bool:
     """Whether the other has gone on without a node whose process is fresh and whose kernel still
     writes: what it writes is not its own any more."""

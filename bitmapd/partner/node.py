@@ -50,6 +50,7 @@ from bitmapd.partner.greeting import (
     Standing,
     check,
     has,
+    has_new_record,
     in_memory,
     is_over,
     relies,
@@ -327,7 +328,7 @@ class Node:
 
     def _absorb(self, direct: Runs) -> None:
         """Its process is a new one, so the old one is dead: what that had is ours (invariant 2)."""
-        if self._other_goes_on and self._theirs.volume == NIL:
+        if self._other_goes_on and has_new_record(self._mine, self._theirs):
             # What it has gone on with stood in its record, and it comes with a new one.
             self._nobody_knows()
         taken = (self.rights.other | self.rights.owed) & ~bits_of(direct, len(self.rights.own))

@@ -10,7 +10,7 @@ from bitmapd.partner.greeting import NIL
 from bitmapd.partner.messages import HelloFlag
 from bitmapd.peer.frames import ErrorCode
 from bitmapd.record.extents import runs_of
-from tests.unit.partner.hellos import VOLUME, hello
+from tests.unit.partner.hellos import VOLUME, generations, hello
 from tests.unit.partner.nodes import Phase, Proof, State, Station, Two
 
 FAILED = OSError(errno.EIO, "simulated")
@@ -159,14 +159,20 @@ def test_it_may_have_gone_on_though_this_node_has_never_come_up_with_it() -> Non
 
 
 @pytest.mark.parametrize(
-    ("volume", "compares"), [(NIL, True), (VOLUME, False)], ids=["another record", "its own"]
+    ("volume", "history", "compares"),
+    [(NIL, "x", True), (VOLUME, "x", True), (VOLUME, "a", False)],
+    ids=["of a node that joins", "another record", "its own"],
 )
-def test_what_it_has_gone_on_with_is_lost_with_its_record(volume: bytes, compares: bool) -> None:
+def test_what_it_has_gone_on_with_is_lost_with_its_record(
+    volume: bytes, history: str, compares: bool
+) -> None:
     it = cut_off()
     write(it.one, 3)
     it.one.write()
     it.two.connect()
-    it.two.receive(hello(1, flags=HelloFlag.FRESH, incarnation=7, volume=volume))
+    known = generations(history)
+    theirs = hello(1, flags=HelloFlag.FRESH, incarnation=7, volume=volume, generations=known)
+    it.two.receive(theirs)
     assert it.two.node.phase is Phase.RECORDS
     assert bool(it.two.node.comparisons) is compares
     assert bool(it.two.rights.own.all()) is compares
