@@ -96,6 +96,10 @@ class Paths:
         """Where a bitmapd that could not start leaves its error, as one JSON object."""
         return self.run_dir / f"{name}.err"
 
+    def force_file(self, name: str) -> Path:
+        """There for the start of a volume that is to serve whatever became of its receiver."""
+        return self.run_dir / f"{name}.force"
+
     def default_listen(self, name: str) -> str:
         return format_uri(NbdUri(False, name, socket_path=str(self.nbd_socket(name))))
 

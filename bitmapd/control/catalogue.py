@@ -737,6 +737,16 @@ _EVENTS = (
         is_error=True,
     ),
     EventKind(
+        "start-forced",
+        Level.CRITICAL,
+        ("secondary", "message"),
+        "hosts were let in by `start --force` although the receiver was promoted, or may have been:"
+        " what they write here is a second history",
+        "end it as soon as you can: `dmctl failback` here overwrites that, and saves it with"
+        " `--save`",
+        is_error=True,
+    ),
+    EventKind(
         "receiver-went-back",
         Level.CRITICAL,
         ("secondary", "committed", "theirs"),

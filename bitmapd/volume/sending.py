@@ -7,7 +7,8 @@ given, the superblock that names its committed points, and the question that a s
    never taken from what came over the link: only `promote` makes a new one.
 2. A start asks the receiver before it lets hosts in: one that was promoted has the right data, and
    hosts that wrote here would have a second history.  A receiver that cannot be reached at once is
-   not waited for, unless `start_alone` says so and the volume was not stopped cleanly.
+   not waited for, unless `start_alone` says so and the volume was not stopped cleanly.  Who has
+   forced this one start lets hosts in all the same, but where the role was given away.
 3. A receiver that turns out to be promoted while hosts are served is a split brain: that is said,
    nothing is sent, and nothing is overwritten.
 
@@ -108,6 +109,7 @@ class ReceiverLink:
         self._heard = asyncio.Event()  # of the receiver, or that it cannot be reached
         self._failure = ""
         self._silent: MessageWire | None = None  # connected, and has said nothing yet
+        self.is_forced = False
         self.verdict: Verdict | None = None  # of a receiver that is not followed
         self.receiver: Hello2 | None = None  # as it said last
         self.refusal: Error | None = None  # likewise
@@ -133,7 +135,7 @@ class ReceiverLink:
                     await self._heard.wait()
             except TimeoutError:
                 self._failure = f"it did not answer within {FIRST_WORD_S:g} s"
-        if self.verdict is not None:
+        if self.verdict is not None and not (self.is_forced and self.is_split):
             self.refuse()
         if PointsFlag.DEMOTED in points.flags:
             raise WrongStateError(
@@ -141,11 +143,17 @@ class ReceiverLink:
                 hint=f"'dmctl switchover {name}' hands it over to {self._config.secondary}, 'dmctl"
                 f" promote {name}' takes it back",
             )
-        if must_wait and self.receiver is None:
+        unheard = must_wait and self.receiver is None
+        if self.is_forced and (self.is_split or unheard):
+            reason = self._failure or "it was not heard"
+            message = reason if self.verdict is None else self.verdict.value
+            self._owner.emit("start-forced", secondary=self._config.secondary, message=message)
+        elif unheard:
             raise UnreachableError(
                 f"volume '{name}' was not stopped cleanly, and its receiver, which may have been"
                 f" promoted meanwhile, was not heard: {self._failure or 'it has not come yet'}",
-                hint="start it when the receiver can be reached, or set start_alone = yes",
+                hint="start it when the receiver can be reached, or set start_alone = yes;"
+                f" 'dmctl start {name} --force' does not wait",
             )
 
     def refuse(self) -> None:
@@ -155,13 +163,14 @@ class ReceiverLink:
             raise WrongStateError(
                 f"the receiver of volume '{name}' was promoted: what {secondary} has is newer",
                 hint=f"'dmctl failback {name}' makes this the receiver of it, and copies only what"
-                " differs",
+                f" differs; 'dmctl start {name} --force' lets hosts in all the same: a split brain",
             )
         if self.verdict in (Verdict.BOTH_SERVE, Verdict.SPLIT_BRAIN):
             raise SplitBrainError(
                 f"volume '{name}' and its receiver {secondary} have both been written, each without"
                 " the other",
-                hint="nothing was overwritten; see 'Split brain' in docs/recovery.md",
+                hint="nothing was overwritten; see 'Split brain' in docs/recovery.md; 'dmctl start"
+                f" {name} --force' serves what is here",
             )
         if self.verdict is not None:
             self._owner.emit("link-error", secondary=secondary, message=self.verdict.value)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bitmapd.config import Paths, VolumeConfig, effective_cut_patience_s
@@ -48,6 +49,15 @@ class Around(Protocol):
     async def end_eras(self, enough: Callable[[], bool]) -> None: ...
 
 
+def _taken(path: Path) -> bool:
+    """Whether it was there; it is for one start."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 class WithReceiver:
     """See the module docstring."""
 
@@ -73,6 +83,7 @@ class WithReceiver:
             volume = self._volume
             self._grouping = Grouping(config, paths, sender.member, volume.emit, volume.changed)
             self._led = self._parts.loop.create_task(self._grouping.run())
+        self.link.is_forced = _taken(paths.force_file(self._name))
         self.link.start()
         await self.link.first_word()
 

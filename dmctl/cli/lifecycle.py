@@ -6,15 +6,19 @@ import contextlib
 import select
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from bitmapd.config import (
     ConfigError,
+    Paths,
     ReceiverConfig,
     VolumeConfig,
+    atomic_write,
     check_name,
     device_of,
+    has_receiver,
     is_keeper,
     load_any,
     remove_volume,
@@ -37,7 +41,26 @@ from dmctl.model.assembly import local_media
 START_TIMEOUT_S = 120.0
 
 
+@contextlib.contextmanager
+def _forced(paths: Paths, config: ReceiverConfig | VolumeConfig) -> Iterator[None]:
+    """The start within is one whatever became of the volume's receiver."""
+    if isinstance(config, ReceiverConfig) or not has_receiver(config):
+        raise WrongStateError(
+            f"'{config.name}' is no volume with a receiver: its start cannot be forced",
+            hint=f"dmctl start {config.name}",
+        )
+    path = paths.force_file(config.name)
+    atomic_write(path, b"")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def start(context: Context, args: Namespace) -> int:
+    if args.force and args.all:
+        raise UsageError("--force is for volumes that are named")
+
     def one(name: str) -> dict[str, Any]:
         load_any(context.paths, name)
         with start_lock(context.paths, name, args.timeout):
@@ -51,7 +74,9 @@ def start(context: Context, args: Namespace) -> int:
                     raise WrongStateError(f"'{name}' is a keeper here: it compares nothing")
                 _distrust(context, config, running=running)
             if not running:
-                launch(context.paths, name, args.timeout)
+                forced = _forced(context.paths, config) if args.force else contextlib.nullcontext()
+                with forced:
+                    launch(context.paths, name, args.timeout)
                 result = "started"
         if isinstance(config, ReceiverConfig):
             already = " already" if result == "running" else ""

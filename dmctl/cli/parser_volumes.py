@@ -162,6 +162,13 @@ def add_volumes(commands: Commands) -> None:
         help="record everything first, so that all of it is compared and copied if it differs: for"
         " a primary that was written while the volume was stopped",
     )
+    start.add_argument(
+        "--force",
+        action="store_true",
+        help="of a volume with a receiver: let hosts in although that was promoted or, with"
+        " start_alone = no, was not heard. What they write is a second history (state split-brain)"
+        " until 'dmctl failback' overwrites it",
+    )
     add_timeout(start, "give up after this time with status 40 (default 2min)", 120.0)
     stop = add_command(
         commands,

@@ -97,6 +97,35 @@ def test_of_what_both_records_name_only_pieces_that_differ_are_sent(sites: Sites
     assert sites.equal()
 
 
+def test_an_old_primary_serves_by_force_only_and_what_it_wrote_then_is_not_lost_unasked(
+    sites: Sites, tmp_path: Path
+) -> None:
+    sites.start()
+    sites.near.kill()
+    sites.far.dmctl("promote", "vol0")
+    sites.far.write(0, b"there".ljust(4096, b"."))
+    refused = sites.near.refused("start", "vol0")
+    assert refused["code"] == "wrong-state"
+    assert "start vol0 --force" in refused["hint"]
+    sites.near.dmctl("start", "vol0", "--force")
+    assert sites.near.status()["state"] == "split-brain"
+    assert "start-forced" in sites.near.dmctl("events", "vol0", "--now")
+    here = b"here".ljust(4096, b".")
+    sites.near.write(1 * MIB, here)
+    sites.near.stop("--now")
+    assert sites.near.refused("start", "vol0")["code"] == "wrong-state", "it was for one start"
+    assert sites.near.refused("failback", "vol0", "--journal", str(sites.near_journal))
+    tail = tmp_path / "tail"
+    failback(sites, "--save", str(tail))
+    assert tail.read_bytes()[MIB : MIB + 4096] == here
+    sites.far.dmctl("set", "vol0", "point-interval=300ms")
+    sites.far.wait_in_sync()
+    sites.far.stop()
+    sites.near.stop()
+    assert sites.equal()
+    assert sites.image.read_bytes()[:4096].startswith(b"there")
+
+
 def test_places_are_exchanged_back_without_a_loss(sites: Sites) -> None:
     sites.start()
     sites.near.stop()

@@ -284,6 +284,12 @@ def test_start_alone_no_waits_for_the_receivers_word_after_a_crash(short_path: P
         sites.far.stop()
         wait_gone(pid)
         assert sites.near.refused("start", "vol0")["code"] == "unreachable"
+        sites.near.dmctl("start", "vol0", "--force")
+        assert sites.near.status()["state"] == "link-down"
+        sites.near.kill()
+        assert sites.near.refused("start", "vol0")["code"] == "unreachable"
+        assert sites.near.refused("start", "--all", "--force")["code"] == "usage"
+        assert sites.far.refused("start", "vol0", "--force")["code"] == "wrong-state"
         sites.far.start()
         sites.near.start()
         sites.near.stop()
