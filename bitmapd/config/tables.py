@@ -152,9 +152,6 @@ OF_A_PAIR: Final = {
 def _judge_group(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
     if config.group is not None and not is_receiver(config.secondary):
         yield "group", UsageError("is for volumes whose secondary is a receiver")
-    if config.group is not None and config.attach == "dm":
-        hint = "set attach = nbd"
-        yield "group", UsageError("is for volumes that serve their hosts over NBD", hint)
 
 
 def _judge_receiver(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:

@@ -13,6 +13,7 @@ submission, and cuts as it does where hosts use NBD.
 | stilling | a barrier has passed, and all is known | still | the cut may be made in that event |
 | stilling, still | no cut is due any more | none | the next barrier makes extents direct again |
 | still | the cut was made | none | the same, but for extents with pending blocks |
+| none | a group is to be cut | stilling | as for a cut, and stays still for `HELD_S` |
 
 Other barriers come for the table's sake: hosts reach extents through the gate that could be direct,
 or nothing was written lately and one more barrier would make that known.
@@ -24,6 +25,8 @@ Invariants:
    it has lasted, for each of them moves only what was read meanwhile.  After one that failed the
    next waits `AGAIN_S`.
 4. They come whatever the receiver does, since misses would stay in the gate as long as it is away.
+5. None begins while the gate withholds answers for a group: from the cut until then every write of
+   a host is one that the gate answers.
 
 A crash leaves a table, and the next process counts all that is direct in it as written.
 """
@@ -38,6 +41,7 @@ from bitmapd.gate.cycle import CutGate, Direct
 from bitmapd.media.base import Scheduler, Timer
 
 AGAIN_S: Final = 1.0
+HELD_S: Final = 1.0  # for the leader of a group to say it again, or to cut
 QUIET_S: Final = 1.0  # without a write, before a barrier is worth having for knowing that
 
 
@@ -56,6 +60,7 @@ class Following:
         self._began_s = float("-inf")  # of the latest barrier
         self._cut_s = float("-inf")
         self._not_before_s = float("-inf")
+        self._held_until_s = float("-inf")
         self._written_bytes = 0  # by hosts, when that was seen to change
         self._written_s = scheduler.time()
         self._urgent: Timer | None = None
@@ -70,11 +75,22 @@ class Following:
         """A barrier is wanted though nothing is urgent."""
         self._hurried = True
 
+    @property
+    def is_still(self) -> bool:
+        return self._direct.is_still
+
+    def hold(self, now_s: float) -> None:
+        """A cut of the group is due: be still for `HELD_S`."""
+        self._held_until_s = now_s + HELD_S
+
+    def cut(self, now_s: float) -> None:
+        """The cut is made in this event; all is still."""
+        self._direct.still(wanted=False)  # from the next barrier on
+        self._cut_s, self._held_until_s = now_s, float("-inf")
+
     def may_cut(self, now_s: float) -> bool:
         """A cut is due.  If it cannot be made in this event, what it takes is begun."""
         if self._direct.is_still:
-            self._direct.still(wanted=False)  # from the next barrier on
-            self._cut_s = now_s
             return True
         self._direct.still(wanted=True)
         self._begin(now_s)
@@ -84,7 +100,12 @@ class Following:
         """For the table's sake; `wants_cut`: one is due, and may be as soon as all is still."""
         if wants_cut or self._under_way:
             return
-        self._direct.still(wanted=False)
+        held = now_s < self._held_until_s
+        self._direct.still(wanted=held)
+        if held:
+            if not self._direct.is_still:
+                self._begin(now_s)
+            return
         if self._is_due(now_s):
             self._begin(now_s)
 
@@ -117,7 +138,8 @@ class Following:
         return self._began_s + pause_s
 
     def _begin(self, now_s: float) -> None:
-        if self._direct.is_busy or now_s < self._not_before_s:
+        withheld = self._gate.answers.is_on
+        if withheld or self._direct.is_busy or now_s < self._not_before_s:
             return
         self._under_way, self._hurried = True, False
         self._began_s = now_s

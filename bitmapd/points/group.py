@@ -5,7 +5,8 @@ The volumes of a group are processes of one host.  One of them, whichever holds 
 
 | state of the members | order | a member then |
 | --- | --- | --- |
-| all may be cut, and one is due | CUT | is cut, and withholds the answers to writes |
+| all may be cut, and one is due | STILL | has its hosts write through the gate, if they do not |
+| the same, and all are still | CUT | is cut, and withholds the answers to writes |
 | (all have been cut) | RELEASE | gives them |
 | all have sent everything | END | says END to its receiver |
 | all have committed it | APPLY | has its receiver apply up to that point, and no further |
@@ -26,6 +27,8 @@ Invariants:
 5. A member that is not there, or not able, keeps the group from being cut.  It stays so: a point
    without it would be none of the group.  That goes for a leader that hangs, too: it is
    a member, so nobody takes its place, and those that do not hear it say so.
+6. A member whose hosts write past the gate is cut while none does, and none does again before its
+   answers were given: what the kernel answers cannot be withheld (`following`).
 
 Points of a group have random numbers, which are the same at all members; their order is that in
 which each member has them.  `ALONE` is the number of a point that a member was cut for by itself,
@@ -63,6 +66,7 @@ class Stage(Enum):
 
 
 class Act(Enum):
+    STILL = "still"
     CUT = "cut"
     RELEASE = "release"
     END = "end"
@@ -72,9 +76,10 @@ class Act(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a member says.  `is_ready`: it can be cut now.  `obstacle`: why it cannot, if that may
-    last, or empty.  `applies`: the number up to which its receiver was told to apply; `committed`:
-    the newest that its receiver has; `unapplied`: how many points wait there."""
+    """What a member says.  `is_ready`: it can be cut now, or once it `is_still`: no host writes
+    past its gate.  `obstacle`: why it cannot, if that may last, or empty.  `applies`: the number up
+    to which its receiver was told to apply; `committed`: the newest that its receiver has;
+    `unapplied`: how many points wait there."""
 
     name: str
     is_ready: bool
@@ -86,6 +91,7 @@ class Seen:
     committed: tuple[int, ...]
     applies: int
     unapplied: int = 0
+    is_still: bool = True
 
     @classmethod
     def of(cls, name: str, said: dict[str, Any]) -> Seen:
@@ -101,6 +107,7 @@ class Seen:
             tuple(map(int, said["committed"])),
             int(said["applies"]),
             int(said.get("unapplied", 0)),
+            bool(said.get("is_still", True)),
         )
 
 
@@ -148,7 +155,8 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
         due = [seen for seen in members if seen.is_due]
         if due and not waits_for and all(seen.is_ready for seen in members):
             label = next((seen.label for seen in due if seen.label), "")
-            orders.append(Order(Act.CUT, 0, label))
+            still = all(seen.is_still for seen in members)
+            orders.append(Order(Act.CUT, 0, label) if still else Order(Act.STILL))
         return Decision(tuple(orders), waits_for, bool(due))
     numbers = {seen.number for seen in open_ones}
     for number in sorted(numbers):
@@ -179,6 +187,13 @@ class Cuttable(Protocol):
     @property
     def may_be_cut(self) -> bool:
         """Now, if there is no obstacle."""
+
+    @property
+    def is_still(self) -> bool:
+        """Whether no host writes past the gate, and all that was written so is known."""
+
+    def still(self) -> None:
+        """Have it be so, for the cut that follows soon."""
 
     @property
     def is_due(self) -> bool:
@@ -251,6 +266,7 @@ class Member:
             self.committed,
             self.applies,
             sender.unapplied,
+            sender.is_still,
         )
 
     @property
@@ -267,6 +283,9 @@ class Member:
         """Whether it could: of no use for what is not CUT or RELEASE.  `wall_ns`: of the cut."""
         if order.act is Act.CUT:
             return self._cut(order, wall_ns)
+        if order.act is Act.STILL:
+            self._sender.still()
+            return True
         if order.act is Act.APPLY:
             self.applies = order.number
             self._sender.say(ApplyUpTo(order.number))
@@ -284,7 +303,8 @@ class Member:
         return True
 
     def _cut(self, order: Order, wall_ns: int) -> bool:
-        if self.stage is not Stage.NONE or not self.seen().is_ready:
+        seen = self.seen()
+        if self.stage is not Stage.NONE or not (seen.is_ready and seen.is_still):
             return False
         self.stage, self.number = Stage.CUT, order.number
         self.cuts += 1

@@ -503,6 +503,15 @@ class Sender:
         return self.phase is Phase.OPEN and not busy
 
     @property
+    def is_still(self) -> bool:
+        return self.following is None or self.following.is_still
+
+    def still(self) -> None:
+        if self.following is not None:
+            self.following.hold(self._scheduler.time())
+            self._soon()
+
+    @property
     def is_due(self) -> bool:
         return self._has_something and self.schedule.due_s <= self._scheduler.time()
 
@@ -531,6 +540,8 @@ class Sender:
         self.schedule.cut(now)
         self._wanted = False
         self._point_cut_s, self._point_wall_ns = now, max(1, self._wall_ns())
+        if self.following is not None:
+            self.following.cut(now)
         self._barrier = True
         self._gate.begin_cut(self._landed)
 

@@ -215,6 +215,7 @@ class Grouping:
                 "committed": list(seen.committed),
                 "applies": seen.applies,
                 "unapplied": seen.unapplied,
+                "is_still": seen.is_still,
             }
         try:
             act, number, wall_ns = Act(word), int(args["number"]), int(args.get("wall_ns", 0))

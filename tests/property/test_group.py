@@ -1,5 +1,6 @@
 """Two volumes of a group over real gates, records, senders and receivers (see simpoints), cut by a
-leader whose words come late, or not at all, and who may be replaced at any moment.
+leader whose words come late, or not at all, and who may be replaced at any moment.  Hosts write
+through the gate, or past it (see simdmpoints).
 
 A host writes number n to A, and when that is answered n to B.  Looked at after every step:
 
@@ -12,18 +13,20 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from bitmapd.gate.withheld import Withheld
+from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
 from bitmapd.points import group
 from bitmapd.points.group import FIRST, Act, Member, Order, decide
 from bitmapd.receiver import applier
 from bitmapd.receiver.commit import CommitPage
 from tests.support import simpoints
-from tests.support.simpoints import SECTOR, World, Wrong
+from tests.support.simdmpoints import DmWorld
+from tests.support.simpoints import SECTOR, PrimaryDisk, World, Wrong
 from tests.support.simreceiver import BLOCK
 
 Patch = pytest.MonkeyPatch
@@ -34,22 +37,42 @@ def small(monkeypatch: Patch) -> None:
     simpoints.small(monkeypatch)
 
 
-class One(World):
+class Gated(World):
     """One volume of the two."""
 
     name = "?"
+    member: Member
     on_boot: Callable[[], None] = staticmethod(lambda: None)
 
     def boot(self, primary: bytes, record: bytes, ledger: bytes) -> None:
         super().boot(primary, record, ledger)
+        self.join()
+        self.on_boot()
+
+    def join(self) -> None:
         sender = self.site.sender
         sender.uplink.in_group = True
         self.member = sender.member = Member(self.name, sender, self.site.gate, self.site.loop)
-        self.on_boot()
+
+    def host_writes(self, number: int, done: Done) -> None:
+        buffer = aligned(SECTOR)
+        buffer[:8] = number.to_bytes(8, "big")
+        self.site.gate.write(0, buffer, done, True)
 
     def page(self) -> CommitPage:
         """What a power cut of the receiver leaves."""
         return self.machine.recovered(self.rng, cut_short=False).receiver.journal.page
+
+
+class Direct(DmWorld, Gated):
+    """Its kernel keeps what hosts wait for when bitmapd dies."""
+
+    def _begin(self, disk: PrimaryDisk, record: bytes, ledger: bytes) -> None:
+        super()._begin(disk, record, ledger)
+        self.join()
+
+    def host_writes(self, number: int, done: Done) -> None:
+        self.change("write", 0, number.to_bytes(8, "big") + bytes(SECTOR - 8), done)
 
 
 class Group:
@@ -57,9 +80,9 @@ class Group:
 
     early = False  # the leader releases when one has been cut
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kinds: Sequence[type[Gated]] = (Gated, Gated)) -> None:
         self.rng = random.Random(seed)
-        self.worlds = a, b = One(seed), One(seed + 1_000_000)
+        self.worlds = a, b = kinds[0](seed), kinds[1](seed + 1_000_000)
         a.name, b.name = "a", "b"
         self.count: Counter[str] = Counter()
         self.numbers: dict[tuple[str, int], int] = {}  # what a point has: (name, number) -> n
@@ -90,14 +113,13 @@ class Group:
             self.count["answers"] += 1
             self.n, self.at = self.n + self.at, 1 - self.at
 
-        buffer = aligned(SECTOR)
-        buffer[:8] = self.n.to_bytes(8, "big")
-        self.worlds[self.at].site.gate.write(0, buffer, done, True)
+        self.worlds[self.at].host_writes(self.n, done)
 
     def noise(self) -> None:
         world = self.rng.choice(self.worlds)
         block = self.rng.randrange(1, 8)
-        world.site.write(block * BLOCK, self.rng.randbytes(8) * (SECTOR // 8), lambda error: None)
+        data = self.rng.randbytes(8) * (SECTOR // 8)
+        world.change("write", block * BLOCK, data, lambda error: None)
 
     # -- the leader ---------------------------------------------------------------------------
     def lead(self) -> None:
@@ -153,6 +175,7 @@ class Group:
             may.append((1.0, world.connect))
         else:
             may += [(4.0, world.to_receiver), (4.0, world.to_sender)]
+        may += world.beside(faults=False)
         if faults:
             may += [(0.3, self.noise), (0.05, lambda: self.fault(world))]
         ((_, action),) = rng.choices(may, [weight for weight, _ in may])
@@ -160,7 +183,7 @@ class Group:
         for one in self.worlds:
             one.run_soon()
 
-    def fault(self, world: One) -> None:
+    def fault(self, world: Gated) -> None:
         x = self.rng.random()
         self.count["faults"] += 1
         if x < 0.3:
@@ -198,6 +221,14 @@ class Group:
             raise Wrong(f"G1 A has {a}, B has {b}")
 
     def run(self, steps: int) -> None:
+        try:
+            self._run(steps)
+        finally:
+            for world in self.worlds:
+                if isinstance(world, DmWorld):
+                    world.end()
+
+    def _run(self, steps: int) -> None:
         for number in range(steps):
             self.step()
             if number % 3 == 0:
@@ -207,7 +238,7 @@ class Group:
             self.step(faults=False)
             if number % 20 == 0:
                 self.check()
-                if self.common != before:
+                if self.common != before and self.count["apply"]:
                     return
         raise Wrong(f"no point of the group came any more: {self.worlds[0].member.seen()}")
 
@@ -219,6 +250,15 @@ def test_the_newest_point_that_both_have_has_one_instant(seed: int) -> None:
     assert found.count["release"]
     assert found.count["apply"]
     assert found.worlds[0].machine.receiver.journal.page.applied
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("other", [Direct, Gated])
+def test_so_it_has_where_hosts_write_past_the_gate(other: type[Gated], seed: int) -> None:
+    found = Group(seed, (Direct, other))
+    found.run(1500)
+    assert found.count["release"]
+    assert found.worlds[0].count["direct"]
 
 
 def run_many() -> None:

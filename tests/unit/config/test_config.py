@@ -586,7 +586,6 @@ RECEIVER = {"secondary": "receiver+unix:///far?socket=/run/far", "attach": "nbd"
         ({"spool_file_limit": 0}, "spool_file_limit"),
         ({"compress": "zstd"}, "compress"),
         ({"start_alone": True}, "start_alone"),
-        ({"group": "g", "attach": "dm"}, "group"),
         ({"node": 1, "partner": "unix:///b", "partner_listen": "unix:///a"}, "secondary"),
     ],
 )

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from bitmapd.copier.rounds import URGENT_ERA_S
-from bitmapd.points.following import AGAIN_S, QUIET_S, Following
+from bitmapd.gate.withheld import Withheld
+from bitmapd.points.following import AGAIN_S, HELD_S, QUIET_S, Following
 from tests.support.sim import SimLoop
 
 
@@ -17,6 +18,7 @@ class Path:
     def __init__(self) -> None:
         self.is_still = self.is_busy = self.is_urgent = self.is_cutting = False
         self.wants_barrier = True
+        self.answers = Withheld()
         self.host_load = (0, 0)
         self.wanted: list[bool] = []
         self.barriers: list[Callable[[bool], None]] = []
@@ -46,7 +48,11 @@ class Case:
         return len(self.path.barriers)
 
     def may_cut(self) -> bool:
-        return self.following.may_cut(self.loop.time())
+        """If so, it is cut."""
+        may = self.following.may_cut(self.loop.time())
+        if may:
+            self.following.cut(self.loop.time())
+        return may
 
     def busy(self) -> None:
         """Hosts write all the time."""
@@ -83,6 +89,34 @@ def test_a_cut_that_is_not_wanted_any_more_leaves_nothing_gated(case: Case) -> N
     case.path.barriers[0](True)
     case.step()
     assert case.path.wanted == [True, False]
+
+
+def test_for_the_cut_of_a_group_all_is_still_and_stays_so_for_a_while(case: Case) -> None:
+    case.following.hold(case.loop.time())
+    assert case.step() == 1
+    case.path.barriers[0](True)
+    assert case.step() == 2
+    case.path.barriers[1](True)
+    case.path.is_still = True
+    assert case.following.is_still
+    case.path.is_urgent = True
+    assert case.step() == 2
+    assert case.path.wanted == [True] * 3
+    case.loop.advance(HELD_S)
+    assert case.step() == 3
+    assert case.path.wanted[-1] is False
+
+
+def test_after_the_cut_of_a_group_the_table_follows_once_answers_are_given(case: Case) -> None:
+    case.following.hold(case.loop.time())
+    case.path.is_still = case.path.is_urgent = True
+    case.path.answers.begin()
+    case.following.cut(case.loop.time())
+    assert case.path.wanted == [False]
+    assert case.step() == 0
+    case.path.answers.release()
+    assert case.step() == 1
+    assert case.path.wanted == [False] * 3, "held after the cut"
 
 
 def test_after_a_barrier_that_failed_the_next_waits(case: Case) -> None:
