@@ -148,6 +148,7 @@ def make_server(
         emit=emit,
         cork=engine.cork,
         may_spin=may_spin,
+        busy_poll=config.busy_poll,
         lost_writes=gate.lost_writes,
     )
     engine.after_reap.append(server.flush_replies)

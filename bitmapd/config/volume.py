@@ -214,6 +214,18 @@ class VolumeConfig:
             shared=True,
         ),
     ]
+    busy_poll: Annotated[
+        bool,
+        Key(
+            "busy_poll",
+            kinds.BOOLEAN,
+            "Whether a client's connection is asked again and again for what comes next, and the"
+            " disk for its answer, for up to 200 us and as long as that finds something. It saves a"
+            " request the time of a wake-up; false leaves the processor to others.",
+            True,
+            shared=True,
+        ),
+    ]
     metrics_listen: Annotated[
         str | None,
         Key(

@@ -77,6 +77,7 @@ class NbdServer:
         read_only: bool = False,
         cork: Callable[[], None] = lambda: None,
         may_spin: Callable[[], bool] = lambda: True,
+        busy_poll: bool = True,
         limits: ConnectionLimits | None = None,
         max_connections: int = MAX_CONNECTIONS,
         lost_writes: LostWrites | None = None,
@@ -100,7 +101,7 @@ class NbdServer:
         self._emit = emit
         self._may_spin = may_spin
         self._max_connections = max_connections
-        self._spin = SpinPolicy(len(os.sched_getaffinity(0)))
+        self._spin = SpinPolicy(len(os.sched_getaffinity(0)), enabled=busy_poll)
         self._listeners = Listeners(loop, self._accepted, self._report)
         self._tls_worker: TlsWorker | None = None
         self._connections: dict[Connection, None] = {}  # oldest first

@@ -7,18 +7,23 @@ mode is tested with the volume.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitmapd.attach import dm_mode
 from bitmapd.attach.dm_mode import LAST_BARRIERS, DmMode
-from bitmapd.attach.mode import EndEras
+from bitmapd.attach.mode import EndEras, make_server
 from bitmapd.errors import BitmapdError, UnreachableError
 from bitmapd.gate.direct import DirectPath
 from bitmapd.gate.routes import Table
+from bitmapd.media.aio import AioEngine
 from tests.support.local import LocalVolume
+from tests.support.mirror import Mirror
 
 
 class NotedKernel:
@@ -215,3 +220,19 @@ def test_another_one_finds_the_layers_as_they_are(local: LocalVolume, kernel: No
 
     run(test)
     assert kernel.calls == ["prepare", "stay disconnected", "drain 60 s", "close"]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_volume_polls_only_where_it_is_configured(tmp_path: Path, wanted: bool) -> None:
+    config = replace(LocalVolume(tmp_path, tmp_path).config, busy_poll=wanted)
+
+    async def made() -> bool:
+        loop = asyncio.get_running_loop()
+        engine = AioEngine(loop)
+        server = make_server(
+            config, loop, engine, Mirror().gate, print, tls=None, may_spin=lambda: True
+        )
+        engine.close()
+        return server._spin.wanted()
+
+    assert asyncio.run(made()) is (wanted and len(os.sched_getaffinity(0)) > 1)

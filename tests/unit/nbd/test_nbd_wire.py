@@ -137,8 +137,9 @@ def test_polling_stops_when_it_does_not_pay_and_is_tried_again() -> None:
     assert [policy.wanted(), policy.wanted()] == [False, True]
 
 
-def test_no_polling_on_one_processor() -> None:
+def test_no_polling_on_one_processor_nor_where_it_is_not_wanted() -> None:
     assert not SpinPolicy(processors=1).wanted()
+    assert not SpinPolicy(processors=2, enabled=False).wanted()
 
 
 def test_patience_with_silence_and_with_a_trickle() -> None:
