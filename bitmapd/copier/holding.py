@@ -17,7 +17,7 @@ Nothing of it outlives the process.
 from __future__ import annotations
 
 HELD_SHARE = 0.01
-SAVED_S = 0.05
+SAVED_S = 0.25
 _NOTHING_S = 1e-6  # sums of floats
 
 
