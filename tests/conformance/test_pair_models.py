@@ -35,6 +35,10 @@ def keeper(*defines: str) -> Search:
     return "keeper.pml", " ".join(defines)
 
 
+def kernel(*defines: str) -> Search:
+    return "kernel.pml", " ".join(defines)
+
+
 MEETS = coherence("WRITES=2")
 CUT = coherence("CUTS=1")
 CRASH = coherence("CRASHES=1")
@@ -48,6 +52,7 @@ IN_MEMORY = memory("CRASHES=2", "RELY=3")
 FALLS_BACK = memory("CRASHES=1", "FAILS=1")
 KEPT = keeper()
 KEPT_STORED = keeper("STORE")
+OUTLIVES = kernel("CRASHES=1")
 READS_OTHER = memory("CRASHES=2", "SHARED", "RELY=3")
 
 HOLDS = [
@@ -79,6 +84,8 @@ HOLDS = [
     keeper("RELY"),
     keeper("RELY", "STORE"),
     keeper("GO_ON"),
+    kernel(),
+    kernel("TAKES=1"),
 ]
 FULL = [
     coherence("READS=1", "GUESSES=1", "CUTS=0", "WRITES=2"),
@@ -104,11 +111,13 @@ FULL = [
     keeper("GO_ON", "RELY", "STORE"),
     keeper("FAILS"),
     keeper("FAILS", "STORE"),
+    kernel("CUTS=2", "CRASHES=3", "TAKES=1", "WRITES=3"),
 ]
 MISTAKES = {
     "BUG_ABSORB_CLEAN": [CRASH],
     "BUG_ACK_BEFORE_RECORD": [MEETS],
     "BUG_ACK_EARLY": [pair()],
+    "BUG_ADOPTED_CLEAN": [OUTLIVES],
     "BUG_ALONE_DURING_EXCHANGE": [CUT_AND_CRASH],
     "BUG_ASKED_IS_GRANTED": [pair()],
     "BUG_BOTH_GRANT": [MEETS],
@@ -116,14 +125,19 @@ MISTAKES = {
     "BUG_BYE_BEFORE_LACKS": [KEPT_STORED],
     "BUG_CLEAR_AT_ONCE": [MEETS],
     "BUG_COMPLETE_BEFORE_READY": [KEPT_STORED],
+    "BUG_COPIED_IS_CLEAN": [OUTLIVES],
     "BUG_COPY_UNDER_EMBARGO": [MEETS],
     "BUG_CUT_WRITES_ON": [CUT],
+    "BUG_DIRECT_IS_DROPPED": [OUTLIVES],
+    "BUG_DIRECT_UNSAID": [OUTLIVES],
+    "BUG_DIRECT_UNSTORED": [OUTLIVES],
     "BUG_DIRT_STAYS": [MEETS],
     "BUG_DROP_UNDER_ADD": [pair("BOTH")],
     "BUG_EMBARGO_FORGOTTEN": [CUT],
     "BUG_EMBARGO_PASSED_ON": [MEETS],
     "BUG_EXCHANGE_CLEARS_FLAG": [IN_MEMORY],
     "BUG_FAILED_RECORD_IS_TRUSTED": [keeper("FAILS", "STORE")],
+    "BUG_FENCE_LEAVES_THE_KERNEL": [kernel()],
     "BUG_FLAG_BEFORE_DESTAGE": [pair(), IN_MEMORY],
     "BUG_FLAG_UNREAD": [READS_OTHER],
     "BUG_FREE_MEANS_NOW": [CUT],
@@ -167,6 +181,8 @@ MISTAKES = {
     "BUG_STATUS_UNHARDENED": [coherence("CACHE", "READS=1")],
     "BUG_STORED_IS_OWN_ONLY": [memory("CRASHES=2", "FAILS=1")],
     "BUG_TAKEN_BEFORE_GIVEN": [TAKE],
+    "BUG_TAKEN_BEFORE_THE_STACK_IS_DOWN": [kernel("CRASHES=0", "TAKES=1")],
+    "BUG_TAKEN_OVER_AT_HELLO": [OUTLIVES],
     "BUG_TERM_NOT_TOLD": [pair("RECEIVER")],
     "BUG_TIMEOUT_IS_PROOF": [CUT_AND_CRASH],
     "BUG_TRUSTS_AFTER_CUT": [GO_ON, pair("GO_ON")],
@@ -181,10 +197,13 @@ WITNESSES = {
     "WITNESS_BACK": [pair()],
     "WITNESS_COMPARED": [IN_MEMORY, KEPT],
     "WITNESS_CROSSED": [MEETS],
+    "WITNESS_FENCED": [kernel()],
     "WITNESS_FETCHED": [KEPT],
     "WITNESS_GONE_ON": [pair("GO_ON")],
     "WITNESS_NOTHING_COPIED": [pair()],
+    "WITNESS_OUTLIVED": [OUTLIVES],
     "WITNESS_READ": [READS_OTHER],
+    "WITNESS_REST_IS_TAKEN_OVER": [OUTLIVES],
     "WITNESS_RETURNED": [CUT],
     "WITNESS_ROUND_TRIP": [MEETS],
     "WITNESS_STOOD_IN": [FALLS_BACK],
@@ -224,6 +243,9 @@ def test_a_mistake_or_a_good_end_is_found(tmp_path: Path, search: Search, name: 
     assert errors(tmp_path, search, name) == 1
 
 
-@pytest.mark.parametrize("model", ["coherence.pml", "pair.pml", "memory.pml", "keeper.pml"])
+MODELS = ["coherence.pml", "pair.pml", "memory.pml", "keeper.pml", "kernel.pml"]
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_every_mistake_and_good_end_is_tried(model: str) -> None:
     assert spin.mistakes_and_ends(model) == {name for search, name in FOUND if search[0] == model}
