@@ -54,6 +54,7 @@ class DmMode:
         self._emit = emit
         self._on_barrier = on_barrier
         self._prepared = False
+        self._admitted = self._closed = False
 
     @property
     def elsewhere(self) -> tuple[DirectPath]:
@@ -88,9 +89,16 @@ class DmMode:
         self._mark: Mark = lambda *blocks: completion(partial(gate.mark, *blocks))
 
     async def admit(self) -> None:
-        await serve_kernel(
-            self._kernel, self._direct, self.server, covers=self._covers, mark=self._mark
-        )
+        if not self._admitted:
+            await serve_kernel(
+                self._kernel, self._direct, self.server, covers=self._covers, mark=self._mark
+            )
+            self._admitted = True
+        elif self._closed:
+            # The helper carries this out behind a barrier that is under way.
+            self._direct.routes.unseal()
+            await self._kernel.attach()
+            self._closed = False
 
     async def undo(self) -> None:
         if self._prepared and not self._kernel.adopted:
@@ -101,6 +109,7 @@ class DmMode:
 
     async def close_hosts(self) -> None:
         await self._kernel.close_hosts()
+        self._closed = True
 
     async def last_writes(self, end_eras: EndEras) -> None:
         await settle(self._direct, end_eras)

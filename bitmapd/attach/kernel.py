@@ -240,6 +240,8 @@ class KernelAttachment:
     # -- while hosts write --------------------------------------------------------------------
     def _open_stat(self, layer: str, device: str) -> None:
         number = os.stat(device).st_rdev
+        if (old := self._stats.pop(layer, None)) is not None:
+            old.close()
         self._stats[layer] = BlockStat(f"{os.major(number)}:{os.minor(number)}")
 
     def _offers_discard(self) -> bool:

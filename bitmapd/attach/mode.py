@@ -7,6 +7,7 @@ In both, an NBD server in front of the gate answers what hosts ask of it.
     prepare     -                                    era device on the primary, made or found alive
     begin       server made                          server made
     admit       listen                               kernel connected to the server; tables
+    (again)     listen                               device given to hosts, if it was taken
     close_hosts -                                    device taken from hosts; refused while in use
     last_writes what was received is answered        barriers bring what was written directly
     detach      -                                    layers removed
@@ -86,7 +87,8 @@ class Mode(Protocol):
         """Make the server; nobody is let in yet."""
 
     async def admit(self) -> None:
-        """Let hosts in; in nbd mode also once more, after the server was drained."""
+        """Let hosts in; also once more after `close_hosts`, whatever became of that, and in nbd
+        mode after the server was drained."""
 
     async def undo(self) -> None:
         """After what `opened` names was called."""

@@ -175,6 +175,11 @@ class Routes:
         """
         self._sealed = True
 
+    def unseal(self) -> None:
+        """Hosts are about to reach it again; a barrier that began before has passed by then."""
+        self._sealed = False
+        self._must_load = True
+
     @property
     def is_sealed(self) -> bool:
         return self._sealed

@@ -20,7 +20,7 @@ from bitmapd.attach.dm_mode import LAST_BARRIERS, DmMode
 from bitmapd.attach.mode import EndEras, make_server
 from bitmapd.errors import BitmapdError, UnreachableError
 from bitmapd.gate.direct import DirectPath
-from bitmapd.gate.routes import Table
+from bitmapd.gate.routes import Segment, Table
 from bitmapd.media.aio import AioEngine
 from tests.support.local import LocalVolume
 from tests.support.mirror import Mirror
@@ -47,6 +47,16 @@ class NotedKernel:
 
     async def detach(self) -> None:
         self._note("detach")
+
+    async def connect(self, server: object) -> None:
+        self._note("connect")
+
+    async def attach(self) -> list[Segment]:
+        self._note("attach")
+        return []
+
+    async def close_hosts(self) -> None:
+        self._note("close hosts")
 
     def stay_disconnected(self) -> None:
         self.calls.append("stay disconnected")
@@ -173,6 +183,35 @@ def test_the_last_writes_are_asked_for_a_few_times(
         await attached.mode.last_writes(barriers)
         assert attached.direct.routes.settling is (first_that_lands > LAST_BARRIERS)
         assert attached.barriers == needed
+
+    run(test)
+
+
+def test_hosts_get_the_device_again_that_was_taken_from_them(
+    local: LocalVolume, kernel: NotedKernel
+) -> None:
+    """As when a volume could not give its role away."""
+
+    async def test() -> None:
+        attached = Attached(local)
+        mode = attached.mode
+        await attached.prepare()
+        mode.server = NotedServer(kernel.calls)  # type: ignore[assignment]
+        mode._covers = lambda first, stop: True
+        mode._mark = None  # type: ignore[assignment]  # nothing was direct before
+        await mode.admit()
+        kernel.fails = True
+        with pytest.raises(BitmapdError):
+            await mode.close_hosts()  # it is in use
+        kernel.fails = False
+        await mode.admit()
+        assert kernel.calls == ["prepare", "connect", "attach", "close hosts"]
+        await mode.close_hosts()
+        await mode.last_writes(attached.barriers_that(lambda number: True))
+        assert attached.direct.routes.is_sealed
+        await mode.admit()
+        assert kernel.calls[4:] == ["close hosts", "attach"]
+        assert not attached.direct.routes.is_sealed
 
     run(test)
 

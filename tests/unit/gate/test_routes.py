@@ -361,6 +361,24 @@ def test_sealed_with_nothing_direct_the_last_blocks_are_still_awaited() -> None:
     assert is_open(routes) == []
 
 
+def test_unsealed_the_table_follows_the_record_again() -> None:
+    """Hosts are let in again: what a barrier brings is not the last of it any more."""
+    routes = direct((0, 2))
+    routes.seal()
+    routes.propose([(0, 2)])
+    routes.landed([(0, 2)])
+    routes.unseal()
+    assert routes.wants_change
+    table = routes.propose([(0, 2)])
+    assert table is not None
+    assert list(table.extents().runs()) == [(0, 2)]
+    routes.landed(())
+    routes.cool([0])
+    routes.propose([(0, 2)])
+    routes.landed(())
+    assert is_open(routes) == [0, 1], "one that was moved is open until the next barrier"
+
+
 # -- everything through the gate, while hosts go on --------------------------------------------
 
 
