@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.vm.guest.disks import MIB, drop_cache, sh
+from tests.vm.guest.disks import MIB, disks, drop_cache, sh
 from tests.vm.guest.dmsites import DeviceWriter, dm_sites, newest
+
+BUSY = 12  # exit status
 
 # A table that changes all the time, so that cuts meet both ways.
 RESTLESS = ("--extent-size", "128KiB", "--record-limit", "8MiB", "--predictor", "lru")
@@ -62,3 +64,24 @@ def test_an_ext4_under_load_is_clean_at_a_point(tmp_path: Path) -> None:
             near.start()
         finally:
             sh("umount", str(mount), check=False)
+
+
+def test_pause_verify_and_a_switchover_while_the_device_is_in_use() -> None:
+    """Under load; the volume that is not given away goes on as before."""
+    with (
+        dm_sites(*RESTLESS, size_bytes=16 * MIB) as (near, _),
+        disks(("site-nj", 80 * MIB)) as (journal,),
+    ):
+        writer = DeviceWriter(near.device)
+        writer.more(300)
+        near.dmctl("pause", near.name)
+        paused = near.points()["number"]
+        writer.more(100)
+        assert near.points()["number"] == paused
+        near.dmctl("resume", near.name)
+        near.point(paused)
+        near.dmctl("verify", near.name)
+        move = ("switchover", near.name, "--journal", journal.path)
+        assert "is in use" in near.dmctl(*move, status=BUSY)
+        writer.more(100)
+        writer.stop()
