@@ -290,6 +290,8 @@ def test_without_a_copy_the_last_point_is_not_given_up() -> None:
     assert world.play(lambda: bool(world.said("point-not-kept")))
     assert (world.page.committed, world.page.inconsistent_until) == (1, 0)
     assert not world.kept
+    assert world.play(world.begun)
+    assert world.kept == [1]
     world.rest()
     assert world.at_rest()
     assert world.are_equal
