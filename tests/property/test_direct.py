@@ -238,6 +238,18 @@ class DirectMachine(MirrorMachine):
             if self.kernel.can_step:
                 self.step_kernel()
 
+    @precondition(lambda self: not self.closed)
+    @rule(extent=st.integers(0, EXTENTS - 1), stages=st.integers(0, 5))
+    def grow(self, extent: int, stages: int) -> None:
+        """Have the table grow, if a hit is enough for it, while the era goes on."""
+        for sectors in (15, 16):
+            self.write(extent * GEOMETRY.extent_bytes, sectors, False, 1)
+            self.drain(*self.disks)
+        self.loop.advance(0.0)
+        for _ in range(stages):
+            if self.kernel.can_step:
+                self.step_kernel()
+
     @rule(stages=st.integers(0, 8), how=failures, times=st.integers(1, 3))
     def barrier_fails(self, stages: int, how: str, times: int) -> None:
         for _ in range(times):

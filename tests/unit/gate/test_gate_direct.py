@@ -246,6 +246,18 @@ def test_growth_is_paid_from_what_time_has_brought() -> None:
     assert mirror.routes.loads == 1
 
 
+def test_no_era_ends_early_for_growth_that_has_to_wait() -> None:
+    mirror = in_one_era()
+    mirror.path.window_s_total = mirror.path.window_s_last = SAVED_S
+    barriers = mirror.path.barriers
+    for _ in range(1 + URGENT_HITS):
+        mirror.put(0)
+    mirror.run(2 * URGENT_ERA_S)
+    mirror.copier.rounds.step(running=True)
+    mirror.run()
+    assert (mirror.path.barriers, mirror.routes.loads) == (barriers, 0)
+
+
 @pytest.mark.parametrize("trouble", ["another node waits", "it must be loaded", "no room"])
 def test_what_growth_cannot_do_is_left_to_a_barrier(trouble: str) -> None:
     mirror = in_one_era()
