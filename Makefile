@@ -101,7 +101,7 @@ soak: setup  ## long property tests and walks, file systems, kill -9; CYCLES=, E
 	$(PYTHON) -m tests.soak.late --seconds $(or $(LATE_SECONDS),3600)
 
 soak-pair: setup  ## two appliances under a nemesis, and millions of simulated steps; ROUNDS=500
-	$(PYTHON) -m tests.soak.pair --rounds $(or $(ROUNDS),500)
+	$(PYTHON) -m tests.soak.pair --jobs 2 --rounds $(or $(ROUNDS),500)
 
 wheel-compiled: setup  ## dist/dmctl-*.whl with the modules that requests pass through compiled (needs gcc)
 	rm -rf build

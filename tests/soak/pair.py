@@ -1,6 +1,6 @@
 """Two appliances under load and a nemesis: what hosts saw is what one disk could have shown.
 
-    python -m tests.soak.pair --rounds 500
+    python -m tests.soak.pair --rounds 500 --jobs 2
 
 Each round makes a pair of processes with a link that can be cut.  Eight hosts, four at each node,
 write, read and flush registers of 4 KiB, half of which all of them share.  Meanwhile one thing
@@ -22,6 +22,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from tests.support.histories import BLOCK_BYTES, History, Value, block_of, value_of
@@ -250,20 +253,31 @@ def judge(pair: Pair, history: History, hosts: list[Host]) -> None:
         raise Violation("primary and secondary differ")
 
 
+def play_somewhere(seed: int, seconds: float) -> tuple[Counter[str], int]:
+    with tempfile.TemporaryDirectory(prefix="pair", dir="/tmp") as folder:
+        try:
+            return play(Path(folder), seed, seconds)
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="histories of a pair under a nemesis")
     parser.add_argument("--rounds", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each round")
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--jobs", type=int, default=1, help="rounds at a time")
     options = parser.parse_args()
     struck: Counter[str] = Counter()
     answered = 0
-    for number in range(options.rounds):
-        with tempfile.TemporaryDirectory(prefix="pair", dir="/tmp") as folder:
-            done, requests = play(Path(folder), options.seed + number, options.seconds)
-        struck += done
-        answered += requests
-        print(f"round {number + 1}, seed {options.seed + number}: {requests} requests", flush=True)
+    seeds = range(options.seed, options.seed + options.rounds)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        played = pool.map(partial(play_somewhere, seconds=options.seconds), seeds)
+        for number, (seed, (done, requests)) in enumerate(zip(seeds, played, strict=True), 1):
+            struck += done
+            answered += requests
+            print(f"round {number}, seed {seed}: {requests} requests", flush=True)
     print(f"{options.rounds} rounds, {answered} requests, {dict(struck)}: linearizable")
     return 0
 
