@@ -114,6 +114,8 @@ RECEIVER_GAUGES = {
     "queued_bytes": "Committed and not in the image yet.",
     "journal_bytes": "Part of the receiver's journal that is in use.",
     "journal_limit_bytes": "How much of it can be used.",
+    "in_place": "1 while what is sent goes into the image at once, which then is no point.",
+    "in_place_until": "At the receiver: the point with which that ends.",
 }
 RESYNC_GAUGES = {
     "total_bytes": "What this resync set out to copy.",

@@ -111,7 +111,13 @@ def test_points_have_metrics_where_there_are_some() -> None:
         "changed_bytes_total": 4096, "cbw_total": 2,
         "cbw_wait_seconds_total": 0.25, "void_total": {"slow": 1, "spool": 0},
     }  # fmt: skip
-    receiver = {"connected": True, "committed": 4, "applied": 3, "queued_bytes": 8}
+    receiver = {
+        "connected": True,
+        "committed": 4,
+        "applied": 3,
+        "queued_bytes": 8,
+        "in_place": True,
+    }
     status = STATUS | {"points": points, "receiver": receiver}
     text = render(status).decode()
     got = {name: value for name, value in samples(text).items() if "point" in name}
@@ -127,6 +133,8 @@ def test_points_have_metrics_where_there_are_some() -> None:
     assert 'bitmapd_point_void_total{reason="slow",volume="vol0"} 1.0' in text
     rest = samples(text)
     assert (rest["bitmapd_receiver_up"], rest["bitmapd_receiver_applied"]) == (1, 3)
+    assert rest["bitmapd_receiver_in_place"] == 1
+    assert "bitmapd_receiver_in_place_until" not in rest, "the receiver says that"
     assert (rest["bitmapd_cbw_total"], rest["bitmapd_spool_bytes"]) == (2, 9)
     assert rest["bitmapd_spool_file_limit_bytes"] == 0
     assert "bitmapd_spool_file_bytes" not in rest, "there is no file"
