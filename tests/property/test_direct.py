@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
@@ -395,4 +396,5 @@ class DirectMachine(MirrorMachine):
 
 
 DirectMachine.TestCase.settings = machine_settings(500, 50)
-TestDirect = DirectMachine.TestCase
+# The helper is a thread that takes turns with the machine: 20 s of switches, more under coverage.
+TestDirect = pytest.mark.timeout(600)(DirectMachine.TestCase)

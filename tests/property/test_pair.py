@@ -122,7 +122,7 @@ def test_a_new_size_that_has_landed_with_an_error_is_named_whatever_comes_of_the
     one.node.growth.begin(world.size_bytes, ended.append)
     while not one.superblocks:
         settle_one(world)
-    write, done = one.superblocks.pop()
+    write, done, _ = one.superblocks.pop()
     write()
     done(OSError(errno.EIO, "simulated"))
     settle(world, 3)
