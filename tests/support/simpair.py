@@ -1400,6 +1400,8 @@ class World:
                 self.crash(self.rng.choice(split))
             for side in self.sides:
                 outdated = side.node.state is State.OUTDATED
+                if outdated:
+                    side.fence_kernel()  # its process cuts its hosts off before it ends
                 side.broken = False
                 if side.alive and (outdated or side.shut_out or side.gone or side.joins_again):
                     self.crash(side)
