@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
@@ -24,7 +25,7 @@ from typing import Any
 
 from tests.bench.vm import loads, rig
 from tests.bench.vm.loads import Load
-from tests.bench.vm.media import MIB, sh
+from tests.bench.vm.media import MIB, CommandFailed, sh
 from tests.bench.vm.rig import Rig
 from tests.bench.vm.stack import Delta
 
@@ -232,6 +233,30 @@ class Bench:
         self._tell(title, _rates(outcomes))
         return {"name": loads.FILL, "title": title, "unit": "MiB/s", "outcomes": outcomes}
 
+    def trims(self) -> Results:
+        """A fresh ext4 is trimmed, of which mkfs has discarded everything before; the volume has
+        the default settings."""
+        wanted = (rig.RAW, rig.LINEAR, rig.FRESH, *rig.PEERS)
+        names = [name for name in wanted if name in self._rig.devices]
+        outcomes: dict[str, list[Results]] = {name: [] for name in names}
+        for repeat in range(self._scale.repeats):
+            turn = repeat % len(names)
+            for name in names[turn:] + names[:turn]:
+                self._rig.keep_awake()
+                stack = self._rig.stacks.get(name)
+                # A mirror that takes no discards has no outcome.
+                with (
+                    _mounted(self._rig.devices[name]) as folder,
+                    contextlib.suppress(CommandFailed),
+                ):
+                    outcomes[name].append({"rate": loads.trim(folder)})
+                if stack is not None:
+                    stack.settle()
+        title = "fstrim of a fresh ext4"
+        outcomes = {name: all_ for name, all_ in outcomes.items() if all_}
+        self._tell(title, _rates(outcomes))
+        return {"name": loads.TRIM, "title": title, "unit": "MiB/s", "outcomes": outcomes}
+
     def equal(self) -> dict[str, bool]:
         """Stops the volumes."""
         stacks = self._rig.stacks
@@ -305,6 +330,7 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[Bench], Any]]] = {
     "windows": ((rig.HITS, rig.SEGMENTS, rig.MIX), Bench.windows),
     "database": ((*rig.MAIN, rig.MIX), Bench.databases),
     "fill": ((rig.LINEAR, rig.FRESH, *rig.PEERS), Bench.fills),
+    "trim": ((rig.RAW, rig.LINEAR, rig.FRESH, *rig.PEERS), Bench.trims),
     "equal": ((), Bench.equal),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import sqlite3
 import tarfile
 import tempfile
@@ -87,6 +88,7 @@ MIXED = (
 MISS_DEPTHS = (1, 16)
 DATABASE = "database"
 FILL = "fill"
+TRIM = "trim"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,15 @@ def unpack(archive: Path, folder: Path) -> float:
     sh("tar", "-xf", str(archive), "-C", str(folder))
     sh("sync", "-f", str(folder))
     return archive.stat().st_size / MIB / (time.monotonic() - began_s)
+
+
+def trim(folder: Path) -> float:
+    """MiB of free space a second; CommandFailed where there are no discards."""
+    began_s = time.monotonic()
+    said = sh("fstrim", "-v", str(folder))
+    seconds = time.monotonic() - began_s
+    (trimmed,) = re.findall(r"\((\d+) bytes\)", said)
+    return int(trimmed) / MIB / seconds
 
 
 def database(folder: Path, seconds: float) -> float:

@@ -22,6 +22,7 @@ SEGMENTS_PART = 0.9
 MIX_OF_LINEAR = 0.75  # all of it direct
 MIX_BARS = ((rig.MD, 1.0), (rig.MIRROR, 1.0), (rig.DRBD, 2.0))
 FILL_OF_MD = 0.8
+TRIM_OF_RAW = 0.5
 
 
 def rates(load: Results, name: str) -> list[float]:
@@ -180,6 +181,8 @@ def bar_rows(results: Results) -> list[Row]:
         at_least(what, MIX_OF_LINEAR, ratio(load, rig.HITS, rig.LINEAR))
     what = f"first fill of a file system, default settings, of {rig.MD}"
     at_least(what, FILL_OF_MD, ratio(results["fill"], rig.FRESH, rig.MD))
+    what = f"fstrim of a fresh file system, default settings, of the {rig.RAW}"
+    at_least(what, TRIM_OF_RAW, ratio(results["trim"], rig.FRESH, rig.RAW))
     for name, equal in results["equal"].items():
         judge(f"both ends equal afterwards: {name}", "yes", float(equal), equal, 0)
     return rows
@@ -194,7 +197,7 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
         parts.append(("NOT MEASURED", note, table(["contender", "reason"], rows)))
     for load in results["main"]:
         parts.append((load["title"], "", table(*load_rows(load))))
-    for load in (results["database"], results["fill"], *results["mixed"]):
+    for load in (results["database"], results["fill"], results["trim"], *results["mixed"]):
         note = MIX_NOTE if load in results["mixed"] else ""
         parts.append((load["title"], note, table(*load_rows(load))))
     for load in results["slow"]:

@@ -24,7 +24,7 @@ def results() -> inside.Results:
 def test_every_contender_is_measured_under_every_load(results: inside.Results) -> None:
     assert results["missing"] == {}
     assert [load["name"] for load in results["main"]] == ["rw16", "rr1", "fsync"]
-    singles = [results["database"], results["fill"]]
+    singles = [results["database"], results["fill"], results["trim"]]
     for load in [*results["main"], *singles, *results["spread"], *results["mixed"]]:
         assert rig.LINEAR in load["outcomes"]
         for name, outcomes in load["outcomes"].items():
@@ -34,6 +34,7 @@ def test_every_contender_is_measured_under_every_load(results: inside.Results) -
             assert set(rig.PEERS) | {rig.HITS} <= set(load["outcomes"])
     assert set(results["database"]["outcomes"]) >= {rig.HITS, rig.MIX, *rig.PEERS}
     assert set(results["fill"]["outcomes"]) >= {rig.FRESH, *rig.PEERS}
+    assert set(results["trim"]["outcomes"]) >= {rig.RAW, rig.FRESH}
     for load in results["mixed"]:
         assert set(load["outcomes"]) >= {rig.MIX, *rig.PEERS}
 
