@@ -3,7 +3,8 @@
 dm-era's rules for discards are nobody's promise, and counters can be compiled or switched off.  So,
 before an era device is made for a volume, a small one is made, written, discarded and zeroed:
 
- 1. the block layer cuts discards at `discard_max_bytes`, and each piece marks its first block;
+ 1. dm-era's device cuts discards from above at its `discard_max_bytes`, and each piece
+    marks its first block;
  2. zeroing marks every block, or is not offered;
  3. the counters of writes and discards of a mapped device count, once they are switched on;
  4. `take_metadata_snap` ends the era: what is written later is not in the snapshot;
@@ -96,6 +97,7 @@ def _discards(scratch: _Scratch, era: int) -> int:
         _fail(f"discards of up to {limit} bytes are let through, {BLOCK_BYTES} were allowed")
     if not scratch.queue(scratch.write, "discard_max_bytes"):
         return era
+    scratch.actor.limit_discard(scratch.write, DATA_BYTES)  # so that nothing is cut above
     before = counters(scratch.stat)
     start, length = 8 * BLOCK_BYTES + BLOCK_BYTES // 2, 5 * BLOCK_BYTES
     _ask(scratch.write, _BLKDISCARD, start, length)

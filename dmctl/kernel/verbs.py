@@ -36,6 +36,9 @@ from dmctl.model.steps import Create
 from dmctl.model.targets import SECTOR_BYTES, Table, kind_and_parameters
 
 RECONNECT_TIMEOUT_S: Final = 20.0
+# A discard may be that long above the era device, which cuts it: few requests for the gate, and a
+# barrier waits for no more than this.
+DISCARD_BYTES: Final = 32 << 20
 _READS, _WRITES, _WRITE_SECTORS, _DISCARDS = 0, 4, 6, 11  # fields of /sys/block/X/stat
 Answer = tuple[dict[str, Any], bytes]
 
@@ -222,6 +225,8 @@ class Helper:
         era = self._layer(seen, Layer.ERA)
         for layer in Layer:
             self._have_counted(layer, self._layer(seen, layer))
+        for layer in (Layer.WRITE, Layer.TOP):
+            self._pass_discards(layer)
         below = {write.number, era.number, self._nbd_number(seen)}
         if seen.primary is not None:
             below.add(seen.primary.number)
@@ -245,6 +250,8 @@ class Helper:
         self._lapses = request.number("lapses")
         restored, uncounted = self._count_on()
         collected = barrier(table, since_era, deadline_s)
+        if table is not None:
+            self._pass_discards(Layer.WRITE)
         answer = {
             "collected_to_era": collected.to_era,
             "window_s": collected.window_s,
@@ -262,7 +269,9 @@ class Helper:
         barrier, table = self._barrier_and_table(request.segments())
         if table is None:
             raise UsageError("a swap without a table")
-        return {"window_s": barrier.swap(table, request.seconds("deadline_s"))}, b""
+        window_s = barrier.swap(table, request.seconds("deadline_s"))
+        self._pass_discards(Layer.WRITE)
+        return {"window_s": window_s}, b""
 
     def _barrier_and_table(
         self, segments: tuple[Segment, ...] | None
@@ -323,6 +332,17 @@ class Helper:
         self._forget()
         self._reach(Goal.SEVERED)
         return {}, b""
+
+    def _pass_discards(self, layer: Layer) -> None:
+        """In long pieces, if at all.
+
+        Before 6.9, a table takes the limit of the era device below it when it comes in force
+        (`blk_stack_limits`), and discards would reach the gate in pieces of one block.
+        """
+        name = self._volume.device(layer)
+        device = self._mapper.device(name)
+        if device is not None and queue_number(device.number, "discard_max_bytes"):
+            self._actor.limit_discard(name, DISCARD_BYTES)
 
     # -- the barrier's files --------------------------------------------------------------------
     def _barrier_of(self, era: Mapped) -> Barrier:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 import random
 import struct
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dmctl.kernel.dm_wire import Target
+from dmctl.kernel.verbs import DISCARD_BYTES, counters_of
 from tests.vm.guest.disks import MIB, SECTOR, sh
+from tests.vm.guest.dmvolume import DmVolume, dm_volume
 from tests.vm.guest.erastack import (
     BLOCK,
     WRITE,
     Stack,
     blocks,
     device,
+    number,
     queue,
     remove,
     set_queue,
@@ -71,6 +78,17 @@ def limit(made: Stack, value: int) -> None:
     made.mapper.resume(WRITE)
 
 
+def pass_on(*paths: str) -> None:
+    """As the attach does it: nothing above the era device cuts."""
+    for path in paths:
+        set_queue(path, "discard_max_bytes", SIZE)
+
+
+def discards(path: str) -> int:
+    """How many have reached the device."""
+    return counters_of(number(path))["discards"]
+
+
 def discarded(made: Stack, chance: random.Random, path: str) -> set[int]:
     """Discard a random range; its blocks."""
     sectors = SIZE // SECTOR
@@ -103,6 +121,19 @@ def missing(made: Stack, rounds: int, path: str, chance: random.Random) -> int:
 def test_no_discarded_block_is_missing(made: Stack, shift: int) -> None:
     limit(made, BLOCK >> shift)
     assert queue(made.write, "discard_max_bytes") > 0
+    assert missing(made, 30, made.write, random.Random(shift)) == 0
+
+
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_no_block_is_missing_if_only_dm_era_cuts(made: Stack, shift: int) -> None:
+    limit(made, BLOCK >> shift)
+    pass_on(made.write)
+    before = discards(made.write), discards(made.era)
+    ask(made.write, BLKDISCARD, 0, SIZE)
+    assert discards(made.write) - before[0] == 1
+    assert discards(made.era) - before[1] == SIZE // (BLOCK >> shift)
+    landed = made.barrier(None, 1, SOON_S)
+    assert blocks(landed.blocks) == set(range(SIZE // BLOCK))
     assert missing(made, 30, made.write, random.Random(shift)) == 0
 
 
@@ -159,8 +190,8 @@ def test_the_limit_stays_through_new_tables(made: Stack) -> None:
     era = 0
     for _ in range(3):
         era = made.barrier(made.linear(), era + 1, SOON_S).to_era
+        pass_on(made.write)
         assert queue(made.era, "discard_max_bytes") == BLOCK
-        assert queue(made.write, "discard_max_bytes") == BLOCK
 
 
 def test_a_limit_of_zero_takes_discards_away(made: Stack) -> None:
@@ -176,7 +207,80 @@ def test_the_top_device_offers_them_as_well(made: Stack) -> None:
     ways = f"{made.lower} 0 0 {made.write} 0 0 {made.lower} 0 0"
     top = device(made.mapper, "dmtest-top", [Target(0, made.sectors, "delay", ways)])
     try:
-        assert queue(top, "discard_max_bytes") > 0
+        pass_on(made.write, top)
+        assert queue(top, "discard_max_bytes") == SIZE
         assert missing(made, 20, top, random.Random(9)) == 0
     finally:
         remove(made.mapper, "dmtest-top")
+
+
+# -- of a volume ----------------------------------------------------------------------------------
+def limits(volume: DmVolume) -> list[int]:
+    layers = [
+        volume.device,
+        *(f"/dev/mapper/dmctl-{volume.name}-{layer}" for layer in ("w", "era")),
+    ]
+    return [queue(path, "discard_max_bytes") for path in layers]
+
+
+def has_changed(figure: str, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    return bool(now[figure] != before[figure])
+
+
+def fill(volume: DmVolume, *first_mib: int) -> None:
+    """Write a MiB at each of these, twice: then it is worth to be direct."""
+    fd = os.open(volume.device, os.O_WRONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, MIB) as data:
+            for value in (1, 2):
+                data[:] = bytes([value]) * MIB
+                for at in first_mib:
+                    os.pwrite(fd, data, at * MIB)
+    finally:
+        os.close(fd)
+
+
+def test_long_discards_are_few_requests_for_the_gate_whatever_the_table() -> None:
+    with dm_volume("trims", size_bytes=128 * MIB, discards=True) as volume:
+        for at in (32 * MIB, 96 * MIB):
+            assert limits(volume) == [DISCARD_BYTES, DISCARD_BYTES, BLOCK]
+            before = volume.status()
+            ask(volume.device, BLKDISCARD, at, 32 * MIB)
+            after = volume.status()
+            # One for each stretch of the gate; in pieces of a block they would be 512.
+            assert 0 < after["gate_writes_total"] - before["gate_writes_total"] <= 4
+            fill(volume, *range(8))
+            volume.until(partial(has_changed, "table_loads_total", after))
+            volume.wait_in_sync()
+        volume.stop()
+        assert volume.is_equal()
+
+
+def test_discards_across_direct_extents_and_a_crash_of_the_gate_leave_no_difference() -> None:
+    """Long ones, some of them in flight when it dies; the record names what differs."""
+    chance = random.Random(4)
+    with dm_volume("trims", size_bytes=64 * MIB, discards=True) as volume:
+        for _ in range(3):
+            fill(volume, *range(0, 64, 2))
+            volume.until(lambda status: status["direct_extents"] > 4)
+            over = threading.Event()
+
+            def discard(over: threading.Event = over) -> None:
+                while not over.is_set():
+                    first = chance.randrange(64 * MIB // SECTOR)
+                    length = min(
+                        chance.randrange(1, 16 * MIB // SECTOR), 64 * MIB // SECTOR - first
+                    )
+                    ask(volume.device, BLKDISCARD, first * SECTOR, length * SECTOR)
+
+            thread = threading.Thread(target=discard)
+            before = volume.status()
+            thread.start()
+            volume.until(partial(has_changed, "writes_total", before))
+            volume.kill()
+            over.set()
+            volume.start()
+            thread.join()
+            volume.wait_in_sync()
+        volume.stop()
+        assert volume.is_equal()
