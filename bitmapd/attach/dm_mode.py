@@ -130,11 +130,13 @@ class DmMode:
     async def close_direct(self, end_eras: EndEras) -> None:
         """Have every write pass the gate.  After UnreachableError everything is as it was."""
         routes = self._direct.routes
+        self._direct.is_closing = True
         routes.gate_all()
         for _ in range(LAST_BARRIERS):
             if routes.all_gated:
                 return
             await _one_barrier(self._direct, end_eras)
+        self._direct.is_closing = False
         routes.gate_all(wanted=False)
         raise UnreachableError(
             "the kernel's table cannot be changed: no barrier passes",

@@ -137,6 +137,7 @@ class DirectPath:
         self.window_s_last = 0.0
         self.window_s_max = 0.0
         self.marked_blocks = 0
+        self.is_closing = False  # nothing becomes direct again, whoever asks for it
         self.on_ended: Callable[[], None] = lambda: None
         self._leaving: list[tuple[list[int], Callable[[], None]]] = []
 
@@ -244,6 +245,7 @@ class DirectPath:
 
     # -- no direct writes (`cycle.Direct`) ----------------------------------------------------
     def still(self, *, wanted: bool) -> None:
+        wanted = wanted or self.is_closing
         if wanted is not self.routes.is_gating:
             self.routes.gate_all(wanted=wanted)
 

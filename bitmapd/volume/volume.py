@@ -435,12 +435,6 @@ class Volume:
         if geometry is None:
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
         if self._receiver is not None:
-            if isinstance(self._parts.mode, DmMode):
-                raise WrongStateError(
-                    f"volume '{self.config.name}' has a receiver and hosts in the kernel, and this"
-                    " version cannot resize it",
-                    hint="with attach = nbd it grows while it is used",
-                )
             await self._receiver.offer(geometry.size_bytes)
         if self._paired is not None:
             await self._paired.resize(geometry.size_bytes)
@@ -479,6 +473,8 @@ class Volume:
             self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
         self.left = True
         self.changed()
+        if self._receiver is not None:
+            self._receiver.leave()
         await parts.pausing.close()
         await mode.hold_hosts()
         stopped = asyncio.Event()

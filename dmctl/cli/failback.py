@@ -28,6 +28,7 @@ from bitmapd.volume.rejoining import (
 )
 from dmctl.cli.checks import Findings, check_free, check_others, identified
 from dmctl.cli.context import Context, combine
+from dmctl.cli.plan import refuse_layers
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.processes import is_running, launch, start_lock
 from dmctl.cli.receive import check_journal
@@ -43,6 +44,7 @@ def failback(context: Context, args: Namespace) -> int:
                 f"volume '{name}' is running", hint=f"first: dmctl stop {name} --now"
             )
         superblock, runs = recorded_runs(config.record, config.uuid)
+        refuse_layers(config, superblock.geometry)
         begin = journal_of(context, config, journal, superblock, force=args.force)
         theirs = ask_now(config, superblock)
         refuse_unless_old(config, superblock, theirs)

@@ -66,6 +66,16 @@ def show(context: Context, args: Namespace) -> int:
     return 0
 
 
+def refuse_layers(config: VolumeConfig, geometry: Geometry) -> None:
+    """WrongStateError if the kernel goes on with a volume whose process has died."""
+    if config.attach == "dm" and _observed(volume_of(config, geometry)).devices:
+        raise WrongStateError(
+            f"the kernel has layers of volume '{config.name}', for hosts that wait there",
+            hint=f"have them close the device, then run what 'dmctl plan {config.name} --remove'"
+            " prints",
+        )
+
+
 def plan_text(observed: Observed, goal: Goal, steps: list[Step]) -> list[str]:
     """A script for a shell; what is there stands in its comments."""
     lines = ["# there is:"]

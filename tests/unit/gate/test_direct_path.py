@@ -313,6 +313,13 @@ def test_all_that_was_direct_before_counts_as_written_once(bench: Bench) -> None
     assert bench.got[-1] == [(6, 7)]
 
 
+def test_what_another_one_takes_over_stays_at_the_gate(bench: Bench) -> None:
+    bench.path.is_closing = True
+    bench.path.still(wanted=True)
+    bench.path.still(wanted=False)
+    assert bench.routes.is_gating
+
+
 def test_figures(bench: Bench) -> None:
     for window_s, skipped in ((0.5, False), (0.25, False), (0.0, True)):
         bench.begin()

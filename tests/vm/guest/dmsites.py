@@ -24,13 +24,15 @@ SLOTS = 2000
 class FarSite(DmVolume):
     """A receiver; what it has is called as the volume, and has no layers of its own."""
 
-    def __init__(self, folder: Path, image: Disk, journal: Disk, uri: str) -> None:
-        super().__init__(NAME, folder, [image, image, journal])
+    def __init__(
+        self, folder: Path, image: Disk, journal: Disk, uri: str, name: str = NAME
+    ) -> None:
+        super().__init__(name, folder, [image, image, journal])
         self.uri = uri
 
     def create(self, *options: str) -> None:
         self.dmctl(
-            *("receive", NAME, "--image", self.primary.path, "--journal", self.record.path),
+            *("receive", self.name, "--image", self.primary.path, "--journal", self.record.path),
             *("--listen", self.uri, *options),
         )
 
@@ -38,8 +40,10 @@ class FarSite(DmVolume):
 class NearSite(DmVolume):
     """The volume."""
 
-    def __init__(self, folder: Path, primary: Disk, record: Disk, uri: str) -> None:
-        super().__init__("near0", folder, [primary, primary, record])
+    def __init__(
+        self, folder: Path, primary: Disk, record: Disk, uri: str, name: str = "near0"
+    ) -> None:
+        super().__init__(name, folder, [primary, primary, record])
         self.uri = uri
 
     def create(self, *options: str) -> None:
@@ -84,29 +88,62 @@ def dm_sites(
             far.destroy()
 
 
-class DeviceWriter:
-    """A host that writes numbered pieces past the page cache, one after the other."""
+@contextlib.contextmanager
+def dm_group(*options: str, size_bytes: int = 16 * MIB) -> Iterator[list[tuple[NearSite, FarSite]]]:
+    """Two volumes of a group, each with its receiver."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dmg-")))
+        pairs = []
+        for number in (0, 1):
+            media = (
+                (f"group-p{number}", size_bytes),
+                (f"group-i{number}", size_bytes),
+                (f"group-j{number}", 80 * MIB),
+                (f"group-r{number}", 4 * MIB),
+            )
+            primary, image, journal, record = stack.enter_context(disks(*media))
+            uri = f"receiver+unix:///far{number}?socket={folder}/link{number}"
+            near = NearSite(folder / "near", primary, record, uri, f"near{number}")
+            far = FarSite(folder / "far", image, journal, uri, f"far{number}")
+            pairs.append((near, far))
+            for site in (near, far):
+                stack.callback(site.destroy)
+            far.create("--group", "g")
+            near.create("--group", "g", "--point-interval", "1s", *options)
+        for near, far in pairs:
+            far.start()
+            near.start()
+        for near, _ in pairs:
+            near.point(0)
+        yield pairs
 
-    def __init__(self, device: str, first: int = 1) -> None:
+
+class DeviceWriter:
+    """A host that writes numbered pieces past the page cache, one after the other: each of them to
+    all devices, in their order, before the next."""
+
+    def __init__(self, *devices: str, first: int = 1) -> None:
         self.answered = first - 1
         self._stop = threading.Event()
         self._reached = threading.Condition()
-        self._thread = threading.Thread(target=self._run, args=(device,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(devices,), daemon=True)
         self._thread.start()
 
-    def _run(self, device: str) -> None:
+    def _run(self, devices: tuple[str, ...]) -> None:
         memory = mmap.mmap(-1, PIECE)
-        fd = os.open(device, os.O_WRONLY | os.O_DIRECT)
+        fds = [os.open(device, os.O_WRONLY | os.O_DIRECT) for device in devices]
         try:
             while not self._stop.is_set():
                 number = self.answered + 1
                 memory[:] = content(number)
-                os.pwrite(fd, memory, number * STEP % SLOTS * PIECE)
+                for fd in fds:
+                    os.pwrite(fd, memory, number * STEP % SLOTS * PIECE)
                 with self._reached:
                     self.answered = number
                     self._reached.notify_all()
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
 
     def until(self, number: int) -> None:
         with self._reached:
