@@ -6,7 +6,7 @@ import contextlib
 import select
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,23 +60,33 @@ def _forced(paths: Paths, config: ReceiverConfig | VolumeConfig) -> Iterator[Non
 def start(context: Context, args: Namespace) -> int:
     if args.force and args.all:
         raise UsageError("--force is for volumes that are named")
+    names = selected(context, args, default_all=False)
+    return _start(context, names, args.timeout, distrusted=args.resync_all, forced=args.force)
 
+
+def _start(
+    context: Context,
+    names: Sequence[str],
+    timeout_s: float,
+    *,
+    distrusted: bool = False,
+    forced: bool = False,
+) -> int:
     def one(name: str) -> dict[str, Any]:
         load_any(context.paths, name)
-        with start_lock(context.paths, name, args.timeout):
+        with start_lock(context.paths, name, timeout_s):
             config = load_any(context.paths, name)  # it may have been removed meanwhile
             result = "running"
             running = is_running(context.paths, name)
-            if args.resync_all:
+            if distrusted:
                 if isinstance(config, ReceiverConfig):
                     raise WrongStateError(f"'{name}' is a receiver: it has no record")
                 if is_keeper(config):
                     raise WrongStateError(f"'{name}' is a keeper here: it compares nothing")
                 _distrust(context, config, running=running)
             if not running:
-                forced = _forced(context.paths, config) if args.force else contextlib.nullcontext()
-                with forced:
-                    launch(context.paths, name, args.timeout)
+                with _forced(context.paths, config) if forced else contextlib.nullcontext():
+                    launch(context.paths, name, timeout_s)
                 result = "started"
         if isinstance(config, ReceiverConfig):
             already = " already" if result == "running" else ""
@@ -96,7 +106,7 @@ def start(context: Context, args: Namespace) -> int:
         context.output.say(f"volume '{name}' runs{already}: {device_of(config)}{stands}")
         return {"result": result, "device": device_of(config), "paused": paused}
 
-    return each(context, "start", selected(context, args, default_all=False), "start", one)
+    return each(context, "start", names, "start", one)
 
 
 def _wait_for_partner(context: Context, config: VolumeConfig) -> None:
@@ -131,7 +141,7 @@ def stop(context: Context, args: Namespace) -> int:
 
     def one(name: str) -> dict[str, Any]:
         try:
-            answer = _stop(context, name, args, bar=len(names) == 1)
+            answer = _stop(context, name, args.timeout, now=args.now, bar=len(names) == 1)
         except WrongStateError:
             if is_running(context.paths, name):
                 raise
@@ -166,19 +176,20 @@ def stop(context: Context, args: Namespace) -> int:
 def stop_now(context: Context, name: str, timeout_s: float, *, now: bool = True) -> None:
     """Stop a volume or a receiver at once, or when nothing is left to copy, and wait for the end of
     its process."""
-    _stop(context, name, Namespace(now=now, timeout=timeout_s), bar=False)
+    _stop(context, name, timeout_s, now=now, bar=False)
 
 
 def restart(context: Context, name: str) -> int:
     """Stop a volume at once, and start it again with nothing but what its record says."""
     stop_now(context, name, START_TIMEOUT_S)
-    again = Namespace(names=[name], all=False, resync_all=False, timeout=START_TIMEOUT_S)
-    return start(context, again)
+    return _start(context, [name], START_TIMEOUT_S)
 
 
-def _stop(context: Context, name: str, args: Namespace, *, bar: bool) -> dict[str, Any]:
+def _stop(
+    context: Context, name: str, timeout_s: float | None, *, now: bool, bar: bool
+) -> dict[str, Any]:
     """Ask for the stop, and wait for the end of the process."""
-    deadline_s = None if args.timeout is None else time.monotonic() + args.timeout
+    deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
     most = 0
     shown = context.output.progress(f"stopping {name}") if bar else contextlib.nullcontext(None)
     with (
@@ -195,7 +206,7 @@ def _stop(context: Context, name: str, args: Namespace, *, bar: bool) -> dict[st
                 share(1 - dirty / most if most else 1.0)
 
         try:
-            answer = client.call("stop", {"now": args.now}, within_s=args.timeout, on_event=told)
+            answer = client.call("stop", {"now": now}, within_s=timeout_s, on_event=told)
         except SilentError:
             raise
         except TimeOutError as error:
