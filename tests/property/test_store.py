@@ -133,14 +133,14 @@ class StoreMachine(RuleBasedStateMachine):
         wanted = self.store.recorded
         gone = [e for e in self.drops if not wanted[e]]
         drops = dict(self.drops)
-        disk = self.disk
+        disk, kept = self.disk, self.kept
 
         def done(error: OSError | None) -> None:
             self.waiting -= 1
             if error is not None:
                 return
             stored = load_image(bytes(disk.durable)).bits
-            for extent in set(gone) - {self.kept}:
+            for extent in set(gone) - {kept, self.kept}:  # kept for a growth, then or since
                 if drops[extent] == self.drops[extent] and not self.store.recorded[extent]:
                     assert not stored[extent], f"{extent} is still stored"
 
