@@ -161,8 +161,7 @@ class Rounds:
 
     def _grown(self) -> None:
         self._growing = False
-        self._look()
-        self._look_when_urgent()
+        self._look_again()
 
     @property
     def _urgent_s(self) -> float:
@@ -189,11 +188,11 @@ class Rounds:
 
     def _urgent_now(self) -> None:
         self._urgent = None
-        self._look()
-        self._look_when_urgent()
+        self._look_again()
 
-    def _look_when_urgent(self) -> None:
-        """What growth could not do waits until the era may end, which is later."""
+    def _look_again(self) -> None:
+        """Now; and what growth could not do waits until the era may end, which is later."""
+        self._look()
         wait_s = self._urgent_s - self._scheduler.time()
         if wait_s > 0 and self._gate.era_is_urgent:
             self._look_in(wait_s)

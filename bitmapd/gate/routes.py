@@ -13,7 +13,6 @@ goes through the gate.  What is direct can be written without bitmapd's knowledg
    After the barrier after that it is *closed*, and the gate drops it when it is clean.
 4. The table has at most `max_segments` segments.  When the runs do not fit, those that were
    written lately stay, and of these the longest.
-
 5. A table that only *grows* needs no barrier: it has every extent of the one in force and more, so
    nothing leaves, and what was written and is not known stays so until the next barrier.  What
    comes into it is open from the moment it is asked for.  A table that has to lose something waits

@@ -64,7 +64,7 @@ class CatchingUp:
     def _begun(self) -> Steps[None]:
         journal = self._journal
         until, last = journal.open_point, journal.page.committed
-        stays = any(kept.point == last for kept in journal.directory.kept)
+        stays = self._keeping.is_kept(last)
         what = "stays in a copy" if stays else "is given up: until then there is nothing to promote"
         self._emit(
             "catch-up-begun",

@@ -122,6 +122,10 @@ class Keeping:
         a copy of it is kept before, and nothing is done if none can be."""
         yield from self._work.alone(self._left(wall_ns, then, copied=copied))
 
+    def is_kept(self, point: int) -> bool:
+        """Whether there is a copy of it."""
+        return any(kept.point == point for kept in self._journal.directory.kept)
+
     def drop(self, point: int) -> Steps[None]:
         """NotFoundError if it is not kept, WrongStateError if nothing else has the last point."""
         yield from self._work.alone(self._dropped(point))
@@ -180,19 +184,16 @@ class Keeping:
         page = self._journal.page
         point = page.applied
         yield from self._settled(point, None)  # what has to be kept of it for another reason
-        if copied and not self._is_kept(point):
+        if copied and not self.is_kept(point):
             if reason := self._obstacle(point):
                 self._emit("point-not-kept", point=point, reason=reason)
                 return
             wanted = self._wanted(point, wall_ns, "", page.size_bytes)
             yield from self._named(lambda points: [*points, wanted])
             yield from self._make(wanted)
-            if not self._is_kept(point):
+            if not self.is_kept(point):
                 return
         yield from then
-
-    def _is_kept(self, point: int) -> bool:
-        return any(kept.point == point for kept in self._journal.directory.kept)
 
     def _settled(self, point: int, wall_ns: int | None) -> Steps[None]:
         in_place = self._journal.page.in_place

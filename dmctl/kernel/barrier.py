@@ -30,12 +30,12 @@ dm-era marks a block before a write to it goes on, in the era that is current th
 6. Somebody may have switched counting off (`media/blockstat`).  Lapses are part of a reading, so
    whatever was not counted is unknown, and discards may have been among it.
 7. What a barrier needs of memory for 4 exists before.
-9. A table that only grows is put in force without all the rest (`swap`): no write leaves the way it
-   took, so nothing has to be known of what was written.
 8. dm-era digests an ended era at a cost of the volume's size, some seconds per TiB, keeps its marks
    until then, and fails writes when its metadata are full.  So no era is ended while more than half
    of them are in use: that leaves room for a copy of all that a digestion changes while a snapshot
    is held.
+9. A table that only grows is put in force without all the rest (`swap`): no write leaves the way it
+   took, so nothing has to be known of what was written.
 """
 
 from __future__ import annotations
