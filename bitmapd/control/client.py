@@ -43,6 +43,10 @@ class SilentError(TimeOutError):
     """A process is there, and does not answer."""
 
 
+class EndedError(BitmapdError):
+    """The process closed the connection before it answered: most often it ended just then."""
+
+
 class ControlClient:
     """One connection; a context manager."""
 
@@ -132,7 +136,7 @@ class ControlClient:
                     raise answer.error
                 if on_event is not None:
                     on_event(answer.fields)
-        raise BitmapdError(
+        raise EndedError(
             f"bitmapd of volume '{self._volume}' ended the connection without an answer",
             hint="its log says why",
         )
@@ -168,3 +172,20 @@ class ControlClient:
         except ConnectionError:
             data = b""
         return [decode_answer(line) for line in self._buffer.feed(data)] if data else None
+
+
+def ask(path: Path, volume: str, question: str, *, timeout_s: float = SILENCE_S) -> Any:
+    """The answer to a verb that changes nothing.
+
+    A process that ends between the connection and its answer is no fault of the question: asked
+    once more, it says what is there now, which is `WrongStateError` if that is nothing.
+    """
+    try:
+        return _asked(path, volume, question, timeout_s)
+    except EndedError:
+        return _asked(path, volume, question, timeout_s)
+
+
+def _asked(path: Path, volume: str, question: str, timeout_s: float) -> Any:
+    with ControlClient(path, volume) as client:
+        return client.call(question, timeout_s=timeout_s)

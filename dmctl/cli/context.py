@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from bitmapd.config import Paths, check_name, volume_names
-from bitmapd.control.client import ControlClient
+from bitmapd.control.client import SILENCE_S, ControlClient, ask
 from bitmapd.errors import BitmapdError, UnreachableError, UsageError, explain
 from dmctl.cli.output import Output
 
@@ -25,6 +25,11 @@ class Context:
     def control(self, name: str) -> ControlClient:
         """WrongStateError if the volume does not run."""
         return ControlClient(self.paths.control_socket(check_name(name)), name)
+
+    def ask(self, name: str, question: str, *, timeout_s: float = SILENCE_S) -> dict[str, Any]:
+        """The answer to a verb that changes nothing; WrongStateError if the volume does not run."""
+        path = self.paths.control_socket(check_name(name))
+        return dict(ask(path, name, question, timeout_s=timeout_s))
 
 
 def worst(statuses: Iterable[int]) -> int:

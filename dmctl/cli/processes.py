@@ -22,7 +22,7 @@ from typing import IO
 
 from bitmapd.config import Paths, atomic_write, unit_instance
 from bitmapd.config.files import DEFAULT_CONFIG_DIR, DEFAULT_RUN_DIR
-from bitmapd.control.client import ControlClient
+from bitmapd.control.client import ControlClient, ask
 from bitmapd.control.events import iso_time
 from bitmapd.errors import BitmapdError, TimeOutError, WrongStateError, error_from_json
 from bitmapd.net.sockets import peer_credentials
@@ -38,8 +38,7 @@ SYSTEMCTL_TIMEOUT_S = 10.0
 def is_running(paths: Paths, name: str) -> bool:
     """Whether a bitmapd answers; TimeOutError if one is there and does not."""
     try:
-        with ControlClient(paths.control_socket(name), name) as client:
-            client.call("ping")
+        ask(paths.control_socket(name), name, "ping")
     except WrongStateError:
         return False
     return True

@@ -289,9 +289,7 @@ def points(context: Context, args: Namespace) -> int:
 
 def _points(context: Context, config: ReceiverConfig) -> list[dict[str, Any]]:
     try:
-        with context.control(config.name) as client:
-            answer: list[dict[str, Any]] = client.call("points")["points"]
-            return answer
+        return list(context.ask(config.name, "points")["points"])
     except WrongStateError:
         _, page = examine_journal(config.journal)
         return points_of(page, examine_directory(config.journal), {})

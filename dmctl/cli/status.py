@@ -85,9 +85,7 @@ def _one(context: Context, name: str) -> dict[str, Any]:
 def volume_status(context: Context, config: VolumeConfig) -> dict[str, Any]:
     """One element of `volumes`."""
     try:
-        with context.control(config.name) as client:
-            answer: dict[str, Any] = client.call("status", timeout_s=ANSWER_TIMEOUT_S)
-            return answer
+        return context.ask(config.name, "status", timeout_s=ANSWER_TIMEOUT_S)
     except WrongStateError:
         return _stopped(config, last_error(context.paths, config.name))
     except TimeOutError as error:
@@ -101,9 +99,7 @@ def receiver_status(context: Context, config: ReceiverConfig) -> dict[str, Any]:
 
     state, error = "stopped", last_error(context.paths, config.name)
     try:
-        with context.control(config.name) as client:
-            answer: dict[str, Any] = client.call("status", timeout_s=ANSWER_TIMEOUT_S)
-            return answer
+        return context.ask(config.name, "status", timeout_s=ANSWER_TIMEOUT_S)
     except WrongStateError:
         pass
     except TimeOutError as hung:

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from bitmapd.control.client import ControlClient, SilentError
+from bitmapd.control.client import ControlClient, EndedError, SilentError, ask
 from bitmapd.control.events import EventLog
 from bitmapd.control.notify import notify
-from bitmapd.control.protocol import MAX_LINE_BYTES, Event
+from bitmapd.control.protocol import MAX_LINE_BYTES, Event, encode_result
 from bitmapd.control.server import (
     ControlServer,
     Handler,
@@ -522,6 +522,40 @@ def test_a_server_that_dies_without_an_answer(path: Path) -> None:
             sock.accept()[0].close()
             with pytest.raises(BitmapdError, match="without an answer"):
                 client.call("echo")
+
+
+def test_a_question_to_a_server_that_ends_then_learns_what_is_there_now(path: Path) -> None:
+    def ends(times: int, then: bytes) -> threading.Thread:
+        def serve() -> None:
+            for _ in range(times):
+                connection, _ = sock.accept()
+                connection.recv(1 << 16)
+                connection.close()
+            if then:
+                connection, _ = sock.accept()
+                connection.recv(1 << 16)
+                connection.sendall(then)
+                connection.close()
+            else:
+                sock.close()
+
+        sock = socket.socket(socket.AF_UNIX)
+        path.unlink(missing_ok=True)
+        sock.bind(str(path))
+        sock.listen(1)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        return thread
+
+    thread = ends(1, encode_result("the next one"))
+    assert ask(path, "v", "status", timeout_s=5) == "the next one"
+    thread.join()
+    thread = ends(2, b"")
+    with pytest.raises(EndedError, match="without an answer"):
+        ask(path, "v", "status", timeout_s=5)
+    thread.join()
+    with pytest.raises(WrongStateError, match="not running"):
+        ask(path, "v", "status", timeout_s=5)
 
 
 def test_events_of_the_past_and_then_those_that_come(path: Path) -> None:
