@@ -130,18 +130,7 @@ class DmMode:
     async def close_direct(self, end_eras: EndEras) -> None:
         """Have every write pass the gate.  After UnreachableError everything is as it was."""
         routes = self._direct.routes
-        self._direct.is_closing = True
-        routes.gate_all()
-        for _ in range(LAST_BARRIERS):
-            if routes.all_gated:
-                return
-            await _one_barrier(self._direct, end_eras)
-        self._direct.is_closing = False
-        routes.gate_all(wanted=False)
-        raise UnreachableError(
-            "the kernel's table cannot be changed: no barrier passes",
-            hint=f"see 'barrier-error' in 'dmctl events {self._config.name}'",
-        )
+        await close_direct(self._direct, end_eras, lambda: routes.all_gated, self._config.name)
 
     async def hold_hosts(self) -> None:
         """What was received is answered; what the kernel sends from now on waits in it."""
@@ -184,6 +173,27 @@ async def settle(path: DirectPath, end_eras: EndEras) -> None:
         if not path.routes.settling:
             return
         await _one_barrier(path, end_eras)
+
+
+async def close_direct(
+    path: DirectPath, end_eras: EndEras, enough: Callable[[], bool], name: str
+) -> None:
+    """Have every write pass the gate, and try for what is `enough` beyond that.  After
+    UnreachableError everything is as it was."""
+    path.is_closing = True
+    path.routes.gate_all()
+    for _ in range(LAST_BARRIERS):
+        if enough():
+            return
+        await _one_barrier(path, end_eras)
+    if path.routes.all_gated:
+        return
+    path.is_closing = False
+    path.routes.gate_all(wanted=False)
+    raise UnreachableError(
+        "the kernel's table cannot be changed: no barrier passes",
+        hint=f"see 'barrier-error' in 'dmctl events {name}'",
+    )
 
 
 async def _one_barrier(path: DirectPath, end_eras: EndEras) -> None:

@@ -68,6 +68,9 @@ class NbdMode:
     async def cut_off(self) -> None:
         await self.server.drain(DRAIN_TIMEOUT_S)
 
+    async def follow_size(self, end_eras: EndEras) -> None:
+        """A server tells its size when a connection begins."""
+
     async def undo(self) -> None:
         """The listeners are closed already."""
 

@@ -10,18 +10,25 @@ they may be served elsewhere.
    close it.  It is not given back to them: what they hold in memory may be out of date.
 2. While the layers exist device-mapper has the primary exclusively, and this process does without.
 3. What is open when they go counts as written, whole.
+4. The layers may be smaller than the volume, which both nodes take up larger before hosts see it
+   (`follow_size`).  Then every write passes the gate, and hosts' writes wait in the kernel while it
+   gets a new era device and longer tables.  If this process dies or fails meanwhile, they wait for
+   the next one, which finds the layers as in rule 1, whatever their size.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from bitmapd.attach.dm_mode import (
+    LEAVE_TIMEOUT_S,
     Mark,
     attachment,
+    close_direct,
     direct_extents,
     direct_path,
     direct_status,
@@ -78,25 +85,28 @@ class PromotedDm:
     # -- start --------------------------------------------------------------------------------
     async def prepare(self, geometry: Geometry, opened: Undo) -> str:
         self._geometry = geometry
-        kernel = self._attachment()
+        self._kernel = kernel = self._attachment(geometry)
         opened.append(self._let_go)
-        self._kernel = kernel
         segments = await kernel.look()
         if segments is None:
             await kernel.sever()
             self._let_go()
         else:
+            found = dataclasses.replace(geometry, size_bytes=segments[-1][1])
+            if found != geometry:
+                kernel.close()
+                self._kernel = kernel = self._attachment(found)
             await kernel.prepare()
             self.adopted = True
-            self.direct = direct_extents(geometry, segments)
-            self._begin_path(kernel).routes.adopt(self.direct)
+            self.direct = direct_extents(found, segments)
+            self._begin_path(kernel, found).routes.adopt(self.direct)
         return self._config.primary
 
-    def _attachment(self) -> KernelAttachment:
-        return attachment(self._loop, self._config, self._geometry, self._emit)
+    def _attachment(self, geometry: Geometry) -> KernelAttachment:
+        return attachment(self._loop, self._config, geometry, self._emit)
 
-    def _begin_path(self, kernel: KernelAttachment) -> DirectPath:
-        path = direct_path(kernel, self._geometry, self._emit, self._on_barrier)
+    def _begin_path(self, kernel: KernelAttachment, geometry: Geometry) -> DirectPath:
+        path = direct_path(kernel, geometry, self._emit, self._on_barrier)
         self.path.begin(path)
         return path
 
@@ -127,11 +137,12 @@ class PromotedDm:
     async def admit(self) -> None:
         if self._kernel is None:
             await self._primary.lend()
-            self._kernel = kernel = self._attachment()
+            geometry = self._present_geometry()
+            self._kernel = kernel = self._attachment(geometry)
             try:
                 await kernel.close_hosts()  # whoever has it open since they were cut off keeps it
                 await kernel.prepare()
-                await self._serve(kernel, self._begin_path(kernel))
+                await self._serve(kernel, self._begin_path(kernel, geometry))
             except BaseException:
                 await self._remove(kernel.sever)
                 await self._is_down()
@@ -171,16 +182,53 @@ class PromotedDm:
     async def _is_down(self) -> None:
         """No host can write any more: the gate is to know what was written."""
         self._let_go()
-        unknown = self.path.end()
+        self._end_path()
         if self._gate is None:
             return
-        blocks = (self._geometry.extent_blocks(*run) for run in unknown)
-        self._gate.take_over(blocks, ())
         await self.server.drain(DRAIN_TIMEOUT_S)
         try:
             await self._primary.take_back()
         except BitmapdError as error:
             self._emit("detach-error", message=error.message)
+
+    def _end_path(self) -> None:
+        """The gate is to know what was written past it."""
+        unknown = self.path.end()
+        if self._gate is not None:
+            blocks = (self._geometry.extent_blocks(*run) for run in unknown)
+            self._gate.take_over(blocks, ())
+
+    # -- a larger size ------------------------------------------------------------------------
+    async def follow_size(self, end_eras: EndEras) -> None:
+        path, kernel = self.path.path, self._kernel
+        geometry = self._present_geometry()
+        if path is None or kernel is None or path.geometry == geometry:
+            return
+
+        async def unless_held_up(enough: Callable[[], bool]) -> None:
+            await end_eras(lambda: enough() or self.path.is_held_up())
+
+        await close_direct(path, unless_held_up, lambda: path.routes.is_still, self._config.name)
+        self.path.exchange()
+        try:
+            await end_eras(lambda: not path.is_busy)
+            kernel.stay_disconnected()
+            await self.server.drain(LEAVE_TIMEOUT_S)
+            self._end_path()
+            kernel.close()
+            self._kernel = kernel = self._attachment(geometry)
+            await kernel.prepare()
+            await self._serve(kernel, self._begin_path(kernel, geometry))
+        except Exception as error:
+            # Hosts' writes wait: this process must not live on without serving them.
+            what = {"message": "hosts cannot be served", "exception": error}
+            self._loop.call_exception_handler(what)
+            raise
+
+    def _present_geometry(self) -> Geometry:
+        if self._gate is None:
+            return self._geometry
+        return dataclasses.replace(self._geometry, size_bytes=self._gate.size_bytes)
 
     # -- stop ---------------------------------------------------------------------------------
     async def undo(self) -> None:

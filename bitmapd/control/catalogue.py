@@ -257,6 +257,14 @@ _EVENTS = (
         "announce it to the hosts",
     ),
     EventKind(
+        "size-not-shown",
+        Level.WARNING,
+        ("message",),
+        "the volume has grown, and hosts go on with /dev/mapper/NAME in its old size: writes could"
+        " not be brought through bitmapd first",
+        "what the message says, then `dmctl resize NAME` once more",
+    ),
+    EventKind(
         "not-sealed",
         Level.WARNING,
         ("device", "message"),

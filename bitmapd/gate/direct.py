@@ -21,6 +21,8 @@ begun in.  A barrier ends the era, waits until no write of it is in flight, and 
 6. A write that was in flight when this process began may be marked in an era before the first one
    that is collected.  So the first barrier that lands counts every block as written that was
    direct before.
+7. The kernel's devices may be smaller than the volume, which has grown since they were made: what
+   lies beyond them goes into no table.
 
 bitmapd's death loses nothing here: the kernel goes on marking, the record names every extent that
 is direct, and the next process begins with all of them.
@@ -215,7 +217,7 @@ class DirectPath:
         """Have hosts write past the gate what they write through it and is recorded durably."""
         if self._busy:
             raise RuntimeError("a barrier is under way")
-        table = self.routes.grow(recorded)
+        table = self.routes.grow(self._reachable(recorded))
         if table is None:
             done()
             return
@@ -300,7 +302,7 @@ class DirectPath:
             raise RuntimeError("a barrier is under way")
         self._busy = True
         seen = self._kernel.counters()
-        recorded = tuple(recorded)
+        recorded = self._reachable(recorded)
         table = self.routes.propose(recorded)
         geometry = self.geometry
         segments = (
@@ -337,6 +339,10 @@ class DirectPath:
             self.on_ended()
 
         self._kernel.barrier(segments, self._since_era, ended)
+
+    def _reachable(self, recorded: Iterable[Run]) -> list[Run]:
+        extents = self.geometry.extents
+        return [(first, min(stop, extents)) for first, stop in recorded if first < extents]
 
     def _not_landed(self, error: OSError | None) -> None:
         reason = "no reason" if error is None else error.strerror or str(error)

@@ -7,6 +7,7 @@ there before the superblock says the new size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -33,10 +34,14 @@ class Grown(Protocol):
 class PairGrowth:
     """`partner.growth.Media`."""
 
-    def __init__(self, parts: Parts, pair: Pair, volume: Grown) -> None:
+    def __init__(
+        self, parts: Parts, pair: Pair, volume: Grown, on_grown: Callable[[], None]
+    ) -> None:
+        """`on_grown` is called after every growth, when all know of it but hosts."""
         self._parts = parts
         self._pair = pair
         self._volume = volume
+        self._on_grown = on_grown
         self._answers = Answers(parts.loop)
 
     def look(self, size_bytes: int, answer: Answer) -> None:
@@ -44,9 +49,6 @@ class PairGrowth:
 
     async def _look(self, size_bytes: int) -> str | None:
         parts = self._parts
-        if parts.mode.elsewhere and self._pair.lets_hosts_in:
-            name = parts.config.name
-            return f"hosts have /dev/mapper/{name}: 'dmctl demote {name}' first, then grow it"
         found = await present_geometry(
             parts.config,
             self._volume.geometry,
@@ -76,6 +78,7 @@ class PairGrowth:
         take_up(self._parts, self._volume.geometry, geometry, mine=False)
         self._pair.grow(geometry)
         self._volume.grown(geometry)
+        self._on_grown()
 
     async def end(self) -> None:
         """Return when nothing is under way."""

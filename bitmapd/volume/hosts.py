@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 
 from bitmapd.attach.mode import Door, EndEras
-from bitmapd.errors import BitmapdError
+from bitmapd.errors import BitmapdError, UnreachableError
 
 
 class VolumeHosts:
@@ -54,6 +54,21 @@ class VolumeHosts:
             self._taken_from = False
             if self.are_served:
                 await self._end(force=force)
+
+    async def follow_size(self) -> None:
+        """Have them see the size of the volume.  UnreachableError if they go on with the old."""
+        async with self._turn:
+            if self.are_served:
+                await self._door.follow_size(self._end_eras)
+
+    def begin_to_follow_size(self, failed: Callable[[BitmapdError], None]) -> None:
+        async def follow() -> None:
+            try:
+                await self.follow_size()
+            except UnreachableError as error:
+                failed(error)
+
+        self._begin(follow())
 
     # -- a takeover of the partner --------------------------------------------------------------
     def stop(self, force: bool, done: Callable[[str | None], None]) -> None:

@@ -51,6 +51,8 @@ class Served(Protocol):
     @property
     def geometry(self) -> Geometry: ...
 
+    def emit(self, event: str, **fields: Any) -> None: ...
+
     async def begin(self) -> None:
         """Copy, and let hosts in, unless that needs a takeover."""
 
@@ -70,7 +72,7 @@ class Paired:
         self._volume = volume
         self._hosts: VolumeHosts | None = None
         self._entering: asyncio.Task[None] | None = None
-        self._growing = PairGrowth(parts, pair, volume)
+        self._growing = PairGrowth(parts, pair, volume, self._has_grown)
         pair.node.growth.media = self._growing
 
     # -- start and stop -----------------------------------------------------------------------
@@ -113,6 +115,7 @@ class Paired:
             are_served=are_served,
         )
         self.pair.node.serve(self._hosts)
+        self._has_grown()  # perhaps before an earlier process died, and hosts go on with the old
 
     # -- what has changed ---------------------------------------------------------------------
     def look(self) -> None:
@@ -198,6 +201,19 @@ class Paired:
     async def resize(self, size_bytes: int) -> None:
         """Have both nodes take up that size."""
         await completion(partial(self.pair.node.growth.begin, size_bytes))
+        await self.follow_size()
+
+    async def follow_size(self) -> None:
+        """Have hosts see the volume's size.  UnreachableError if they go on with the old one."""
+        if self._hosts is not None:
+            await self._hosts.follow_size()
+
+    def _has_grown(self) -> None:
+        if self._hosts is not None:
+            self._hosts.begin_to_follow_size(self._go_on_with_the_old_size)
+
+    def _go_on_with_the_old_size(self, error: BitmapdError) -> None:
+        self._volume.emit("size-not-shown", message=error.message)
 
     async def take_over(self, fenced: bool, force: bool, *, beside: bool = False) -> dict[str, Any]:
         """Let hosts in here.  A partner that is there stops its hosts and gives everything, with

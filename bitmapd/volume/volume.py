@@ -433,6 +433,8 @@ class Volume:
         secondary = self._parts.secondary
         geometry = await present_geometry(self.config, self.geometry, secondary, self._loop)
         if geometry is None:
+            if self._paired is not None:
+                await self._paired.follow_size()
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
         if self._receiver is not None:
             await self._receiver.offer(geometry.size_bytes)

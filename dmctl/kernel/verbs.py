@@ -322,8 +322,10 @@ class Helper:
         layers = [seen.layer(self._volume, layer) for layer in (Layer.TOP, Layer.WRITE, Layer.ERA)]
         top, write, era = layers
         segments = None
-        if top is not None and write is not None and era is not None and top.uses(write):
-            segments = segments_of(write.lines, era=era.number, nbd=self._nbd_number(seen))
+        if top is not None and write is not None and top.uses(write):
+            # Without an era device while a volume grows, when nothing is direct.
+            era_number = era.number if era is not None else ""
+            segments = segments_of(write.lines, era=era_number, nbd=self._nbd_number(seen))
         return {"segments": segments or None}, b""
 
     def sever(self, request: Request) -> Answer:

@@ -6,6 +6,7 @@ The kernel only notes what it is told; with a real one it is tested in tests/vm/
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 
 from bitmapd.attach import dm_mode, promoted_dm
 from bitmapd.attach.promoted_dm import PromotedDm
-from bitmapd.errors import BitmapdError, BusyError
+from bitmapd.errors import BitmapdError, BusyError, UnreachableError
 from bitmapd.gate.direct import HostCounters
 from bitmapd.gate.routes import Segment
 from tests.support.local import LocalVolume
-from tests.support.mirror import Mirror
+from tests.support.mirror import BLOCK, Mirror
 from tests.unit.attach.test_modes import NotedServer
 
 
@@ -61,6 +62,9 @@ class NotedKernel:
 
     async def sever(self) -> None:
         self._note("sever")
+
+    def stay_disconnected(self) -> None:
+        self._note("stay disconnected")
 
     async def detach(self) -> None:
         self._note("detach")
@@ -271,6 +275,133 @@ def test_hosts_that_cannot_be_let_in_leave_nothing(run: Callable[[Test], None], 
         assert it.mode.path.path is None
         it.kernel.fails = ""
         await it.mode.admit()
+
+    run(test)
+
+
+def grow(it: Bench) -> int:
+    """The volume, and not what hosts have; the size of before."""
+    old = it.mirror.geometry
+    it.mirror.gate.grow(dataclasses.replace(old, size_bytes=old.size_bytes + old.extent_bytes))
+    return old.size_bytes
+
+
+def eras(it: Bench) -> Callable[[Callable[[], bool]], Awaitable[None]]:
+    """Barriers that land, one after the other."""
+
+    async def end_eras(enough: Callable[[], bool]) -> None:
+        path = it.mode.path.path
+        assert path is not None
+        while not enough():
+            path.routes.propose([(0, 9)])
+            path.routes.landed(())
+            path.barriers += 1
+
+    return end_eras
+
+
+EXCHANGED = ["stay disconnected", "drain 60 s", "close", "prepare", "connect", "attach"]
+
+
+def test_hosts_see_a_larger_size_once_every_write_passes_the_gate(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        await it.mode.admit()
+        await it.mode.follow_size(no_eras)  # nothing has grown
+        assert it.mode.path.path is not None
+        it.mode.path.path.routes.adopt([(2, 4)])
+        it.told()
+        old_bytes = grow(it)
+        assert it.mode.path.path.geometry.size_bytes == old_bytes
+        await it.mode.follow_size(eras(it))
+        assert it.told() == EXCHANGED
+        assert it.mode.path.path.geometry.size_bytes == it.mirror.gate.size_bytes > old_bytes
+        new = range(old_bytes // BLOCK, it.mirror.gate.size_bytes // BLOCK)
+        assert list(it.mirror.gate.current.runs()) == [(new[0], new[-1] + 1)]  # nothing was open
+        assert not it.mode.path.path.is_closing
+        await it.mode.follow_size(no_eras)
+        await it.mode.dismiss(no_eras, force=False)
+        grow(it)
+        await it.mode.follow_size(no_eras)  # nobody is in
+        await it.mode.admit()
+        assert it.mode.path.path.geometry.size_bytes == it.mirror.gate.size_bytes
+
+    run(test)
+
+
+def test_hosts_go_on_with_the_old_size_while_no_barrier_passes(run: Callable[[Test], None]) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        await it.mode.admit()
+        path = it.mode.path.path
+        assert path is not None
+        path.routes.adopt([(2, 4)])
+        it.mode.path.is_held_up = lambda: True  # by a partner that is not there
+
+        async def no_era_ends(enough: Callable[[], bool]) -> None:
+            assert enough()
+
+        it.told()
+        grow(it)
+        with pytest.raises(UnreachableError, match="no barrier passes"):
+            await it.mode.follow_size(no_era_ends)
+        assert (it.told(), it.mode.path.path) == ([], path)
+        assert (path.is_closing, path.routes.is_gating) == (False, False)
+        it.mode.path.is_held_up = lambda: False
+        await it.mode.follow_size(eras(it))
+        assert it.told() == EXCHANGED
+
+    run(test)
+
+
+@pytest.mark.parametrize("fails", ["prepare", "connect", "attach"])
+def test_a_process_that_holds_up_hosts_and_cannot_go_on_fails(
+    run: Callable[[Test], None], fails: str
+) -> None:
+    async def test(it: Bench) -> None:
+        failures: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _loop, context: failures.append(str(context["exception"]))
+        )
+        await it.prepare()
+        await it.begin()
+        await it.mode.admit()
+        grow(it)
+        it.kernel.fails = fails
+        with pytest.raises(BitmapdError, match=f"cannot {fails}"):
+            await it.mode.follow_size(eras(it))
+        assert failures == [f"cannot {fails}"]
+        assert "sever" not in it.told()[5:]  # they wait for the next process
+
+    run(test)
+
+
+def test_one_that_is_found_alive_and_smaller_is_served_on_as_it_is(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(it: Bench) -> None:
+        extent = it.mirror.geometry.extent_bytes
+        it.kernel.found = [(0, extent, "gate"), (extent, 2 * extent, "direct")]
+        await it.prepare()
+        assert it.told() == ["look", "close", "prepare"]
+        assert it.mode.direct == [(1, 2)]
+        path = it.mode.path.path
+        assert path is not None
+        assert path.geometry.size_bytes == 2 * extent < it.mirror.geometry.size_bytes
+        it.mirror.store.add([(1, 2)], (), lambda error: None)
+        it.mirror.run()
+        await it.begin()
+        await it.mode.admit()
+        it.told()
+        it.kernel.found = None
+        await it.mode.follow_size(eras(it))
+        assert it.told() == EXCHANGED
+        assert it.mode.path.path is not None
+        assert it.mode.path.path.geometry == it.mirror.geometry
 
     run(test)
 

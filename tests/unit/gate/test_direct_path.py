@@ -189,6 +189,21 @@ def test_marks_that_cannot_be_read_mean_that_all_of_the_record_was_written(bench
     assert bench.helper.asked[-1] == (None, 8)
 
 
+def test_what_lies_beyond_the_kernels_devices_goes_into_no_table(bench: Bench) -> None:
+    size, beyond = GEOMETRY.size_bytes, (GEOMETRY.extents, GEOMETRY.extents + 3)
+    bench.routes.gated_hit(0, 1)
+    bench.begin((0, 1), (4, 9), beyond)
+    table = [(0, EXTENT, DIRECT), (EXTENT, 4 * EXTENT, GATE), (4 * EXTENT, size, DIRECT)]
+    assert bench.helper.asked[-1][0] == table
+    bench.helper.done(None, Landed((), 7, 0.0, damage="bad checksum"))
+    assert bench.got == [[(0, 2), (8, 9)]]
+    for _ in range(GROWTH_HITS):
+        bench.routes.gated_hit(1, 2)
+    bench.path.grow([(0, 2), (4, 9), beyond], lambda: None)
+    table = [(0, 2 * EXTENT, DIRECT), (2 * EXTENT, 4 * EXTENT, GATE), (4 * EXTENT, size, DIRECT)]
+    assert bench.helper.swaps == [table]
+
+
 def test_a_barrier_that_is_put_off_is_no_failure_and_is_told_once(bench: Bench) -> None:
     bench.routes.gated_hit(0, 1)
     for _ in range(2):

@@ -39,6 +39,11 @@ class PairNode(DmVolume):
             *("--attach", "dm", "--serve", "on-promote", *options),
         )
 
+    def grow_primary(self, size_bytes: int) -> None:
+        """Its own device, once the disk under it has grown."""
+        sh("losetup", "--set-capacity", self.loop)
+        self.size_bytes = size_bytes
+
     def partner(self) -> dict[str, Any]:
         return dict(self.status()["partner"])
 

@@ -30,17 +30,21 @@ class DmVolume:
         self.device = f"/dev/mapper/{name}"
         self.run_dir = folder / "run"
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._environment = {
+        self.environment = {
             **os.environ,
             "DMCTL_CONFIG_DIR": str(folder / "etc"),
             "DMCTL_RUN_DIR": str(self.run_dir),
             "NO_COLOR": "1",
         }
 
+    def words(self, *words: str) -> list[str]:
+        """Of a command of dmctl, to be run in `environment`."""
+        return [sys.executable, "-P", "-m", "dmctl", *words]
+
     def dmctl(self, *words: str, status: int | None = 0, timeout_s: float = WAIT_S) -> str:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "dmctl", *words],
-            env=self._environment,
+            self.words(*words),
+            env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -57,7 +57,7 @@ class Quick(DmVolume):
             contextlib.redirect_stderr(said),
         ):
             for key in ("DMCTL_CONFIG_DIR", "DMCTL_RUN_DIR", "NO_COLOR"):
-                patch.setenv(key, self._environment[key])
+                patch.setenv(key, self.environment[key])
             outcome = main(words)
         if status is not None and outcome != status:
             raise AssertionError(f"dmctl {words}: {outcome}\n{said.getvalue()}\n{self.log()}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vm.guest.disks import MIB, sh
+from tests.vm.guest.disks import MIB, sh, size_of
 from tests.vm.guest.dmpair import NAME, PairNode, dm_pair, equal
+from tests.vm.guest.test_volume import VERIFY
 
 # Under load the emulated machine takes minutes for what takes seconds elsewhere.
 pytestmark = pytest.mark.timeout(1800)
@@ -154,3 +156,79 @@ def test_a_kernel_outlives_bitmapd_and_is_fenced(
     two.dmctl("demote", NAME)
     two.wait_in_sync()
     end(one, two)
+
+
+LARGER = 96 * MIB
+
+
+def grow_media(pair: tuple[PairNode, PairNode], *, secondary: bool = True) -> None:
+    pair[0].primary.grow(LARGER)
+    for node in pair:
+        node.grow_primary(LARGER)
+    if secondary:
+        pair[0].secondary.grow(LARGER)
+
+
+@pytest.mark.parametrize("asked", [0, 1], ids=["where hosts are", "at the other"])
+def test_an_ext4_that_grows_in_use(
+    pair: tuple[PairNode, PairNode], tmp_path: Path, asked: int
+) -> None:
+    one, _ = pair
+    one.dmctl("takeover", NAME)
+    sh("mkfs.ext4", "-q", DEVICE)
+    mount = tmp_path / "mnt"
+    mount.mkdir()
+    sh("mount", DEVICE, str(mount))
+    try:
+        words = ["fio", "--name=job", f"--filename={mount}/job", "--ioengine=libaio"]
+        words += ["--rw=randwrite", "--bs=4k", "--iodepth=4", "--size=16m", "--direct=1"]
+        words += ["--loops=8", *VERIFY]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as job:
+            one.until(lambda status: status["direct_extents"] > 4)
+            grow_media(pair, secondary=False)
+            assert "secondary" in pair[asked].dmctl("resize", NAME, status=13)
+            one.secondary.grow(LARGER)
+            pair[asked].dmctl("resize", NAME)
+            for node in pair:
+                assert node.status()["size_bytes"] == LARGER
+            one.until(lambda status: size_of(DEVICE) == LARGER)
+            pair[asked].dmctl("resize", NAME)  # nothing left to do
+            sh("resize2fs", DEVICE)
+            output, _ = job.communicate(timeout=600)
+            assert job.returncode == 0, output
+        (mount / "more").write_bytes(os.urandom(24 * MIB))
+        one.until(lambda status: status["direct_extents"] > 4)
+    finally:
+        sh("umount", str(mount))
+    one.dmctl("demote", NAME)
+    one.wait_in_sync()
+    end(*pair)
+    sh("e2fsck", "-f", "-n", one.secondary.path)
+
+
+def test_one_that_dies_before_its_hosts_see_the_new_size(pair: tuple[PairNode, PairNode]) -> None:
+    """They go on with the old size, past a process that is not there, and get the new one from the
+    next."""
+    one, _ = pair
+    one.dmctl("takeover", NAME)
+    fd = opened()
+    try:
+        have_direct(one, fd)
+        grow_media(pair)
+        with subprocess.Popen(one.words("resize", NAME), env=one.environment) as command:
+            one.until(lambda status: status["size_bytes"] == LARGER)
+            one.kill()
+            assert command.wait() != 0
+        assert size_of(DEVICE) == 64 * MIB
+        for place in PLACES:
+            put(fd, place, b"unseen")
+        come_back(one)
+        one.until(lambda status: size_of(DEVICE) == LARGER)
+        put(fd, LARGER - 4096, b"beyond the old end")
+        assert get(LARGER - 4096) == b"beyond the old end"
+        assert [get(place) for place in PLACES] == [b"unseen"] * len(PLACES)
+    finally:
+        os.close(fd)
+    one.dmctl("demote", NAME)
+    one.wait_in_sync()
+    end(*pair)
