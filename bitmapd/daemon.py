@@ -221,16 +221,7 @@ class Daemon(Process[Volume]):
 
     async def _take_up_size(self) -> dict[str, Any]:
         async with self._turn:
-            try:
-                answer = await self.volume.resize()
-                if self.volume.left:
-                    await self._exchange()
-            except BaseException as error:
-                if self.volume.left:
-                    # The kernel holds hosts' writes back until the volume is started again.
-                    self._fail(error)
-                raise
-        return answer
+            return await self.volume.resize()
 
 
 def _write_error(paths: Paths, name: str, error: BitmapdError) -> None:

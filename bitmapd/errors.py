@@ -149,7 +149,8 @@ class OtherMediumError(OSError):
 
 def error_from_json(data: dict[str, Any]) -> BitmapdError:
     """Rebuild an error that came over the control socket; unknown codes become `BitmapdError`."""
-    by_code = {cls.code: cls for cls in BitmapdError.__subclasses__()}
+    classes = BitmapdError.__subclasses__()
+    by_code = {cls.code: cls for cls in classes if cls.code != BitmapdError.code}
     cls = by_code.get(str(data.get("code")), BitmapdError)
     return cls(str(data.get("message", "unknown error")), data.get("hint"))
 

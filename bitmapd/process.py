@@ -27,7 +27,7 @@ from bitmapd.control.events import EventLog
 from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
-from bitmapd.errors import BitmapdError, BusyError, WrongStateError
+from bitmapd.errors import BitmapdError, BusyError
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.volume.stall import Stall, StalledError
 
@@ -42,10 +42,6 @@ class Served(Protocol):
 
     @property
     def state(self) -> str: ...
-
-    @property
-    def left(self) -> bool:
-        """Whether another one takes its place."""
 
     async def start(self) -> None: ...
 
@@ -245,11 +241,6 @@ class Process(ABC, Generic[S]):
 
     async def _reach(self, state: str) -> dict[str, Any]:
         await self.volume.wait(state)
-        while self.volume.left:
-            async with self._turn:
-                if self._failure is not None:
-                    raise WrongStateError(f"volume '{self._name}' has failed")
-            await self.volume.wait(state)
         return {"state": self.volume.state}
 
 

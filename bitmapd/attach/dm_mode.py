@@ -3,12 +3,21 @@
 Hosts can write from `admit` on.  What they can write directly is in the record by then: if the
 layers were found alive, with a table of an earlier process, whatever is direct in it.  The order of
 the steps is in `attach/mode.py`.
+
+1. Gate and copier work on the primary itself.  The gate marks what passes it, and a barrier waits
+   for that, too, since it suspends the layer above the gate: the era device would mark it a second
+   time, commit that, and cut its discards into pieces of one block.
+2. The layers may be smaller than the volume, which takes a larger size up before hosts see it.
+   Then every write passes the gate until nothing that did not is unknown, and hosts' writes wait in
+   the kernel while it gets a new era device and longer tables (`exchange`).  If this process dies
+   or fails meanwhile, they wait for the next one, which serves the layers as it finds them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
@@ -64,14 +73,23 @@ class DmMode:
     def adopted(self) -> bool:
         return self._prepared and self._kernel.adopted
 
-    async def prepare(self, geometry: Geometry, opened: Undo) -> str:
-        kernel = attachment(self._loop, self._config, geometry, self._emit)
-        opened.append(kernel.close)
+    async def prepare(self, geometry: Geometry, opened: Undo) -> None:
+        self._kernel = kernel = self._attachment(geometry)
+        opened.append(self._let_go)
+        there = of_layers(geometry, await kernel.look())
+        if there != geometry:
+            kernel.close()
+            self._kernel = kernel = self._attachment(there)
         await kernel.prepare()
-        self._kernel = kernel
         self._prepared = True
-        self._direct = direct_path(kernel, geometry, self._emit, self._on_barrier)
-        return kernel.era_device
+        self._direct = direct_path(kernel, there, self._emit, self._on_barrier)
+
+    def _let_go(self) -> None:
+        """The layers stay as they are."""
+        self._kernel.close()
+
+    def _attachment(self, geometry: Geometry) -> KernelAttachment:
+        return attachment(self._loop, self._config, geometry, self._emit)
 
     async def begin(
         self,
@@ -85,14 +103,16 @@ class DmMode:
         self.server = make_server(
             self._config, self._loop, engine, gate, self._emit, tls=None, may_spin=may_spin
         )
+        self._gate = gate
         self._covers = store.covers
         self._mark: Mark = lambda *blocks: completion(partial(gate.mark, *blocks))
 
+    async def _serve(self, kernel: KernelAttachment, path: DirectPath) -> None:
+        await serve_kernel(kernel, path, self.server, covers=self._covers, mark=self._mark)
+
     async def admit(self) -> None:
         if not self._admitted:
-            await serve_kernel(
-                self._kernel, self._direct, self.server, covers=self._covers, mark=self._mark
-            )
+            await self._serve(self._kernel, self._direct)
             self._admitted = True
         elif self._closed:
             # The helper carries this out behind a barrier that is under way.
@@ -114,8 +134,7 @@ class DmMode:
     async def last_writes(self, end_eras: EndEras) -> None:
         await settle(self._direct, end_eras)
 
-    async def detach(self, release_device: Callable[[], None]) -> None:
-        release_device()
+    async def detach(self) -> None:
         try:
             await self._kernel.detach()
         except BitmapdError as error:
@@ -126,20 +145,14 @@ class DmMode:
     def figures(self, gate: Gate) -> dict[str, Any]:
         return direct_status(self._direct, gate)
 
-    # -- for another one to take over ---------------------------------------------------------
-    async def close_direct(self, end_eras: EndEras) -> None:
-        """Have every write pass the gate.  After UnreachableError everything is as it was."""
-        routes = self._direct.routes
-        await close_direct(self._direct, end_eras, lambda: routes.all_gated, self._config.name)
-
-    async def hold_hosts(self) -> None:
-        """What was received is answered; what the kernel sends from now on waits in it."""
-        self._kernel.stay_disconnected()
-        await self.server.drain(LEAVE_TIMEOUT_S)
-
-    def hand_over(self) -> None:
-        """Let go of the layers as they are."""
-        self._kernel.close()
+    async def follow_size(self, end_eras: EndEras) -> None:
+        path, geometry = self._direct, present_geometry(self._direct, self._gate)
+        if path.geometry == geometry:
+            return
+        await close_direct(path, end_eras, self._config.name)
+        before, self._kernel = self._kernel, self._attachment(geometry)
+        layers = Exchange(path, before, self._kernel, geometry)
+        await exchange(layers, self.server, self._serve)
 
 
 def attachment(
@@ -175,18 +188,28 @@ async def settle(path: DirectPath, end_eras: EndEras) -> None:
         await _one_barrier(path, end_eras)
 
 
-async def close_direct(
-    path: DirectPath, end_eras: EndEras, enough: Callable[[], bool], name: str
-) -> None:
-    """Have every write pass the gate, and try for what is `enough` beyond that.  After
-    UnreachableError everything is as it was."""
+# -- a larger size --------------------------------------------------------------------------------
+def of_layers(geometry: Geometry, segments: list[Segment] | None) -> Geometry:
+    """Of layers that were found alive with these segments; of those to be made without."""
+    size_bytes = segments[-1][1] if segments else geometry.size_bytes
+    return dataclasses.replace(geometry, size_bytes=min(size_bytes, geometry.size_bytes))
+
+
+def present_geometry(path: DirectPath, gate: Gate) -> Geometry:
+    """Of layers that are as large as the volume."""
+    return dataclasses.replace(path.geometry, size_bytes=gate.size_bytes)
+
+
+async def close_direct(path: DirectPath, end_eras: EndEras, name: str) -> None:
+    """Have every write pass the gate, and learn of all that did not.  After UnreachableError
+    everything is as it was."""
     path.is_closing = True
     path.routes.gate_all()
     for _ in range(LAST_BARRIERS):
-        if enough():
+        if path.is_still:
             return
         await _one_barrier(path, end_eras)
-    if path.routes.all_gated:
+    if path.is_still:
         return
     path.is_closing = False
     path.routes.gate_all(wanted=False)
@@ -194,6 +217,38 @@ async def close_direct(
         "the kernel's table cannot be changed: no barrier passes",
         hint=f"see 'barrier-error' in 'dmctl events {name}'",
     )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exchange:
+    """Of the layers below a path, for others of this geometry."""
+
+    path: DirectPath
+    before: KernelAttachment
+    after: KernelAttachment
+    geometry: Geometry
+
+
+async def exchange(
+    layers: Exchange,
+    server: NbdServer,
+    serve: Callable[[KernelAttachment, DirectPath], Awaitable[None]],
+) -> None:
+    """After `close_direct`."""
+    path, kernel = layers.path, layers.after
+    path.let_go()
+    try:
+        layers.before.stay_disconnected()
+        await server.drain(LEAVE_TIMEOUT_S)
+        layers.before.close()
+        await kernel.prepare()
+        path.go_on(layers.geometry, kernel, since_era=kernel.current_era)
+        await serve(kernel, path)
+    except Exception as error:
+        # Hosts' writes wait: this process must not live on without serving them.
+        what = {"message": "hosts cannot be served", "exception": error}
+        server.loop.call_exception_handler(what)
+        raise
 
 
 async def _one_barrier(path: DirectPath, end_eras: EndEras) -> None:

@@ -18,8 +18,6 @@ One of two appliances lets hosts in and sends them away again as often as it is 
 2. After `last_writes` no host can write, and the gate knows of every write; what the kernel could
    not be asked about is open and therefore stays in the record.
 3. `undo` ends a start that failed at any step, and leaves alone what was found alive.
-4. dm only: `close_direct`, `hold_hosts` and `hand_over` leave the layers to the next `prepare`;
-   what hosts write meanwhile waits in the kernel.
 
 A crash ends the connections of nbd mode.  In dm mode the layers stay, and what needs the gate waits
 for the next `prepare`.
@@ -66,14 +64,13 @@ class Mode(Protocol):
 
     @property
     def exclusive(self) -> bool:
-        """Whether device-mapper has not claimed the device that `prepare` names."""
+        """Whether device-mapper has not claimed the primary; from `prepare` on."""
 
     @property
     def adopted(self) -> bool:
         """Whether the kernel served hosts before this start, and does whatever becomes of it."""
 
-    async def prepare(self, geometry: Geometry, opened: Undo) -> str:
-        """The device that gate and copier are to work on."""
+    async def prepare(self, geometry: Geometry, opened: Undo) -> None: ...
 
     async def begin(
         self,
@@ -98,8 +95,11 @@ class Mode(Protocol):
 
     async def last_writes(self, end_eras: EndEras) -> None: ...
 
-    async def detach(self, release_device: Callable[[], None]) -> None:
-        """`release_device` closes the one that `prepare` named, if that has to be now."""
+    async def detach(self) -> None: ...
+
+    async def follow_size(self, end_eras: EndEras) -> None:
+        """Have hosts see the size that the gate has, if that has grown since they were let in.
+        After UnreachableError they go on with the size that they have."""
 
     def figures(self, gate: Gate) -> dict[str, Any]:
         """Of the status, in place of the gate's own."""

@@ -39,8 +39,8 @@ class NbdMode:
         self._loop = loop
         self._emit = emit
 
-    async def prepare(self, geometry: Geometry, opened: Undo) -> str:
-        return self._config.primary
+    async def prepare(self, geometry: Geometry, opened: Undo) -> None:
+        """There is nothing between the server and the primary."""
 
     async def begin(
         self,
@@ -81,7 +81,7 @@ class NbdMode:
         self.server.close_listeners()
         await self.server.drain(DRAIN_TIMEOUT_S)
 
-    async def detach(self, release_device: Callable[[], None]) -> None:
+    async def detach(self) -> None:
         """Nothing is attached."""
 
     def figures(self, gate: Gate) -> dict[str, Any]:

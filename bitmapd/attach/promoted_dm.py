@@ -1,8 +1,7 @@
 """Hosts reach one of two appliances through device-mapper, as long as it is promoted (edge).
 
-Gate and copier work on the primary itself, promoted or not: the writes of the gate are marked there
-and need no era device.  The kernel's layers are made when hosts are let in, and taken down before
-they may be served elsewhere.
+Gate and copier work on the primary, promoted or not (`dm_mode`).  The kernel's layers are made when
+hosts are let in, and taken down before they may be served elsewhere.
 
 1. Layers that are found alive stay: an earlier process has died, hosts go on writing what is direct
    (`direct`), and what they ask of the gate waits until this process may serve.  Any other rest of
@@ -10,10 +9,6 @@ they may be served elsewhere.
    close it.  It is not given back to them: what they hold in memory may be out of date.
 2. While the layers exist device-mapper has the primary exclusively, and this process does without.
 3. What is open when they go counts as written, whole.
-4. The layers may be smaller than the volume, which both nodes take up larger before hosts see it
-   (`follow_size`).  Then every write passes the gate, and hosts' writes wait in the kernel while it
-   gets a new era device and longer tables.  If this process dies or fails meanwhile, they wait for
-   the next one, which finds the layers as in rule 1, whatever their size.
 """
 
 from __future__ import annotations
@@ -25,13 +20,16 @@ from functools import partial
 from typing import Any
 
 from bitmapd.attach.dm_mode import (
-    LEAVE_TIMEOUT_S,
+    Exchange,
     Mark,
     attachment,
     close_direct,
     direct_extents,
     direct_path,
     direct_status,
+    exchange,
+    of_layers,
+    present_geometry,
     serve_kernel,
     settle,
 )
@@ -83,7 +81,7 @@ class PromotedDm:
         return not self.adopted
 
     # -- start --------------------------------------------------------------------------------
-    async def prepare(self, geometry: Geometry, opened: Undo) -> str:
+    async def prepare(self, geometry: Geometry, opened: Undo) -> None:
         self._geometry = geometry
         self._kernel = kernel = self._attachment(geometry)
         opened.append(self._let_go)
@@ -92,7 +90,7 @@ class PromotedDm:
             await kernel.sever()
             self._let_go()
         else:
-            found = dataclasses.replace(geometry, size_bytes=segments[-1][1])
+            found = of_layers(geometry, segments)
             if found != geometry:
                 kernel.close()
                 self._kernel = kernel = self._attachment(found)
@@ -100,7 +98,6 @@ class PromotedDm:
             self.adopted = True
             self.direct = direct_extents(found, segments)
             self._begin_path(kernel, found).routes.adopt(self.direct)
-        return self._config.primary
 
     def _attachment(self, geometry: Geometry) -> KernelAttachment:
         return attachment(self._loop, self._config, geometry, self._emit)
@@ -137,7 +134,9 @@ class PromotedDm:
     async def admit(self) -> None:
         if self._kernel is None:
             await self._primary.lend()
-            geometry = self._present_geometry()
+            geometry = self._geometry
+            if self._gate is not None:
+                geometry = dataclasses.replace(geometry, size_bytes=self._gate.size_bytes)
             self._kernel = kernel = self._attachment(geometry)
             try:
                 await kernel.close_hosts()  # whoever has it open since they were cut off keeps it
@@ -182,53 +181,32 @@ class PromotedDm:
     async def _is_down(self) -> None:
         """No host can write any more: the gate is to know what was written."""
         self._let_go()
-        self._end_path()
+        unknown = self.path.end()
         if self._gate is None:
             return
+        blocks = (self._geometry.extent_blocks(*run) for run in unknown)
+        self._gate.take_over(blocks, ())
         await self.server.drain(DRAIN_TIMEOUT_S)
         try:
             await self._primary.take_back()
         except BitmapdError as error:
             self._emit("detach-error", message=error.message)
 
-    def _end_path(self) -> None:
-        """The gate is to know what was written past it."""
-        unknown = self.path.end()
-        if self._gate is not None:
-            blocks = (self._geometry.extent_blocks(*run) for run in unknown)
-            self._gate.take_over(blocks, ())
-
     # -- a larger size ------------------------------------------------------------------------
     async def follow_size(self, end_eras: EndEras) -> None:
         path, kernel = self.path.path, self._kernel
-        geometry = self._present_geometry()
-        if path is None or kernel is None or path.geometry == geometry:
+        if path is None or kernel is None or self._gate is None:
+            return
+        geometry = present_geometry(path, self._gate)
+        if path.geometry == geometry:
             return
 
         async def unless_held_up(enough: Callable[[], bool]) -> None:
             await end_eras(lambda: enough() or self.path.is_held_up())
 
-        await close_direct(path, unless_held_up, lambda: path.routes.is_still, self._config.name)
-        self.path.exchange()
-        try:
-            await end_eras(lambda: not path.is_busy)
-            kernel.stay_disconnected()
-            await self.server.drain(LEAVE_TIMEOUT_S)
-            self._end_path()
-            kernel.close()
-            self._kernel = kernel = self._attachment(geometry)
-            await kernel.prepare()
-            await self._serve(kernel, self._begin_path(kernel, geometry))
-        except Exception as error:
-            # Hosts' writes wait: this process must not live on without serving them.
-            what = {"message": "hosts cannot be served", "exception": error}
-            self._loop.call_exception_handler(what)
-            raise
-
-    def _present_geometry(self) -> Geometry:
-        if self._gate is None:
-            return self._geometry
-        return dataclasses.replace(self._geometry, size_bytes=self._gate.size_bytes)
+        await close_direct(path, unless_held_up, self._config.name)
+        self._kernel = self._attachment(geometry)
+        await exchange(Exchange(path, kernel, self._kernel, geometry), self.server, self._serve)
 
     # -- stop ---------------------------------------------------------------------------------
     async def undo(self) -> None:
@@ -243,8 +221,7 @@ class PromotedDm:
         if self.path.path is not None:
             await settle(self.path.path, end_eras)
 
-    async def detach(self, release_device: Callable[[], None]) -> None:
-        release_device()
+    async def detach(self) -> None:
         if self._kernel is not None:
             await self._remove(self._kernel.detach)
             self._let_go()

@@ -22,7 +22,9 @@ begun in.  A barrier ends the era, waits until no write of it is in flight, and 
    that is collected.  So the first barrier that lands counts every block as written that was
    direct before.
 7. The kernel's devices may be smaller than the volume, which has grown since they were made: what
-   lies beyond them goes into no table.
+   lies beyond them goes into no table.  They are exchanged for larger ones (`let_go`, `go_on`) when
+   nothing is direct and nothing that was is unknown; no barrier begins meanwhile, since it would
+   wait for writes that wait for the new ones.
 
 bitmapd's death loses nothing here: the kernel goes on marking, the record names every extent that
 is direct, and the next process begins with all of them.
@@ -140,6 +142,7 @@ class DirectPath:
         self.window_s_max = 0.0
         self.marked_blocks = 0
         self.is_closing = False  # nothing becomes direct again, whoever asks for it
+        self._hosts: HostCounters | None = None  # while the devices are exchanged
         self.on_ended: Callable[[], None] = lambda: None
         self._leaving: list[tuple[list[int], Callable[[], None]]] = []
 
@@ -149,11 +152,11 @@ class DirectPath:
 
     @property
     def host_counters(self) -> HostCounters:
-        return self._kernel.host_counters()
+        return self._hosts or self._kernel.host_counters()
 
     @property
     def host_load(self) -> tuple[int, int]:
-        hosts = self._kernel.host_counters()
+        hosts = self.host_counters
         return hosts.writes + hosts.discards + hosts.reads, hosts.written_bytes
 
     # -- extents ----------------------------------------------------------------------------
@@ -205,13 +208,16 @@ class DirectPath:
     def is_urgent(self) -> bool:
         """Also when ending the era holds up nobody and makes it known that nothing was written, and
         when another node waits."""
+        if self._hosts is not None:
+            return False
         return self.routes.urgent or self.at_rest or bool(self._leaving)
 
     # -- growth -----------------------------------------------------------------------------
     @property
     def can_grow(self) -> bool:
         """Not while another node waits for what only a barrier takes out of the table."""
-        return self.routes.can_grow and not self._busy and not self._leaving
+        free = not self._busy and not self._leaving and self._hosts is None
+        return free and self.routes.can_grow
 
     def grow(self, recorded: Iterable[Run], done: Callable[[], None]) -> None:
         """Have hosts write past the gate what they write through it and is recorded durably."""
@@ -244,6 +250,20 @@ class DirectPath:
         self.window_s_total += window_s
         self.window_s_last = window_s
         self.window_s_max = max(self.window_s_max, window_s)
+
+    # -- larger devices ---------------------------------------------------------------------
+    def let_go(self) -> None:
+        """Of the kernel's devices.  All is still and stays so (`is_closing`), until `go_on`."""
+        if not self.is_still:
+            raise RuntimeError("hosts write past the gate")
+        self._hosts = self._kernel.host_counters()
+
+    def go_on(self, geometry: Geometry, kernel: Kernel, *, since_era: int) -> None:
+        """With others."""
+        self.geometry, self._kernel, self._since_era = geometry, kernel, since_era
+        self._seen = self._seen_before = self._hosts = None
+        self.is_closing = False
+        self.routes.gate_all(wanted=False)
 
     # -- no direct writes (`cycle.Direct`) ----------------------------------------------------
     def still(self, *, wanted: bool) -> None:
@@ -280,7 +300,7 @@ class DirectPath:
 
         Good enough to put off a judgement, and not to make one that data depend on.
         """
-        return self.written or self._kernel.host_counters().in_flight > 0
+        return self.written or self.host_counters.in_flight > 0
 
     @property
     def at_rest(self) -> bool:
@@ -290,6 +310,8 @@ class DirectPath:
     @property
     def wants_barrier(self) -> bool:
         routes = self.routes
+        if self._hosts is not None:
+            return False
         return routes.wants_change or routes.settling or self.written
 
     def barrier(self, recorded: Iterable[Run], done: Collected) -> None:
@@ -300,6 +322,9 @@ class DirectPath:
         """
         if self._busy:
             raise RuntimeError("a barrier is under way")
+        if self._hosts is not None:
+            done(())
+            return
         self._busy = True
         seen = self._kernel.counters()
         recorded = self._reachable(recorded)

@@ -8,8 +8,6 @@ there is.  Without one nothing is open, and no barrier is wanted.
 2. A barrier waits for every write that the gate has not answered.  While some wait for a partner
    that is not there (`is_held_up`), it would hold up all others until its deadline, for nothing: it
    is put off.  Not so once hosts are out.
-3. None begins while what hosts have is exchanged (`exchange`): their writes wait in the kernel
-   then, and a barrier would wait for them.
 """
 
 from __future__ import annotations
@@ -26,24 +24,17 @@ class PromotedPath:
     def __init__(self) -> None:
         self.path: DirectPath | None = None
         self.is_held_up: Callable[[], bool] = lambda: False
-        self._is_exchanged = False
         self._on_urgent: Callable[[], None] = lambda: None
         self._load = (0, 0)  # of paths that have gone
         self._seen = (0, 0)  # of all, when somebody asked last
 
     def begin(self, path: DirectPath) -> None:
         self.path = path
-        self._is_exchanged = False
         path.when_urgent(self._on_urgent)
-
-    def exchange(self) -> None:
-        """No barrier begins until `end`; one that has begun may be under way."""
-        self._is_exchanged = True
 
     def end(self) -> list[Run]:
         """No host can write any more.  Runs of extents of which the last writes are not known."""
         path, self.path = self.path, None
-        self._is_exchanged = False
         self._load = self._seen  # the kernel's counters have gone by now
         if path is None:
             return []
@@ -103,9 +94,7 @@ class PromotedPath:
 
     @property
     def _is_held_up(self) -> bool:
-        if self.path is None or self.path.routes.is_sealed:
-            return False
-        return self._is_exchanged or self.is_held_up()
+        return self.path is not None and not self.path.routes.is_sealed and self.is_held_up()
 
     def barrier(self, recorded: Iterable[Run], done: Collected) -> None:
         if self.path is None:

@@ -277,13 +277,13 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
 
     engine = AioEngine(loop)
     opened.append(engine.close)
-    path = await mode.prepare(geometry, opened)
+    await mode.prepare(geometry, opened)
     claim = claim_of(session.pair)
     shared = session.pair is not None
     primary = await engine.call(
         partial(
             KernelDevice,
-            path,
+            config.primary,
             engine,
             claim=claim if mode.exclusive or shared else None,
             guarded=mode.exclusive,

@@ -90,8 +90,6 @@ class NoHosts:
 class Keeping:
     """See the module docstring.  All methods are called on the loop's thread."""
 
-    left = False  # a keeper never gives its place to another one
-
     def __init__(
         self,
         config: VolumeConfig,

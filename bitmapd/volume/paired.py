@@ -201,7 +201,6 @@ class Paired:
     async def resize(self, size_bytes: int) -> None:
         """Have both nodes take up that size."""
         await completion(partial(self.pair.node.growth.begin, size_bytes))
-        await self.follow_size()
 
     async def follow_size(self) -> None:
         """Have hosts see the volume's size.  UnreachableError if they go on with the old one."""

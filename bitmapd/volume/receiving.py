@@ -75,8 +75,6 @@ async def carried_out(steps: Steps[T]) -> T:
 class Receiving:
     """See the module docstring.  `on_failed` hears of an error that ends the process."""
 
-    left = False  # a receiver never gives its place to another one
-
     def __init__(
         self,
         config: ReceiverConfig,

@@ -14,10 +14,7 @@ record is right for both, and for another size that is asked for next.  Nothing 
 to be taken back: a volume that goes on with its old size after an error may be asked to grow again,
 and a clean stop leaves one extent in the record.
 
-A volume in the kernel needs a new era device too, which nothing may use when it is exchanged.  So
-everything is moved to the gate, this `Volume` is left, and another one takes over from the record
-as after a crash (`daemon`): hosts' writes wait in the kernel meanwhile, and what the record names
-is copied again.
+Hosts whose kernel has layers of the old size see the new one after that (`attach/dm_mode`).
 """
 
 from __future__ import annotations

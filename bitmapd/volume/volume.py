@@ -18,7 +18,6 @@ import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from bitmapd.attach.dm_mode import DmMode
 from bitmapd.config import (
     Paths,
     VolumeConfig,
@@ -44,9 +43,7 @@ from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
 from bitmapd.volume.paired import Paired
 from bitmapd.volume.resize import (
-    commit_growth,
     enlarge,
-    prepare_growth,
     present_geometry,
     take_up,
 )
@@ -87,7 +84,6 @@ class Volume:
         self.on_outdated: Callable[[], None] | None = None
         self._paired: Paired | None = None  # of a single appliance: None
         self._receiver: WithReceiver | None = None  # with a plain secondary: None
-        self.left = False  # grown, and not served any more: another one takes over
         self._tick_timer: asyncio.TimerHandle | None = None
 
     # -- start ----------------------------------------------------------------------------
@@ -121,6 +117,11 @@ class Volume:
             self._paired.begun(are_served=admit)
         self.serving = True
         self.changed()
+        if self._paired is None:
+            try:  # an earlier process may have died before hosts saw the size
+                await self._parts.mode.follow_size(self.end_eras)
+            except UnreachableError as error:
+                self.emit("size-not-shown", message=error.message)
 
     # -- what the parts tell (`assemble.Owner`) -------------------------------------------
     def outdated(self) -> None:
@@ -191,7 +192,7 @@ class Volume:
         return self._stopping
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        while not (condition() or self.left):
+        while not condition():
             changed = self._changed
             await changed.wait()
 
@@ -229,7 +230,7 @@ class Volume:
         self.emit("stopped", clean=clean, record_extents=extents, paused=paused)
         await self._finish()
         await self._parts.engine.call(self._parts.primary.close)
-        await self._parts.mode.detach(self._parts.primary.close)
+        await self._parts.mode.detach()
         await self._parts.aside(self._parts.session.seal)
         await self._parts.close()
         if failure is not None:
@@ -253,7 +254,7 @@ class Volume:
         paused = self._parts.pausing.stored
         self.emit("stopped", clean=False, record_extents=extents, paused=paused)
         await self._finish()
-        await mode.detach(lambda: None)
+        await mode.detach()
         await self._parts.close()
         return {"clean": False, "record_extents": extents, "paused": paused}
 
@@ -426,30 +427,32 @@ class Volume:
         )
 
     async def resize(self) -> dict[str, Any]:
-        """Take up a larger size of primary and secondary, or receiver.
-
-        If this volume is `left` afterwards, another `Volume` has to be started in its place.
-        """
+        """Take up a larger size of primary and secondary, or receiver, and have hosts see it."""
         secondary = self._parts.secondary
         geometry = await present_geometry(self.config, self.geometry, secondary, self._loop)
         if geometry is None:
-            if self._paired is not None:
-                await self._paired.follow_size()
+            await self._follow_size()
             return {"size_bytes": self.geometry.size_bytes, "changed": False}
         if self._receiver is not None:
             await self._receiver.offer(geometry.size_bytes)
         if self._paired is not None:
             await self._paired.resize(geometry.size_bytes)
-        elif isinstance(self._parts.mode, DmMode):
-            await self._leave(self._parts.mode, geometry)
         else:
             await self._grow(geometry)
+        await self._follow_size()
         return {"size_bytes": geometry.size_bytes, "changed": True}
 
     async def _grow(self, geometry: Geometry) -> None:
         await enlarge(self._parts, geometry)
         take_up(self._parts, self.geometry, geometry)
         self.grown(geometry)
+
+    async def _follow_size(self) -> None:
+        """UnreachableError if hosts go on with a size that they had before."""
+        if self._paired is not None:
+            await self._paired.follow_size()
+        else:
+            await self._parts.mode.follow_size(self.end_eras)
 
     def grown(self, geometry: Geometry) -> None:
         """The parts have taken up a larger size."""
@@ -460,36 +463,6 @@ class Volume:
         if not isinstance(self._parts.secondary, KernelDevice | None):
             # A server tells its size when a connection begins.
             self.copier.reconnect()
-        self.emit("resized", size_bytes=geometry.size_bytes)
-
-    async def _leave(self, mode: DmMode, geometry: Geometry) -> None:
-        """Give the volume, grown, to the next `Volume`; hosts' writes wait in the kernel for it.
-
-        Up to the end of the server an error leaves everything as it was.
-        """
-        parts = self._parts
-        end = self.gate.prepare_growth
-        await prepare_growth(parts.session, parts.store, parts.aside, geometry, end)
-        await mode.close_direct(self.end_eras)
-        if self._verifying is not None:
-            self._verifying.cancel(errno.ECANCELED, "the volume is taken up with its new size")
-        self.left = True
-        self.changed()
-        if self._receiver is not None:
-            self._receiver.leave()
-        await parts.pausing.close()
-        await mode.hold_hosts()
-        stopped = asyncio.Event()
-        self.copier.stop(stopped.set)
-        leave_at_once(parts.secondary)
-        await stopped.wait()
-        if parts.guard is not None:
-            await parts.guard.end()
-        await parts.recovery.end()
-        await commit_growth(parts.session, geometry, parts.aside)
-        await self._finish()
-        mode.hand_over()
-        await parts.close()
         self.emit("resized", size_bytes=geometry.size_bytes)
 
     def _exchange_policy(self, name: str) -> None:

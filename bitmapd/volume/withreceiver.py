@@ -87,11 +87,6 @@ class WithReceiver:
         self.link.start()
         await self.link.first_word()
 
-    def leave(self) -> None:
-        """Another one takes over in this process: its group hears no more of this one."""
-        if self._led is not None:
-            self._led.cancel()
-
     @property
     def grouping(self) -> Grouping:
         """WrongStateError if the volume is of no group."""

@@ -317,7 +317,7 @@ class Helper:
     def look(self, request: Request) -> Answer:
         """The segments in force, if hosts have the volume; None otherwise."""
         del request
-        self.own()
+        self.owns()
         seen = observe(self._volume, self._mapper)
         layers = [seen.layer(self._volume, layer) for layer in (Layer.TOP, Layer.WRITE, Layer.ERA)]
         top, write, era = layers

@@ -19,28 +19,32 @@ from bitmapd.attach import dm_mode
 from bitmapd.attach.dm_mode import LAST_BARRIERS, DmMode
 from bitmapd.attach.mode import EndEras, make_server
 from bitmapd.errors import BitmapdError, UnreachableError
-from bitmapd.gate.direct import DirectPath
+from bitmapd.gate.direct import DirectPath, HostCounters
 from bitmapd.gate.routes import Segment, Table
 from bitmapd.media.aio import AioEngine
 from tests.support.local import LocalVolume
-from tests.support.mirror import Mirror
+from tests.support.mirror import EXTENT, Mirror
 
 
 class NotedKernel:
     """A `KernelAttachment` without a kernel."""
 
-    era_device = "/dev/mapper/dmctl-vol0-era"
     current_era = 7
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.adopted = False
+        self.found: list[Segment] | None = None
         self.fails = False
 
     def _note(self, call: str) -> None:
         self.calls.append(call)
         if self.fails:
             raise BitmapdError("no helper")
+
+    async def look(self) -> list[Segment] | None:
+        self._note("look")
+        return self.found
 
     async def prepare(self) -> None:
         self._note("prepare")
@@ -55,6 +59,9 @@ class NotedKernel:
         self._note("attach")
         return []
 
+    def host_counters(self) -> HostCounters:
+        return HostCounters(0, 0, 0, 0)
+
     async def close_hosts(self) -> None:
         self._note("close hosts")
 
@@ -68,6 +75,7 @@ class NotedKernel:
 class NotedServer:
     def __init__(self, calls: list[str]) -> None:
         self._calls = calls
+        self.loop = asyncio.get_running_loop()
 
     async def drain(self, timeout_s: float) -> None:
         self._calls.append(f"drain {timeout_s:g} s")
@@ -78,6 +86,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[NotedKernel]:
     made = NotedKernel()
     monkeypatch.setattr(dm_mode, "KernelAttachment", lambda *_: made)
     return made
+
+
+EXCHANGED = ["stay disconnected", "drain 60 s", "close", "prepare", "connect", "attach"]
 
 
 class Attached:
@@ -95,8 +106,8 @@ class Attached:
         )
         self._geometry = local.geometry
 
-    async def prepare(self) -> str:
-        return await self.mode.prepare(self._geometry, self.opened)
+    async def prepare(self) -> None:
+        await self.mode.prepare(self._geometry, self.opened)
 
     @property
     def direct(self) -> DirectPath:
@@ -123,20 +134,18 @@ def run(test: Callable[[], Any]) -> None:
     asyncio.run(test())
 
 
-def test_the_device_below_the_layers_is_what_the_volume_works_on(
-    local: LocalVolume, kernel: NotedKernel
-) -> None:
+def test_the_layers_are_made_or_found_first(local: LocalVolume, kernel: NotedKernel) -> None:
     async def test() -> None:
         attached = Attached(local)
         assert not attached.mode.adopted
-        assert await attached.prepare() == kernel.era_device
+        await attached.prepare()
         assert attached.direct.collected_era == 6
         assert not attached.mode.exclusive
         for close in attached.opened:
             close()
 
     run(test)
-    assert kernel.calls == ["prepare", "close"]
+    assert kernel.calls == ["look", "prepare", "close"]
 
 
 @pytest.mark.parametrize("adopted", [False, True])
@@ -152,7 +161,7 @@ def test_a_start_that_failed_removes_what_it_made(
         await attached.mode.undo()
 
     run(test)
-    assert kernel.calls == ["prepare", *([] if adopted else ["detach", "close"])]
+    assert kernel.calls == ["look", "prepare", *([] if adopted else ["detach", "close"])]
 
 
 def test_a_start_that_failed_before_the_layers_were_there(
@@ -168,7 +177,7 @@ def test_a_start_that_failed_before_the_layers_were_there(
         assert not attached.mode.adopted
 
     run(test)
-    assert kernel.calls == ["prepare"]
+    assert kernel.calls == ["look"]
 
 
 @pytest.mark.parametrize(("first_that_lands", "needed"), [(1, 1), (3, 3), (99, LAST_BARRIERS)])
@@ -205,34 +214,90 @@ def test_hosts_get_the_device_again_that_was_taken_from_them(
             await mode.close_hosts()  # it is in use
         kernel.fails = False
         await mode.admit()
-        assert kernel.calls == ["prepare", "connect", "attach", "close hosts"]
+        assert kernel.calls == ["look", "prepare", "connect", "attach", "close hosts"]
         await mode.close_hosts()
         await mode.last_writes(attached.barriers_that(lambda number: True))
         assert attached.direct.routes.is_sealed
         await mode.admit()
-        assert kernel.calls[4:] == ["close hosts", "attach"]
+        assert kernel.calls[5:] == ["close hosts", "attach"]
         assert not attached.direct.routes.is_sealed
 
     run(test)
 
 
-def test_what_cannot_be_closed_is_left_open(local: LocalVolume, kernel: NotedKernel) -> None:
+def larger(attached: Attached, server: NotedServer) -> int:
+    """What the gate has; as after `begin` and `admit`."""
+    gate = Mirror(size_bytes=attached.direct.geometry.size_bytes + EXTENT).gate
+    mode: Any = attached.mode
+    mode.server, mode._gate, mode._covers = server, gate, lambda *extents: True
+    mode._mark = None  # nothing was direct before
+    return gate.size_bytes
+
+
+def test_hosts_go_on_with_the_old_size_if_the_table_cannot_be_changed(
+    local: LocalVolume, kernel: NotedKernel
+) -> None:
     async def test() -> None:
         attached = Attached(local)
         await attached.prepare()
+        size_bytes = larger(attached, NotedServer(kernel.calls))
         routes = attached.direct.routes
         routes.adopt([(2, 3)])
         with pytest.raises(UnreachableError) as caught:
-            await attached.mode.close_direct(attached.barriers_that(lambda number: False))
+            await attached.mode.follow_size(attached.barriers_that(lambda number: False))
         assert attached.barriers == LAST_BARRIERS
         assert caught.value.hint is not None
         assert "dmctl events vol0" in caught.value.hint
         assert routes.propose([(0, 8)]) == Table(((0, 8),)), "as before"
         routes.failed()
-        await attached.mode.close_direct(attached.barriers_that(lambda number: True))
-        assert routes.all_gated
+        assert kernel.calls == ["look", "prepare"]
+        await attached.mode.follow_size(attached.barriers_that(lambda number: True))
+        assert attached.direct.geometry.size_bytes == size_bytes
+        assert kernel.calls[2:] == EXCHANGED
+        assert routes.propose([(0, 8)]) == Table(((0, 8),)), "hosts write past the gate again"
+        await attached.mode.follow_size(attached.barriers_that(lambda number: True))
+        assert kernel.calls[2:] == EXCHANGED, "there was nothing to do"
 
     run(test)
+
+
+def test_a_process_that_holds_up_hosts_and_cannot_go_on_fails(
+    local: LocalVolume, kernel: NotedKernel
+) -> None:
+    failed: list[Any] = []
+
+    async def test() -> None:
+        attached = Attached(local)
+        await attached.prepare()
+        larger(attached, NotedServer(kernel.calls))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _loop, context: failed.append(str(context["exception"]))
+        )
+        kernel.fails = True
+        with pytest.raises(BitmapdError):
+            await attached.mode.follow_size(attached.barriers_that(lambda number: True))
+
+    run(test)
+    assert failed == ["no helper"]
+    assert "detach" not in kernel.calls, "they wait for the next one"
+
+
+@pytest.mark.parametrize("part", [0.5, 1, 2])
+def test_layers_that_are_found_are_served_as_they_are(
+    local: LocalVolume, kernel: NotedKernel, part: float
+) -> None:
+    """They are smaller if an earlier process died before hosts saw the volume's size."""
+    size_bytes = local.geometry.size_bytes
+    found_bytes = int(size_bytes * part)
+    kernel.found = [(0, 4096, "direct"), (4096, found_bytes, "gate")]
+
+    async def test() -> None:
+        attached = Attached(local)
+        await attached.prepare()
+        assert attached.direct.geometry.size_bytes == min(size_bytes, found_bytes)
+
+    run(test)
+    assert kernel.calls == ["look", *(["close"] if part < 1 else []), "prepare"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -242,23 +307,11 @@ def test_detaching_goes_on_to_its_end(local: LocalVolume, kernel: NotedKernel, f
         await attached.prepare()
         attached.mode.server = NotedServer(kernel.calls)  # type: ignore[assignment]
         kernel.fails = fails
-        await attached.mode.detach(lambda: kernel.calls.append("device released"))
+        await attached.mode.detach()
         assert attached.events == (["detach-error"] if fails else [])
 
     run(test)
-    assert kernel.calls == ["prepare", "device released", "detach", "drain 5 s", "close"]
-
-
-def test_another_one_finds_the_layers_as_they_are(local: LocalVolume, kernel: NotedKernel) -> None:
-    async def test() -> None:
-        attached = Attached(local)
-        await attached.prepare()
-        attached.mode.server = NotedServer(kernel.calls)  # type: ignore[assignment]
-        await attached.mode.hold_hosts()
-        attached.mode.hand_over()
-
-    run(test)
-    assert kernel.calls == ["prepare", "stay disconnected", "drain 60 s", "close"]
+    assert kernel.calls == ["look", "prepare", "detach", "drain 5 s", "close"]
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,6 +203,39 @@ def test_what_lies_beyond_the_kernels_devices_goes_into_no_table(bench: Bench) -
     bench.path.grow([(0, 2), (4, 9), beyond], lambda: None)
     table = [(0, 2 * EXTENT, DIRECT), (2 * EXTENT, 4 * EXTENT, GATE), (4 * EXTENT, size, DIRECT)]
     assert bench.helper.swaps == [table]
+
+
+def test_larger_devices_take_the_place_of_those_that_hosts_have(bench: Bench) -> None:
+    path, old = bench.path, bench.helper
+    bench.routes.gated_hit(0, 1)
+    bench.begin((0, 1))
+    bench.land()
+    with pytest.raises(RuntimeError, match="past the gate"):
+        path.let_go()
+    path.is_closing = True
+    path.still(wanted=False)
+    for _ in range(2):
+        bench.begin((0, 1))
+        bench.land()
+    assert path.is_still
+    path.let_go()
+    bench.got.clear()
+    bench.routes.gated_hit(0, 1)
+    old.now, asked = Counters(BLOCK, 0), len(old.asked)
+    assert (path.wants_barrier, path.is_urgent, path.can_grow) == (False, False, False)
+    bench.begin((0, 1))  # there is nothing that it could bring
+    assert (bench.got, len(old.asked)) == ([()], asked)
+    assert path.host_load == (6, 2 * BLOCK)
+
+    new = Helper()
+    larger = replace(GEOMETRY, size_bytes=GEOMETRY.size_bytes + EXTENT)
+    path.go_on(larger, new, since_era=3)
+    assert path.written, "nothing is known of them"
+    assert path.wants_barrier
+    bench.begin((0, 1), (4, 9))
+    ((segments, since_era),) = new.asked
+    assert segments is not None
+    assert (segments[0][2], segments[-1][1], since_era) == (DIRECT, larger.size_bytes, 3)
 
 
 def test_a_barrier_that_is_put_off_is_no_failure_and_is_told_once(bench: Bench) -> None:

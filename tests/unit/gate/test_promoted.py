@@ -63,22 +63,6 @@ def test_with_layers_it_is_their_path() -> None:
     assert (path.is_urgent, urgent, left) == (True, ["urgent"], [])
 
 
-def test_no_barrier_begins_while_what_hosts_have_is_exchanged() -> None:
-    bench = Bench()
-    path = promoted(bench)
-    path.gated_hit(1, 2)
-    path.exchange()
-    assert (path.wants_barrier, path.can_grow) == (False, False)
-    path.barrier([(0, 3)], bench.got.append)
-    assert (bench.got, bench.helper.asked) == ([None], [])
-    path.end()
-    path.begin(bench.path)
-    assert path.wants_barrier
-    path.exchange()
-    path.begin(bench.path)
-    assert path.wants_barrier
-
-
 def test_what_is_open_when_they_go_is_named_and_who_waits_is_told() -> None:
     bench = Bench()
     path = promoted(bench)
