@@ -265,7 +265,11 @@ def wait_for_writes(amount_bytes: int) -> None:
     """Until the host has written that much more, so that the kill comes in mid-write."""
     begin = status()["writes_total"]
     requests = amount_bytes // (64 << 10)
-    wait_until(lambda: status()["writes_total"] > begin + requests, "the third pass to get going")
+    wait_until(
+        lambda: status()["writes_total"] > begin + requests,
+        "the third pass to get going",
+        timeout_s=180,  # without mounting a file system is made first, of thousands of files
+    )
 
 
 # -- cleaning up ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ RUN = FOLDER / "demo-pair-run"
 PICTURE = FOLDER / "demo-pair.svg"
 NAME = "demo"
 SAMPLE_S = 0.2
-BREAK_S = 2.0  # without an answer: the node was not there
 
 # A host: writes numbered blocks of 64 KiB into its half until it is told to stop, or its node dies;
 # then it says which block holds which number, and which one it had no answer for.
@@ -275,20 +274,13 @@ def rates(samples: list[tuple[float, dict[str, Any]]]) -> list[tuple[float, floa
     found = []
     for (before_s, before), (at_s, after) in pairwise(samples):
         sent = after["partner"]["messages_total"] - before["partner"]["messages_total"]
-        if sent >= 0 and after["session"] == before["session"]:
-            found.append((at_s, sent / (at_s - before_s)))
+        found.append((at_s, sent / (at_s - before_s)))
     return found
 
 
-def unbroken(line: list[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """The stretches in which the node was there: it answers several times a second."""
-    found: list[list[tuple[float, float]]] = []
-    for point in line:
-        if found and point[0] - found[-1][-1][0] < BREAK_S:
-            found[-1].append(point)
-        else:
-            found.append([point])
-    return found
+def lives(samples: list[tuple[float, dict[str, Any]]]) -> list[list[tuple[float, dict[str, Any]]]]:
+    """Of a node: the samples of each of its processes, one after the other."""
+    return [list(life) for _, life in groupby(samples, lambda sample: sample[1]["session"])]
 
 
 def picture(watch: Watch) -> str:
@@ -312,8 +304,12 @@ def picture(watch: Watch) -> str:
     ]
     for number, (title, values) in enumerate(panels):
         top = 30 + number * (HEIGHT + GAP)
-        lines = {node: values(samples) for node, samples in watch.samples.items()}
-        most = max([1.0, *(value for line in lines.values() for _, value in line)])
+        lines = [
+            (node, values(life))
+            for node, samples in watch.samples.items()
+            for life in lives(samples)
+        ]
+        most = max([1.0, *(value for _, line in lines for _, value in line)])
         parts.append(f'<text x="{LEFT}" y="{top - 8}" font-weight="bold">{title}</text>')
         parts.append(f'<text x="4" y="{top + 10}">{most:,.0f}</text>')
         parts.append(
@@ -327,16 +323,15 @@ def picture(watch: Watch) -> str:
             )
             y = top + 14 + 14 * row
             parts.append(f'<text x="{x + 4:.1f}" y="{y}" fill="#868e96">{text}</text>')
-        for node, line in lines.items():
-            for stretch in unbroken(line):
-                points = " ".join(
-                    f"{LEFT + WIDTH * at_s / whole_s:.1f},{top + HEIGHT * (1 - value / most):.1f}"
-                    for at_s, value in stretch
-                )
-                parts.append(
-                    f'<polyline points="{points}" fill="none" stroke="{COLOURS[node]}"'
-                    ' stroke-width="2"/>'
-                )
+        for node, line in lines:
+            points = " ".join(
+                f"{LEFT + WIDTH * at_s / whole_s:.1f},{top + HEIGHT * (1 - value / most):.1f}"
+                for at_s, value in line
+            )
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{COLOURS[node]}"'
+                ' stroke-width="2"/>'
+            )
         for at_s in range(0, int(whole_s) + 1, 5):
             x = LEFT + WIDTH * at_s / whole_s
             parts.append(

@@ -6,7 +6,6 @@ are equal byte by byte without anybody having done anything.
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -232,7 +231,7 @@ def test_case_03_a_server_that_does_not_answer_delays_no_stop_and_no_start(
         nbdkit(short_path, *file_server(short_path, backing)) as server,
         mirrored(short_path, str(server.uri()), backing) as volume,
     ):
-        server.signal(signal.SIGSTOP)
+        server.stop()
         scatter(volume, 1)
         volume.dmctl("stop", volume.name, "--now", "--timeout", "15s")
         assert len(volume.recorded()) >= 24

@@ -47,7 +47,7 @@ class FaultyDisk:
     @contextmanager
     def hanging(self) -> Iterator[None]:
         """No request is answered meanwhile; all of them are afterwards."""
-        self._server.signal(signal.SIGSTOP)
+        self._server.stop()
         try:
             yield
         finally:

@@ -103,7 +103,8 @@ class Peer:
         self.process.send_signal(number)
 
     def stop(self) -> None:
-        """SIGSTOP, and wait until it stands still."""
+        """SIGSTOP, and wait until it stands still: until the one thread that gets the signal has
+        run, which takes a while on a busy machine, the others go on."""
         self.signal(signal.SIGSTOP)
         if self.process is not None:
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)

@@ -100,7 +100,7 @@ def test_a_stop_in_a_hurry_waits_for_no_server(
 
         async def test() -> None:
             async with serving(local) as served:
-                server.signal(signal.SIGSTOP)
+                server.stop()
                 await served.write(3 * MIB, b"f" * 64 * KIB)
                 served.volume.copier.wake()
                 while served.volume.copier.idle:
