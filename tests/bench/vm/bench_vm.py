@@ -21,8 +21,8 @@ from tests.bench.vm import report
 from tests.vm.lab import Guest, GuestDied, VmUnavailable, accelerator, pass_on
 
 ROOT = Path(__file__).resolve().parents[3]
-MEMORY_MIB = 5120
-TIMEOUT_S = 1800
+MEMORY_MIB = 6144
+TIMEOUT_S = 2700
 _SAID = ("processor", "cores", "memory", "kernel")
 
 

@@ -18,7 +18,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tests.bench.vm import loads, rig
 from tests.bench.vm.loads import Load
 from tests.bench.vm.media import MIB, CommandFailed, sh
 from tests.bench.vm.rig import Rig
-from tests.bench.vm.stack import Delta
+from tests.bench.vm.stack import Delta, PointStack
 
 Results = dict[str, Any]
 
@@ -45,6 +45,7 @@ class Scale:
     ramp_s: float
     window_s: float
     misses: int
+    interval_s: float  # of points
     few: bool = False
 
     def of(self, chosen: tuple[Load, ...]) -> tuple[Load, ...]:
@@ -55,9 +56,9 @@ FEW = {"rw16", "rr1", "fsync", "spread-fsync", "mix16"}
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("full", 3, 1.0, 1.0, 5.0, 3.0, 8.0, 600),
-        Scale("quick", 1, 0.4, 0.3, 2.0, 0, 4.0, 200, few=True),
-        Scale("smoke", 1, 0.1, 0.1, 0.1, 0, 1.2, 50, few=True),
+        Scale("full", 3, 1.0, 1.0, 5.0, 3.0, 8.0, 600, 30.0),
+        Scale("quick", 1, 0.4, 0.3, 2.0, 0, 4.0, 200, 4.0, few=True),
+        Scale("smoke", 1, 0.1, 0.1, 0.1, 0, 1.2, 50, 2.0, few=True),
     )
 }
 
@@ -168,6 +169,29 @@ class Bench:
             }
             for title in CLASSES
         ]
+
+    def points(self) -> list[Results]:
+        """With one cut in the middle of a turn that lasts as long as the interval, and without a
+        receiver."""
+        names, seconds = (rig.HITS, rig.POINTS), self._scale.interval_s
+        found = []
+        for load in self._scale.of(loads.RANDOM_WRITES):
+            outcomes: dict[str, list[Results]] = {name: [] for name in names}
+            for repeat in range(self._scale.repeats):
+                for name in names[:: 1 - 2 * (repeat % 2)]:
+                    self._seed += 1
+                    self._rig.keep_awake()
+                    stack = self._rig.stacks[name]
+                    stack.make_ready()
+                    cut = stack.cut_after(seconds / 2) if isinstance(stack, PointStack) else None
+                    with stack.watched() as deltas, cut or nullcontext():
+                        outcome = loads.fio(stack.device, load, seconds, 0, self._seed)
+                    outcomes[name].append({**asdict(outcome), **_said(deltas)})
+            title = f"{load.title}, a point every {seconds:g} s"
+            self._tell(title, _rates(outcomes))
+            fields = {"name": load.name, "title": title, "unit": load.unit}
+            found.append({**fields, "outcomes": outcomes})
+        return found
 
     def windows(self) -> list[Results]:
         """How long barriers hold writes; with short eras, so that there are many of them."""
@@ -327,6 +351,7 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[Bench], Any]]] = {
     "classes": ((rig.CLASSES,), Bench.classes),
     "misses": ((rig.MISSES,), Bench.misses),
     "mixed": (rig.MIXED, lambda bench: bench.compare(loads.MIXED, rig.MIXED)),
+    "points": ((rig.HITS, rig.POINTS), Bench.points),
     "windows": ((rig.HITS, rig.SEGMENTS, rig.MIX), Bench.windows),
     "database": ((*rig.MAIN, rig.MIX), Bench.databases),
     "fill": ((rig.LINEAR, rig.FRESH, *rig.PEERS), Bench.fills),

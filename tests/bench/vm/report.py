@@ -23,6 +23,7 @@ MIX_OF_LINEAR = 0.75  # all of it direct
 MIX_BARS = ((rig.MD, 1.0), (rig.MIRROR, 1.0), (rig.DRBD, 2.0))
 FILL_OF_MD = 0.8
 TRIM_OF_RAW = 0.5
+POINTS_PART = 0.93
 
 
 def rates(load: Results, name: str) -> list[float]:
@@ -179,6 +180,10 @@ def bar_rows(results: Results) -> list[Row]:
             at_least(what, least, ratio(load, rig.MIX, peer))
         what = f"mix, all direct, depth {depth}, of dm-linear"
         at_least(what, MIX_OF_LINEAR, ratio(load, rig.HITS, rig.LINEAR))
+    for depth in (1, 16):
+        load = _by_name(results["points"], f"rw{depth}")
+        what = f"4 KiB random writes, hits, depth {depth}, with points, of without a receiver"
+        at_least(what, POINTS_PART, ratio(load, rig.POINTS, rig.HITS))
     what = f"first fill of a file system, default settings, of {rig.MD}"
     at_least(what, FILL_OF_MD, ratio(results["fill"], rig.FRESH, rig.MD))
     what = f"fstrim of a fresh file system, default settings, of the {rig.RAW}"
@@ -200,6 +205,8 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
     for load in (results["database"], results["fill"], results["trim"], *results["mixed"]):
         note = MIX_NOTE if load in results["mixed"] else ""
         parts.append((load["title"], note, table(*load_rows(load))))
+    for load in results["points"]:
+        parts.append((load["title"], POINTS_NOTE, table(*load_rows(load, rig.HITS))))
     for load in results["slow"]:
         heading = f"On disks that take {rig.LATENCY_US} us: {load['title']}"
         parts.append((heading, SLOW_NOTE, table(*load_rows(load, rig.SLOW_LINEAR))))
@@ -215,6 +222,11 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
 SLOW_NOTE = (
     "The emulated processor is about ten times slower than the bare one: beside it such a disk is"
     " what a quick NVMe drive is beside the bare one."
+)
+POINTS_NOTE = (
+    "In the column `of dm-linear` is what it is of the same volume with a plain secondary, which"
+    " has a barrier every 5 s and copies meanwhile. Each turn lasts as long as the interval, with"
+    " one cut in its middle."
 )
 MIX_NOTE = (
     "The mix is 9 of 10 writes to a tenth of the volume, the others anywhere; the volume has the"

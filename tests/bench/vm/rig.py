@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.bench.vm import peers
 from tests.bench.vm.loads import KIB, MIB, PLACE_BYTES, PLACES
 from tests.bench.vm.media import CommandFailed, Media, sh
-from tests.bench.vm.stack import Shape, Stack
+from tests.bench.vm.stack import PointStack, Shape, Stack
 
 SIZE_BYTES = 256 * MIB
 MISS_EXTENT_BYTES = 64 * KIB
@@ -22,6 +22,7 @@ THREE = "dm-linear, three deep"
 HITS, PAUSED = "stack, all hits", "stack, all hits, paused"
 SEGMENTS, MISSES = "stack, 2,000 segments", "stack, all misses"
 CLASSES = "stack, one kind of write after another"
+POINTS = "stack, all hits, with points"
 MIX, FRESH = "stack, defaults", "stack, defaults, nothing recorded"
 MD, MD_BEHIND = "md raid1, bitmap", "md raid1, bitmap, write-behind"
 MIRROR = "dm-mirror, disk log"
@@ -45,6 +46,7 @@ SHAPES = {
     SEGMENTS: Shape("segs", SIZE_BYTES, PLACE_BYTES // 2, _ROOMY),
     MISSES: Shape("miss", SIZE_BYTES, MISS_EXTENT_BYTES, _ROOMY),
     CLASSES: Shape("class", SIZE_BYTES, MIB, _ROOMY),
+    POINTS: Shape("points", SIZE_BYTES, MIB, _ROOMY, points=True),
     MIX: Shape("mix", SIZE_BYTES, MIB),
     FRESH: Shape("fresh", SIZE_BYTES, MIB),
 }
@@ -97,13 +99,14 @@ def rig(folder: Path, wanted: Collection[str]) -> Iterator[Rig]:
                 print(f"bench: NOT MEASURED: {name}: {error}", flush=True)
         # Without these there is nothing to compare: what goes wrong here ends the run.
         for name in filter(wanted.__contains__, SHAPES):
-            volume = stack.enter_context(Stack(media, folder, SHAPES[name]))
+            make = PointStack if SHAPES[name].points else Stack
+            volume = stack.enter_context(make(media, folder, SHAPES[name]))
             made.stacks[name], made.devices[name] = volume, volume.device
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(Stack.start, made.stacks.values()))
         if PAUSED in wanted:
             made.stacks[PAUSED], made.devices[PAUSED] = made.stacks[HITS], made.devices[HITS]
-        for name in {HITS, SLOW_HITS}.intersection(made.stacks):
+        for name in {HITS, SLOW_HITS, POINTS}.intersection(made.stacks):
             made.stacks[name].make_direct(list(range(0, SIZE_BYTES, MIB)))
         if SEGMENTS in made.stacks:
             made.stacks[SEGMENTS].make_direct([place * PLACE_BYTES for place in range(PLACES)])

@@ -22,6 +22,7 @@ from tests.support.volumes import Control
 WAIT_S = 60.0
 POLL_S = 0.1
 RECORD_BYTES = 8 * MIB
+JOURNAL_BYTES = 256 * MIB
 PAGE_BYTES = 4096
 # The record of an idle volume shrinks to nothing; it counts as idle after 30 s, and a turn of
 # another contender may last for half of that.
@@ -37,6 +38,7 @@ class Shape:
     extent_bytes: int
     options: tuple[str, ...] = ()
     latency_us: int = 0  # of primary and secondary
+    points: bool = False  # the secondary is the image of a receiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,75 @@ class Stack(AbstractContextManager["Stack"]):
         finally:
             over.set()
             thread.join()
+
+
+class PointStack(Stack):
+    """A volume with a receiver, which is on the same machine; points are cut when that is asked."""
+
+    def __init__(self, media: Media, folder: Path, shape: Shape) -> None:
+        super().__init__(media, folder, shape)
+        self._journal = media.make(f"{shape.name}-j", JOURNAL_BYTES)
+        self._far = f"{self.name}-far"
+
+    def start(self) -> None:
+        uri = f"receiver+unix:///{self._far}?socket={self._folder}/{self.shape.name}"
+        media = ("--image", self.secondary, "--journal", self._journal)
+        self._dmctl("receive", self._far, *media, "--listen", uri)
+        self._dmctl("start", self._far)
+        self._dmctl(
+            *("create", self.name, "--attach", "dm", "--primary", self.primary),
+            *("--secondary", uri, "--record", self._record, "--point-interval", "1h"),
+            *("--extent-size", f"{self.shape.extent_bytes}B", *self.shape.options),
+        )
+        self._dmctl("start", self.name)
+        self._fd = os.open(self.device, os.O_RDWR | os.O_DIRECT)
+        self._dmctl("wait", self.name, "--for", "point", "--newer-than", "0")
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._dmctl("stop", self._far, "--now", check=False)
+
+    def settle(self) -> None:
+        """Return when a point has everything, and the image has that point."""
+        self.call("point", wait=True)
+        super().settle()
+        self.until(
+            lambda status: status["receiver"]["applied"] == status["receiver"]["committed"],
+            "applied",
+        )
+
+    def make_ready(self) -> None:
+        """As before a cut: nothing is dirty, and hosts write past the gate again."""
+        self.settle()
+        self.until(
+            lambda status: status["direct_extents"] == len(self._direct), "direct after a cut"
+        )
+
+    def stop(self) -> bool:
+        self.settle()
+        same = super().stop()
+        self._dmctl("stop", self._far)
+        return same
+
+    @contextlib.contextmanager
+    def cut_after(self, seconds: float) -> Iterator[None]:
+        """A point is cut so long after the beginning."""
+        over = threading.Event()
+        asked: list[Any] = []
+
+        def cut() -> None:
+            if not over.wait(seconds):
+                asked.append(self.call("point"))
+
+        thread = threading.Thread(target=cut)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        if not asked:
+            raise RuntimeError(f"volume '{self.name}' was not cut while it was measured")
 
 
 def _took_place(status: dict[str, Any]) -> int:

@@ -65,7 +65,7 @@ def test_the_report_names_every_bar(results: inside.Results) -> None:
     assert {row[-1] for row in rows} <= {"met", "MISSED", "-"}
     results |= {"machine": {"processor": "one"}, "command": "make bench-vm", "missing": {"x": "y"}}
     text = report.to_markdown(results)
-    assert text.count("\n## ") == 2 + 3 + 1 + 1 + 1 + 1 + 1 + 1 + 2 + 1
+    assert text.count("\n## ") == 2 + 3 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 2 + 1
     assert "nothing is known of them" in text
 
 
