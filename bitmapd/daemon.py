@@ -49,11 +49,9 @@ from bitmapd.control.server import Handler, Progress
 from bitmapd.errors import BitmapdError, UsageError, explain, printable
 from bitmapd.hardening import keep_standard_descriptors, protect_memory
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort
-from bitmapd.points.switchover import Stage
 from bitmapd.predict.predictors import make_policy
 from bitmapd.process import Process, start_anew
 from bitmapd.record.medium import RecordMedium
-from bitmapd.volume.conversion import become_single
 from bitmapd.volume.requestlog import check_log
 from bitmapd.volume.volume import Volume
 
@@ -179,7 +177,7 @@ class Daemon(Process[Volume]):
             try:
                 await volume.give_away(within_s, force=force)
             except BitmapdError as error:
-                if volume.receiver.demoting.stage is Stage.UNKNOWN:
+                if volume.receiver.demoting.is_unknown:
                     self._fail(error)  # the next start reads what is durable
                 raise
         return {"demoted": True}
@@ -197,6 +195,8 @@ class Daemon(Process[Volume]):
 
                 def emit(event: str, **fields: Any) -> None:
                     loop.call_soon_threadsafe(partial(self._log.emit, event, **fields))
+
+                from bitmapd.volume.conversion import become_single  # noqa: PLC0415  (rarely needed)
 
                 make = partial(become_single, volume.config, self._paths, emit)
                 await loop.run_in_executor(None, make)

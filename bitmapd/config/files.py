@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import toml
-
 from bitmapd.config.kinds import check_name
 from bitmapd.config.problems import Problem, config_error, denied, nearest
 from bitmapd.config.receiver import ROLE, ReceiverConfig, build_receiver
@@ -272,11 +270,17 @@ def _shared_things(paths: Paths, configs: Mapping[str, VolumeConfig]) -> list[Pr
     return problems
 
 
+def _dumps(table: Mapping[str, Any]) -> str:
+    import toml  # noqa: PLC0415  (3 MiB, which a process that only reads need not have)
+
+    return str(toml.dumps(dict(table)))
+
+
 def create_volume(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
     """Write a new volume's file; ExistsError if there is one."""
     head = f"# Volume {name}.  'dmctl config show --explain {name}' explains every key.\n"
     try:
-        atomic_write(paths.volume_file(name), head + toml.dumps(dict(table)), new=True)
+        atomic_write(paths.volume_file(name), head + _dumps(table), new=True)
     except FileExistsError:
         raise ExistsError(f"volume '{name}' exists already") from None
 
@@ -289,7 +293,7 @@ def exchange_role(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
         table = {key: before[key] for key in before.keys() & OF_RECEIVERS} | dict(table)
     atomic_write(_former(path, "role" not in table), path.read_bytes())
     head = f"# {name}.  'dmctl config show --explain {name}' explains every key.\n"
-    atomic_write(path, head + toml.dumps(dict(table)))
+    atomic_write(path, head + _dumps(table))
 
 
 def former_volume(paths: Paths, name: str) -> dict[str, Any]:
@@ -324,13 +328,13 @@ def change_volume(paths: Paths, config: VolumeConfig, names: Iterable[str]) -> N
         for line in path.read_text().splitlines()
         if line.partition("=")[0].strip() not in changes
     ]
-    text = "\n".join([*kept, toml.dumps(changes)])
+    text = "\n".join([*kept, _dumps(changes)])
     try:
         whole = tomllib.loads(text) == wanted
     except tomllib.TOMLDecodeError:
         whole = False
     # The edit by lines fails on a value of several lines; the comments are then given up.
-    atomic_write(path, text if whole else toml.dumps(wanted))
+    atomic_write(path, text if whole else _dumps(wanted))
 
 
 def remove_volume(paths: Paths, name: str, uuid: UUID | None) -> None:

@@ -44,9 +44,9 @@ from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Target
 from bitmapd.media.buffers import BufferPool
+from bitmapd.media.claims import Claim
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside
-from bitmapd.partner.pair import Pair
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.holder import Record
@@ -55,7 +55,6 @@ from bitmapd.units import format_size
 from bitmapd.volume.guard import Guard
 from bitmapd.volume.hints import HintKeeper
 from bitmapd.volume.mirror import Mirror
-from bitmapd.volume.pairing import VolumeHome, claim_of, make_pair
 from bitmapd.volume.pausing import Pausing
 from bitmapd.volume.presence import Presence
 from bitmapd.volume.recovery import Recovery
@@ -66,6 +65,8 @@ from bitmapd.volume.sides import NoteKeeper
 from bitmapd.volume.spoolfile import open_spool
 
 if TYPE_CHECKING:
+    from bitmapd.partner.pair import Pair
+    from bitmapd.volume.pairing import VolumeHome
     from bitmapd.volume.sending import ReceiverLink
 
 
@@ -278,8 +279,8 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     engine = AioEngine(loop)
     opened.append(engine.close)
     await mode.prepare(geometry, opened)
-    claim = claim_of(session.pair)
     shared = session.pair is not None
+    claim = Claim(session.pair.node, session.pair.volume) if session.pair is not None else Claim()
     primary = await engine.call(
         partial(
             KernelDevice,
@@ -303,11 +304,16 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
     _warn_of_other_sizes(config, geometry, emit)
     # Misses of one batch share a record write; it leaves with the batch, not a turn later.
     store = RecordStore(geometry, session.loaded, record, engine, emit)
-    home = VolumeHome(owner)
     media = [medium for medium in (primary, record, secondary) if isinstance(medium, KernelDevice)]
-    pair = make_pair(config, session, store, loop, engine, aside, home, media)
-    names: Record = store if pair is None else pair.record
-    if pair is not None:
+    home: VolumeHome | None = None
+    pair: Pair | None = None
+    names: Record = store
+    if session.pair is not None:
+        from bitmapd.volume.pairing import VolumeHome, make_pair  # noqa: PLC0415  (`mirror`)
+
+        home = VolumeHome(owner)
+        pair = make_pair(config, session, session.pair, store, loop, engine, aside, home, media)
+        names = pair.record
         opened.append(pair.close)
     policy, limit = make_policy(config.predictor, geometry), limit_extents(config, geometry, None)
     gate: Gate
@@ -356,7 +362,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         opened.append(receiver.close)
     else:
         copier = _make_copier(config, session, gate, primary, secondary, loop, pool, emit)
-        if pair is not None:
+        if pair is not None and home is not None:
             home.attach(gate, copier, primary, secondary, geometry.block_bytes)
             pair.attach(gate, copier)
             if isinstance(mode, PromotedDm):

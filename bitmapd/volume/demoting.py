@@ -55,6 +55,11 @@ class Demoting:
         self._sender = link.sender
         self._volume = volume
 
+    @property
+    def is_unknown(self) -> bool:
+        """Whether nobody here can say which role is durable."""
+        return self.stage is Stage.UNKNOWN
+
     async def run(self, within_s: float, *, force: bool) -> None:
         """Return when the volume is demoted; every error before leaves it as it was.  Without
         `force` BusyError if hosts are connected."""

@@ -28,7 +28,6 @@ from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import Aside, completion
 from bitmapd.partner.growth import Answer
 from bitmapd.partner.node import State
-from bitmapd.partner.pair import Pair
 from bitmapd.peer.payloads import Runs
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import record_size_bytes
@@ -130,12 +129,12 @@ class Keeping:
             self._store = RecordStore(
                 self.geometry, self._session.loaded, self._record, self._engine, self.emit
             )
-            pair = make_pair(
-                config, self._session, self._store, loop, self._engine, aside, self, ()
-            )
-            if pair is None:
+            session = self._session
+            if session.pair is None:
                 raise WrongStateError(f"the record {config.record} is of no pair")
-            self.pair: Pair = pair
+            self.pair = pair = make_pair(
+                config, session, session.pair, self._store, loop, self._engine, aside, self, ()
+            )
             closing.append(pair.close)
             nothing = NoHosts()
             pair.attach(nothing, nothing)

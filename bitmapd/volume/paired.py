@@ -170,8 +170,8 @@ class Paired:
         finally:
             pair.asked -= 1
 
-    async def reached(self, state: State) -> None:
-        await self._volume.until(lambda: self.pair.state is state)
+    async def reached(self, state: str) -> None:
+        await self._volume.until(lambda: self.pair.state.value == state)
 
     def refuse_unless_complete(self) -> None:
         """WrongStateError unless the record of this node names all that the partner may have

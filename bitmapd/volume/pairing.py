@@ -118,17 +118,16 @@ class VolumeHome:
 def make_pair(
     config: VolumeConfig,
     session: RecordSession,
+    state: PairState,
     store: RecordStore,
     loop: asyncio.AbstractEventLoop,
     batches: Batches,
     aside: Aside,
     home: Home,
     media: Sequence[KernelDevice],
-) -> Pair | None:
-    """None for a single appliance.  `media`: what is claimed for the pair once it is joined."""
-    superblock, state = session.superblock, session.pair
-    if state is None:
-        return None
+) -> Pair:
+    """`media`: what is claimed for the pair once it is joined."""
+    superblock = session.superblock
     pair = Pair(
         state.node,
         lasting_of(superblock, state),
@@ -168,10 +167,6 @@ def lasting_of(superblock: Superblock, state: PairState) -> Lasting:
         gone_on=PairFlag.GONE_ON in state.flags,
         kept=PairFlag.KEPT in state.flags,
     )
-
-
-def claim_of(state: PairState | None) -> Claim:
-    return Claim() if state is None else Claim(state.node, state.volume)
 
 
 async def _write(

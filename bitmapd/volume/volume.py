@@ -37,11 +37,9 @@ from bitmapd.errors import (
 from bitmapd.media.buffers import BufferPool
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
-from bitmapd.partner.node import State
 from bitmapd.predict.predictors import make_policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.volume.assemble import assemble, limit_extents, tell_ignored
-from bitmapd.volume.paired import Paired
 from bitmapd.volume.resize import (
     enlarge,
     present_geometry,
@@ -52,6 +50,7 @@ from bitmapd.volume.status import describe, state_of
 from bitmapd.volume.verifying import VERIFY_POOL_BYTES, Progress, Verifying, repaired, tell
 
 if TYPE_CHECKING:
+    from bitmapd.volume.paired import Paired
     from bitmapd.volume.withreceiver import WithReceiver
 
 TICK_S = 1.0
@@ -102,6 +101,8 @@ class Volume:
             if parts.pair is None or parts.door is None:
                 await self.begin()
             else:
+                from bitmapd.volume.paired import Paired  # noqa: PLC0415  (`mirror`)
+
                 self._paired = Paired(self.config.name, parts, parts.pair, parts.door, self)
                 await self._paired.start()
         except BaseException:
@@ -343,7 +344,7 @@ class Volume:
                 await self.until(lambda: self.in_sync or self._parts.pausing.paused)
             self._parts.pausing.refuse("it does not come into sync")
         elif state in ("paired", "alone"):
-            await self.paired.reached(State(state))
+            await self.paired.reached(state)
         elif state == "started":
             await self.until(lambda: self.serving)
         else:

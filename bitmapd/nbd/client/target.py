@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import ssl
 from collections.abc import Callable
@@ -53,7 +54,13 @@ MORE_TIMEOUT_S = 3.0
 
 _FUA = int(CmdFlag.FUA)
 
-_ZEROS = memoryview(bytes(1 << 20))
+_ZEROS_BYTES = 1 << 20
+
+
+@functools.cache
+def _zeros() -> memoryview:
+    """For servers that know no write zeroes; locked memory of a process that needs it."""
+    return memoryview(bytes(_ZEROS_BYTES))
 
 
 class NbdTarget:
@@ -269,10 +276,10 @@ class NbdTarget:
             flags |= int(CmdFlag.FAST_ZERO) if fast else 0
             self._in_steps(_WRITE_ZEROES, flags, offset_bytes, length_bytes, done)
             return
-        step = min(self._maximum_bytes, len(_ZEROS))
+        step = min(self._maximum_bytes, _ZEROS_BYTES)
         group = _Group(done, -(-length_bytes // step))
         for at in range(0, length_bytes, step):
-            piece = _ZEROS[: min(step, length_bytes - at)]
+            piece = _zeros()[: min(step, length_bytes - at)]
             request = InFlight(0, _WRITE, offset_bytes + at, len(piece), group.one_done)
             self._submit(_WRITE, flags, request, piece)
 
