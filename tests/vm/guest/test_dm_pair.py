@@ -210,6 +210,7 @@ def test_one_that_dies_before_its_hosts_see_the_new_size(pair: tuple[PairNode, P
     """They go on with the old size, past a process that is not there, and get the new one from the
     next."""
     one, _ = pair
+    one.dmctl("set", NAME, "era-interval=1min")  # which a barrier waits for
     one.dmctl("takeover", NAME)
     fd = opened()
     try:
@@ -222,6 +223,7 @@ def test_one_that_dies_before_its_hosts_see_the_new_size(pair: tuple[PairNode, P
         assert size_of(DEVICE) == 64 * MIB
         for place in PLACES:
             put(fd, place, b"unseen")
+        one.dmctl("set", NAME, "era-interval=1s")
         come_back(one)
         one.until(lambda status: size_of(DEVICE) == LARGER)
         put(fd, LARGER - 4096, b"beyond the old end")
