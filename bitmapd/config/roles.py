@@ -18,7 +18,7 @@ from bitmapd.units import format_size
 # Of a volume: what follows from its role, its media, and the other site.
 OF_THE_ROLE: Final = frozenset(
     {
-        "uuid", "primary", "secondary", "record", "attach", "journal", "receiver_dials",
+        "uuid", "primary", "secondary", "record", "journal", "receiver_dials",
         "extent_size", "block_size", "initial_sync", "partner_name", "partner_fingerprint",
         "partner_certificates", "group",
     }

@@ -57,6 +57,8 @@ def test_what_has_to_do_with_no_role_comes_back_with_the_volume() -> None:
     before = {"point_interval": "1s", "primary": "/dev/other", "record": "/dev/old"}
     table = volume_table(receiver, UUID_A, GEOMETRY, "/dev/record", before)
     assert (table["point_interval"], table["primary"]) == ("1s", "/dev/image")
+    in_kernel = volume_table(receiver, UUID_A, GEOMETRY, "/dev/record", before | {"attach": "dm"})
+    assert in_kernel["attach"] == "dm", "hosts find their device again"
     volume, problems = build_volume("v", table, {}, "f", LISTEN)
     assert volume is not None, problems
     assert not volume.receiver_dials

@@ -147,6 +147,29 @@ def test_after_promote_the_old_site_follows_once_its_kernel_has_ended() -> None:
         assert same(near.primary, far.primary, near.size_bytes)
 
 
+def test_a_volume_that_went_over_and_came_back_has_its_device_again() -> None:
+    with dm_sites(size_bytes=SIZE) as (near, far), disks(("site-nj", 80 * MIB)) as (journal,):
+        writer = DeviceWriter(near.device)
+        writer.more(100)
+        writer.stop()
+        near.dmctl("switchover", near.name, "--journal", journal.path)
+        assert not Path(near.device).exists()
+        far.dmctl("switchover", far.name)
+        assert near.status()["attach"] == "dm"
+        writer = DeviceWriter(near.device)
+        writer.more(300)
+        near.point(near.points()["number"] + 1)
+        assert near.until(lambda status: status["direct_extents"])
+        told = writer.stop()
+        near.wait_in_sync()
+        near.stop()
+        far.until(all_applied)
+        far.stop()
+        for medium in (near.primary, far.primary):
+            drop_cache(medium.path)
+            assert newest(medium.path) == told
+
+
 def test_both_sides_grow_under_load_and_points_go_on() -> None:
     with dm_sites(*RESTLESS, size_bytes=SIZE) as (near, far):
         writer = DeviceWriter(near.device)
