@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,20 +208,42 @@ def test_an_ext4_that_grows_in_use(
     sh("e2fsck", "-f", "-n", one.secondary.path)
 
 
+@contextlib.contextmanager
+def busy(fd: int) -> Iterator[None]:
+    """A host writes the places again and again."""
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            for place in PLACES:
+                put(fd, place, b"again")
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_one_that_dies_before_its_hosts_see_the_new_size(pair: tuple[PairNode, PairNode]) -> None:
     """They go on with the old size, past a process that is not there, and get the new one from the
     next."""
     one, _ = pair
-    one.dmctl("set", NAME, "era-interval=1min")  # which a barrier waits for
+    one.dmctl("set", NAME, "era-interval=1min")  # which a barrier waits for while hosts write
     one.dmctl("takeover", NAME)
     fd = opened()
     try:
         have_direct(one, fd)
         grow_media(pair)
-        with subprocess.Popen(one.words("resize", NAME), env=one.environment) as command:
+        with (
+            busy(fd),
+            subprocess.Popen(one.words("resize", NAME), env=one.environment) as command,
+        ):
             one.until(lambda status: status["size_bytes"] == LARGER)
             one.kill()
-            assert command.wait() != 0
+            assert command.wait(60) != 0
         assert size_of(DEVICE) == 64 * MIB
         for place in PLACES:
             put(fd, place, b"unseen")
