@@ -119,6 +119,22 @@ class DmVolume:
             sh("dmsetup", "remove", "--noudevsync", "-f", name, check=False)
 
 
+def helpers_of(volume: DmVolume) -> list[int]:
+    """Process numbers."""
+    pid = volume.pid
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wiring_of(volume: DmVolume) -> int:
+    """The one that changes tables."""
+    (wiring,) = (
+        helper
+        for helper in helpers_of(volume)
+        if b"--connects" not in Path(f"/proc/{helper}/cmdline").read_bytes()
+    )
+    return wiring
+
+
 def _await_end(pidfd: int) -> None:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)

@@ -21,7 +21,7 @@ import pytest
 
 from dmctl.cli.main import main
 from tests.vm.guest.disks import MIB, SECTOR, Disk, disks, drop_cache, sh
-from tests.vm.guest.dmvolume import WAIT_S, DmVolume
+from tests.vm.guest.dmvolume import WAIT_S, DmVolume, helpers_of, wiring_of
 from tests.vm.guest.erastack import direct
 from tests.vm.guest.test_volume import VERIFY
 
@@ -227,11 +227,6 @@ def stopped_and_equal(volume: DmVolume) -> None:
     volume.wait_in_sync()
     volume.stop()
     assert volume.is_equal()
-
-
-def helpers_of(volume: DmVolume) -> list[int]:
-    pid = volume.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def await_cut(before: str) -> None:
@@ -523,11 +518,7 @@ def test_case_03_and_23_nobody_waits_for_a_secondary_that_hangs(tmp_path: Path) 
         with hung(server):
             put(volume.device, 0)
             volume.until(lambda status: status["dirty_bytes"] > 0)
-            (wiring,) = (
-                helper
-                for helper in helpers_of(volume)
-                if b"--connects" not in Path(f"/proc/{helper}/cmdline").read_bytes()
-            )
+            wiring = wiring_of(volume)
             os.kill(wiring, signal.SIGSTOP)  # before it can resume
             sh("dmsetup", "suspend", "--noflush", "--nolockfs", f"dmctl-{volume.name}-w")
             os.kill(wiring, signal.SIGKILL)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
+import signal
 import subprocess
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from tests.vm.guest.disks import MIB, sh, size_of
 from tests.vm.guest.dmpair import NAME, PairNode, dm_pair, equal
+from tests.vm.guest.dmvolume import wiring_of
 from tests.vm.guest.test_volume import VERIFY
 
 # Under load the emulated machine takes minutes for what takes seconds elsewhere.
@@ -208,47 +209,28 @@ def test_an_ext4_that_grows_in_use(
     sh("e2fsck", "-f", "-n", one.secondary.path)
 
 
-@contextlib.contextmanager
-def busy(fd: int) -> Iterator[None]:
-    """A host writes the places again and again."""
-    over = threading.Event()
-
-    def write() -> None:
-        while not over.is_set():
-            for place in PLACES:
-                put(fd, place, b"again")
-
-    thread = threading.Thread(target=write)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
 def test_one_that_dies_before_its_hosts_see_the_new_size(pair: tuple[PairNode, PairNode]) -> None:
     """They go on with the old size, past a process that is not there, and get the new one from the
     next."""
     one, _ = pair
-    one.dmctl("set", NAME, "era-interval=1min")  # which a barrier waits for while hosts write
     one.dmctl("takeover", NAME)
     fd = opened()
     try:
         have_direct(one, fd)
         grow_media(pair)
-        with (
-            busy(fd),
-            subprocess.Popen(one.words("resize", NAME), env=one.environment) as command,
-        ):
+        wiring = wiring_of(one)
+        os.kill(wiring, signal.SIGSTOP)
+        with subprocess.Popen(one.words("resize", NAME), env=one.environment) as command:
             one.until(lambda status: status["size_bytes"] == LARGER)
             one.kill()
+            os.kill(wiring, signal.SIGKILL)
             assert command.wait(60) != 0
         assert size_of(DEVICE) == 64 * MIB
-        for place in PLACES:
-            put(fd, place, b"unseen")
-        one.dmctl("set", NAME, "era-interval=1s")
-        come_back(one)
+        with ThreadPoolExecutor(1) as host:  # what passes the gate waits for the next process
+            written = [host.submit(put, fd, place, b"unseen") for place in PLACES]
+            come_back(one)
+            for each in written:
+                each.result(60)
         one.until(lambda status: size_of(DEVICE) == LARGER)
         put(fd, LARGER - 4096, b"beyond the old end")
         assert get(LARGER - 4096) == b"beyond the old end"
