@@ -155,6 +155,7 @@ def test_a_volume_that_went_over_and_came_back_has_its_device_again() -> None:
         near.dmctl("switchover", near.name, "--journal", journal.path)
         assert not Path(near.device).exists()
         far.dmctl("switchover", far.name)
+        near.dmctl("wait", near.name, "--for", "started", "--timeout", "100s")
         assert near.status()["attach"] == "dm"
         writer = DeviceWriter(near.device)
         writer.more(300)
