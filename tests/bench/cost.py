@@ -1,4 +1,4 @@
-"""Processor time of a server for a request, beside nbdkit: `make bench-cost`.
+"""Processor time of a server for a request, and its memory, beside nbdkit: `make bench-cost`.
 
 Requests a second swing with whatever else a machine does; the time that a server's threads have had
 does so far less.  All contenders run at once over files in memory, one after the other is loaded,
@@ -44,6 +44,14 @@ def processor_s(pid: int) -> float:
     """What a process has had so far, threads that have ended included: its CPU clock, whose number
     is made of the process's (MAKE_PROCESS_CPUCLOCK in the kernel's posix-timers.h)."""
     return time.clock_gettime((~pid << 3) | 2)
+
+
+def own_mib(pid: int) -> float:
+    """What a process has written and shares with nobody; MiB (`Private_Dirty` of proc(5))."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) / 1024
+    raise RuntimeError(f"the kernel says nothing of the memory of process {pid}")
 
 
 def the_loads(region_bytes: int, requests: int) -> list[Load]:
@@ -107,6 +115,8 @@ def measure(tree: Path | None, turns: int, requests: int, size_bytes: int) -> di
                 if not copying:
                     volume.dmctl("pause", "cost")
                 found.append(Contender(name, volume.uri, volume.pid))
+        for one in found:
+            figures[f"memory, idle: {one.name}"] = {"MiB": round(own_mib(one.pid), 1)}
         for one in found:
             loads.fill(one.uri, size_bytes)
         for load in the_loads(min(64 * MIB, size_bytes), requests):
