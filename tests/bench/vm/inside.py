@@ -83,7 +83,7 @@ class Bench:
         return [self._compare(load, names) for load in self._scale.of(chosen)]
 
     def _compare(self, load: Load, names: tuple[str, ...]) -> Results:
-        left_out = set() if load in loads.RANDOM_WRITES else {rig.THREE, rig.PAUSED, rig.ERA}
+        left_out = set() if load in loads.RANDOM_WRITES else {rig.THREE, rig.PAUSED}
         if load.reads:  # what a mirror does with writes does not matter then
             left_out |= set(rig.PEERS)
         present = [name for name in names if name in self._rig.devices and name not in left_out]
@@ -348,6 +348,7 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[Bench], Any]]] = {
     "main": (rig.MAIN, lambda bench: bench.compare(loads.MAIN, rig.MAIN)),
     "slow": (rig.SLOW, lambda bench: bench.compare(loads.RANDOM_WRITES, rig.SLOW)),
     "spread": (rig.SPREAD, lambda bench: bench.compare(loads.SPREAD, rig.SPREAD)),
+    "layers": (rig.LAYERS, lambda bench: bench.compare(loads.RANDOM, rig.LAYERS)),
     "classes": ((rig.CLASSES,), Bench.classes),
     "misses": ((rig.MISSES,), Bench.misses),
     "mixed": (rig.MIXED, lambda bench: bench.compare(loads.MIXED, rig.MIXED)),

@@ -74,7 +74,8 @@ SEQUENTIAL = Load(
 FSYNC = Load(
     "fsync", "4 KiB random write, each with fdatasync", (*_random("randwrite", 1), "--fdatasync=1")
 )
-MAIN = (*RANDOM_WRITES, *RANDOM_READS, SEQUENTIAL, FSYNC)
+RANDOM = (*RANDOM_WRITES, *RANDOM_READS)
+MAIN = (*RANDOM, SEQUENTIAL, FSYNC)
 
 # At 999 places 256 KiB apart: the same load for one segment and for 2,000.
 SPREAD = (

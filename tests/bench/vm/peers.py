@@ -56,6 +56,25 @@ def era(media: Media, lower: str, size_bytes: int) -> Iterator[str]:
 
 
 @contextmanager
+def layers(media: Media, lower: str, size_bytes: int, *, splits: bool) -> Iterator[str]:
+    """Those of a volume without the volume, all of it recorded: a table over dm-era and, where it
+    `splits`, a layer that has reads go past both."""
+    sh("modprobe", "-a", "dm-era", "dm-delay")
+    name = "split" if splits else "whole"
+    metadata = media.make(f"{name}-meta", 4 * _LOG_BYTES)
+    block = ERA_BLOCK_BYTES // SECTOR_BYTES
+    with ExitStack() as stack:
+
+        def over(layer: str, target: str) -> str:
+            return stack.enter_context(mapped(f"{name}-{layer}", size_bytes, target))
+
+        top = over("w", f"linear {over('era', f'era {metadata} {lower} {block}')} 0")
+        if splits:
+            top = over("top", f"delay {lower} 0 0 {top} 0 0 {lower} 0 0")
+        yield top
+
+
+@contextmanager
 def md_raid1(media: Media, number: int, size_bytes: int, *, write_behind: bool) -> Iterator[str]:
     """Two legs, write-intent bitmap inside; with write-behind the second leg is write-mostly."""
     sh("modprobe", "-a", "md-mod", "raid1")

@@ -210,6 +210,9 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
     for load in results["slow"]:
         heading = f"On disks that take {rig.LATENCY_US} us: {load['title']}"
         parts.append((heading, SLOW_NOTE, table(*load_rows(load, rig.SLOW_LINEAR))))
+    for load in results["layers"]:
+        heading = f"By layers: {load['title']}"
+        parts.append((heading, LAYERS_NOTE, table(*load_rows(load))))
     for load in results["spread"]:
         heading = f"One segment and 2,000 segments: {load['title']}"
         parts.append((heading, "At 999 places 256 KiB apart.", table(*load_rows(load))))
@@ -222,6 +225,10 @@ def sections(results: Results) -> list[tuple[str, str, list[str]]]:
 SLOW_NOTE = (
     "The emulated processor is about ten times slower than the bare one: beside it such a disk is"
     " what a quick NVMe drive is beside the bare one."
+)
+LAYERS_NOTE = (
+    "What a volume's layers cost by themselves where everything is recorded and one segment:"
+    " writes pass dm-delay, dm-linear and dm-era, reads dm-delay alone."
 )
 POINTS_NOTE = (
     "In the column `of dm-linear` is what it is of the same volume with a plain secondary, which"

@@ -19,6 +19,7 @@ MISS_EXTENT_BYTES = 64 * KIB
 
 RAW, LINEAR, ERA = "raw device", "dm-linear", "dm-era alone"
 THREE = "dm-linear, three deep"
+WHOLE, SPLIT = "dm-linear over dm-era", "reads past both by dm-delay"
 HITS, PAUSED = "stack, all hits", "stack, all hits, paused"
 SEGMENTS, MISSES = "stack, 2,000 segments", "stack, all misses"
 CLASSES = "stack, one kind of write after another"
@@ -30,6 +31,7 @@ DRBD, DRBD_ALONE = "DRBD 8.4, protocol A", "DRBD 8.4, disconnected"
 SLOW_LINEAR, SLOW_HITS = "dm-linear, slow disk", "stack, all hits, slow disk"
 PEERS = (MD, MD_BEHIND, MIRROR, DRBD, DRBD_ALONE)
 MAIN = (RAW, LINEAR, THREE, ERA, HITS, PAUSED, *PEERS)
+LAYERS = (RAW, LINEAR, ERA, WHOLE, SPLIT, HITS)
 SLOW = (SLOW_LINEAR, SLOW_HITS)
 SPREAD = (LINEAR, HITS, SEGMENTS)
 MIXED = (LINEAR, HITS, MIX, *PEERS)
@@ -85,6 +87,8 @@ def rig(folder: Path, wanted: Collection[str]) -> Iterator[Rig]:
             THREE: lambda: peers.three_deep(disk("deep"), SIZE_BYTES),
             SLOW_LINEAR: lambda: peers.linear("slow-linear", disk("slow", LATENCY_US), SIZE_BYTES),
             ERA: lambda: peers.era(media, disk("tracked"), SIZE_BYTES),
+            WHOLE: lambda: peers.layers(media, disk("whole"), SIZE_BYTES, splits=False),
+            SPLIT: lambda: peers.layers(media, disk("split"), SIZE_BYTES, splits=True),
             MD: lambda: peers.md_raid1(media, 0, SIZE_BYTES, write_behind=False),
             MD_BEHIND: lambda: peers.md_raid1(media, 1, SIZE_BYTES, write_behind=True),
             MIRROR: lambda: peers.dm_mirror(media, SIZE_BYTES),

@@ -35,6 +35,8 @@ def test_every_contender_is_measured_under_every_load(results: inside.Results) -
     assert set(results["database"]["outcomes"]) >= {rig.HITS, rig.MIX, *rig.PEERS}
     assert set(results["fill"]["outcomes"]) >= {rig.FRESH, *rig.PEERS}
     assert set(results["trim"]["outcomes"]) >= {rig.RAW, rig.FRESH}
+    for load in results["layers"]:
+        assert set(load["outcomes"]) == set(rig.LAYERS)
     for load in results["mixed"]:
         assert set(load["outcomes"]) >= {rig.MIX, *rig.PEERS}
 
@@ -65,7 +67,7 @@ def test_the_report_names_every_bar(results: inside.Results) -> None:
     assert {row[-1] for row in rows} <= {"met", "MISSED", "-"}
     results |= {"machine": {"processor": "one"}, "command": "make bench-vm", "missing": {"x": "y"}}
     text = report.to_markdown(results)
-    assert text.count("\n## ") == 2 + 3 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 2 + 1
+    assert text.count("\n## ") == 2 + 3 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 2 + 2 + 1
     assert "nothing is known of them" in text
 
 
