@@ -1,8 +1,8 @@
 """The attachment of a volume to the kernel, as bitmapd sees it (edge).
 
-Start, in this order: `prepare` (metadata and era device, new or found alive), gate and server on
-the era device, `connect` (the kernel's NBD client on a socket pair), `attach` (tables; from here on
-hosts can write).  Stop: `close_hosts`, last barriers, `detach`.
+Start, in this order: `prepare` (metadata and era device, new or found alive), gate and server,
+`connect` (the kernel's NBD client on a socket pair), `attach` (tables; from here on hosts can
+write).  Stop: `close_hosts`, last barriers, `detach`.
 
 1. A stack that was found alive keeps its table until the first barrier, and what it marks direct
    counts as open (`routes.adopt`).
@@ -250,7 +250,7 @@ class KernelAttachment:
         return int((queue / "discard_max_bytes").read_text()) > 0
 
     def counters(self) -> Counters:
-        """Of the era device, which every write passes."""
+        """Of the era device, which every direct write passes."""
         if "era" not in self._stats:
             return Counters(0, 0)
         fields = self._stats["era"].read()

@@ -1,7 +1,8 @@
 """The direct path: what hosts write without asking the gate, and how it becomes known (pure).
 
-The kernel marks every write of the direct path, and those of the gate too, in the era it was
-begun in.  A barrier ends the era, waits until no write of it is in flight, and brings its blocks.
+The kernel marks every write of the direct path in the era it was begun in; those of the gate are
+no part of that.  A barrier ends the era, waits until no write of it is in flight, and brings its
+blocks.
 
 1. Between two barriers nothing is known of open extents (`routes.Routes`), so they are neither
    clean nor dropped.
@@ -49,7 +50,7 @@ class PutOffError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Of the device under both paths, since it was made; monotone.
+    """Of the device under the direct path, since it was made; monotone.
 
     Bytes and not writes tell whether something was written: an empty flush counts as a write.
     `lapses`: how often the kernel was found not to count; between two readings that differ in it
