@@ -178,6 +178,7 @@ def fio_at_work(
     """`finished`: wait for its end; otherwise it is ended."""
     words = ["fio", "--name=job", f"--filename={volume.device}", "--direct=1", "--rw=randwrite"]
     words += ["--ioengine=libaio", "--bs=4k", "--iodepth=8", *VERIFY, *(options or ("--loops=2",))]
+    words += ["--thread"]  # not a process of its own, which would go on when this one has died
     with subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as job:
@@ -188,6 +189,7 @@ def fio_at_work(
                 assert job.returncode == 0, output
         finally:
             job.send_signal(signal.SIGTERM if not finished else signal.SIGKILL)
+            job.communicate(timeout=300)  # it is killed by a pipe that nobody reads
 
 
 def layers(volume: DmVolume) -> list[str]:
