@@ -76,7 +76,7 @@ class DmMode:
     async def prepare(self, geometry: Geometry, opened: Undo) -> None:
         self._kernel = kernel = self._attachment(geometry)
         opened.append(self._let_go)
-        there = of_layers(geometry, await kernel.look())
+        there = of_layers(geometry, await kernel.look(owns=False))
         if there != geometry:
             kernel.close()
             self._kernel = kernel = self._attachment(there)

@@ -97,9 +97,10 @@ class KernelAttachment:
         self.current_era = int(answer["current_era"])
         self._open_stat("era", self.era_device)
 
-    async def look(self) -> list[Segment] | None:
-        """The segments in force of a stack that hosts have; None if there is none that works."""
-        segments = (await self._call("look")).header["segments"]
+    async def look(self, *, owns: bool) -> list[Segment] | None:
+        """The segments in force of a stack that hosts have; None if there is none that works.  They
+        stay so if this helper `owns` the stack; the size does in any case."""
+        segments = (await self._call("look", {"owns": int(owns)})).header["segments"]
         if segments is None:
             return None
         return [(int(a), int(b), str(kind)) for a, b, kind in segments]

@@ -85,7 +85,7 @@ class PromotedDm:
         self._geometry = geometry
         self._kernel = kernel = self._attachment(geometry)
         opened.append(self._let_go)
-        segments = await kernel.look()
+        segments = await kernel.look(owns=True)
         if segments is None:
             await kernel.sever()
             self._let_go()

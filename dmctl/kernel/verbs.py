@@ -315,9 +315,12 @@ class Helper:
         return {}, b""
 
     def look(self, request: Request) -> Answer:
-        """The segments in force, if hosts have the volume; None otherwise."""
-        del request
-        self.owns()
+        """The segments in force, if hosts have the volume; None otherwise.  Without `owns` perhaps
+        not for long: another helper may be about to change them."""
+        if request.number("owns"):
+            self.own()
+        else:
+            self.owns()
         seen = observe(self._volume, self._mapper)
         layers = [seen.layer(self._volume, layer) for layer in (Layer.TOP, Layer.WRITE, Layer.ERA)]
         top, write, era = layers

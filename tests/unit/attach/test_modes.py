@@ -42,7 +42,7 @@ class NotedKernel:
         if self.fails:
             raise BitmapdError("no helper")
 
-    async def look(self) -> list[Segment] | None:
+    async def look(self, *, owns: bool) -> list[Segment] | None:
         self._note("look")
         return self.found
 

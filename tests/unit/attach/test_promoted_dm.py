@@ -38,7 +38,7 @@ class NotedKernel:
         if self.fails == call:
             raise BitmapdError(f"cannot {call}")
 
-    async def look(self) -> list[Segment] | None:
+    async def look(self, *, owns: bool) -> list[Segment] | None:
         self._note("look")
         return self.found
 
