@@ -15,7 +15,7 @@ import pytest
 from bitmapd.attach import dm_mode, promoted_dm
 from bitmapd.attach.promoted_dm import PromotedDm
 from bitmapd.errors import BitmapdError, BusyError, UnreachableError
-from bitmapd.gate.direct import HostCounters
+from bitmapd.gate.direct import DirectPath, HostCounters
 from bitmapd.gate.routes import Segment
 from tests.support.local import LocalVolume
 from tests.support.mirror import BLOCK, Mirror
@@ -118,6 +118,15 @@ class Bench:
         gate = self.mirror.gate
         await self.mode.begin(engine, gate, store, lambda: True, self.opened, primary)
 
+    async def serving_directly(self) -> DirectPath:
+        """Hosts write two extents past the gate."""
+        await self.prepare()
+        await self.begin()
+        await self.mode.admit()
+        assert self.mode.path.path is not None
+        self.mode.path.path.routes.adopt([(2, 4)])
+        return self.mode.path.path
+
     def told(self) -> list[str]:
         told = list(self.calls)
         self.calls.clear()
@@ -185,11 +194,7 @@ def test_hosts_that_have_it_open_keep_it_without_force(run: Callable[[Test], Non
 
 def test_what_is_open_when_it_goes_counts_as_written(run: Callable[[Test], None]) -> None:
     async def test(it: Bench) -> None:
-        await it.prepare()
-        await it.begin()
-        await it.mode.admit()
-        assert it.mode.path.path is not None
-        it.mode.path.path.routes.adopt([(2, 4)])
+        await it.serving_directly()
         await it.mode.cut_off()
         per = it.mirror.geometry.blocks_per_extent
         assert list(it.mirror.gate.current.runs()) == [(2 * per, 4 * per)]
@@ -199,12 +204,7 @@ def test_what_is_open_when_it_goes_counts_as_written(run: Callable[[Test], None]
 
 def test_the_last_barriers_bring_what_was_written(run: Callable[[Test], None]) -> None:
     async def test(it: Bench) -> None:
-        await it.prepare()
-        await it.begin()
-        await it.mode.admit()
-        path = it.mode.path.path
-        assert path is not None
-        path.routes.adopt([(2, 4)])
+        path = await it.serving_directly()
 
         async def end_eras(enough: Callable[[], bool]) -> None:
             assert not enough()
@@ -330,12 +330,7 @@ def test_hosts_see_a_larger_size_once_every_write_passes_the_gate(
 
 def test_hosts_go_on_with_the_old_size_while_no_barrier_passes(run: Callable[[Test], None]) -> None:
     async def test(it: Bench) -> None:
-        await it.prepare()
-        await it.begin()
-        await it.mode.admit()
-        path = it.mode.path.path
-        assert path is not None
-        path.routes.adopt([(2, 4)])
+        path = await it.serving_directly()
         it.mode.path.is_held_up = lambda: True  # by a partner that is not there
 
         async def no_era_ends(enough: Callable[[], bool]) -> None:
