@@ -533,7 +533,7 @@ def test_case_03_and_23_nobody_waits_for_a_secondary_that_hangs(tmp_path: Path) 
 def test_case_04_and_22_when_the_kernel_has_no_room_for_more(restless: DmVolume) -> None:
     """A suspend under way waits for what the kernel cannot send, since nobody answers."""
     chance = random.Random(4)
-    flood = ("--bs=4k", "--size=40m", "--loops=20", "--iodepth=512")
+    flood = ("--bs=4k", "--size=40m", "--loops=1000", "--iodepth=512")
     with fio_at_work(restless, *flood, finished=False) as job:
         for turn in range(4):
             writes = restless.status()["writes_total"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +52,22 @@ def test_an_ext4_under_load_is_clean_at_a_point(tmp_path: Path) -> None:
         mount.mkdir()
         sh("mount", near.device, str(mount))
         try:
-            words = ("--directory", str(mount), "--rw=randrw", "--bs=16k", "--size=32m")
-            sh(
-                *("fio", "--name=load", "--numjobs=2", "--fsync=8", "--time_based"),
-                *("--runtime=12", *words),
-                timeout_s=200,
-            )
-            assert near.points()["number"] >= 3
-            near.kill()
-            far.dmctl("promote", far.name)
-            far.stop("--now")
-            drop_cache(far.primary.path)
-            # What a power cut at the instant of the point would have left: the journal is replayed.
-            assert "UNEXPECTED" not in sh("e2fsck", "-p", far.primary.path, check=False)
-            sh("e2fsck", "-fn", far.primary.path)
-            near.start()
+            words = ["fio", "--name=load", "--thread", "--numjobs=2", "--fsync=8", "--bs=16k"]
+            words += ["--directory", str(mount), "--rw=randrw", "--size=32m", "--time_based"]
+            with subprocess.Popen([*words, "--runtime=600"], stdout=subprocess.DEVNULL) as load:
+                try:
+                    near.point(near.points()["number"] + 2)
+                    near.kill()
+                    far.dmctl("promote", far.name)
+                    far.stop("--now")
+                    drop_cache(far.primary.path)
+                    # What a power cut at the instant of the point would have left: the journal is
+                    # replayed.
+                    assert "UNEXPECTED" not in sh("e2fsck", "-p", far.primary.path, check=False)
+                    sh("e2fsck", "-fn", far.primary.path)
+                    near.start()
+                finally:
+                    load.kill()
         finally:
             sh("umount", str(mount), check=False)
 
