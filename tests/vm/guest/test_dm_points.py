@@ -65,8 +65,8 @@ def test_an_ext4_under_load_is_clean_at_a_point(tmp_path: Path) -> None:
                     # replayed.
                     assert "UNEXPECTED" not in sh("e2fsck", "-p", far.primary.path, check=False)
                     sh("e2fsck", "-fn", far.primary.path)
-                    near.start()
                 finally:
+                    near.start()  # for which the load waits in the kernel
                     load.kill()
         finally:
             sh("umount", str(mount), check=False)
