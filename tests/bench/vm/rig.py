@@ -107,7 +107,7 @@ def rig(folder: Path, wanted: Collection[str]) -> Iterator[Rig]:
             volume = stack.enter_context(make(media, folder, SHAPES[name]))
             made.stacks[name], made.devices[name] = volume, volume.device
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(Stack.start, made.stacks.values()))
+            list(pool.map(lambda volume: volume.start(), made.stacks.values()))
         if PAUSED in wanted:
             made.stacks[PAUSED], made.devices[PAUSED] = made.stacks[HITS], made.devices[HITS]
         for name in {HITS, SLOW_HITS, POINTS}.intersection(made.stacks):
