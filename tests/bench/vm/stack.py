@@ -247,8 +247,11 @@ class PointStack(Stack):
         )
 
     def make_ready(self) -> None:
-        """As before a cut: nothing is dirty, and hosts write past the gate again."""
+        """As before a cut: next to nothing is dirty, and hosts write past the gate again, which
+        they do once they are seen to write."""
         self.settle()
+        self.touch(self._direct)
+        self.touch(self._direct)
         self.until(
             lambda status: status["direct_extents"] == len(self._direct), "direct after a cut"
         )
