@@ -146,13 +146,13 @@ class DmMode:
         return direct_status(self._direct, gate)
 
     async def follow_size(self, end_eras: EndEras) -> None:
-        path, geometry = self._direct, present_geometry(self._direct, self._gate)
+        path, before = self._direct, self._kernel
+        geometry = present_geometry(path.geometry, self._gate)
         if path.geometry == geometry:
             return
         await close_direct(path, end_eras, self._config.name)
-        before, self._kernel = self._kernel, self._attachment(geometry)
-        layers = Exchange(path, before, self._kernel, geometry)
-        await exchange(layers, self.server, self._serve)
+        self._kernel = kernel = self._attachment(geometry)
+        await exchange(path, before, kernel, geometry, self.server, self._serve)
 
 
 def attachment(
@@ -195,9 +195,9 @@ def of_layers(geometry: Geometry, segments: list[Segment] | None) -> Geometry:
     return dataclasses.replace(geometry, size_bytes=min(size_bytes, geometry.size_bytes))
 
 
-def present_geometry(path: DirectPath, gate: Gate) -> Geometry:
-    """Of layers that are as large as the volume."""
-    return dataclasses.replace(path.geometry, size_bytes=gate.size_bytes)
+def present_geometry(geometry: Geometry, gate: Gate) -> Geometry:
+    """As large as the volume is now."""
+    return dataclasses.replace(geometry, size_bytes=gate.size_bytes)
 
 
 async def close_direct(path: DirectPath, end_eras: EndEras, name: str) -> None:
@@ -219,30 +219,23 @@ async def close_direct(path: DirectPath, end_eras: EndEras, name: str) -> None:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Exchange:
-    """Of the layers below a path, for others of this geometry."""
-
-    path: DirectPath
-    before: KernelAttachment
-    after: KernelAttachment
-    geometry: Geometry
-
-
 async def exchange(
-    layers: Exchange,
+    path: DirectPath,
+    before: KernelAttachment,
+    kernel: KernelAttachment,
+    geometry: Geometry,
     server: NbdServer,
     serve: Callable[[KernelAttachment, DirectPath], Awaitable[None]],
 ) -> None:
-    """After `close_direct`."""
-    path, kernel = layers.path, layers.after
+    """The layers below a path for those of `kernel`, which have this geometry, after
+    `close_direct`."""
     path.let_go()
     try:
-        layers.before.stay_disconnected()
+        before.stay_disconnected()
         await server.drain(LEAVE_TIMEOUT_S)
-        layers.before.close()
+        before.close()
         await kernel.prepare()
-        path.go_on(layers.geometry, kernel, since_era=kernel.current_era)
+        path.go_on(geometry, kernel, since_era=kernel.current_era)
         await serve(kernel, path)
     except Exception as error:
         # Hosts' writes wait: this process must not live on without serving them.

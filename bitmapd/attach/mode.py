@@ -123,8 +123,7 @@ class Door(Protocol):
         """No host can write any more, whatever it has open."""
 
     async def follow_size(self, end_eras: EndEras) -> None:
-        """Have hosts see the size that the gate has, if that has grown since they were let in.
-        After UnreachableError they go on with the size that they have."""
+        """As that of the `Mode`."""
 
 
 def refuse_connected(server: NbdServer) -> None:

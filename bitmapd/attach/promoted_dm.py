@@ -14,13 +14,11 @@ hosts are let in, and taken down before they may be served elsewhere.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from bitmapd.attach.dm_mode import (
-    Exchange,
     Mark,
     attachment,
     close_direct,
@@ -136,7 +134,7 @@ class PromotedDm:
             await self._primary.lend()
             geometry = self._geometry
             if self._gate is not None:
-                geometry = dataclasses.replace(geometry, size_bytes=self._gate.size_bytes)
+                geometry = present_geometry(geometry, self._gate)
             self._kernel = kernel = self._attachment(geometry)
             try:
                 await kernel.close_hosts()  # whoever has it open since they were cut off keeps it
@@ -194,10 +192,10 @@ class PromotedDm:
 
     # -- a larger size ------------------------------------------------------------------------
     async def follow_size(self, end_eras: EndEras) -> None:
-        path, kernel = self.path.path, self._kernel
-        if path is None or kernel is None or self._gate is None:
+        path, before = self.path.path, self._kernel
+        if path is None or before is None or self._gate is None:
             return
-        geometry = present_geometry(path, self._gate)
+        geometry = present_geometry(path.geometry, self._gate)
         if path.geometry == geometry:
             return
 
@@ -205,8 +203,8 @@ class PromotedDm:
             await end_eras(lambda: enough() or self.path.is_held_up())
 
         await close_direct(path, unless_held_up, self._config.name)
-        self._kernel = self._attachment(geometry)
-        await exchange(Exchange(path, kernel, self._kernel, geometry), self.server, self._serve)
+        self._kernel = kernel = self._attachment(geometry)
+        await exchange(path, before, kernel, geometry, self.server, self._serve)
 
     # -- stop ---------------------------------------------------------------------------------
     async def undo(self) -> None:

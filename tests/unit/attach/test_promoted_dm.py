@@ -118,11 +118,15 @@ class Bench:
         gate = self.mirror.gate
         await self.mode.begin(engine, gate, store, lambda: True, self.opened, primary)
 
-    async def serving_directly(self) -> DirectPath:
-        """Hosts write two extents past the gate."""
+    async def serving(self) -> None:
+        """Hosts are let in."""
         await self.prepare()
         await self.begin()
         await self.mode.admit()
+
+    async def serving_directly(self) -> DirectPath:
+        """Hosts write two extents past the gate."""
+        await self.serving()
         assert self.mode.path.path is not None
         self.mode.path.path.routes.adopt([(2, 4)])
         return self.mode.path.path
@@ -173,9 +177,7 @@ def test_a_stack_comes_and_goes_with_hosts(run: Callable[[Test], None]) -> None:
 
 def test_hosts_that_have_it_open_keep_it_without_force(run: Callable[[Test], None]) -> None:
     async def test(it: Bench) -> None:
-        await it.prepare()
-        await it.begin()
-        await it.mode.admit()
+        await it.serving()
         it.kernel.open = True
         it.told()
         with pytest.raises(BusyError):
@@ -303,9 +305,7 @@ def test_hosts_see_a_larger_size_once_every_write_passes_the_gate(
     run: Callable[[Test], None],
 ) -> None:
     async def test(it: Bench) -> None:
-        await it.prepare()
-        await it.begin()
-        await it.mode.admit()
+        await it.serving()
         await it.mode.follow_size(no_eras)  # nothing has grown
         assert it.mode.path.path is not None
         it.mode.path.path.routes.adopt([(2, 4)])
@@ -358,9 +358,7 @@ def test_a_process_that_holds_up_hosts_and_cannot_go_on_fails(
         asyncio.get_running_loop().set_exception_handler(
             lambda _loop, context: failures.append(str(context["exception"]))
         )
-        await it.prepare()
-        await it.begin()
-        await it.mode.admit()
+        await it.serving()
         grow(it)
         it.kernel.fails = fails
         with pytest.raises(BitmapdError, match=f"cannot {fails}"):
@@ -401,9 +399,7 @@ def test_what_cannot_be_removed_is_reported_and_who_cannot_be_cut_off_is_an_erro
     run: Callable[[Test], None],
 ) -> None:
     async def test(it: Bench) -> None:
-        await it.prepare()
-        await it.begin()
-        await it.mode.admit()
+        await it.serving()
         it.kernel.fails = "sever"
         with pytest.raises(BitmapdError):
             await it.mode.cut_off()

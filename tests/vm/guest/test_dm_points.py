@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 
 from tests.vm.guest.disks import MIB, disks, drop_cache, same, sh, size_of
-from tests.vm.guest.dmsites import PIECE, DeviceWriter, dm_group, dm_sites, newest
+from tests.vm.guest.dmsites import (
+    PIECE,
+    DeviceWriter,
+    FarSite,
+    NearSite,
+    dm_group,
+    dm_sites,
+    newest,
+)
 
 SIZE, LARGER = 16 * MIB, 24 * MIB
 BUSY, NO_SPACE, WRONG_STATE, AWAY = 12, 13, 14, 15  # exit statuses
@@ -77,6 +85,13 @@ def all_applied(status: dict[str, Any]) -> bool:
     return bool(status["receiver"]["applied"] == status["receiver"]["committed"])
 
 
+def both_have(told: int, near: NearSite, far: FarSite) -> None:
+    """What a host wrote, up to this number and no more; both sites have stopped."""
+    for site in (near, far):
+        drop_cache(site.primary.path)
+        assert newest(site.primary.path) == told
+
+
 def test_a_planned_move_under_load() -> None:
     """Pause, verify, switchover: what an administrator does to a volume that hosts write past its
     gate.  Nothing is lost, and the device of a volume that is not given away goes on as before."""
@@ -119,9 +134,7 @@ def test_a_planned_move_under_load() -> None:
         far.stop()
         near.until(all_applied)
         near.stop()
-        for medium in (near.primary, far.primary):
-            drop_cache(medium.path)
-            assert newest(medium.path) == told
+        both_have(told, near, far)
 
 
 def test_after_promote_the_old_site_follows_once_its_kernel_has_ended() -> None:
@@ -168,9 +181,7 @@ def test_a_volume_that_went_over_and_came_back_has_its_device_again() -> None:
         near.stop()
         far.until(all_applied)
         far.stop()
-        for medium in (near.primary, far.primary):
-            drop_cache(medium.path)
-            assert newest(medium.path) == told
+        both_have(told, near, far)
 
 
 def test_both_sides_grow_under_load_and_points_go_on() -> None:
