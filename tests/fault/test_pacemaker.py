@@ -107,7 +107,10 @@ def test_active_passive_with_an_address_that_moves_along(short_path: Path) -> No
                 lambda number=number: cluster.partner(number)["state"] == "cut",  # type: ignore[misc]
                 "cut",
             )
+        # The cluster hears of it from one node after the other: the scores stay what they were.
+        cluster.monitored()
         cluster.settled(active)
+        assert {cluster.score(number) for number in (1, 2)} == {1000}
         assert (cluster.promoted(), cluster.fenced) == ({active}, before)
         # Whoever is promoted now has the other one fenced first.
         cluster.run(active, "crm_resource", "--ban", "-r", "vol0-clone", "--promoted")

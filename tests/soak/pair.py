@@ -134,7 +134,9 @@ class Nemesis:
         getattr(self, "_" + what.replace(" ", "_"))(self._chance.choice((1, 2)))
 
     def _start(self, node: int) -> None:
-        self._pair[node].dmctl_process("start", "vol0")  # 15 while it waits for the other
+        done = self._pair[node].dmctl_process("start", "vol0")
+        if done.returncode not in (0, 15):  # 15 while it waits for the other
+            raise Violation(f"node {node} did not start: {done.returncode} {done.stderr}")
 
     def _kill(self, node: int) -> None:
         self._pair[node].kill()
@@ -158,7 +160,9 @@ class Nemesis:
         os.kill(pid, signal.SIGCONT)
 
     def _stop(self, node: int) -> None:
-        self._pair[node].dmctl_process("stop", "vol0", "--now")
+        done = self._pair[node].dmctl_process("stop", "vol0", "--now")
+        if done.returncode:
+            raise Violation(f"node {node} did not stop: {done.returncode} {done.stderr}")
         self._rest()
         self._start(node)
 
@@ -225,7 +229,12 @@ def play(folder: Path, seed: int, seconds: float) -> tuple[Counter[str], int]:
 def heal(pair: Pair) -> None:
     """Both nodes run and are paired, with hosts at work."""
     for node in (1, 2):
-        pair.until(node, "paired")
+        try:
+            pair.until(node, "paired")
+        except AssertionError as error:
+            for number in (1, 2):
+                error.add_note(f"node {number}: {pair[number].status()}")
+            raise
 
 
 def settle(pair: Pair, history: History) -> None:

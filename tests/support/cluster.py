@@ -29,6 +29,7 @@ PROGRAMS = ("corosync", "pacemakerd", "crm_resource", "crm_attribute", "cibadmin
 WAIT_S = 60.0
 _NETWORKS = {"ring": 77, "side": 78}
 POLL_S = 0.1
+MONITORED_S = 8.0  # both intervals of the volume's monitors, and what a monitor takes
 
 _COROSYNC = """
 totem {
@@ -334,6 +335,15 @@ class Cluster:
     def settled(self, number: int) -> None:
         """Return when the cluster has nothing left to do, as seen at a node that is on."""
         self.run(number, "crm_resource", "--wait", "--timeout", "90s")
+
+    def monitored(self) -> None:
+        """Return when both nodes' monitors have seen the volume as it is now."""
+        time.sleep(MONITORED_S)
+
+    def score(self, number: int) -> int:
+        """Of a node, for its promotion: what the cluster has heard last."""
+        what = ("--name", "master-vol0", "--lifetime", "reboot", "--query", "--quiet")
+        return int(self.run(number, "crm_attribute", "--node", f"node{number}", *what))
 
     def promoted(self) -> set[int]:
         """Where hosts are let in, by bitmapd's own word."""
