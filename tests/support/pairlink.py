@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-import threading
 import time
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 LOOK_S = 0.02
 
 
 class Link:
-    """Passes what comes to the socket `outer` on to the socket `inner`, until told otherwise."""
+    """Passes what comes to the socket `outer` on to the socket `inner`, until told otherwise.
+
+    All sockets are the thread's own: one that another thread closes while select waits for it ends
+    the wait with EBADF.
+    """
 
     def __init__(self, outer: Path, inner: Path) -> None:
         self._inner = inner
@@ -25,38 +30,45 @@ class Link:
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._ways: dict[socket.socket, tuple[socket.socket, bool]] = {}  # other end; from outer?
         self._late: list[tuple[float, socket.socket, bytes]] = []
-        self._lock = threading.Lock()
+        self._cuts: deque[Future[None]] = deque()
         self._ended = False
         self.held: set[bool] = set()  # what is not passed on: True from outer, False from inner
         self.delay_s = 0.0
         self.accepts = True
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._thread = ThreadPoolExecutor(1)
+        self._life = self._thread.submit(self._run)
 
     def cut(self) -> None:
         """End every connection."""
-        with self._lock:
-            for sock in list(self._ways):
-                self._drop(sock)
+        done: Future[None] = Future()
+        self._cuts.append(done)
+        wait((done, self._life), return_when=FIRST_COMPLETED)
+        if not done.done():
+            self._life.result()
+            raise AssertionError("the link has been closed")
 
     def close(self) -> None:
         self._ended = True
-        self._thread.join()
-        self.cut()
+        self._thread.shutdown()
+        for sock in list(self._ways):
+            self._drop(sock)
         self._listener.close()
         self._selector.close()
+        self._life.result()
 
     def _run(self) -> None:
         while not self._ended:
-            with self._lock:
-                self._send_late()
-                late_s = self._late[0][0] - time.monotonic() if self._late else LOOK_S
+            while self._cuts:
+                for sock in list(self._ways):
+                    self._drop(sock)
+                self._cuts.popleft().set_result(None)
+            self._send_late()
+            late_s = self._late[0][0] - time.monotonic() if self._late else LOOK_S
             for key, _ in self._selector.select(max(0.0, min(late_s, LOOK_S))):
-                with self._lock:
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    else:
-                        self._pass(key.fileobj)  # type: ignore[arg-type]
+                if key.fileobj is self._listener:
+                    self._accept()
+                else:
+                    self._pass(key.fileobj)  # type: ignore[arg-type]
             if self.held:
                 time.sleep(LOOK_S)  # what is held stays readable
 
