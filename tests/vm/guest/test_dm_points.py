@@ -60,8 +60,9 @@ def test_an_ext4_under_load_is_clean_at_a_point(tmp_path: Path) -> None:
         mount.mkdir()
         sh("mount", near.device, str(mount))
         try:
+            # 16 MiB in all: what is written between two points has to fit into the journal.
             words = ["fio", "--name=load", "--thread", "--numjobs=2", "--fsync=8", "--bs=16k"]
-            words += ["--directory", str(mount), "--rw=randrw", "--size=32m", "--time_based"]
+            words += ["--directory", str(mount), "--rw=randrw", "--size=8m", "--time_based"]
             with subprocess.Popen([*words, "--runtime=600"], stdout=subprocess.DEVNULL) as load:
                 try:
                     near.point(near.points()["number"] + 2)
