@@ -18,7 +18,7 @@ import bitmapd.daemon
 from bitmapd import __version__
 from bitmapd.config import Key, keys
 from bitmapd.control import catalogue
-from bitmapd.control.catalogue import EventKind
+from bitmapd.control.eventkinds import EventKind
 from dmctl.cli.parser import build_parser
 
 PROJECT = "dmctl"

@@ -30,7 +30,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from bitmapd.control.catalogue import EventKind, lookup
+from bitmapd.control.catalogue import lookup
+from bitmapd.control.eventkinds import EventKind
 
 Fields = dict[str, Any]
 

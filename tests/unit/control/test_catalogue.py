@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitmapd.control.catalogue import EVENTS, UNKNOWN, Level, lookup, markdown
+from bitmapd.control.catalogue import EVENTS, lookup, markdown
+from bitmapd.control.eventkinds import UNKNOWN, Level
 from bitmapd.control.states import STATES
 
 ROOT = Path(__file__).parents[3]
-CATALOGUE = "bitmapd/control/catalogue.py"
+CATALOGUE = "bitmapd/control/eventrows"
 EMITTERS = {"emit", "_emit", "_emit_event"}
 # Calls of the same name that are no events: bytes of the NBD server.
 NO_EVENTS = {"bitmapd/nbd/server/connection.py"}

@@ -1,0 +1,1 @@
+"""The rows of the catalogue of events, by what they are about (pure)."""
