@@ -10,8 +10,10 @@ are rounded up to a power of two, and returned mappings are kept by size for the
    that much is kept and a size has to be made anew, the largest that are kept make room for it:
    else a burst of large requests would have each small one map its own memory, which doubles what
    a write of 4 KiB costs.
-3. A buffer's content is whatever its last user left in it.
-4. Memory that the system does not give is as a limit that is reached: the kept buffers are given
+3. After `IDLE_S` without a taker `IDLE_BYTES` of them are kept: a process locks what it has mapped
+   into memory.
+4. A buffer's content is whatever its last user left in it.
+5. Memory that the system does not give is as a limit that is reached: the kept buffers are given
    up, and whoever waits is called again when something comes back, or after `RETRY_S`.
 """
 
@@ -25,6 +27,8 @@ from bitmapd.media.base import Scheduler
 
 PAGE_BYTES = 4096
 KEEP_BYTES = 8 << 20
+IDLE_BYTES = 1 << 20
+IDLE_S = 10.0
 RETRY_S = 0.1
 
 _addressof, _from_buffer = ctypes.addressof, ctypes.c_char.from_buffer
@@ -48,11 +52,13 @@ class BufferPool:
     def __init__(self, scheduler: Scheduler, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.out_bytes = 0
+        self.kept_bytes = 0
         self._scheduler = scheduler
         self._kept: dict[int, list[memoryview]] = {}
-        self._kept_bytes = 0
         self._waiting: list[Callable[[], None]] = []
         self._retrying = False
+        self._taken = False  # since an idle pool was last looked for
+        self._looking = False
 
     def take(self, length_bytes: int) -> memoryview | None:
         """A buffer of exactly this many bytes (at least one), or None if the limit is reached."""
@@ -62,30 +68,46 @@ class BufferPool:
         kept = self._kept.get(size)
         if kept:
             view = kept.pop()
-            self._kept_bytes -= size
+            self.kept_bytes -= size
         else:
             made = self._made(size)
             if made is None:
                 return None
             view = made
         self.out_bytes += size
+        self._taken = True
         return view if size == length_bytes else view[:length_bytes]
 
     def _made(self, size: int) -> memoryview | None:
         """A new buffer; None, and another try later, if the system has no memory for it."""
-        while self._kept_bytes + size > KEEP_BYTES >= size:
-            largest = max(kept for kept, views in self._kept.items() if views)
-            self._kept[largest].pop()
-            self._kept_bytes -= largest
+        if size <= KEEP_BYTES:
+            self._keep_at_most(KEEP_BYTES - size)
         try:
             return aligned(size)
         except (OSError, MemoryError):
             self._kept.clear()
-            self._kept_bytes = 0
+            self.kept_bytes = 0
             if not self._retrying:
                 self._retrying = True
                 self._scheduler.call_later(RETRY_S, self._retry)
             return None
+
+    def _keep_at_most(self, most_bytes: int) -> None:
+        while self.kept_bytes > most_bytes:
+            largest = max(kept for kept, views in self._kept.items() if views)
+            self._kept[largest].pop()
+            self.kept_bytes -= largest
+
+    def _look_in_a_while(self) -> None:
+        self._looking, self._taken = True, False
+        self._scheduler.call_later(IDLE_S, self._look)
+
+    def _look(self) -> None:
+        self._looking = False
+        if not self._taken:
+            self._keep_at_most(IDLE_BYTES)
+        elif self.kept_bytes > IDLE_BYTES:
+            self._look_in_a_while()
 
     def _retry(self) -> None:
         self._retrying = False
@@ -98,14 +120,16 @@ class BufferPool:
             raise TypeError("only buffers of this pool can be given back")
         size = len(mapping)
         self.out_bytes -= size
-        if self._kept_bytes + size <= KEEP_BYTES:
+        if self.kept_bytes + size <= KEEP_BYTES:
             whole = buffer if len(buffer) == size else memoryview(mapping)
             kept = self._kept.get(size)
             if kept is None:
                 self._kept[size] = [whole]
             else:
                 kept.append(whole)
-            self._kept_bytes += size
+            self.kept_bytes += size
+            if self.kept_bytes > IDLE_BYTES and not self._looking:
+                self._look_in_a_while()
         if self._waiting:
             self._call_waiting()
 

@@ -32,8 +32,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from crc32c import crc32c
-
+from bitmapd.crc import crc32c
 from bitmapd.errors import printable
 
 MAGIC: Final = b"BPLK"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from bitmapd.errors import UsageError
 from bitmapd.predict.lru import LruPolicy
@@ -22,6 +21,8 @@ def make_policy(name: str, geometry: Geometry) -> Policy:
     factory = PREDICTORS.get(name)
     if factory is None:
         known = ", ".join(sorted(PREDICTORS))
+        from difflib import get_close_matches  # noqa: PLC0415  (0.2 MiB, for mistakes alone)
+
         near = get_close_matches(name, PREDICTORS, 1)
         raise UsageError(
             f"predictor '{name}' is not known",

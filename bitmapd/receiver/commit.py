@@ -26,8 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from crc32c import crc32c
-
+from bitmapd.crc import crc32c
 from bitmapd.errors import RecordDamagedError
 from bitmapd.receiver.places import COMMIT_OFFSETS, PAGE_BYTES
 from bitmapd.record.pages import MAX_SEQUENCE, Raw

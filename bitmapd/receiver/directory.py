@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from crc32c import crc32c
-
+from bitmapd.crc import crc32c
 from bitmapd.receiver.places import DIRECTORY_BYTES, DIRECTORY_OFFSETS, MOST_KEPT
 from bitmapd.record.pages import MAX_SEQUENCE, Raw
 

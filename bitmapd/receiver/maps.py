@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from bitarray import bitarray
-from crc32c import crc32c
 
+from bitmapd.crc import crc32c
 from bitmapd.receiver.places import MAP_SECTOR_BYTES, MAP_SECTOR_EXTENTS, PAGE_BYTES
 from bitmapd.record.extents import zeros
 from bitmapd.record.pages import Raw

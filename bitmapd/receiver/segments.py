@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from crc32c import crc32c
-
+from bitmapd.crc import crc32c
 from bitmapd.peer.frames import PeerError
 from bitmapd.points.codec import ENTRY, MAX_ENTRIES, read_entry
 from bitmapd.points.messages import Entry

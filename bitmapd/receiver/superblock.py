@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from crc32c import crc32c
-
+from bitmapd.crc import crc32c
 from bitmapd.errors import RecordDamagedError, UsageError
 from bitmapd.record.copies import SUPERBLOCK_BYTES, Choice, Seal, choose_copy
 from bitmapd.record.geometry import Geometry

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 from uuid import UUID
 
-from crc32c import crc32c
-
+from bitmapd.crc import crc32c
 from bitmapd.errors import FormatTooNewError, RecordDamagedError
 from bitmapd.record.pages import Raw
 

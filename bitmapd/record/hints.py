@@ -25,7 +25,8 @@ import zlib
 from dataclasses import dataclass
 
 from bitarray import bitarray
-from crc32c import crc32c
+
+from bitmapd.crc import crc32c
 
 MAGIC = b"dmhints1"
 HINTS_BYTES = 60 << 10

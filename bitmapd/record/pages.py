@@ -36,7 +36,8 @@ from typing import Final
 from uuid import UUID
 
 from bitarray import bitarray
-from crc32c import crc32c
+
+from bitmapd.crc import crc32c
 
 PAGE_BYTES: Final = 4096
 SECTOR_BYTES: Final = 512

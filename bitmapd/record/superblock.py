@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from crc32c import crc32c
-
+from bitmapd.crc import crc32c
 from bitmapd.errors import FormatTooNewError, RecordDamagedError, UsageError
 from bitmapd.record.copies import (
     SUPERBLOCK_BYTES,

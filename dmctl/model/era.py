@@ -36,8 +36,8 @@ from types import MappingProxyType
 from typing import Final
 
 from bitarray import bitarray
-from crc32c import crc32c
 
+from bitmapd.crc import crc32c
 from bitmapd.errors import BitmapdError, UsageError, WrongStateError
 
 BLOCK_BYTES: Final = 4096

@@ -17,9 +17,17 @@ from bitmapd.errors import NotFoundError, UsageError
 from bitmapd.media import aio
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import Done
-from bitmapd.media.buffers import KEEP_BYTES, BufferPool, address_of, aligned
+from bitmapd.media.buffers import (
+    IDLE_BYTES,
+    IDLE_S,
+    KEEP_BYTES,
+    BufferPool,
+    address_of,
+    aligned,
+)
 from bitmapd.media.kdevice import KernelDevice
 from tests.support.loops import memory_folder
+from tests.support.sim import SimLoop
 
 MIB = 1 << 20
 
@@ -424,3 +432,23 @@ def test_a_size_that_is_asked_for_now_is_kept_in_the_place_of_larger_ones(
     assert again is not None
     assert address_of(again) == address_of(first)
     assert again.obj is first.obj
+
+
+def burst(pool: BufferPool) -> None:
+    """Take as many buffers of 1 MiB as a pool keeps, and give them back."""
+    for buffer in [pool.take(1 << 20) for _ in range(KEEP_BYTES >> 20)]:
+        assert buffer is not None
+        pool.give(buffer)
+
+
+def test_an_idle_pool_keeps_little_and_one_in_use_what_it_has() -> None:
+    loop = SimLoop()
+    pool = BufferPool(loop, 4 * KEEP_BYTES)
+    for _ in range(2):
+        burst(pool)
+        for _ in range(5):
+            loop.advance(IDLE_S / 2)
+            assert pool.kept_bytes == KEEP_BYTES
+            burst(pool)
+        loop.advance(2 * IDLE_S)
+        assert pool.kept_bytes == IDLE_BYTES
