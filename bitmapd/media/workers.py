@@ -68,6 +68,7 @@ class Workers(Generic[T]):
         waiting, finished, wake = self._waiting, self._finished, self._wake
         while (job := waiting.get()) is not None:
             finished.append(job())
+            del job  # and its buffer, which an idle pool gives up
             wake()
 
 
