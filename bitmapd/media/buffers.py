@@ -27,7 +27,7 @@ from bitmapd.media.base import Scheduler
 
 PAGE_BYTES = 4096
 KEEP_BYTES = 8 << 20
-IDLE_BYTES = 1 << 20
+IDLE_BYTES = 256 << 10
 IDLE_S = 10.0
 RETRY_S = 0.1
 

@@ -451,4 +451,4 @@ def test_an_idle_pool_keeps_little_and_one_in_use_what_it_has() -> None:
             assert pool.kept_bytes == KEEP_BYTES
             burst(pool)
         loop.advance(2 * IDLE_S)
-        assert pool.kept_bytes == IDLE_BYTES
+        assert pool.kept_bytes <= IDLE_BYTES
