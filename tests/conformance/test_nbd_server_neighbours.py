@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import threading
@@ -19,6 +20,7 @@ from tests.support.nbdraw import RawClient, info_data, request, write
 from tests.support.nbdserve import MIB, HeldDevice, ServerThread
 
 PLACES = 8
+ATTEMPTS = 10  # of a host that may come in
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,14 @@ class Export:
 
     def let_in(self, source: str = "") -> RawClient:
         return enter(self.verified(source))
+
+    def let_in_beside_others(self) -> RawClient:
+        """A newcomer that needs longer for its handshake than the places last among so many others,
+        as on a machine that has other work, begins anew."""
+        for _ in range(ATTEMPTS - 1):
+            with contextlib.suppress(OSError, EOFError):
+                return self.let_in()
+        return self.let_in()
 
     def until_accepted(self, count: int) -> None:
         self.thread.until(lambda: self.thread.server.stats.connections_total >= count)
@@ -211,7 +221,7 @@ def test_floods(certificates: Path, kind: str, rate: float, source: str) -> None
         with flood(kind, export.port, rate=rate, source=source):
             for number in range(5):
                 inside.write(512 * number, bytes([number]) * 512)
-                client = export.let_in()
+                client = export.let_in_beside_others()
                 assert client.read(512 * number, 512) == bytes([number]) * 512
                 client.sock.close()
         inside.sock.close()
