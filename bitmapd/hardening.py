@@ -48,7 +48,9 @@ def protect_memory(emit: Emit) -> None:
     Without the privilege, as in a container, this is an event; the volume is served all the same.
     """
     threading.stack_size(_STACK_BYTES)  # first: an event is told by a thread of its own
-    release_memory()
+    # What the imports have left over would be locked in, too: 0.7 MiB.
+    gc.collect()
+    _libc.malloc_trim(0)
     number = become_io_flusher()
     if number not in (0, errno.EINVAL):  # kernels before 5.6 do not know it
         emit(
@@ -65,13 +67,6 @@ def protect_memory(emit: Emit) -> None:
             "may-be-killed",
             message=f"oom_score_adj: {os.strerror(number)}; grant CAP_SYS_RESOURCE",
         )
-
-
-def release_memory() -> None:
-    """Give back what the start has used and nobody has any more, which would be locked in, too
-    (0.7 MiB after the imports)."""
-    gc.collect()
-    _libc.malloc_trim(0)
 
 
 # Each of these returns an errno, 0 for success.

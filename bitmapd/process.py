@@ -28,7 +28,6 @@ from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
 from bitmapd.errors import BitmapdError, BusyError
-from bitmapd.hardening import release_memory
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.volume.stall import Stall, StalledError
 
@@ -99,7 +98,6 @@ class Process(ABC, Generic[S]):
             self._signals = Signals(loop, handlers, self._last_resort)
             if self._metrics is not None:
                 await self._metrics.start()
-            release_memory()
             # Last: who reaches it takes the volume for started.
             await control.start()
         except BaseException:

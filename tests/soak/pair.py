@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -200,28 +201,25 @@ def play(folder: Path, seed: int, seconds: float) -> tuple[Counter[str], int]:
         at = dialled.index("--partner") + 1
         dialled[at] = f"unix://{folder}/link"
         pair.create()
-        link = Link(folder / "link", folder / "p1")
-        hosts = [Host(number, pair, history, seed * 100 + number) for number in range(HOSTS)]
-        nemesis = Nemesis(pair, link, chance)
-        try:
-            pair.start()
-            for host in hosts:
-                host.start()
-            until_s = time.monotonic() + seconds
-            while time.monotonic() < until_s:
-                time.sleep(chance.uniform(0.1, 0.5))
-                nemesis.strike()
-            heal(pair)
-        finally:
-            for host in hosts:
-                host.done.set()
-            for host in hosts:
-                if host.ident is not None:  # it was begun
-                    host.join(HEAL_S)
-        try:
+        with closing(Link(folder / "link", folder / "p1")) as link:
+            hosts = [Host(number, pair, history, seed * 100 + number) for number in range(HOSTS)]
+            nemesis = Nemesis(pair, link, chance)
+            try:
+                pair.start()
+                for host in hosts:
+                    host.start()
+                until_s = time.monotonic() + seconds
+                while time.monotonic() < until_s:
+                    time.sleep(chance.uniform(0.1, 0.5))
+                    nemesis.strike()
+                heal(pair)
+            finally:
+                for host in hosts:
+                    host.done.set()
+                for host in hosts:
+                    if host.ident is not None:  # it was begun
+                        host.join(HEAL_S)
             settle(pair, history)
-        finally:
-            link.close()
         judge(pair, history, hosts)
     return nemesis.done, sum(host.answered for host in hosts)
 
@@ -229,12 +227,7 @@ def play(folder: Path, seed: int, seconds: float) -> tuple[Counter[str], int]:
 def heal(pair: Pair) -> None:
     """Both nodes run and are paired, with hosts at work."""
     for node in (1, 2):
-        try:
-            pair.until(node, "paired")
-        except AssertionError as error:
-            for number in (1, 2):
-                error.add_note(f"node {number}: {pair[number].status()}")
-            raise
+        pair.until(node, "paired")
 
 
 def settle(pair: Pair, history: History) -> None:

@@ -50,8 +50,7 @@ class Link:
     def close(self) -> None:
         self._ended = True
         self._thread.shutdown()
-        for sock in list(self._ways):
-            self._drop(sock)
+        self._drop_all()
         self._listener.close()
         self._selector.close()
         self._life.result()
@@ -59,8 +58,7 @@ class Link:
     def _run(self) -> None:
         while not self._ended:
             while self._cuts:
-                for sock in list(self._ways):
-                    self._drop(sock)
+                self._drop_all()
                 self._cuts.popleft().set_result(None)
             self._send_late()
             late_s = self._late[0][0] - time.monotonic() if self._late else LOOK_S
@@ -112,6 +110,10 @@ class Link:
                     sock.sendall(data)
                 except OSError:
                     self._drop(sock)
+
+    def _drop_all(self) -> None:
+        for sock in list(self._ways):
+            self._drop(sock)
 
     def _drop(self, sock: socket.socket) -> None:
         if sock not in self._ways:

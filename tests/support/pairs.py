@@ -65,8 +65,11 @@ class Pair:
 
     def until(self, number: int, state: str) -> dict[str, Any]:
         """What `dmctl partner` says once the state is there."""
-        node = self.nodes[number]
-        node.until(lambda status: status["partner"]["state"] == state)
+        try:
+            self[number].until(lambda status: status["partner"]["state"] == state)
+        except AssertionError as error:
+            error.add_note(f"the other node: {self[3 - number].status()}")
+            raise
         return self.partner(number)
 
     def partner(self, number: int) -> dict[str, Any]:
