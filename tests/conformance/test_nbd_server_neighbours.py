@@ -20,7 +20,9 @@ from tests.support.nbdraw import RawClient, info_data, request, write
 from tests.support.nbdserve import MIB, HeldDevice, ServerThread
 
 PLACES = 8
-ATTEMPTS = 10  # of a host that may come in
+# Of a host that may come in: of a flood that asks for more than one processor can sign, as at 150 a
+# second on a machine with other work, every nth client is served, and so is every nth attempt.
+ATTEMPTS = 20
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +78,7 @@ class Export:
         return enter(self.verified(source))
 
     def let_in_beside_others(self) -> RawClient:
-        """A newcomer that needs longer for its handshake than the places last among so many others,
-        as on a machine that has other work, begins anew."""
+        """A newcomer that loses its place among so many others begins anew."""
         for _ in range(ATTEMPTS - 1):
             with contextlib.suppress(OSError, EOFError):
                 return self.let_in()

@@ -8,14 +8,16 @@ an account is kept for each origin: an address, the user of a unix socket.
 2. Of the others, the origin that holds most places, the newcomer's included, gives one up: of its
    clients at the stage where most of them are, the oldest.  An origin that floods thus takes places
    from itself, and its other clients pass the stage at which the flood stays.
-3. `Turns` serves origins in rotation and each in the order of asking: a flood of one origin delays
-   another one by a single turn.
+3. `Turns` serves accounts in rotation, so a flood of one origin delays another one by a single
+   turn, and of each account the one that asked last.  Where more ask than can be served, the oldest
+   are about to lose their places by rule 2: served in the order of asking, each would be served too
+   late.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from ipaddress import IPv6Address, ip_address
@@ -83,31 +85,31 @@ def origin_of_address(host: str) -> str:
 
 
 class Turns(Generic[T]):
-    """What waits for its turn, by origin."""
+    """What waits for its turn, by account: whatever an origin has a share of its own for."""
 
     def __init__(self) -> None:
-        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
+        self._waiting: OrderedDict[Hashable, list[T]] = OrderedDict()
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
-    def add(self, origin: str, item: T) -> None:
-        self._waiting.setdefault(origin, deque()).append(item)
+    def add(self, account: Hashable, item: T) -> None:
+        self._waiting.setdefault(account, []).append(item)
 
-    def remove(self, origin: str, item: T) -> bool:
+    def remove(self, account: Hashable, item: T) -> bool:
         """False if it does not wait (any more)."""
-        items = self._waiting.get(origin)
+        items = self._waiting.get(account)
         if items is None or item not in items:
             return False
         items.remove(item)
         if not items:
-            del self._waiting[origin]
+            del self._waiting[account]
         return True
 
     def next(self) -> T:
-        """Of the origin that was served longest ago; there must be one."""
-        origin, items = self._waiting.popitem(last=False)
-        item = items.popleft()
+        """Of the account that was served longest ago, what came last; there must be something."""
+        account, items = self._waiting.popitem(last=False)
+        item = items.pop()
         if items:
-            self._waiting[origin] = items
+            self._waiting[account] = items
         return item

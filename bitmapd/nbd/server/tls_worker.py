@@ -9,7 +9,9 @@ the interpreter, so here it takes another processor.
 2. The loop hands over one step after the other, in the order of `Turns`.  So a queue is nobody's
    but the loop's, a loop that is busy with requests slows handshakes and not the other way round,
    and all clients together take one processor at most.
-3. A step that was taken back has not begun and never does.
+3. An origin has one account for first steps, which cost much, and one for those that follow an
+   answer of the client: whoever was served once does not compete with a flood again.
+4. A step that was taken back has not begun and never does.
 """
 
 from __future__ import annotations
@@ -23,13 +25,19 @@ from queue import SimpleQueue
 from bitmapd.nbd.server.places import Turns
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Step:
-    """`work` is called on the thread, `done` with what it raised on the loop."""
+    """`work` is called on the thread, `done` with what it raised on the loop; then it may be handed
+    in again."""
 
     origin: str
     work: Callable[[], None]
     done: Callable[[Exception | None], None]
+    is_repeated: bool = False
+
+    @property
+    def account(self) -> tuple[str, bool]:
+        return self.origin, self.is_repeated
 
 
 class TlsWorker:
@@ -46,12 +54,12 @@ class TlsWorker:
 
     def submit(self, step: Step) -> None:
         if not self.closed:
-            self._turns.add(step.origin, step)
+            self._turns.add(step.account, step)
             self._hand_over()
 
     def withdraw(self, step: Step) -> bool:
         """Take it back if it waits.  False if it is being carried out: `done` will be called."""
-        self._turns.remove(step.origin, step)
+        self._turns.remove(step.account, step)
         return step is not self._current
 
     def close(self) -> None:
@@ -64,6 +72,7 @@ class TlsWorker:
     def _hand_over(self) -> None:
         if self._current is None and self._turns:
             self._current = self._turns.next()
+            self._current.is_repeated = True
             self._handed.put(self._current)
 
     def _finished(self, step: Step, error: Exception | None) -> None:

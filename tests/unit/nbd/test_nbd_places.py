@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -78,11 +79,11 @@ def test_turns_go_round_the_origins() -> None:
         turns.add("flood", number)
     turns.add("victim", 100)
     turns.add("other", 200)
-    assert turns.next() == 0
-    turns.add("victim", 101)
-    assert [turns.next() for _ in range(6)] == [100, 200, 1, 101, 2, 3]
-    assert turns
     assert turns.next() == 4
+    turns.add("victim", 101)
+    assert [turns.next() for _ in range(6)] == [101, 200, 3, 100, 2, 1]
+    assert turns
+    assert turns.next() == 0
     assert not turns
 
 
@@ -115,3 +116,58 @@ def test_nobody_waits_longer_than_one_round() -> None:
                 if other != served and waiting:
                     served_since[other] = served_since.get(other, 0) + 1
                     assert served_since[other] <= 2
+
+
+@pytest.mark.parametrize("overload", [1.2, 2.0, 4.0])
+def test_a_newcomer_passes_a_flood_of_its_own_origin_that_asks_for_more_than_can_be_served(
+    overload: float,
+) -> None:
+    """One step takes one unit of time; the flood's clients answer nothing, the newcomer answers
+    two units after its first step, and begins anew when it loses its place."""
+    places, newcomers = 64, 30
+    chance = random.Random(7)
+    turns: Turns[tuple[object, int]] = Turns()  # (account, client)
+    guests: dict[int, Standing] = {}
+    waiting: dict[int, object] = {}  # client: the account it waits on
+    numbers = itertools.count()
+    newcomer, answers_at, attempts, entered = -1, -1.0, 0, 0
+    time, next_arrival, next_turn = 0.0, 0.0, 0.5
+
+    def come() -> int:
+        if len(guests) >= places:
+            leaving = gives_way([(one, "a", stage) for one, stage in guests.items()], "a")
+            assert leaving is not None
+            del guests[leaving]
+            if (account := waiting.pop(leaving, None)) is not None:
+                assert turns.remove(account, (account, leaving))
+        number = next(numbers)
+        guests[number] = SECURING
+        ask(number, "first")
+        return number
+
+    def ask(number: int, account: str) -> None:
+        waiting[number] = account
+        turns.add(account, (account, number))
+
+    while entered < newcomers:
+        assert attempts < 2 * overload * newcomers
+        if time > 5 * places / overload and newcomer not in guests and chance.random() < 0.1:
+            newcomer, answers_at, attempts = come(), -1.0, attempts + 1
+        if 0 <= answers_at <= time and newcomer in guests:
+            ask(newcomer, "second")
+            answers_at = -1.0
+        time = min(next_arrival, next_turn)
+        if time == next_arrival:
+            come()
+            next_arrival += chance.expovariate(overload)
+        elif time == next_turn:
+            next_turn += 1.0
+            if turns:
+                account, number = turns.next()
+                del waiting[number]
+                if number == newcomer and account == "first":
+                    answers_at = time + 2.0
+                elif number == newcomer:
+                    entered += 1
+                    del guests[newcomer]
+                    newcomer = -1

@@ -74,10 +74,35 @@ def test_steps_go_round_the_origins_and_hand_in_what_they_raise() -> None:
         steps.awaited = 5
         steps.go.set()
         await steps.ended.wait()
-        assert steps.order == ["first", "flood-0", "victim-1", "flood-1", "flood-3"]
+        assert steps.order == ["first", "flood-3", "victim-1", "flood-1", "flood-0"]
         assert steps.results["victim-1"] is failure
-        assert steps.results["flood-3"] is None
+        assert steps.results["flood-0"] is None
         assert worker.withdraw(first)
+        worker.close()
+
+    run(test())
+
+
+def test_who_has_answered_does_not_compete_with_first_steps_again() -> None:
+    async def test() -> None:
+        worker = TlsWorker(asyncio.get_running_loop())
+        steps = Steps(worker)
+        answering = steps.make("a-answering")
+        steps.awaited = 1
+        worker.submit(answering)
+        await steps.ended.wait()
+        worker.submit(steps.make("first"))
+        await steps.begun.wait()
+        steps.awaited = 5
+        for number in range(3):
+            worker.submit(steps.make(f"a-{number}"))
+        worker.submit(answering)
+        assert worker.withdraw(answering)
+        worker.submit(answering)
+        steps.ended.clear()
+        steps.go.set()
+        await steps.ended.wait()
+        assert steps.order == ["a-answering", "first", "a-2", "a-answering", "a-1", "a-0"]
         worker.close()
 
     run(test())
