@@ -17,7 +17,7 @@ COMPILED_TESTS := tests/unit/test_compiled.py $(addprefix tests/unit/,gate media
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
-.PHONY: help setup demo demo-failover demo-pair test lint coverage test-fast test-compiled test-real wheel-compiled bench-cost test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-points bench-point-traces bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
+.PHONY: help setup demo demo-failover demo-pair test lint coverage test-walks test-fast test-compiled test-real wheel-compiled bench-cost test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-points bench-point-traces bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,7 +37,7 @@ demo-failover: setup  ## two sites, the first one killed in mid-write: promote, 
 demo-pair: setup  ## two appliances, one killed in mid-write, takeover; draws demo-pair.svg
 	$(PYTHON) examples/demo_pair.py
 
-test: lint coverage test-compiled test-real mutants-sample test-vm-core  ## lint, tests, coverage report and its gate; see test-vm
+test: lint coverage test-walks test-compiled test-real mutants-sample test-vm-core  ## lint, tests, coverage report and its gate; see test-vm
 
 mutants-sample: setup
 	$(PYTHON) tools/mutants.py --sample 6
@@ -51,12 +51,15 @@ lint: setup  ## ruff, mypy --strict, import contracts, shellcheck
 
 coverage: setup  ## unit and property tests, coverage report, gate on the pure modules
 	$(PYTHON) -m coverage erase --rcfile=tools/coverage.ini
-	$(PYTHON) -m coverage run --rcfile=tools/coverage.ini -m pytest -n $(JOBS) --durations=10 \
-	  $(PURE_TESTS)
+	EXAMPLES_PART=$(or $(EXAMPLES_PART),3) $(PYTHON) -m coverage run --rcfile=tools/coverage.ini \
+	  -m pytest -n $(JOBS) --durations=10 -m 'not walk' $(PURE_TESTS)
 	@$(PYTHON) -m coverage combine --rcfile=tools/coverage.ini --quiet
 	@rm -f .coverage.*  # what is left is of processes that a test killed in mid-write
 	@$(PYTHON) -m coverage report --rcfile=tools/coverage.ini
 	@$(PYTHON) tools/pure_gate.py
+
+test-walks: setup  ## property tests of many simulated steps, which coverage would slow down 2.4 times
+	$(PYTEST) -n $(JOBS) -m walk tests/property
 
 test-fast: setup  ## unit and property tests with a tenth of the examples; with lint under a minute
 	EXAMPLES_PART=10 $(PYTEST) -n $(JOBS) $(PURE_TESTS)
@@ -65,7 +68,7 @@ test-real: setup  ## foreign clients and servers, faults, fuzzing, demo and benc
 	$(PYTEST) -n $(REAL_JOBS) --durations=20 $(wildcard $(REAL_TESTS))
 
 test-vm-core: setup  ## the part of test-vm that make test runs
-	$(PYTHON) -m tests.vm.lab pytest -- $(VM_CORE)
+	$(PYTHON) -m tests.vm.lab pytest -- -m 'not long' $(VM_CORE)
 
 test-vm: setup  ## in a virtual machine with Debian's kernel: device-mapper, power cuts; VM_ARGS="-k x"
 	$(PYTHON) -m tests.vm.lab pytest -- $(VM_ARGS)
@@ -118,7 +121,7 @@ build/compiled/.ready: $(STAMP) setup.py $(shell git ls-files bitmapd)
 test-compiled: build/compiled/.ready  ## the tests of these modules once more, over the compiled ones
 	rm -rf build/compiled/tests
 	cp -r tests build/compiled
-	cd build/compiled && PYTHONPATH=$$PWD EXPECT_COMPILED=1 EXAMPLES_PART=$(or $(EXAMPLES_PART),10) \
+	cd build/compiled && PYTHONPATH=$$PWD EXPECT_COMPILED=1 EXAMPLES_PART=$(or $(EXAMPLES_PART),2) \
 	  ../../$(PYTEST) -n $(JOBS) -m 'not interpreted' $(COMPILED_TESTS)
 
 bench-cost: build/compiled/.ready  ## processor time a request beside nbdkit, interpreted and compiled; writes docs/benchmarks-cost.md

@@ -55,6 +55,7 @@ def test_a_point_has_what_hosts_write_while_its_barriers_pass(seed: int) -> None
     assert world.count["direct"]
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: str, begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
     MISTAKES[mistake](monkeypatch)

@@ -243,6 +243,7 @@ FAILBACK_MISTAKES: dict[Callable[[pytest.MonkeyPatch], None], type[Scattered]] =
 }
 
 
+@pytest.mark.walk
 @pytest.mark.usefixtures("bit_by_bit")
 @pytest.mark.parametrize("mistake", FAILBACK_MISTAKES)
 def test_a_mistake_of_the_comparison_is_found(

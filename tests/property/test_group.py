@@ -285,6 +285,7 @@ def too_late_and_not_given_up(patch: Patch) -> None:
     patch.setattr(Member, "_too_late", lambda self: self._release())
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize(
     "mistake",
     [

@@ -41,6 +41,7 @@ TROUBLES = {
 }
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("troubles", TROUBLES)
 def test_the_rules_hold_whatever_happens(troubles: str, length: int) -> None:
@@ -48,6 +49,7 @@ def test_the_rules_hold_whatever_happens(troubles: str, length: int) -> None:
         walk(seed, frozenset(TROUBLES[troubles]), length)
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("troubles", sorted(TROUBLES.keys() - {"lies", "hand-overs", "kernels"}))
 def test_they_hold_for_a_keeper_and_its_host_whose_record_is_lost_again_and_again(

@@ -117,6 +117,7 @@ def test_sums_of_before_a_point_was_applied_accuse_nobody() -> None:
     assert (error, result.compared_bytes) == (None, simpoints.SIZE)
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     MISTAKES[mistake](monkeypatch)

@@ -56,6 +56,8 @@ STRIKES = (
     "power cut, the receiver was restarted",
 )
 LINE_BYTES = 16
+# All nine keep two slow processors busy for 50 s a round; which three changes from round to round.
+STRESSORS_AT_ONCE = 3
 
 
 class Site:
@@ -145,11 +147,13 @@ class Writer(threading.Thread):
 
 
 class Files:
-    """stress-ng's stressors of directories, names, attributes and allocation beside a ledger."""
+    """Some of stress-ng's stressors of directories, names, attributes and allocation, others in each
+    round, beside a ledger."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, chance: random.Random) -> None:
         need("stress-ng")
         self.file_system = kind
+        self._chance = chance
         self._stress: subprocess.Popen[bytes] | None = None
 
     def first(self, folder: Path) -> None:
@@ -160,7 +164,7 @@ class Files:
         work.mkdir(exist_ok=True)
         command = ["stress-ng", "--temp-path", str(work), "--timeout", "600s", "--quiet"]
         command += ["--hdd-bytes", "8m", "--fallocate-bytes", "8m", "--oom-avoid"]
-        for name in STRESSORS:
+        for name in self._chance.sample(STRESSORS, STRESSORS_AT_ONCE):
             command += [f"--{name}", "1"]
         self._stress = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -315,7 +319,7 @@ class Rounds:
         self._chance = random.Random(f"{kind} {seed}")
         self._folder = folder
         self._host: Files | Postgres
-        self._host = Postgres(folder / "sockets") if kind == "postgres" else Files(kind)
+        self._host = Postgres(folder / "sockets") if kind == "postgres" else Files(kind, self._chance)
         need_filesystem(self._host.file_system)
         self.count: Counter[str] = Counter()
         self._disks = ExitStack()

@@ -240,6 +240,7 @@ def fill(volume: DmVolume, *first_mib: int) -> None:
         os.close(fd)
 
 
+@pytest.mark.long
 def test_long_discards_are_few_requests_for_the_gate_whatever_the_table() -> None:
     with dm_volume("trims", size_bytes=128 * MIB, discards=True) as volume:
         for at in (32 * MIB, 96 * MIB):
@@ -256,6 +257,7 @@ def test_long_discards_are_few_requests_for_the_gate_whatever_the_table() -> Non
         assert volume.is_equal()
 
 
+@pytest.mark.long
 def test_discards_across_direct_extents_and_a_crash_of_the_gate_leave_no_difference() -> None:
     """Long ones, some of them in flight when it dies; the record names what differs."""
     chance = random.Random(4)

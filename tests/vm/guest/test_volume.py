@@ -97,7 +97,7 @@ def test_new_places_are_written_in_the_kernel_while_the_era_goes_on(volume: DmVo
     assert volume.is_equal()
 
 
-@pytest.mark.parametrize("sector_bytes", [512, 4096])
+@pytest.mark.parametrize("sector_bytes", [pytest.param(512, marks=pytest.mark.long), 4096])
 def test_sectors_and_a_short_last_extent(sector_bytes: int) -> None:
     size = 33 * MIB + 7 * 4096
     with dm_volume("odd-name", size_bytes=size, sector_bytes=sector_bytes) as volume:
@@ -148,6 +148,7 @@ def test_an_ext4_that_is_used_and_trimmed(tmp_path: Path) -> None:
         sh("e2fsck", "-f", "-n", volume.secondary.path)
 
 
+@pytest.mark.long
 def test_an_ext4_that_grows_in_use(tmp_path: Path) -> None:
     with dm_volume("grows") as volume:
         sh("mkfs.ext4", "-q", volume.device)
@@ -240,6 +241,7 @@ def test_a_record_that_fails(volume: DmVolume) -> None:
     assert volume.is_equal()
 
 
+@pytest.mark.long
 def test_two_volumes_at_once() -> None:
     with dm_volume("one") as one, dm_volume("two") as two:
         jobs = [
