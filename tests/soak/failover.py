@@ -147,13 +147,16 @@ class Writer(threading.Thread):
 
 
 class Files:
-    """Some of stress-ng's stressors of directories, names, attributes and allocation, others in each
-    round, beside a ledger."""
+    """Some of stress-ng's stressors of directories, names, attributes and allocation, others in
+    each round, beside a ledger."""
 
     def __init__(self, kind: str, chance: random.Random) -> None:
         need("stress-ng")
         self.file_system = kind
         self._chance = chance
+        # XFS sets an attribute in several transactions, and hides one that a crash has cut short.
+        # Debian 12's xfs_repair calls that a damage ("is INCOMPLETE"), also on a bare disk.
+        self._stressors = [name for name in STRESSORS if (kind, name) != ("xfs", "xattr")]
         self._stress: subprocess.Popen[bytes] | None = None
 
     def first(self, folder: Path) -> None:
@@ -164,7 +167,7 @@ class Files:
         work.mkdir(exist_ok=True)
         command = ["stress-ng", "--temp-path", str(work), "--timeout", "600s", "--quiet"]
         command += ["--hdd-bytes", "8m", "--fallocate-bytes", "8m", "--oom-avoid"]
-        for name in self._chance.sample(STRESSORS, STRESSORS_AT_ONCE):
+        for name in self._chance.sample(self._stressors, STRESSORS_AT_ONCE):
             command += [f"--{name}", "1"]
         self._stress = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -319,7 +322,10 @@ class Rounds:
         self._chance = random.Random(f"{kind} {seed}")
         self._folder = folder
         self._host: Files | Postgres
-        self._host = Postgres(folder / "sockets") if kind == "postgres" else Files(kind, self._chance)
+        if kind == "postgres":
+            self._host = Postgres(folder / "sockets")
+        else:
+            self._host = Files(kind, self._chance)
         need_filesystem(self._host.file_system)
         self.count: Counter[str] = Counter()
         self._disks = ExitStack()
