@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bitmapd.media.buffers import IDLE_S
 from tests.bench import loads, machine, report, servers
 from tests.bench.loads import KIB, MIB, Load
 from tests.support.volumes import DMCTL, Volume, make_file
@@ -30,6 +31,8 @@ NOTES = (
     " connections that have ended included. 4 KiB in 64 MiB that the record has; files in memory;"
     " fio's NBD engine over a unix socket. `copying`: the copier is at work, and what it costs is"
     " in the figure. `compiled`: [decisions/0008](decisions/0008-compiled-modules.md)."
+    " Memory: what a process has written and shares with nobody (Private_Dirty); at first, and when"
+    " it has had nothing to do for a while after all that."
 )
 
 
@@ -80,7 +83,9 @@ def compiled_program(folder: Path, tree: Path) -> Path:
     return path
 
 
-def measure(tree: Path | None, turns: int, requests: int, size_bytes: int) -> dict[str, Any]:
+def measure(
+    tree: Path | None, turns: int, requests: int, size_bytes: int, rest_s: float
+) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with ExitStack() as stack:
         state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cost")))
@@ -88,6 +93,7 @@ def measure(tree: Path | None, turns: int, requests: int, size_bytes: int) -> di
         backing = make_file(media / "nbdkit.img", size_bytes)
         peer = stack.enter_context(servers.nbdkit_file(backing, state))
         found = [Contender("nbdkit", peer.uri, peer.pid)]
+        copying_ones: list[Volume] = []
         programs = {"bitmapd": DMCTL}
         if tree is not None:
             programs["compiled"] = compiled_program(state, tree)
@@ -112,11 +118,13 @@ def measure(tree: Path | None, turns: int, requests: int, size_bytes: int) -> di
                 volume.start()
                 if volume.ask("ping")["compiled"] != (kind == "compiled"):
                     raise RuntimeError(f"{name} is not what it should be")
-                if not copying:
+                if copying:
+                    copying_ones.append(volume)
+                else:
                     volume.dmctl("pause", "cost")
                 found.append(Contender(name, volume.uri, volume.pid))
         for one in found:
-            figures[f"memory, idle: {one.name}"] = {"MiB": round(own_mib(one.pid), 1)}
+            figures[f"memory, idle at first: {one.name}"] = {"MiB": round(own_mib(one.pid), 1)}
         for one in found:
             loads.fill(one.uri, size_bytes)
         for load in the_loads(min(64 * MIB, size_bytes), requests):
@@ -139,6 +147,11 @@ def measure(tree: Path | None, turns: int, requests: int, size_bytes: int) -> di
                     "p99 us": round(statistics.median(p99[one.name]), 0),
                 }
                 print(load.name, one.name, figures[f"{load.name}: {one.name}"], flush=True)
+        for volume in copying_ones:
+            volume.wait_in_sync()
+        time.sleep(rest_s)
+        for one in found:
+            figures[f"memory, idle again: {one.name}"] = {"MiB": round(own_mib(one.pid), 1)}
     return figures
 
 
@@ -149,11 +162,14 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
     turns, requests = (1, 400) if options.quick else (options.turns, 40_000)
+    rest_s = 0.0 if options.quick else 2 * IDLE_S
     results = {
         "command": "make bench-cost",
         "at": datetime.now(UTC).isoformat(timespec="minutes"),
         "machine": machine.describe(),
-        "figures": measure(options.compiled, turns, requests, (16 if options.quick else 256) * MIB),
+        "figures": measure(
+            options.compiled, turns, requests, (16 if options.quick else 256) * MIB, rest_s
+        ),
     }
     page = report.figures_page("Processor time of a request", results, NOTES)
     if options.quick:

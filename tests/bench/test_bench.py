@@ -24,6 +24,7 @@ def test_quick_run_tells_what_a_request_costs() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.endswith("|") and "us a" in line]
     assert len(rows) == 5 * 3, "five loads; nbdkit, and bitmapd with and without copying"
+    assert done.stdout.count("memory, idle again") == 3
 
 
 @pytest.mark.slow
