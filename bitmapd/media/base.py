@@ -102,6 +102,11 @@ class Target(Device, Protocol):
     def writes_late(self) -> bool:
         """Whether what was asked of it may be carried out after whoever asked is gone."""
 
+    @property
+    def takes_many(self) -> bool:
+        """Whether several clients may use it at a time: a flush of one then covers what was
+        completed for any of them."""
+
     def lands_late(self, error: OSError) -> bool:
         """Whether a write that ended in this error may still be carried out afterwards."""
 

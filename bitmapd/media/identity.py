@@ -20,7 +20,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -367,18 +366,18 @@ def signature(path: str | Path) -> str | None:
 
 
 def _ask_blkid(path: str) -> str | None:
-    program = shutil.which("blkid", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if program is None:
-        return None
     try:
         answer = subprocess.run(
-            [program, "-p", "-o", "export", "--", path],
+            ["blkid", "-p", "-o", "export", "--", path],
+            env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             check=False,
             timeout=BLKID_TIMEOUT_S,
         )
+    except (FileNotFoundError, PermissionError):
+        return None
     except subprocess.TimeoutExpired:
         raise BitmapdError(f"blkid did not finish with {path} in {BLKID_TIMEOUT_S} s") from None
     values = dict(

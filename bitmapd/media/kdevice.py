@@ -279,6 +279,11 @@ class KernelDevice:
         """Whether it is, or has been, behind a transport: see `media.transport`."""
         return self._remote
 
+    @property
+    def takes_many(self) -> bool:
+        """Its flush covers what was completed, whoever has written it."""
+        return True
+
     def lands_late(self, error: OSError) -> bool:
         """The kernel reports what it gave up, not of what became of it."""
         return self._remote

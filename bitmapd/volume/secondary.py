@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import ForeignRecordError, OtherMediumError, UnreachableError, WrongStateError
@@ -18,8 +18,10 @@ from bitmapd.media.base import Target
 from bitmapd.media.claims import Claim
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.media.waiting import completion
-from bitmapd.nbd.client.target import NbdTarget
 from bitmapd.net.uri import is_uri, parse_uri
+
+if TYPE_CHECKING:
+    from bitmapd.nbd.client.target import NbdTarget
 
 OPEN_PATIENCE_S = 5.0  # for a server that does not answer while hosts wait to be served
 # As nbdcopy opens; full copies: 0.61 to 0.68, 1.10 to 1.21 of its speed.  A thread of each that
@@ -51,6 +53,9 @@ def make_secondary(
 
 
 def _make_client(config: VolumeConfig, loop: asyncio.AbstractEventLoop) -> NbdTarget:
+    """Only a volume with such a secondary has the 0.6 MiB of what speaks to it."""
+    from bitmapd.nbd.client.target import NbdTarget  # noqa: PLC0415
+
     uri = parse_uri(config.secondary)
     certificates = config.tls_certificates if uri.tls else None
     return NbdTarget(loop, uri, tls_certificates=certificates, connections=CONNECTIONS)
@@ -67,7 +72,7 @@ async def open_secondary(
     """One that is away does not keep hosts from working; a wrong one does, and one that a pair
     cannot share."""
     patience: asyncio.TimerHandle | None = None
-    if isinstance(secondary, NbdTarget):
+    if not isinstance(secondary, KernelDevice):
         # Closing ends the attempt; the copier makes the next one, while hosts are served.
         patience = loop.call_later(OPEN_PATIENCE_S, secondary.close)
     try:
@@ -86,7 +91,7 @@ async def open_secondary(
             patience.cancel()
     if (wrong := wrong_secondary(secondary, mismatch, shared=False)) is not None:
         raise _foreign(wrong)
-    if shared and isinstance(secondary, NbdTarget) and not secondary.takes_many:
+    if shared and not secondary.takes_many:
         raise unshared(secondary.name)
 
 
@@ -107,7 +112,7 @@ def _foreign(wrong: OSError) -> ForeignRecordError:
 
 def wrong_secondary(secondary: Target, mismatch: Mismatch, *, shared: bool) -> OSError | None:
     """What the copier is told of a secondary that it has opened again; does not block."""
-    if shared and isinstance(secondary, NbdTarget) and not secondary.takes_many:
+    if shared and not secondary.takes_many:
         return OSError(errno.ENOTSUP, _UNSHARED)
     if isinstance(secondary, KernelDevice):  # it would not have been opened
         return None
@@ -140,5 +145,5 @@ def leave_at_once(secondary: Any) -> None:
 
     What they were about is dirty, and stays in the record.
     """
-    if isinstance(secondary, NbdTarget):
+    if not isinstance(secondary, KernelDevice):
         secondary.close()

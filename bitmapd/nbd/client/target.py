@@ -114,8 +114,6 @@ class NbdTarget:
 
     @property
     def takes_many(self) -> bool:
-        """Whether several clients may use the export at a time: a flush of one then covers what was
-        completed for any of them."""
         return self._can_many
 
     @property
