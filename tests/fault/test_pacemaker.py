@@ -6,17 +6,29 @@ CLUSTER_ROUNDS says how often the volume moves and its node dies (1; 20 take a q
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.cluster import Cluster
-from tests.support.volumes import MIB, noise
+from tests.support.volumes import MIB, noise, run
 
 ROUNDS = int(os.environ.get("CLUSTER_ROUNDS", "1"))
 ADDRESS = "10.77.0.9"
 
 pytestmark = pytest.mark.timeout(300 + 60 * ROUNDS)
+
+
+@contextmanager
+def mounted(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    run(["mount", "-t", "tmpfs", "tmpfs", str(folder)])
+    try:
+        yield folder
+    finally:
+        run(["umount", str(folder)])
 
 
 def running(cluster: Cluster, *promoted: int) -> None:
@@ -124,9 +136,12 @@ def test_active_passive_with_an_address_that_moves_along(short_path: Path) -> No
 
 
 def test_active_active(short_path: Path) -> None:
-    with Cluster(short_path, promoted_max=2) as cluster:
+    with Cluster(short_path, promoted_max=2) as cluster, mounted(short_path / "others") as others:
         cluster.power_on(1, 2)
         running(cluster, 1, 2)
+        # What else is mounted on this machine is nothing that a node keeps in use.
+        for number in (1, 2):
+            assert str(others) not in cluster.run(number, "cat", "/proc/self/mounts")
         for writer, reader in ((1, 2), (2, 1)):
             data = noise(writer, MIB)
             cluster.pair[writer].write(writer * MIB, data)

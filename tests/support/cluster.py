@@ -70,6 +70,11 @@ _NODE = r"""
 set -eu
 n=$1 d=$2
 mount --make-rprivate /
+# What other tests have mounted would stay mounted here when they unmount it, and their file systems
+# and loop devices in use.
+findmnt -rno TARGET | grep "^${TMPDIR:-/tmp}/" | tac | while read -r place; do
+    umount -l "$place" || :
+done
 add() { # FOLDER: what is in it, and room for more
     mkdir -p "$d/under$n$1"
     mount --bind "$1" "$d/under$n$1"
