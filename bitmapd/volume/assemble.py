@@ -333,7 +333,7 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
             loop,
             limit_extents=limit,
             patience_s=patience_s,
-            direct=cast("DirectPath", mode.elsewhere[0]) if config.attach == "dm" else None,
+            direct=cast("DirectPath", mode.elsewhere[0]) if base.door is None else None,
         )
     else:
         gate = Gate(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitmapd.config import VolumeConfig
 from bitmapd.errors import ForeignRecordError, OtherMediumError, UnreachableError, WrongStateError
@@ -140,10 +140,11 @@ async def present_size(
         probe.close()
 
 
-def leave_at_once(secondary: Any) -> None:
-    """A server that does not answer must not hold up a stop in a hurry: end its requests.
+def leave_at_once(secondary: Target | None) -> None:
+    """A server that does not answer must not hold up a stop in a hurry: end its requests.  A volume
+    with a receiver (None) waits for none.
 
     What they were about is dirty, and stays in the record.
     """
-    if not isinstance(secondary, KernelDevice):
+    if secondary is not None and not isinstance(secondary, KernelDevice):
         secondary.close()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bitmapd.volume.secondary import leave_at_once
 from bitmapd.volume.withreceiver import WithReceiver
 
 
@@ -41,3 +42,7 @@ def test_a_journal_that_is_full_is_worth_saying_where_nothing_worse_is() -> None
     assert state("resyncing", full=True) == "journal-full"
     assert state("primary-failing", full=True) == "primary-failing"
     assert state("in-sync", full=True) == "in-sync"
+
+
+def test_a_stop_in_a_hurry_has_no_server_to_leave() -> None:
+    leave_at_once(None)
