@@ -10,7 +10,7 @@ from bitmapd.errors import UsageError
 from bitmapd.net.uri import NbdUri
 from bitmapd.units import human_size
 from dmctl.cli.context import Context
-from dmctl.cli.receive import receiver_of
+from dmctl.cli.points import receiver_of
 
 WHOLE_TIMEOUT_S = 600.0  # a point that is being applied is waited for
 

@@ -1,29 +1,27 @@
-"""takeover, demote and partner: what a node of a pair is asked, and told."""
+"""takeover, demote and partner: what a node of a pair is asked, and told.
+
+A cluster asks each of its volumes every few seconds, and a failover waits for a dozen of these
+commands one after the other: what only the rare ones need is imported by them.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import VolumeConfig, load_volume
+from bitmapd.config import ReceiverConfig, VolumeConfig, has_receiver, load_any, load_volume
 from bitmapd.control.client import SilentError
 from bitmapd.errors import (
-    BitmapdError,
     BusyError,
     TimeOutError,
     UnreachableError,
     WrongStateError,
 )
-from bitmapd.volume.conversion import become_single, is_of_a_pair
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
-from dmctl.cli.lifecycle import restart
-from dmctl.cli.processes import is_running
-from dmctl.cli.switchover import demotable, demote_site
 
 TAKEOVER_TIMEOUT_S = 60.0
 LAYERS_TIMEOUT_S = 60.0
-DISSOLVE_TIMEOUT_S = 600.0  # waits for requests that are under way
 FENCING = {
     "agent": "the fence command is at work",
     "late-writes": "done; what was on its way to the primary is waited for",
@@ -98,8 +96,10 @@ def _within_s(config: VolumeConfig) -> float:
 def demote(context: Context, args: Namespace) -> int:
     """Let hosts in no more, and give everything to the partner."""
     name, output = args.name, context.output
-    config = demotable(context.paths, name)
-    if config is not None:
+    config = load_any(context.paths, name)
+    if not isinstance(config, ReceiverConfig) and has_receiver(config):
+        from dmctl.cli.switchover import demote_site  # noqa: PLC0415  (imports nearly everything)
+
         return demote_site(context, config, args)
     within_s = _within_s(load_volume(context.paths, name))
     answer = ask(context, name, "demote", {"force": args.force}, within_s)
@@ -114,6 +114,8 @@ def demote(context: Context, args: Namespace) -> int:
 def partner(context: Context, args: Namespace) -> int:
     """Show what the two nodes are to one another, or end that."""
     if args.dissolve:
+        from dmctl.cli.dissolving import dissolve  # noqa: PLC0415  (imports the whole format)
+
         dissolve(context, args)
         return 0
     if args.ping is not None:
@@ -161,39 +163,9 @@ def rejoin(context: Context, args: Namespace) -> int:
         f"Begin anew with volume '{name}' at this node?",
         yes=args.yes,
     )
+    from dmctl.cli.lifecycle import restart  # noqa: PLC0415  (once in the life of a volume)
+
     return restart(context, name)
-
-
-def dissolve(context: Context, args: Namespace) -> None:
-    """Make a node a volume of one appliance, by its process: it knows whether it may be."""
-    name, output = args.name, context.output
-    config = load_volume(context.paths, name)
-    output.confirm(
-        "the other node must never be started again, and its record is worth nothing any more",
-        f"Go on with volume '{name}' at this node alone?",
-        yes=args.yes,
-    )
-    state = None
-    if is_running(context.paths, name):
-        state = ask(context, name, "dissolve", {}, DISSOLVE_TIMEOUT_S)["state"]
-    elif config.node is None or is_of_a_pair(config):
-        raise _not_now(config)
-    else:  # it was interrupted
-        become_single(config, context.paths, lambda event, **fields: None)
-    if output.as_json:
-        output.json("partner", {"name": name, "partner": None, "state": state})
-        return
-    output.say(f"volume '{name}' is one of a single appliance")
-
-
-def _not_now(config: VolumeConfig) -> BitmapdError:
-    if config.node is None:
-        return WrongStateError(f"volume '{config.name}' has no partner")
-    return WrongStateError(
-        f"volume '{config.name}' is not running, and only its process knows what the partner has"
-        " written",
-        hint=f"'dmctl start {config.name}', then this command at the node that is alone",
-    )
 
 
 def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:

@@ -196,7 +196,7 @@ def add_receivers(commands: Commands) -> None:
     points = add_command(
         commands,
         "points",
-        "receive:points",
+        "points:points",
         "show the points that a receiver holds",
         "Number, time of the cut, state and label of each point that can be produced: 'applied' is"
         " in the image, 'committed' in the journal, of a 'kept' one there is a copy. Of a receiver"

@@ -24,7 +24,6 @@ from bitmapd.config import (
     build_receiver,
     check_name,
     create_volume,
-    load_any,
     render_receiver,
 )
 from bitmapd.errors import (
@@ -34,15 +33,11 @@ from bitmapd.errors import (
     NoSpaceError,
     RecordDamagedError,
     UsageError,
-    WrongStateError,
     explain,
-    printable,
 )
 from bitmapd.media.identity import Identity, same_medium, signature
 from bitmapd.net.tls import node_context
 from bitmapd.receiver.format import (
-    examine_directory,
-    examine_journal,
     format_journal,
     probe_journal,
 )
@@ -53,10 +48,8 @@ from bitmapd.record.geometry import MIB, Geometry
 from bitmapd.record.medium import RecordMedium
 from bitmapd.units import human_size
 from bitmapd.volume.copies import clone_obstacle
-from bitmapd.volume.receiver_status import points as points_of
 from dmctl.cli.checks import Findings, check_free, check_others, identified
 from dmctl.cli.context import Context, combine
-from dmctl.cli.copying import ask
 
 LEAST_IMAGE_BYTES = MIB  # an extent of the usual size
 ROOM_FOR = 10  # a journal of a tenth of the image is a good size
@@ -245,51 +238,3 @@ def _check_old_journal(found: Findings, name: str, path: str, old: JournalSuperb
 
 
 # -- points -----------------------------------------------------------------------------------
-
-
-def receiver_of(context: Context, name: str) -> ReceiverConfig:
-    """WrongStateError if it is a volume."""
-    config = load_any(context.paths, name)
-    if not isinstance(config, ReceiverConfig):
-        raise WrongStateError(f"'{name}' is a volume; its receiver, if it has one, has the points")
-    return config
-
-
-def points(context: Context, args: Namespace) -> int:
-    """What the receiver can produce; of one that does not run from its journal."""
-    name, output = args.name, context.output
-    config = receiver_of(context, name)
-    if args.drop is not None:
-        ask(context, name, "drop-point", {"point": args.drop})
-        if output.as_json:
-            output.json("points", {"name": name, "dropped": args.drop})
-        else:
-            output.say(f"receiver '{name}' does without point {args.drop} now")
-        return 0
-    found = _points(context, config)
-    if output.as_json:
-        output.json("points", {"name": name, "points": found})
-        return 0
-    if not found:
-        output.say(f"receiver '{name}' has no point yet")
-        return 0
-    rows = [
-        [
-            str(point["point"]),
-            point["at"] or "-",
-            "-" if point["bytes"] is None else human_size(point["bytes"]),
-            point["state"] if point["state"] == "kept" or not point["kept"] else "applied, kept",
-            printable(point["label"]) or "-",
-        ]
-        for point in found
-    ]
-    output.table(["POINT", "CUT AT", "SIZE", "STATE", "LABEL"], rows)
-    return 0
-
-
-def _points(context: Context, config: ReceiverConfig) -> list[dict[str, Any]]:
-    try:
-        return list(context.ask(config.name, "points")["points"])
-    except WrongStateError:
-        _, page = examine_journal(config.journal)
-        return points_of(page, examine_directory(config.journal), {})

@@ -28,7 +28,7 @@ from bitmapd.record.layout import SUPERBLOCK_OFFSETS, RecordFlag
 from tests.support.local import LocalVolume
 from tests.support.rawnbd import WRITE, RawNbd
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Process:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 BEGIN = """
 import asyncio, os, signal, sys, threading, time

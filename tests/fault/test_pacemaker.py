@@ -18,7 +18,7 @@ from tests.support.volumes import MIB, noise, run
 ROUNDS = int(os.environ.get("CLUSTER_ROUNDS", "1"))
 ADDRESS = "10.77.0.9"
 
-pytestmark = pytest.mark.timeout(300 + 60 * ROUNDS)
+pytestmark = pytest.mark.timeout(600 + 120 * ROUNDS)
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def test_the_record_of_an_idle_volume_shrinks_to_nothing(short_path: Path) -> No
         clears = volume.ask("status")["record_clears_total"]
         assert clears > 0
         # The stored one follows within seconds.
-        volume.until(lambda status: not volume.recorded(), timeout_s=10)
+        volume.until(lambda status: not volume.recorded())
         volume.kill()
         volume.start()
         figures = volume.ask("status")

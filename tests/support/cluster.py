@@ -1,9 +1,10 @@
 """Two nodes of corosync and Pacemaker on one machine, each in namespaces of its own.
 
 A node has its own network, processes, host name and mounts: what the daemons keep lies on RAM
-disks, and all else is shared with the machine, as are the media.  Two cables connect the nodes:
-`ring` for the cluster, `side` for the appliances.  Power off is SIGKILL for the first process of a
-node, which ends all others with it.  That is what the fence agent of these clusters asks for: it
+disks, and all else is shared with the machine, as are the media.  Each has two network cards:
+`ring` for the cluster, `side` for the appliances.  They end at a switch, a namespace of its own, so
+that a card goes on when the other node has no power.  Power off is SIGKILL for the first process of
+a node, which ends all others with it.  That is what the fence agent of these clusters asks for: it
 reaches the outside over a socket, as a real one reaches a BMC.
 """
 
@@ -26,9 +27,9 @@ from tests.support.volumes import DMCTL, CommandFailed
 AGENT = Path(__file__).parents[2] / "examples/ocf/volume"
 FENCE = AGENT.with_name("dmctl-fence-pacemaker")
 PROGRAMS = ("corosync", "pacemakerd", "crm_resource", "crm_attribute", "cibadmin", "unshare")
-WAIT_S = 60.0
+WAIT_S = 180.0  # a dozen actions of the agent, one after the other, on a machine that is busy
 _NETWORKS = {"ring": 77, "side": 78}
-POLL_S = 0.1
+POLL_S = 0.5  # each look starts two programs
 MONITORED_S = 8.0  # both intervals of the volume's monitors, and what a monitor takes
 
 _COROSYNC = """
@@ -100,7 +101,7 @@ mount --bind "$d/n$n/run" "$d/run"
 hostname "node$n"
 ip link set lo up
 echo made
-read -r _ # the cables are there
+read -r _ # the network cards are there
 corosync -f >"$d/corosync$n.log" 2>&1 &
 until corosync-quorumtool -s >/dev/null 2>&1; do read -rt 0.1 _ || :; done
 export PCMK_logfile="$d/pacemaker$n.log" PCMK_logfacility=none
@@ -188,6 +189,7 @@ class Cluster:
         self._nodes: dict[int, _Node] = {}
         self._write_files(promoted_max)
         self._make_volume()
+        self._switch = self._make_switch()
         self._lock = threading.Lock()
         self._bmc = socket.socket(socket.AF_UNIX)
         self._bmc.bind(str(folder / "bmc"))
@@ -201,6 +203,7 @@ class Cluster:
         self._bmc.close()
         for number in (1, 2):
             self.power_off(number)
+        self._switch.communicate()
 
     # -- what it is made of -------------------------------------------------------------------
     def _make_volume(self) -> None:
@@ -246,6 +249,20 @@ class Cluster:
         )
         (folder / "cib.xml").write_text(cib)
 
+    def _make_switch(self) -> subprocess.Popen[str]:
+        words = [f"ip link add name {card} up type bridge" for card in _NETWORKS]
+        script = " && ".join([*words, "echo made", "exec cat"])  # cat ends with this process
+        switch = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        if switch.stdout is None or switch.stdout.readline() != "made\n":
+            switch.kill()
+            lacks("network namespaces and bridges")
+        return switch
+
     # -- power --------------------------------------------------------------------------------
     def power_on(self, *numbers: int) -> None:
         """Begin to start nodes; of two, both together."""
@@ -263,13 +280,8 @@ class Cluster:
                 lacks("namespaces and mounts, as in a container that may have its own")
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
             self._nodes[number] = _Node(process, int(children.split()[0]))
-        if len(self._nodes) == 2:
-            one, two = self._nodes[1].pid, self._nodes[2].pid
-            for cable in ("ring", "side"):
-                _run("ip", "link", "add", "name", cable, "netns", str(one), "type", "veth",
-                     "peer", "name", cable, "netns", str(two))  # fmt: skip
-                for number in self._nodes:
-                    self._plug_in(number, cable)
+            for card in _NETWORKS:
+                self._connect(number, card)
         for number in numbers:
             stdin = self._nodes[number].process.stdin
             if stdin is not None:
@@ -312,16 +324,28 @@ class Cluster:
         pid = str(self._nodes[number].pid)
         return _run("nsenter", "-t", pid, "-m", "-u", "-i", "-n", "-p", *words, check=check)
 
-    def _plug_in(self, number: int, cable: str) -> None:
-        address = f"10.{_NETWORKS[cable]}.0.{number}/24"
-        self.run(number, "ip", "addr", "replace", address, "dev", cable)
-        self.run(number, "ip", "link", "set", cable, "up")
+    def _connect(self, number: int, card: str) -> None:
+        """A node that comes up to the switch."""
+        port, switch = (
+            f"{card}{number}",
+            ("nsenter", "-t", str(self._switch.pid), "-n", "ip", "link"),
+        )
+        # The kernel takes the port of a node that has died away some time after it.
+        subprocess.run([*switch, "del", port], capture_output=True, check=False)
+        _run(*switch, "add", "name", port, "up", "master", card, "type", "veth",
+             "peer", "name", card, "netns", str(self._nodes[number].pid))  # fmt: skip
+        self._plug_in(number, card)
 
-    def cut(self, cable: str) -> None:
-        self.run(1, "ip", "link", "set", cable, "down")
+    def _plug_in(self, number: int, card: str) -> None:
+        address = f"10.{_NETWORKS[card]}.0.{number}/24"
+        self.run(number, "ip", "addr", "replace", address, "dev", card)
+        self.run(number, "ip", "link", "set", card, "up")
 
-    def mend(self, cable: str) -> None:
-        self._plug_in(1, cable)
+    def cut(self, card: str) -> None:
+        self.run(1, "ip", "link", "set", card, "down")
+
+    def mend(self, card: str) -> None:
+        self._plug_in(1, card)
 
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
         deadline_s = time.monotonic() + timeout_s

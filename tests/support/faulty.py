@@ -21,7 +21,7 @@ import pytest
 from tests.support.loops import loop_device, run
 from tests.support.nbdpeers import Peer, nbdkit, need
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class FaultyDisk:

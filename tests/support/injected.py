@@ -25,7 +25,7 @@ import bitmapd.daemon
 from bitmapd.media import aio, buffers
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "EIO": lambda: OSError(errno.EIO, "injected"),

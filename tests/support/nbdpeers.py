@@ -26,7 +26,7 @@ from bitmapd.nbd.client.target import NbdTarget
 from bitmapd.net.uri import NbdUri
 from tests.support.needs import need
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 KIB = 1 << 10
 MIB = 1 << 20
 

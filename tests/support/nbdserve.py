@@ -184,7 +184,7 @@ class ServerThread:
     def drain(self, timeout_s: float) -> bool:
         return asyncio.run_coroutine_threadsafe(self.server.drain(timeout_s), self.loop).result(60)
 
-    def until(self, condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+    def until(self, condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         """Ask on the loop's thread until it is true."""
 
         async def work() -> Any:

@@ -13,7 +13,7 @@ from bitmapd.media.waiting import completion
 from bitmapd.volume.volume import Volume
 from tests.support.local import LocalVolume
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 class Served:

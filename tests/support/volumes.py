@@ -31,7 +31,7 @@ from tests.support.rawnbd import RawNbd
 
 KIB = 1 << 10
 MIB = 1 << 20
-WAIT_S = 60.0
+WAIT_S = 120.0
 POLL_MS = 50
 DMCTL = Path(sys.executable).parent / "dmctl"
 
@@ -62,7 +62,7 @@ def make_file(path: Path, size_bytes: int) -> Path:
     return path
 
 
-def wait_gone(pid: int, timeout_s: float = 30) -> None:
+def wait_gone(pid: int, timeout_s: float = 60) -> None:
     """Return when the process has ended and its I/O with it."""
     try:
         fd = os.pidfd_open(pid)
