@@ -18,6 +18,9 @@ COMPILED_TESTS := tests/unit/test_compiled.py $(addprefix tests/unit/,gate media
 REAL_TESTS := tests/conformance tests/fault tests/fuzz tests/demo tests/bench
 SHELL_SCRIPTS = $$(git ls-files --cached --others --exclude-standard | xargs grep -lsE '^\#!.*(bash|/sh)$$')
 
+# A test run starts thousands of interpreters, and half of a start is compiling what has no bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo demo-failover demo-pair test lint coverage test-walks test-fast test-compiled test-real wheel-compiled bench-cost test-vm test-vm-core mutants-sample bench bench-vm bench-pair bench-points bench-point-traces bench-prediction soak soak-pair mutants fuzz docs install uninstall clean
 
 help:  ## list the targets

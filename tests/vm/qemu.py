@@ -7,6 +7,7 @@ disk for whatever the guest writes outside its own disks.
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import re
@@ -55,6 +56,9 @@ def prepare(
         "LAB_PYTHON": ":".join(str(path) for path in pythonfs.folders()),
         "LAB_SHARE": "" if hardware.share is None else str(hardware.share),
     }
+    for name in ("bitmapd", "dmctl", "tests"):
+        # The guest sees the checkout read-only, and would compile all of it whenever a program starts.
+        compileall.compile_dir(CHECKOUT / name, quiet=1)
     (folder / "initrd").write_bytes(initrd.build(kernel, settings))
     (folder / "console").unlink(missing_ok=True)
     command = [
