@@ -30,8 +30,8 @@ Invariants:
    submitted, in whatever way it got here.
 7. Where hosts write past the gate (`direct`), a cut is made only while none does and all that was
    written so is known: then this gate sees every write, and the instant is its own.  An extent is
-   not direct again before its pending blocks were read (`follow`), and what a barrier brings while
-   a cut is open is of the next era, whenever it was written.
+   not direct again before its pending blocks were read (`_may_be_direct`), and what a barrier
+   brings while a cut is open is of the next era, whenever it was written.
 8. Whatever marks blocks and is not a host's write says in the same event that it is not known what
    of them changed; but for `send_again`, since what was not committed is known all the while.
 
@@ -180,13 +180,15 @@ class CutGate(Gate):
                 self._known_until = max(self._known_until, begun_s)
             self._scheduler.call_soon(done, runs is not None)
 
-        recorded = BlockSet(self._store.covered_runs())
-        if self._cutting:
-            per = self._geometry.blocks_per_extent
-            recorded = recorded.minus(
-                BlockSet((first // per, (stop - 1) // per + 1) for first, stop in self.taken.runs())
-            )
-        direct.barrier(recorded.runs(), brought)
+        direct.barrier(self._may_be_direct(), brought)
+
+    def _may_be_direct(self) -> Iterable[Run]:
+        recorded = super()._may_be_direct()
+        if not self._cutting:
+            return recorded
+        per = self._geometry.blocks_per_extent
+        pending = ((first // per, (stop - 1) // per + 1) for first, stop in self.taken.runs())
+        return BlockSet(recorded).minus(BlockSet(pending)).runs()
 
     def _take_from_elsewhere(self, runs: Sequence[Run]) -> None:
         super()._take_from_elsewhere(runs)

@@ -108,7 +108,7 @@ class Eras:
             self._scheduler.call_soon(ended)
 
         for other in others:
-            other.barrier(self._store.covered_runs(), partial(brought, other))
+            other.barrier(self._may_be_direct(), partial(brought, other))
         self.when_landed(ended)
 
     def when_landed(self, call: Callable[[], None]) -> None:
@@ -197,7 +197,11 @@ class Eras:
                 self._scheduler.call_soon(done)
 
         for other in growing:
-            other.grow(self._store.covered_runs(), grown)
+            other.grow(self._may_be_direct(), grown)
+
+    def _may_be_direct(self) -> Iterable[Run]:
+        """Runs of extents that hosts may write elsewhere."""
+        return self._store.covered_runs()
 
     @property
     def held_s(self) -> tuple[float, float]:

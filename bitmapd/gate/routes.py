@@ -92,7 +92,8 @@ class Routes:
         self._written = BlockSet()  # by the last barrier's blocks
         self._gated = BlockSet()  # recorded extents that the gate saw written since
         self._gated_hits = 0
-        self._must_load = False
+        self._must_load = False  # it is not known which table is in force
+        self._wants_back = False  # what `gate_all` took out
         self._full = False  # the table has not room for all that is recorded
         self._gating = False
         self._sealed = False
@@ -184,9 +185,10 @@ class Routes:
         return self._sealed
 
     def gate_all(self, *, wanted: bool = True) -> None:
-        """Have the next barrier move everything to the gate, and nothing back until told so."""
+        """Have the next barrier move everything to the gate, and nothing back until told so; then
+        the next one does, or growth."""
         self._gating = wanted
-        self._must_load |= not wanted
+        self._wants_back = not wanted
 
     @property
     def is_gating(self) -> bool:
@@ -235,6 +237,7 @@ class Routes:
         self.loads += 1
         self._table, self._direct, self._pending = self._pending, direct, None
         self._maybe = BlockSet()
+        self._wants_back = False
         self._gated_hits = 0
 
     # -- barriers ---------------------------------------------------------------------------
@@ -247,7 +250,7 @@ class Routes:
         """Whether a barrier should load a table."""
         if self._sealed or self._gating:
             return not self.all_gated
-        if self._must_load or self._cooling.meets(self._direct):
+        if self._must_load or self._wants_back or self._cooling.meets(self._direct):
             return True
         if self._full and self._gated_hits < URGENT_HITS:
             return False
@@ -315,7 +318,7 @@ class Routes:
             self.loads += 1
             self._table, self._direct, self._pending = self._pending, direct, None
             self._maybe = BlockSet()
-            self._must_load = False
+            self._must_load = self._wants_back = False
         if self._last:
             self._leaving = BlockSet()
         self._open = BlockSet()

@@ -11,19 +11,20 @@ submission, and cuts as it does where hosts use NBD.
 | --- | --- | --- | --- |
 | none | a cut is due | stilling | the next barriers end what is direct |
 | stilling | a barrier has passed, and all is known | still | the cut may be made in that event |
-| stilling, still | no cut is due any more | none | the next barrier makes extents direct again |
+| stilling, still | no cut is due any more | none | extents get direct again: the table grows |
 | still | the cut was made | none | the same, but for extents with pending blocks |
 | none | a group is to be cut | stilling | as for a cut, and stays still for `HELD_S` |
 
-Other barriers come for the table's sake: hosts reach extents through the gate that could be direct,
-or nothing was written lately and one more barrier would make that known.
+For the table's sake it grows, which ends no era of the kernel's: hosts reach extents through the
+gate that could be direct.  A barrier comes where it has to lose some, or nothing was written lately
+and one more would make that known.
 
 Invariants:
 1. A cut is made only when nothing is direct and nothing that was is unknown (the gate's condition).
-2. One barrier at a time, and that of a round is one of them.
-3. Barriers for the table's sake are `URGENT_ERA_S` apart; while a cut is being read as far apart as
-   it has lasted, for each of them moves only what was read meanwhile.  After one that failed the
-   next waits `AGAIN_S`.
+2. One barrier or growth at a time, and that of a round is one of them.
+3. Barriers for the table's sake are `URGENT_ERA_S` apart, and growth as `holding` allows; while a
+   cut is being read both are as far apart as it has lasted, for each of them moves only what was
+   read meanwhile.  After a barrier that failed the next waits `AGAIN_S`.
 4. They come whatever the receiver does, since misses would stay in the gate as long as it is away.
 5. None begins while the gate withholds answers for a group: from the cut until then every write of
    a host is one that the gate answers.
@@ -34,8 +35,10 @@ A crash leaves a table, and the next process counts all that is direct in it as 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
+from bitmapd.copier.holding import Holding
 from bitmapd.copier.rounds import URGENT_ERA_S
 from bitmapd.gate.cycle import CutGate, Direct
 from bitmapd.media.base import Scheduler, Timer
@@ -63,12 +66,13 @@ class Following:
         self._held_until_s = float("-inf")
         self._written_bytes = 0  # by hosts, when that was seen to change
         self._written_s = scheduler.time()
+        self._holding = Holding(scheduler.time())
         self._urgent: Timer | None = None
         direct.when_urgent(self._became_urgent)
 
     @property
     def under_way(self) -> bool:
-        """Whether a barrier of its own is: no era may end meanwhile."""
+        """Whether a barrier of its own is, or growth: no era may end meanwhile."""
         return self._under_way
 
     def hurry(self) -> None:
@@ -106,7 +110,9 @@ class Following:
             if not self._direct.is_still:
                 self._begin(now_s)
             return
-        if self._is_due(now_s):
+        if self._may_grow(now_s):
+            self._grow(now_s)
+        elif self._is_due(now_s):
             self._begin(now_s)
 
     def stop(self) -> None:
@@ -120,9 +126,9 @@ class Following:
         if not direct.wants_barrier:
             self._hurried = False
             return False
-        return (
-            self._hurried or self._is_quiet(now_s) or (direct.is_urgent and now_s >= self._next_s)
-        )
+        if self._hurried or self._is_quiet(now_s):
+            return True
+        return direct.is_urgent and not self._gate.can_grow_direct and now_s >= self._next_s
 
     def _is_quiet(self, now_s: float) -> bool:
         _, written_bytes = self._direct.host_load
@@ -145,6 +151,21 @@ class Following:
         self._began_s = now_s
         self._gate.follow(self._passed)
 
+    def _may_grow(self, now_s: float) -> bool:
+        """Whether it is worth it, and now; a timer calls when it is."""
+        if not self._gate.can_grow_direct or self._gate.answers.is_on:
+            return False
+        wait_s = self._holding.wait_s(now_s, *self._gate.held_s)
+        if self._gate.is_cutting:
+            wait_s = max(wait_s, self._next_s - now_s)
+        if wait_s > 0:
+            self._look_in(wait_s)
+        return wait_s <= 0
+
+    def _grow(self, now_s: float) -> None:
+        self._under_way, self._began_s = True, now_s
+        self._gate.grow_direct(partial(self._passed, True))
+
     def _passed(self, passed: bool) -> None:
         self._under_way = False
         if not passed:
@@ -152,8 +173,13 @@ class Following:
         self._look()
 
     def _became_urgent(self) -> None:
+        if self._gate.can_grow_direct:
+            self._look_in(0.0)
+        else:
+            self._look_in(max(0.0, self._next_s - self._scheduler.time()))
+
+    def _look_in(self, wait_s: float) -> None:
         if self._urgent is None:
-            wait_s = max(0.0, self._next_s - self._scheduler.time())
             self._urgent = self._scheduler.call_later(wait_s, self._urgent_now)
 
     def _urgent_now(self) -> None:

@@ -5,7 +5,8 @@
    of the era that ends, then holds writes until none is in flight, and swaps the table.  The first
    one moves both blocks to the gate, the second brings what was marked until the first one's drain
    had ended.  Then the gate cuts: what is marked is pending, a write to it waits for the read, and
-   a block is direct again only when it was read.
+   a block is direct again only when it was read: at a barrier, or when the table grows, which holds
+   writes, too, and ends no era.
 
    Checked: every point is the content of one instant.  Each BUG_ is a mistake that gives a
    counterexample, WITNESS_POINTS a good end that is reached. */
@@ -97,6 +98,16 @@ inline barrier(as_pending, swap, a, b) {
   }
 }
 
+inline grow(a, b) {
+  held = 1;
+  do
+  :: flying == 0 -> break
+  :: reading && pending[0] -> fetch(0)
+  :: reading && pending[1] -> fetch(1)
+  od;
+  atomic { direct[0] = direct[0] || (a); direct[1] = direct[1] || (b); held = 0 }
+}
+
 active proctype Gate() {
   bool took[2];
   do
@@ -122,7 +133,14 @@ active proctype Gate() {
 #ifdef BUG_PENDING_DIRECT
      barrier(0, 1, 1, 1);
 #else
-     barrier(0, 1, !pending[0], !pending[1]);
+     if
+     :: barrier(0, 1, !pending[0], !pending[1])
+#ifdef BUG_GROW_PENDING
+     :: grow(1, 1)
+#else
+     :: grow(!pending[0], !pending[1])
+#endif
+     fi;
 #endif
 #endif
      fetch(0);
@@ -133,7 +151,10 @@ active proctype Gate() {
 #ifdef WITNESS_POINTS
      assert(!(cut == POINTS && image[0] == WRITES && image[1] + 1 == image[0]));
 #endif
-     barrier(0, 1, 1, 1)
+     if
+     :: barrier(0, 1, 1, 1)
+     :: grow(1, 1)
+     fi
   :: else -> break
   od
 }

@@ -63,6 +63,7 @@ MISTAKES = {
     "BUG_LATER_PENDING": [STILL],
     "BUG_ONE_BARRIER": [STILL],
     "BUG_PENDING_DIRECT": [STILL],
+    "BUG_GROW_PENDING": [STILL],
 }
 # Else a model could hold because nothing ever happens in it.
 WITNESSES = {

@@ -34,14 +34,19 @@ def pending_later(patch: Patch) -> None:
 
 def pending_and_direct(patch: Patch) -> None:
     """Hosts write past the gate what has still to be read for the point."""
-    follow = CutGate.follow
+    patch.setattr(CutGate, "_may_be_direct", Eras._may_be_direct)
 
-    def of_all(self: CutGate, done: Callable[[bool], None]) -> None:
+
+def growth_to_all(patch: Patch) -> None:
+    """The same, where the table only grows."""
+    grow = CutGate.grow_direct
+
+    def of_all(self: CutGate, done: Callable[[], None]) -> None:
         cutting, self._cutting = self._cutting, False
-        follow(self, done)
+        grow(self, done)
         self._cutting = cutting
 
-    patch.setattr(CutGate, "follow", of_all)
+    patch.setattr(CutGate, "grow_direct", of_all)
 
 
 def pieces_of_the_gate(patch: Patch) -> None:
@@ -61,6 +66,7 @@ MISTAKES: dict[str, Callable[[Patch], None]] = {
         one_barrier,
         pending_later,
         pending_and_direct,
+        growth_to_all,
         pieces_of_the_gate,
     )
 }

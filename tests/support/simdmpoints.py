@@ -57,7 +57,7 @@ class DmWorld(World):
         *,
         limit_extents: int,
     ) -> CutGate:
-        routes = Routes()
+        routes = Routes(growth_hits=2)
         routes.adopt(_runs(self.kernel.direct(self.kernel.table)))
         self.path = self.path_class(
             geometry, self.kernel, routes, lambda *a, **k: None, since_era=self.kernel.era.current

@@ -57,7 +57,7 @@ def prepare(
         "LAB_SHARE": "" if hardware.share is None else str(hardware.share),
     }
     for name in ("bitmapd", "dmctl", "tests"):
-        # The guest sees the checkout read-only, and would compile all of it whenever a program starts.
+        # The guest sees the checkout read-only: each program would compile all of it at its start.
         compileall.compile_dir(CHECKOUT / name, quiet=1)
     (folder / "initrd").write_bytes(initrd.build(kernel, settings))
     (folder / "console").unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import pytest
 
 ASKING = ("copying", "drill", "failover", "lifecycle", "point", "points", "status", "watch")
 NOT_LOADED = (
-    *("asyncio", "multiprocessing", "ssl"),
+    *("asyncio", "ssl"),
     *("bitmapd.record.layout", "bitmapd.volume", "bitmapd.attach", "bitmapd.nbd", "bitmapd.copier"),
     *("bitmapd.partner", "bitmapd.points", "bitmapd.receiver", "dmctl.kernel"),
 )

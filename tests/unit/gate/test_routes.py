@@ -421,6 +421,22 @@ def test_when_it_is_given_up_the_record_is_direct_again() -> None:
     assert not routes.all_gated
 
 
+def test_it_comes_back_without_a_barrier_once_hosts_write_it() -> None:
+    routes = direct((0, 2))
+    routes.gate_all()
+    routes.propose([(0, 2)])
+    routes.landed(())
+    routes.gate_all(wanted=False)
+    for _ in range(GROWTH_HITS):
+        routes.gated_hit(0, 1)
+    assert routes.wants_change
+    assert routes.can_grow
+    assert routes.grow([(0, 2)]) == Table(((0, 2),))
+    routes.grew()
+    assert not routes.all_gated
+    assert not routes.wants_change, "a barrier has nothing to do for it"
+
+
 # -- the number of segments -------------------------------------------------------------------
 
 

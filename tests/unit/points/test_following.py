@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from bitmapd.copier.holding import HELD_SHARE, SAVED_S
 from bitmapd.copier.rounds import URGENT_ERA_S
 from bitmapd.gate.withheld import Withheld
 from bitmapd.points.following import AGAIN_S, HELD_S, QUIET_S, Following
@@ -23,6 +24,9 @@ class Path:
         self.wanted: list[bool] = []
         self.barriers: list[Callable[[bool], None]] = []
         self.urgent: Callable[[], None] = lambda: None
+        self.can_grow_direct = False
+        self.held_s = (0.0, 0.0)
+        self.growths: list[Callable[[], None]] = []
 
     def still(self, *, wanted: bool) -> None:
         self.wanted.append(wanted)
@@ -32,6 +36,9 @@ class Path:
 
     def follow(self, done: Callable[[bool], None]) -> None:
         self.barriers.append(done)
+
+    def grow_direct(self, done: Callable[[], None]) -> None:
+        self.growths.append(done)
 
 
 class Case:
@@ -195,3 +202,72 @@ def test_a_barrier_that_is_asked_for_comes_once(case: Case) -> None:
     assert case.step() == 1
     case.path.wants_barrier = True
     assert case.step() == 1
+
+
+# -- growth of the table, which ends no era ------------------------------------------------------
+
+
+def test_the_table_grows_at_once_where_that_is_enough(case: Case) -> None:
+    case.path.can_grow_direct = case.path.is_urgent = True
+    case.path.urgent()
+    case.loop.advance(0.0)
+    assert case.looks == 1
+    assert case.step() == 0
+    assert len(case.path.growths) == 1
+    assert case.following.under_way
+    assert case.step() == 0, "one at a time"
+    assert len(case.path.growths) == 1
+    case.path.can_grow_direct = case.path.is_urgent = False
+    case.path.growths[0]()
+    assert not case.following.under_way
+    assert case.looks == 2
+
+
+def test_growth_is_paid_from_time(case: Case) -> None:
+    case.path.can_grow_direct, case.path.held_s = True, (2 * SAVED_S, 0.1)
+    case.step()
+    assert case.path.growths == []
+    case.loop.advance((SAVED_S + 0.1) / HELD_SHARE + 0.001)
+    assert case.looks == 1
+    case.step()
+    assert len(case.path.growths) == 1
+
+
+def test_growth_waits_for_its_turn_while_a_cut_is_read(case: Case) -> None:
+    case.path.is_still = True
+    assert case.may_cut()
+    case.path.can_grow_direct = case.path.is_cutting = True
+    case.loop.advance(1.0)
+    case.step()
+    assert len(case.path.growths) == 1, "the first one since the cut"
+    case.path.growths[0]()
+    case.loop.advance(0.9)
+    case.step()
+    assert len(case.path.growths) == 1
+    case.loop.advance(0.11)
+    case.step()
+    assert len(case.path.growths) == 2
+
+
+def test_a_cut_comes_before_growth_and_waits_for_one(case: Case) -> None:
+    case.path.can_grow_direct = True
+    case.step(wants_cut=True)
+    assert case.path.growths == []
+    case.step()
+    case.path.is_busy = True
+    assert not case.may_cut()
+    assert case.path.barriers == []
+    case.path.is_busy = False
+    case.path.growths[0]()
+    assert not case.may_cut()
+    assert len(case.path.barriers) == 1
+
+
+def test_nothing_grows_while_answers_are_withheld_or_a_group_is_still(case: Case) -> None:
+    case.path.can_grow_direct = True
+    case.path.answers.begin()
+    case.step()
+    case.path.answers.release()
+    case.following.hold(case.loop.time())
+    case.step()
+    assert case.path.growths == []
