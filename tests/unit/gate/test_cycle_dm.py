@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
@@ -19,11 +19,16 @@ class Past:
 
     def __init__(self) -> None:
         self.routes = Routes()
-        self.is_still, self.written = True, False
+        self.is_still, self.written, self.can_grow = True, False, True
         self.asked: list[tuple[list[Run], Collected]] = []
+        self.grown: list[list[Run]] = []
 
     def barrier(self, recorded: Iterable[Run], done: Collected) -> None:
         self.asked.append((list(recorded), done))
+
+    def grow(self, recorded: Iterable[Run], done: Callable[[], None]) -> None:
+        self.grown.append(list(recorded))
+        done()
 
     def bring(self, runs: Sequence[Run] | None) -> None:
         self.asked[-1][1](runs)
@@ -87,6 +92,12 @@ def test_in_a_cut_only_what_was_read_may_be_direct(cuts: Cuts, past: Past) -> No
     past.bring(())
     assert not passed, "from inside"
     cuts.loop.run_soon()
+    grown: list[bool] = []
+    cuts.gate.grow_direct(lambda: grown.append(True))
+    assert past.grown == [[(1, 2)]]
+    assert not grown, "from inside"
+    cuts.loop.run_soon()
+    assert grown
     cuts.gate.end_cut()
     cuts.gate.follow(passed.append)
     assert past.asked[-1][0] == [(0, 2), (3, 4)]

@@ -225,7 +225,8 @@ def test_the_table_grows_at_once_where_that_is_enough(case: Case) -> None:
 
 def test_growth_is_paid_from_time(case: Case) -> None:
     case.path.can_grow_direct, case.path.held_s = True, (2 * SAVED_S, 0.1)
-    case.step()
+    case.path.is_urgent = True
+    assert case.step() == 0, "a barrier would hold writes, too"
     assert case.path.growths == []
     case.loop.advance((SAVED_S + 0.1) / HELD_SHARE + 0.001)
     assert case.looks == 1
