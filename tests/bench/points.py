@@ -57,7 +57,10 @@ class Contenders:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bp", dir="/dev/shm")))
         said = ["--extent-size", "64KiB", "--record-limit", f"{size_bytes // 2}B"]
         said += ["--predictor", "lru"]
-        self.sites = stack.enter_context(Sites(base, size_bytes, *said, journal_bytes=512 * MIB))
+        journal_bytes = 2 * size_bytes  # its first content may come as one point
+        self.sites = stack.enter_context(
+            Sites(base, size_bytes, *said, journal_bytes=journal_bytes)
+        )
         self.sites.create()
         self.sites.start()
         (base / "one").mkdir()
@@ -157,7 +160,7 @@ on the length of the interval."""
 
 def parts(quick: bool) -> dict[str, Callable[[], Found]]:
     """What is measured, by the option `--only`; each gives figures of one or more rows."""
-    turns, seconds = (1, 1) if quick else (5, 3)
+    turns, seconds = (1, 1) if quick else (3, 3)
     interval_s, cycles = (1, 2) if quick else (5, 6)
     size = 128 * MIB if quick else SIZE_BYTES
     point = 16 * MIB if quick else 200 * MIB
@@ -205,12 +208,13 @@ def main() -> int:
         "machine": machine.describe(),
         "figures": {},
     }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / f"points-{results['at'].replace(':', '')}.json"
     for name, measure in parts(options.quick).items():
         if options.only is None or name in options.only:
             results["figures"] |= measure()
-    options.results.mkdir(parents=True, exist_ok=True)
-    name = f"points-{results['at'].replace(':', '')}.json"
-    (options.results / name).write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n")  # what comes next may fail
+            print(f"bench: {name} is measured", flush=True)
     text = figures_page("Consistent points: figures", results, NOTES)
     print(text)
     if not options.quick and options.only is None:

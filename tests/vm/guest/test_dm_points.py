@@ -119,8 +119,10 @@ def test_a_planned_move_under_load() -> None:
             writer = DeviceWriter(near.device, first=told + 1)
             writer.more(10)
             told = writer.stop()
-            assert "let in again" in near.dmctl(*move, "--timeout", "100s", status=AWAY)
-            writer = DeviceWriter(near.device, first=told + 1)  # hosts are let in again
+            said = near.dmctl(*move, "--timeout", "100s", status=AWAY)
+            # In a slow guest the link is given up before the move begins: nobody is sent away then.
+            assert "let in again" in said or "is away" in said
+            writer = DeviceWriter(near.device, first=told + 1)
             writer.more(200)
         finally:
             os.kill(far.pid, signal.SIGCONT)
