@@ -60,7 +60,7 @@ class Following:
         self._look = look
         self._under_way = False
         self._hurried = False
-        self._began_s = float("-inf")  # of the latest barrier
+        self._began_s = float("-inf")  # of the latest barrier or growth
         self._cut_s = float("-inf")
         self._not_before_s = float("-inf")
         self._held_until_s = float("-inf")

@@ -9,14 +9,16 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from bitmapd.config import ReceiverConfig, VolumeConfig, has_receiver, load_any, load_volume
-from bitmapd.control.client import SilentError
-from bitmapd.errors import (
-    BusyError,
-    TimeOutError,
-    UnreachableError,
-    WrongStateError,
+from bitmapd.config import (
+    Paths,
+    ReceiverConfig,
+    VolumeConfig,
+    has_receiver,
+    load_any,
+    load_volume,
 )
+from bitmapd.control.client import SilentError
+from bitmapd.errors import BusyError, TimeOutError, UnreachableError, WrongStateError
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
 
@@ -96,8 +98,8 @@ def _within_s(config: VolumeConfig) -> float:
 def demote(context: Context, args: Namespace) -> int:
     """Let hosts in no more, and give everything to the partner."""
     name, output = args.name, context.output
-    config = load_any(context.paths, name)
-    if not isinstance(config, ReceiverConfig) and has_receiver(config):
+    config = demotable(context.paths, name)
+    if config is not None:
         from dmctl.cli.switchover import demote_site  # noqa: PLC0415  (imports nearly everything)
 
         return demote_site(context, config, args)
@@ -109,6 +111,14 @@ def demote(context: Context, args: Namespace) -> int:
     rest = "the partner has everything" if answer["given"] else "what it owns stays in its record"
     output.say(f"volume '{name}' lets no host in at this node; {rest}")
     return 0
+
+
+def demotable(paths: Paths, name: str) -> VolumeConfig | None:
+    """The volume, if it has a receiver."""
+    config = load_any(paths, name)
+    if isinstance(config, ReceiverConfig) or not has_receiver(config):
+        return None
+    return config
 
 
 def partner(context: Context, args: Namespace) -> int:

@@ -20,6 +20,7 @@ from bitmapd.receiver.format import examine_directory, examine_journal
 from bitmapd.volume.promoting import Media, Which, default_record, exchange, promote_now
 from dmctl.cli.context import Context
 from dmctl.cli.copying import ask
+from dmctl.cli.failover import demotable
 from dmctl.cli.lifecycle import stop_now
 from dmctl.cli.probe import keep_rules
 from dmctl.cli.processes import is_running, launch, start_lock
@@ -34,12 +35,12 @@ def promote(context: Context, args: Namespace) -> int:
     if not names:
         raise UsageError("nothing to promote", hint="give NAME, or --group NAME")
     (name,) = names
-    if not isinstance(load_any(paths, name), ReceiverConfig):
-        from dmctl.cli.switchover import demoted_volume, take_back  # noqa: PLC0415  (costs 200 ms)
+    volume = demotable(paths, name)
+    if volume is not None:
+        from dmctl.cli.switchover import stands_demoted, take_back  # noqa: PLC0415  (costs 200 ms)
 
-        demoted = demoted_volume(paths, name)
-        if demoted is not None:
-            return take_back(context, demoted, args)
+        if stands_demoted(paths, volume):
+            return take_back(context, volume, args)
     config = receiver(paths, name)
     with start_lock(paths, name):
         if not args.force:

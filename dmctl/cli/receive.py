@@ -1,4 +1,4 @@
-"""receive: make a receiver of consistent points; points: show what one holds.
+"""receive: make a receiver of consistent points.
 
 1. Nothing is changed before every check has been made; all reasons against it are reported at once.
 2. The image is not written: its first sender does that.  The journal is formatted, and the
@@ -37,10 +37,7 @@ from bitmapd.errors import (
 )
 from bitmapd.media.identity import Identity, same_medium, signature
 from bitmapd.net.tls import node_context
-from bitmapd.receiver.format import (
-    format_journal,
-    probe_journal,
-)
+from bitmapd.receiver.format import format_journal, probe_journal
 from bitmapd.receiver.places import Places
 from bitmapd.receiver.superblock import JournalSuperblock
 from bitmapd.record import tool
@@ -235,6 +232,3 @@ def _check_old_journal(found: Findings, name: str, path: str, old: JournalSuperb
     found.unless_forced(
         ForeignRecordError(f"journal {path} belongs to an earlier receiver '{old.name}'")
     )
-
-
-# -- points -----------------------------------------------------------------------------------

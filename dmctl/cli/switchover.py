@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 
-from bitmapd.config import Paths, ReceiverConfig, VolumeConfig, has_receiver, load_any
+from bitmapd.config import Paths, VolumeConfig
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.points.switchover import Outlook
 from bitmapd.record.points_state import PointsFlag
@@ -139,18 +139,9 @@ def is_demoted(superblock: Superblock) -> bool:
     return points is not None and PointsFlag.DEMOTED in points.flags
 
 
-def demotable(paths: Paths, name: str) -> VolumeConfig | None:
-    """The volume, if it has a receiver."""
-    config = load_any(paths, name)
-    if isinstance(config, ReceiverConfig) or not has_receiver(config):
-        return None
-    return config
-
-
-def demoted_volume(paths: Paths, name: str) -> VolumeConfig | None:
-    """The volume, if it is stopped, and lets no host in since it was demoted."""
-    config = demotable(paths, name)
-    if config is None or is_running(paths, name):
-        return None
+def stands_demoted(paths: Paths, config: VolumeConfig) -> bool:
+    """Whether the volume is stopped, and lets no host in since it was demoted."""
+    if is_running(paths, config.name):
+        return False
     superblock, _ = recorded_runs(config.record, config.uuid)
-    return config if is_demoted(superblock) else None
+    return is_demoted(superblock)

@@ -17,7 +17,7 @@ from bitmapd.net.uri import parse_receiver_uri
 from bitmapd.points.pieces import MAX_BLOCK_BYTES
 from bitmapd.units import format_duration, format_size
 
-# A cut with attach = dm costs two barriers, and until the next one all hosts go through the gate.
+# A cut with attach = dm costs two barriers, and all hosts go through the gate till the table grows.
 SHORT_DM_INTERVAL_S = 10.0
 
 OPTIONS = (

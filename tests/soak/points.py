@@ -61,10 +61,7 @@ def attempt(name: str, seeds: range) -> tuple[Counter[str], list[str]]:
                 world.run(STEPS_OF_A_RUN)
             except AssertionError as error:
                 problems.append(f"{name}, seed {seed}, step {world.count['steps']}: {error}")
-            if isinstance(world, DmWorld):
-                world.end()
-            else:
-                world.note()
+            world.end()
         total.update(world.count)
     return total, problems
 

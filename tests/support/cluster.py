@@ -326,12 +326,10 @@ class Cluster:
 
     def _connect(self, number: int, card: str) -> None:
         """A node that comes up to the switch."""
-        port, switch = (
-            f"{card}{number}",
-            ("nsenter", "-t", str(self._switch.pid), "-n", "ip", "link"),
-        )
+        port = f"{card}{number}"
+        switch = ("nsenter", "-t", str(self._switch.pid), "-n", "ip", "link")
         # The kernel takes the port of a node that has died away some time after it.
-        subprocess.run([*switch, "del", port], capture_output=True, check=False)
+        _run(*switch, "del", port, check=False)
         _run(*switch, "add", "name", port, "up", "master", card, "type", "veth",
              "peer", "name", card, "netns", str(self._nodes[number].pid))  # fmt: skip
         self._plug_in(number, card)

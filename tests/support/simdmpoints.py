@@ -120,7 +120,7 @@ class DmWorld(World):
         self.count["moved"] += self.path.routes.moved
 
     def end(self) -> None:
-        self.note()
+        super().end()
         self.kernel.end()
 
     # -- hosts ------------------------------------------------------------------------------

@@ -293,6 +293,9 @@ class World:
         self.boot(primary, blank_image(GEOMETRY), bytes(SECTOR * min(2, len(self.sizes))))
 
     # -- processes --------------------------------------------------------------------------
+    def end(self) -> None:
+        self.note()
+
     def note(self) -> None:
         """Add up what this process of the sender has done."""
         sender = self.site.sender

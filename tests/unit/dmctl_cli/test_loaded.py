@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.support import loaded
 
 ASKING = ("copying", "drill", "failover", "lifecycle", "point", "points", "status", "watch")
 NOT_LOADED = (
@@ -17,7 +16,5 @@ NOT_LOADED = (
 
 @pytest.mark.parametrize("module", ASKING)
 def test_what_asks_a_process_does_not_load_what_it_consists_of(module: str) -> None:
-    code = f"import sys, dmctl.cli.main, dmctl.cli.{module}; print(*sys.modules, sep='\\n')"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert [name for name in NOT_LOADED if name in done.stdout.split()] == []
+    found = loaded.after("dmctl.cli.main", f"dmctl.cli.{module}")
+    assert [name for name in NOT_LOADED if name in found] == []
