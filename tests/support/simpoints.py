@@ -176,6 +176,7 @@ class Site:
         self.loop = SimLoop()
         self.geometry = geometry = replace(GEOMETRY, size_bytes=size_said(ledger.visible))
         self.offered_bytes = 0  # to the receiver, before the volume grows
+        self.is_growing = False  # one resize at a time
         self.incarnation = world.rng.randbytes(16)
         self.verifying: Verify | None = None
         self.events: list[tuple[str, dict[str, Any]]] = []
@@ -242,7 +243,11 @@ class Site:
         theirs = self.sender.uplink.receiver
         if self.offered_bytes and theirs is not None and theirs.size_bytes >= self.offered_bytes:
             size_bytes, self.offered_bytes = self.offered_bytes, 0
-            run(self._growing(replace(self.geometry, size_bytes=size_bytes)), lambda e, _: None)
+            self.is_growing = True
+            run(self._growing(replace(self.geometry, size_bytes=size_bytes)), self._has_grown)
+
+    def _has_grown(self, error: OSError | None, _: None) -> None:
+        self.is_growing = False
 
     def _growing(self, geometry: Geometry) -> Steps[None]:
         yield self.gate.prepare_growth
@@ -521,7 +526,8 @@ class World:
     def grow(self) -> None:
         site = self.site
         larger = [size for size in self.sizes if size > site.geometry.size_bytes]
-        if larger and site.sender.is_linked and not site.offered_bytes:
+        is_free = not site.offered_bytes and not site.is_growing
+        if larger and site.sender.is_linked and is_free:
             site.offer(self.rng.choice(larger))
 
     def verify(self, *, repair: bool = False) -> list[tuple[OSError | None, VerifyResult]]:
