@@ -78,8 +78,8 @@ test-vm: setup  ## in a virtual machine with Debian's kernel: device-mapper, pow
 	$(PYTHON) -m tests.vm.lab pytest -- $(VM_ARGS)
 	$(PYTEST) --durations=20 tests/vm $(VM_ARGS) || [ $$? -eq 5 ]  # 5: VM_ARGS chose none of these
 
-bench: setup  ## side by side with nbdkit, qemu-nbd, nbdcopy, dd; writes docs/benchmarks.md
-	$(PYTHON) -m tests.bench.bench $(BENCH_ARGS)
+bench: build/compiled/.ready  ## side by side with nbdkit, qemu-nbd, nbdcopy, dd; writes docs/benchmarks.md
+	$(PYTHON) -m tests.bench.bench --compiled build/compiled $(BENCH_ARGS)
 
 bench-vm: setup  ## beside md, dm-mirror, DRBD in a virtual machine; BENCH_ARGS=--quick
 	$(PYTHON) -m tests.bench.vm.bench_vm $(BENCH_ARGS)

@@ -1,8 +1,9 @@
 """Side by side with nbdkit, qemu-nbd, nbdcopy and dd: `make bench`.
 
 Prints tables of ratios, writes everything to `results/` as JSON and the tables to
-docs/benchmarks.md.  `--quick` runs every part once with small numbers: it shows that the command
-works, its figures mean nothing and docs/benchmarks.md is left alone.
+docs/benchmarks.md.  With `--compiled` the modules that requests pass through are measured as they
+are and as `make wheel-compiled` makes them.  `--quick` runs every part once with small numbers: it
+shows that the command works, its figures mean nothing and docs/benchmarks.md is left alone.
 """
 
 from __future__ import annotations
@@ -87,12 +88,26 @@ def folder_in(parent: Path) -> Iterator[Path]:
         shutil.rmtree(path)
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Folders for the media, for configuration and sockets, and in memory for secondaries."""
+
+    media: Path
+    state: Path
+    away: Path
+
+    def below(self, name: str) -> Places:
+        found = Places(self.media / name, self.state / name, self.away / name)
+        for folder in (found.media, found.state, found.away):
+            folder.mkdir()
+        return found
+
+
 @contextmanager
-def folders(parent: Path) -> Iterator[tuple[Path, Path, Path]]:
-    """For the media, for configuration and sockets, and in memory for secondaries."""
+def folders(parent: Path) -> Iterator[Places]:
     temporary = Path(tempfile.gettempdir())
     with folder_in(parent) as media, folder_in(temporary) as state, folder_in(TMPFS) as away:
-        yield media, state, away
+        yield Places(media, state, away)
 
 
 def counters(server: Server) -> tuple[int, int] | None:
@@ -109,12 +124,31 @@ def settle(server: Server) -> None:
 
 
 @contextmanager
-def contenders(media: Path, state: Path, away: Path, size_bytes: int) -> Iterator[list[Server]]:
-    """All servers, their files written once; the secondary is in the folder `away`."""
+def volumes(
+    where: Places, size_bytes: int, tree: Path | None, name: str, options: tuple[str, ...] = ()
+) -> Iterator[list[Server]]:
+    """One of each kind of program, with folders of its own."""
     with ExitStack() as stack:
-        secondary = make_file(away / "secondary", size_bytes)
-        ours = servers.bitmapd(media, state, size_bytes, secondary=secondary)
-        found = [stack.enter_context(ours)]
+        found = []
+        for number, (kind, program) in enumerate(servers.programs(where.state, tree).items()):
+            own = where.below(str(number))
+            secondary = make_file(own.away / "secondary", size_bytes)
+            server = servers.bitmapd(
+                *(own.media, own.state, size_bytes, name, options),
+                secondary=secondary,
+                kind=kind,
+                program=program,
+            )
+            found.append(stack.enter_context(server))
+        yield found
+
+
+@contextmanager
+def contenders(where: Places, size_bytes: int, tree: Path | None) -> Iterator[list[Server]]:
+    """All servers, their files written once."""
+    media, state = where.media, where.state
+    with ExitStack() as stack:
+        found = stack.enter_context(volumes(where, size_bytes, tree, "bench"))
         for name in ("nbdkit", "qemu", "qemu-direct"):
             backing = media / f"{name}.img"
             make_file(backing, size_bytes)
@@ -129,13 +163,13 @@ def contenders(media: Path, state: Path, away: Path, size_bytes: int) -> Iterato
         yield found
 
 
-def measure_serving(media: Path, state: Path, away: Path, scale: Scale) -> dict[str, Any]:
+def measure_serving(where: Places, scale: Scale, tree: Path | None) -> dict[str, Any]:
     measured = []
-    with contenders(media, state, away, scale.device_bytes) as found:
+    with contenders(where, scale.device_bytes, tree) as found:
         for load in loads.loads(scale.region_bytes, scale.device_bytes):
             iops: dict[str, list[float]] = {server.name: [] for server in found}
             latency: dict[str, list[float]] = {server.name: [] for server in found}
-            shares = []
+            shares: dict[str, list[float]] = {}
             for repeat in range(scale.repeats):
                 # The order turns, so that nobody always runs right behind the copier.
                 turn = repeat % len(found)
@@ -146,7 +180,8 @@ def measure_serving(media: Path, state: Path, away: Path, scale: Scale) -> dict[
                     iops[server.name].append(outcome.iops)
                     latency[server.name].append(outcome.mean_us)
                     if before and after and after[0] > before[0]:
-                        shares.append((after[1] - before[1]) / (after[0] - before[0]))
+                        share = (after[1] - before[1]) / (after[0] - before[0])
+                        shares.setdefault(server.name, []).append(share)
                     settle(server)
             say(f"{load.name}: " + ", ".join(f"{n} {max(v):.0f}" for n, v in iops.items()))
             measured.append(
@@ -156,7 +191,7 @@ def measure_serving(media: Path, state: Path, away: Path, scale: Scale) -> dict[
                     "depth": load.depth,
                     "iops": iops,
                     "mean_us": latency,
-                    "hit_share": report.median(shares) if shares else None,
+                    "hit_share": {name: report.median(all_) for name, all_ in shares.items()},
                 }
             )
         volume = found[0].volume
@@ -165,7 +200,7 @@ def measure_serving(media: Path, state: Path, away: Path, scale: Scale) -> dict[
 
 
 def measure_misses(
-    media: Path, state: Path, away: Path, scale: Scale, data_server: str
+    where: Places, scale: Scale, data_server: str, tree: Path | None
 ) -> dict[str, Any]:
     """Random writes into extents of 64 KiB that are not in the record, at depth 1: without
     predictions, so that nearly all of them miss, and with."""
@@ -173,41 +208,49 @@ def measure_misses(
     one = Load("miss", "randwrite", 4 * KIB, 1, size, align_bytes=64 * KIB, requests=requests)
     again = Load("hit", "randwrite", 4 * KIB, 1, scale.region_bytes)
     small = Load("record", "randwrite", 4 * KIB, 1, MIB, requests=requests)
-    names = ("record_us", "data_us", "hit_us", "miss_us", "miss_share")
-    found: dict[str, Any] = {name: [] for name in (*names, "predicted_us", "predicted_share")}
+    media, state, kinds = where.media, where.state, servers.programs(where.state, tree)
+    names = ("hit_us", "miss_us", "miss_share", "predicted_us", "predicted_share")
+    ours: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in names} for kind in kinds}
+    record_us: list[float] = []
+    data_us: list[float] = []
     options = ("--extent-size", "64KiB", "--record-limit", f"{size // 2}B")
     scratch, backing = media / "record.scratch", media / "data.img"
     loads.make_written(scratch, MIB)
     make_file(backing, size)
     with ExitStack() as stack:
-        secondary = make_file(away / "secondary", size)
-        ours = stack.enter_context(
-            servers.bitmapd(media, state, size, "miss", options, secondary=secondary)
-        )
+        made = stack.enter_context(volumes(where, size, tree, "miss", options))
         if data_server == "nbdkit":
             other = stack.enter_context(servers.nbdkit_file(backing, state))
         else:
             other = stack.enter_context(servers.qemu_nbd(backing, state, direct=True))
-        for server in (ours, other):
+        for server in (*made, other):
             loads.fill(server.uri, size)
             settle(server)
         for repeat in range(scale.repeats):
-            mixed, share = from_an_empty_record(ours, one, 1000 + repeat, "lru")
-            predicted, predicted_share = from_an_empty_record(ours, one, 1000 + repeat, "superset")
-            hit = loads.over_nbd(ours.uri, again, scale.seconds, repeat)
-            settle(ours)
-            found["record_us"].append(
-                loads.on_file(scratch, small, 0, repeat, durable=True).mean_us
-            )
-            data = loads.over_nbd(other.uri, one, 0, 1000 + repeat)
-            found["data_us"].append(data.mean_us)
-            found["hit_us"].append(hit.mean_us)
-            found["miss_us"].append(only_misses(mixed, hit, share))
-            found["miss_share"].append(share)
-            found["predicted_us"].append(predicted.mean_us)
-            found["predicted_share"].append(predicted_share)
-    say("misses: " + ", ".join(f"{name} {report.median(v):.2f}" for name, v in found.items()))
-    return {**found, "data_server": other.name}
+            for server in made:
+                found = ours[server.name]
+                mixed, share = from_an_empty_record(server, one, 1000 + repeat, "lru")
+                predicted, predicted_share = from_an_empty_record(
+                    server, one, 1000 + repeat, "superset"
+                )
+                hit = loads.over_nbd(server.uri, again, scale.seconds, repeat)
+                settle(server)
+                found["hit_us"].append(hit.mean_us)
+                found["miss_us"].append(only_misses(mixed, hit, share))
+                found["miss_share"].append(share)
+                found["predicted_us"].append(predicted.mean_us)
+                found["predicted_share"].append(predicted_share)
+            record_us.append(loads.on_file(scratch, small, 0, repeat, durable=True).mean_us)
+            data_us.append(loads.over_nbd(other.uri, one, 0, 1000 + repeat).mean_us)
+    for kind, figures in ours.items():
+        said = ", ".join(f"{name} {report.median(all_):.2f}" for name, all_ in figures.items())
+        say(f"misses, {kind}: {said}")
+    return {
+        "record_us": record_us,
+        "data_us": data_us,
+        "data_server": other.name,
+        "ours": ours,
+    }
 
 
 def only_misses(mixed: Outcome, hit: Outcome, share: float) -> float:
@@ -230,11 +273,14 @@ def from_an_empty_record(
     return outcome, 1 - (after[1] - before[1]) / max(1, after[0] - before[0])
 
 
-def measure_copies(parent: Path, scale: Scale) -> list[dict[str, Any]]:
+def measure_copies(parent: Path, scale: Scale, tree: Path | None) -> list[dict[str, Any]]:
     found = []
     for name, fraction in (("full copy", 1.0), ("10 % random 64 KiB blocks", 0.1)):
-        with folders(parent) as (media, state, _):
-            seconds = copies.compare_copies(media, state, scale.copy_bytes, fraction, scale.repeats)
+        with folders(parent) as where:
+            kinds = servers.programs(where.state, tree)
+            seconds = copies.compare_copies(
+                where.media, where.state, scale.copy_bytes, fraction, scale.repeats, kinds
+            )
         data = len(copies.pick_blocks(scale.copy_bytes, fraction, 0)) * copies.BLOCK
         found.append({"name": name, "data_bytes": data, "seconds": seconds})
         say(f"{name}: " + ", ".join(f"{n} {report.median(s):.3f} s" for n, s in seconds.items()))
@@ -287,18 +333,20 @@ def raw_note(media: Path, scale: Scale) -> str:
     return f"The medium itself with O_DIRECT, 4 KiB, depth 1: {', '.join(said)}."
 
 
-def measure_backing(name: str, note: str, parent: Path, scale: Scale, only: str) -> dict[str, Any]:
+def measure_backing(
+    name: str, note: str, parent: Path, scale: Scale, only: str, tree: Path | None
+) -> dict[str, Any]:
     found: dict[str, Any] = {"name": name, "note": note, "copies": []}
     print(f"bench: {name}", flush=True)
-    with folders(parent) as (media, state, away):
-        found["raw_note"] = raw_note(media, scale)
+    with folders(parent) as where:
+        found["raw_note"] = raw_note(where.media, scale)
         say(found["raw_note"])
-        found |= measure_serving(media, state, away, scale)
+        found |= measure_serving(where, scale, tree)
     if only != "serving":
-        with folders(parent) as (media, state, away):
+        with folders(parent) as where:
             peer = "nbdkit" if parent == TMPFS else "qemu-nbd direct"
-            found["miss"] = measure_misses(media, state, away, scale, peer)
-        found["copies"] = measure_copies(parent, scale)
+            found["miss"] = measure_misses(where, scale, peer, tree)
+        found["copies"] = measure_copies(parent, scale, tree)
     return found
 
 
@@ -307,6 +355,7 @@ def main() -> int:
         description="compare bitmapd with nbdkit, qemu-nbd, nbdcopy, dd"
     )
     parser.add_argument("--quick", action="store_true", help="a run that only shows it works")
+    parser.add_argument("--compiled", type=Path, help="a tree with compiled modules")
     parser.add_argument("--only", choices=["all", "serving"], default="all")
     parser.add_argument("--disk", type=Path, default=ROOT / "bench-run", help="folder on a disk")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
@@ -319,18 +368,21 @@ def main() -> int:
         "repeats": scale.repeats,
         "machine": machine.describe(),
         "backings": [
-            measure_backing("tmpfs", "All files in memory.", TMPFS, scale, options.only),
-            measure_backing("disk", DISK_NOTE, options.disk, scale, options.only),
+            measure_backing(name, note, parent, scale, options.only, options.compiled)
+            for name, note, parent in (
+                ("tmpfs", "All files in memory.", TMPFS),
+                ("disk", DISK_NOTE, options.disk),
+            )
         ],
     }
     served = results["backings"][0]
     memory = {"1 GiB, after the loads": memory_entry(served["resident"], scale.device_bytes, None)}
-    with folders(TMPFS) as (media, state, _):
+    with folders(TMPFS) as where:
         name = f"{scale.big_bytes // TIB} TiB, clean"
-        memory[name] = measure_big_volume(media, state, scale)
+        memory[name] = measure_big_volume(where.media, where.state, scale)
     results["memory"] = memory
-    with folders(TMPFS) as (media, state, _):
-        results["age"] = ages.measure_ages(media, state, scale.age)
+    with folders(TMPFS) as where:
+        results["age"] = ages.measure_ages(where.media, where.state, scale.age)
     results["machine"]["load average at the end"] = machine.load_average()
     document = None if options.quick or options.only != "all" else ROOT / "docs" / "benchmarks.md"
     path = report.write(results, options.results, document)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.bench import servers
@@ -100,9 +101,15 @@ def time_command(command: list[str], source: Path) -> float:
 
 
 def compare_copies(
-    media: Path, state: Path, size_bytes: int, fraction: float, repeats: int
+    media: Path,
+    state: Path,
+    size_bytes: int,
+    fraction: float,
+    repeats: int,
+    kinds: Mapping[str, Path],
 ) -> dict[str, list[float]]:
-    """Seconds of each contender, interleaved; the target is a file, or nbdkit serving one."""
+    """Seconds of each contender, interleaved; the target is a file, or nbdkit serving one.
+    `kinds`: programs by the name under which their seconds go (`servers.programs`)."""
     seconds: dict[str, list[float]] = {}
     source, target = media / "copy.source", media / "copy.target"
     served = media / "copy.served"
@@ -110,27 +117,30 @@ def compare_copies(
         blocks = pick_blocks(size_bytes, fraction, number)
         sparse_source(source, size_bytes, blocks, number)
         for secondary in ("file", "nbd"):
-            with (
-                servers.nbdkit_file(
-                    laid_out(served, size_bytes), state, f"served{number}"
-                ) as remote,
-                Volume(
-                    state,
-                    size_bytes,
-                    f"copy{number}{secondary}",
-                    options=["--initial-sync", "skip", "--record-limit", f"{size_bytes}B"],
-                    secondary_target=remote.uri if secondary == "nbd" else None,
-                    media_folder=media,
-                ) as volume,
-            ):
-                volume.create()
-                laid_out(volume.secondary, size_bytes)
-                volume.start()
-                took = time_bitmapd(volume, blocks, number)
-                seconds.setdefault(f"bitmapd to {secondary}", []).append(took)
-                volume.stop()
-            for path in (volume.primary, volume.secondary, volume.record):
-                path.unlink()
+            for place, (kind, program) in enumerate(kinds.items()):
+                with (
+                    servers.nbdkit_file(
+                        laid_out(served, size_bytes), state, f"served{number}{place}"
+                    ) as remote,
+                    Volume(
+                        state,
+                        size_bytes,
+                        f"copy{number}{place}{secondary}",
+                        options=["--initial-sync", "skip", "--record-limit", f"{size_bytes}B"],
+                        secondary_target=remote.uri if secondary == "nbd" else None,
+                        media_folder=media,
+                        program=program,
+                    ) as volume,
+                ):
+                    volume.create()
+                    laid_out(volume.secondary, size_bytes)
+                    volume.start()
+                    servers.check_kind(volume, kind)
+                    took = time_bitmapd(volume, blocks, number)
+                    seconds.setdefault(f"{kind} to {secondary}", []).append(took)
+                    volume.stop()
+                for path in (volume.primary, volume.secondary, volume.record):
+                    path.unlink()
             with servers.nbdkit_file(
                 laid_out(served, size_bytes), state, f"served{number}"
             ) as remote:

@@ -9,7 +9,6 @@ paused and at work, as it is and, with `--compiled`, as `make wheel-compiled` ma
 from __future__ import annotations
 
 import argparse
-import stat
 import statistics
 import sys
 import tempfile
@@ -23,14 +22,14 @@ from typing import Any
 from bitmapd.media.buffers import IDLE_S
 from tests.bench import loads, machine, report, servers
 from tests.bench.loads import KIB, MIB, Load
-from tests.support.volumes import DMCTL, Volume, make_file
+from tests.support.volumes import Volume, make_file
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTES = (
     "User and system time of all threads of the server, divided by the requests; nbdkit's of"
     " connections that have ended included. 4 KiB in 64 MiB that the record has; files in memory;"
     " fio's NBD engine over a unix socket. `copying`: the copier is at work, and what it costs is"
-    " in the figure. `compiled`: [decisions/0008](decisions/0008-compiled-modules.md)."
+    " in the figure. `bitmapd compiled`: [decisions/0008](decisions/0008-compiled-modules.md)."
     " Memory: what a process has written and shares with nobody (Private_Dirty); at first, and when"
     " it has had nothing to do for a while after all that."
 )
@@ -72,17 +71,6 @@ def the_loads(region_bytes: int, requests: int) -> list[Load]:
     ]
 
 
-def compiled_program(folder: Path, tree: Path) -> Path:
-    """A dmctl that runs what is in that tree, and so does all that it starts."""
-    path = folder / "dmctl-compiled"
-    path.write_text(
-        f"#!/bin/sh\nexport PYTHONPATH={tree.resolve()} PYTHONSAFEPATH=1\n"
-        f'exec {sys.executable} -m dmctl "$@"\n'
-    )
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return path
-
-
 def measure(
     tree: Path | None, turns: int, requests: int, size_bytes: int, rest_s: float
 ) -> dict[str, Any]:
@@ -94,13 +82,10 @@ def measure(
         peer = stack.enter_context(servers.nbdkit_file(backing, state))
         found = [Contender("nbdkit", peer.uri, peer.pid)]
         copying_ones: list[Volume] = []
-        programs = {"bitmapd": DMCTL}
-        if tree is not None:
-            programs["compiled"] = compiled_program(state, tree)
-        for kind, program in programs.items():
+        for kind, program in servers.programs(state, tree).items():
             for copying in (False, True):
                 name = f"{kind}, copying" if copying else kind
-                folder, place = state / name[:3] / str(copying), media / name
+                folder, place = state / str(len(found)), media / name
                 folder.mkdir(parents=True)
                 place.mkdir()
                 volume = stack.enter_context(
@@ -116,8 +101,7 @@ def measure(
                 )
                 volume.create()
                 volume.start()
-                if volume.ask("ping")["compiled"] != (kind == "compiled"):
-                    raise RuntimeError(f"{name} is not what it should be")
+                servers.check_kind(volume, kind)
                 if copying:
                     copying_ones.append(volume)
                 else:

@@ -7,16 +7,19 @@ others are what Debian ships.  A server is idle while another one is measured.
 from __future__ import annotations
 
 import socket
+import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.volumes import Volume
+from tests.support.volumes import DMCTL, Volume
 
 START_TIMEOUT_S = 20
+INTERPRETED, COMPILED = "bitmapd", "bitmapd compiled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,26 @@ def qemu_nbd(backing: Path, sockets: Path, direct: bool) -> Iterator[Server]:
         yield Server(name, f"nbd+unix:///?socket={path}", direct=direct)
 
 
+def compiled_program(folder: Path, tree: Path) -> Path:
+    """A dmctl that runs what is in that tree, and so does all that it starts."""
+    path = folder / "dmctl-compiled"
+    path.write_text(
+        f"#!/bin/sh\nexport PYTHONPATH={tree.resolve()} PYTHONSAFEPATH=1\n"
+        f'exec {sys.executable} -m dmctl "$@"\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def programs(folder: Path, tree: Path | None) -> dict[str, Path]:
+    """By the name under which its figures go: dmctl as it is, and as in a tree where the modules
+    that requests pass through are compiled."""
+    found = {INTERPRETED: DMCTL}
+    if tree is not None:
+        found[COMPILED] = compiled_program(folder, tree)
+    return found
+
+
 @contextmanager
 def bitmapd(
     media: Path,
@@ -92,11 +115,21 @@ def bitmapd(
     options: tuple[str, ...] = (),
     *,
     secondary: Path,
+    kind: str = INTERPRETED,
+    program: Path = DMCTL,
 ) -> Iterator[Server]:
-    """A started volume whose primary and secondary are empty and known to be equal."""
+    """A started volume whose primary and secondary are empty and known to be equal; `kind`: one of
+    those of `programs`."""
     said = ["--initial-sync", "skip", *options]
-    with Volume(state, size_bytes, name, said, str(secondary), media) as volume:
+    with Volume(state, size_bytes, name, said, str(secondary), media, program=program) as volume:
         volume.create()
         volume.start()
-        yield Server("bitmapd", volume.uri, direct=True, volume=volume)
+        check_kind(volume, kind)
+        yield Server(kind, volume.uri, direct=True, volume=volume)
         volume.stop("--now")
+
+
+def check_kind(volume: Volume, kind: str) -> None:
+    """So that nothing is measured under a wrong name."""
+    if volume.ask("ping")["compiled"] != (kind == COMPILED):
+        raise RuntimeError(f"volume '{volume.name}' is not what it should be: {kind}")

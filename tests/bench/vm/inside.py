@@ -18,9 +18,9 @@ import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,18 @@ class Scale:
 
 
 FEW = {"rw16", "rr1", "fsync", "spread-fsync", "mix16"}
+FULL = Scale("full", 3, 1.0, 1.0, 5.0, 20.0, 3.0, 8.0, 600, 30.0)
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("full", 3, 1.0, 1.0, 5.0, 20.0, 3.0, 8.0, 600, 30.0),
+        FULL,
         Scale("quick", 1, 0.4, 0.3, 2.0, 2.0, 0, 4.0, 200, 4.0, few=True),
         Scale("smoke", 1, 0.1, 0.1, 0.1, 0.1, 0, 1.2, 50, 2.0, few=True),
     )
 }
 
 
+MARK_ERAS_S = (5, 20, 60)
 CLASS_EXTENTS = 80
 GATED_EXTENTS = 40  # too few for a change of the table
 CLASSES = (
@@ -88,19 +90,29 @@ class Bench:
         left_out = set() if load in loads.RANDOM_WRITES else {rig.THREE, rig.PAUSED}
         if load.reads:  # what a mirror does with writes does not matter then
             left_out |= set(rig.PEERS)
-        present = [name for name in names if name in self._rig.devices and name not in left_out]
-        outcomes: dict[str, list[Results]] = {name: [] for name in present}
+        outcomes: dict[str, list[Results]] = {}
+        for name in self._turns([name for name in names if name not in left_out]):
+            outcomes.setdefault(name, []).append(self._turn(name, load))
+        return self._found(load.name, load.title, load.unit, outcomes)
+
+    def _turns(self, names: Iterable[str]) -> Iterator[str]:
+        """Those that are there, one after the other, as often as is measured."""
+        present = [name for name in names if name in self._rig.devices]
         for repeat in range(self._scale.repeats):
             turn = repeat % len(present)
             for name in present[turn:] + present[:turn]:
-                outcomes[name].append(self._turn(name, load))
-        self._tell(load.title, _rates(outcomes))
-        fields = {"name": load.name, "title": load.title, "unit": load.unit}
-        return {**fields, "outcomes": outcomes}
+                self._rig.keep_awake()
+                yield name
 
-    def _turn(self, name: str, load: Load) -> Results:
+    def _found(
+        self, name: str, title: str, unit: str, outcomes: dict[str, list[Results]]
+    ) -> Results:
+        self._tell(title, _rates(outcomes))
+        return {"name": name, "title": title, "unit": unit, "outcomes": outcomes}
+
+    def _turn(self, name: str, load: Load, lasts_s: float = 0.0) -> Results:
+        """`lasts_s`: of a volume, instead of one era."""
         scale, stack = self._scale, self._rig.stacks.get(name)
-        self._rig.keep_awake()
         self._seed += 1
         device = self._rig.devices[name]
         if stack is None:
@@ -108,7 +120,7 @@ class Bench:
             return asdict(loads.fio(device, load, seconds, 0, self._seed))
         stack.make_ready()
         era_s = scale.longest_era_s if load in loads.MIXED else scale.era_s
-        seconds = scale.read_s if load.reads else era_s
+        seconds = scale.read_s if load.reads else lasts_s or era_s
         ramp_s = 0 if load.reads else scale.ramp_s
         if name == rig.PAUSED:
             stack.call("pause")
@@ -173,27 +185,39 @@ class Bench:
             for title in CLASSES
         ]
 
+    def marks(self) -> list[Results]:
+        """What dm-era's marks and the copying of whole blocks cost, by block and by era."""
+        lasts_s = max(MARK_ERAS_S) * self._scale.longest_era_s / FULL.longest_era_s
+        found = []
+        for era_s in MARK_ERAS_S:
+            for name in rig.BLOCKS:
+                self._rig.stacks[name].call("set", era_interval=f"{era_s}s")
+            load = replace(
+                loads.MIXED[0], name=f"marks{era_s}", title=f"mix, depth 1, eras of {era_s} s"
+            )
+            outcomes = {
+                name: [self._turn(name, load, lasts_s)] for name in (rig.LINEAR, *rig.BLOCKS)
+            }
+            found.append(self._found(load.name, load.title, load.unit, outcomes))
+        return found
+
     def points(self) -> list[Results]:
         """With one cut in the middle of a turn that lasts as long as the interval, and without a
         receiver."""
         names, seconds = (rig.HITS, rig.POINTS), self._scale.interval_s
         found = []
         for load in self._scale.of(loads.RANDOM_WRITES):
-            outcomes: dict[str, list[Results]] = {name: [] for name in names}
-            for repeat in range(self._scale.repeats):
-                for name in names[:: 1 - 2 * (repeat % 2)]:
-                    self._seed += 1
-                    self._rig.keep_awake()
-                    stack = self._rig.stacks[name]
-                    stack.make_ready()
-                    cut = stack.cut_after(seconds / 2) if isinstance(stack, PointStack) else None
-                    with stack.watched() as deltas, cut or nullcontext():
-                        outcome = loads.fio(stack.device, load, seconds, 0, self._seed)
-                    outcomes[name].append({**asdict(outcome), **_said(deltas)})
+            outcomes: dict[str, list[Results]] = {}
+            for name in self._turns(names):
+                self._seed += 1
+                stack = self._rig.stacks[name]
+                stack.make_ready()
+                cut = stack.cut_after(seconds / 2) if isinstance(stack, PointStack) else None
+                with stack.watched() as deltas, cut or nullcontext():
+                    outcome = loads.fio(stack.device, load, seconds, 0, self._seed)
+                outcomes.setdefault(name, []).append({**asdict(outcome), **_said(deltas)})
             title = f"{load.title}, a point every {seconds:g} s"
-            self._tell(title, _rates(outcomes))
-            fields = {"name": load.name, "title": title, "unit": load.unit}
-            found.append({**fields, "outcomes": outcomes})
+            found.append(self._found(load.name, title, load.unit, outcomes))
         return found
 
     def windows(self) -> list[Results]:
@@ -220,69 +244,50 @@ class Bench:
         """SQLite on ext4 on each of them."""
         left_out = {rig.THREE, rig.PAUSED}
         wanted = [name for name in (*rig.MAIN, rig.MIX) if name not in left_out]
-        names = [name for name in wanted if name in self._rig.devices]
-        outcomes: dict[str, list[Results]] = {name: [] for name in names}
-        for repeat in range(self._scale.repeats):
-            turn = repeat % len(names)
-            for name in names[turn:] + names[:turn]:
-                self._rig.keep_awake()
-                stack = self._rig.stacks.get(name)
-                if stack is not None:
-                    stack.make_ready()
-                with _mounted(self._rig.devices[name]) as folder:
-                    rate = loads.database(folder, self._scale.seconds)
-                outcomes[name].append({"rate": rate})
-                if stack is not None:
-                    stack.settle()
+        outcomes: dict[str, list[Results]] = {}
+        for name in self._turns(wanted):
+            stack = self._rig.stacks.get(name)
+            if stack is not None:
+                stack.make_ready()
+            with _mounted(self._rig.devices[name]) as folder:
+                rate = loads.database(folder, self._scale.seconds)
+            outcomes.setdefault(name, []).append({"rate": rate})
+            if stack is not None:
+                stack.settle()
         title = "SQLite, one row a transaction, on ext4"
-        self._tell(title, _rates(outcomes))
-        return {"name": loads.DATABASE, "title": title, "unit": "1/s", "outcomes": outcomes}
+        return self._found(loads.DATABASE, title, "1/s", outcomes)
 
     def fills(self) -> Results:
         """A source tree is unpacked into a fresh ext4, and synced; the volume has the default
         settings, and its record is empty."""
         wanted = (rig.LINEAR, rig.FRESH, *rig.PEERS)
-        names = [name for name in wanted if name in self._rig.devices]
-        outcomes: dict[str, list[Results]] = {name: [] for name in names}
+        outcomes: dict[str, list[Results]] = {}
         with loads.source_tree() as tree:
-            for repeat in range(self._scale.repeats):
-                turn = repeat % len(names)
-                for name in names[turn:] + names[:turn]:
-                    self._rig.keep_awake()
-                    stack = self._rig.stacks.get(name)
-                    if stack is not None:
-                        stack.until(lambda status: not status["record_extents"], "at rest")
-                    with _mounted(self._rig.devices[name]) as folder:
-                        outcomes[name].append({"rate": loads.unpack(tree, folder)})
-                    if stack is not None:
-                        stack.settle()
+            for name in self._turns(wanted):
+                stack = self._rig.stacks.get(name)
+                if stack is not None:
+                    stack.until(lambda status: not status["record_extents"], "at rest")
+                with _mounted(self._rig.devices[name]) as folder:
+                    outcomes.setdefault(name, []).append({"rate": loads.unpack(tree, folder)})
+                if stack is not None:
+                    stack.settle()
         title = "first fill: a source tree is unpacked on ext4, and synced"
-        self._tell(title, _rates(outcomes))
-        return {"name": loads.FILL, "title": title, "unit": "MiB/s", "outcomes": outcomes}
+        return self._found(loads.FILL, title, "MiB/s", outcomes)
 
     def trims(self) -> Results:
         """A fresh ext4 is trimmed, of which mkfs has discarded everything before; the volume has
         the default settings."""
         wanted = (rig.RAW, rig.LINEAR, rig.FRESH, *rig.PEERS)
-        names = [name for name in wanted if name in self._rig.devices]
-        outcomes: dict[str, list[Results]] = {name: [] for name in names}
-        for repeat in range(self._scale.repeats):
-            turn = repeat % len(names)
-            for name in names[turn:] + names[:turn]:
-                self._rig.keep_awake()
-                stack = self._rig.stacks.get(name)
-                # A mirror that takes no discards has no outcome.
-                with (
-                    _mounted(self._rig.devices[name]) as folder,
-                    contextlib.suppress(CommandFailed),
-                ):
-                    outcomes[name].append({"rate": loads.trim(folder)})
-                if stack is not None:
-                    stack.settle()
-        title = "fstrim of a fresh ext4"
-        outcomes = {name: all_ for name, all_ in outcomes.items() if all_}
-        self._tell(title, _rates(outcomes))
-        return {"name": loads.TRIM, "title": title, "unit": "MiB/s", "outcomes": outcomes}
+        outcomes: dict[str, list[Results]] = {}
+        for name in self._turns(wanted):
+            stack = self._rig.stacks.get(name)
+            # A mirror that takes no discards has no outcome.
+            with _mounted(self._rig.devices[name]) as folder, contextlib.suppress(CommandFailed):
+                rate = loads.trim(folder)
+                outcomes.setdefault(name, []).append({"rate": rate})
+            if stack is not None:
+                stack.settle()
+        return self._found(loads.TRIM, "fstrim of a fresh ext4", "MiB/s", outcomes)
 
     def equal(self) -> dict[str, bool]:
         """Stops the volumes."""
@@ -316,8 +321,8 @@ def _said(deltas: list[Delta]) -> Results:
 
 
 def measure(scale: Scale, only: Sequence[str] = ()) -> Results:
-    """All parts, or only some and the contenders that these need."""
-    chosen = [part for part in PARTS if not only or part in only]
+    """All parts but `ASKED_FOR`, or only some, and the contenders that these need."""
+    chosen = [part for part in PARTS if (part in only if only else part not in ASKED_FOR)]
     wanted = {name for part in chosen for name in PARTS[part][0]}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bvm")))
@@ -355,6 +360,7 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[Bench], Any]]] = {
     "classes": ((rig.CLASSES,), Bench.classes),
     "misses": ((rig.MISSES,), Bench.misses),
     "mixed": (rig.MIXED, lambda bench: bench.compare(loads.MIXED, rig.MIXED)),
+    "marks": ((rig.LINEAR, *rig.BLOCKS), Bench.marks),
     "points": ((rig.HITS, rig.POINTS), Bench.points),
     "windows": ((rig.HITS, rig.SEGMENTS, rig.MIX), Bench.windows),
     "database": ((*rig.MAIN, rig.MIX), Bench.databases),
@@ -362,6 +368,8 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[[Bench], Any]]] = {
     "trim": ((rig.RAW, rig.LINEAR, rig.FRESH, *rig.PEERS), Bench.trims),
     "equal": ((), Bench.equal),
 }
+# For a decision, not for the page.
+ASKED_FOR = {"marks"}
 
 
 def main() -> int:

@@ -35,6 +35,8 @@ LAYERS = (RAW, LINEAR, ERA, WHOLE, SPLIT, HITS)
 SLOW = (SLOW_LINEAR, SLOW_HITS)
 SPREAD = (LINEAR, HITS, SEGMENTS)
 MIXED = (LINEAR, HITS, MIX, *PEERS)
+BLOCKS_KIB = (64, 256, 1024)
+BLOCKS = tuple(f"stack, all direct, blocks of {kib} KiB" for kib in BLOCKS_KIB)
 
 # The emulated processor is about ten times slower than the bare one, so beside it this is what a
 # quick NVMe drive is beside the bare one.
@@ -51,6 +53,10 @@ SHAPES = {
     POINTS: Shape("points", SIZE_BYTES, MIB, _ROOMY, points=True),
     MIX: Shape("mix", SIZE_BYTES, MIB),
     FRESH: Shape("fresh", SIZE_BYTES, MIB),
+    **{
+        name: Shape(f"b{kib}", SIZE_BYTES, MIB, (*_ROOMY, "--block-size", f"{kib}KiB"))
+        for name, kib in zip(BLOCKS, BLOCKS_KIB, strict=True)
+    },
 }
 
 
@@ -110,7 +116,7 @@ def rig(folder: Path, wanted: Collection[str]) -> Iterator[Rig]:
             list(pool.map(lambda volume: volume.start(), made.stacks.values()))
         if PAUSED in wanted:
             made.stacks[PAUSED], made.devices[PAUSED] = made.stacks[HITS], made.devices[HITS]
-        for name in {HITS, SLOW_HITS, POINTS}.intersection(made.stacks):
+        for name in {HITS, SLOW_HITS, POINTS, *BLOCKS}.intersection(made.stacks):
             made.stacks[name].make_direct(list(range(0, SIZE_BYTES, MIB)))
         if SEGMENTS in made.stacks:
             made.stacks[SEGMENTS].make_direct([place * PLACE_BYTES for place in range(PLACES)])
