@@ -28,8 +28,9 @@ from bitmapd.media.base import Device, Done
 class Ledger(Protocol):
     """What remembers committed points over a crash: the superblock of the record."""
 
-    def commit(self, point: int, done: Done) -> None:
-        """Calls back, never from inside, when this point is durably the newest one."""
+    def commit(self, point: int, cut_ns: int, done: Done) -> None:
+        """Calls back, never from inside, when this point is durably the newest one.  `cut_ns`: Unix
+        time of its cut."""
 
 
 class Closing:
@@ -50,6 +51,7 @@ class Closing:
         self._passes = passes
         self._closed = closed
         self._point = 0
+        self._cut_ns = 0
         self._committed = False
         self._flushing = False
         self._failures = 0  # of flushes of the primary
@@ -61,9 +63,9 @@ class Closing:
         """Whether nothing is in flight, whatever the receiver does."""
         return not (self._flushing or self.storing)
 
-    def begin(self, point: int) -> None:
-        """END is said."""
-        self._point = point
+    def begin(self, point: int, cut_ns: int) -> None:
+        """END is said, of a point that was cut at this Unix time."""
+        self._point, self._cut_ns = point, cut_ns
         self._committed = False
         self._failures_before = self._failures
         self._flushing = True
@@ -93,7 +95,7 @@ class Closing:
             self.storing = True
             extents = self._gate.begin_settle()
             self._passes.settle_began()
-            self._ledger.commit(self._point, partial(self._was_stored, extents))
+            self._ledger.commit(self._point, self._cut_ns, partial(self._was_stored, extents))
 
     def _was_stored(self, extents: set[int], error: OSError | None) -> None:
         self.storing = False

@@ -46,6 +46,7 @@ from bitmapd.gate.elsewhere import Run
 from bitmapd.media.base import Device, Done, Scheduler, Timer, after_all
 from bitmapd.media.buffers import BufferPool
 from bitmapd.peer.payloads import Runs
+from bitmapd.points.age import PointAge
 from bitmapd.points.closing import Closing, Ledger
 from bitmapd.points.differences import Differences
 from bitmapd.points.following import Following
@@ -107,8 +108,10 @@ class Sender:
         piece_bytes: int = 1 << 20,
         read_primary: ReadPrimary | None = None,
         spool_file: Device | None = None,
+        committed_cut_s: int = 0,
     ) -> None:
-        """`secondary` names the receiver in events; `read_primary` is used instead of
+        """`secondary` names the receiver in events; `committed_cut_s`: see `PointAge`;
+        `read_primary` is used instead of
         `primary.read`: a way that leaves hosts the loop.  `spool_file` takes what memory has no
         room for; what is in it means nothing."""
         self._geometry = geometry
@@ -180,7 +183,7 @@ class Sender:
         self.precopied_bytes = 0  # sent ahead of a cut
         self.changed_bytes = 0  # between them, in pieces
         self._point_changed_bytes = 0
-        self.cut_s: float | None = None  # of the newest committed point
+        self._age = PointAge(scheduler.time, wall_ns, committed_cut_s)
         self._point_cut_s = 0.0
         self._point_wall_ns = 0
         self.label = ""
@@ -629,7 +632,7 @@ class Sender:
         self.phase = Phase.ENDED
         self._point_changed_bytes = self._gate.changes.cut_bytes
         self.uplink.end(self._point_wall_ns, self.label)
-        self.closing.begin(self.uplink.point)
+        self.closing.begin(self.uplink.point, self._point_wall_ns)
 
     def _closed(self, error: OSError | None) -> None:
         if error is not None:
@@ -637,7 +640,7 @@ class Sender:
         self.phase = Phase.OPEN
         self.points += 1
         self.changed_bytes += self._point_changed_bytes
-        self.cut_s = self._point_cut_s
+        self._age.committed(self._point_cut_s)
         self._emit("point-committed", point=self.uplink.point)
         self.label = ""
         self._told_slow = self._told_in_place = False
@@ -795,7 +798,8 @@ class Sender:
         return {
             "number": max(0, self.uplink.point - 1),
             "state": "blocked" if self.reading.is_blocked else phase,
-            "age_seconds": 0.0 if in_sync else self._age_s,
+            "age_seconds": 0.0 if in_sync else self._age.seconds,
+            "age_from_clock": self._age.is_from_clock and not in_sync,
             "interval_seconds": self.schedule.interval_s,
             "committed_total": self.points,
             "void_total": {reason.value: count for reason, count in self.voids.items()},
@@ -815,7 +819,3 @@ class Sender:
             "spool_file_limit_bytes": self.file_limit_bytes,
             "eta_seconds": None if not speed else round(self.left_bytes / speed, 1),
         }
-
-    @property
-    def _age_s(self) -> float | None:
-        return None if self.cut_s is None else round(self._scheduler.time() - self.cut_s, 3)

@@ -250,6 +250,7 @@ def page_figures(page: CommitPage) -> dict[str, Any]:
     return {
         "role": "promoted" if page.flags & PageFlag.PROMOTED else "receiver",
         "committed": page.committed,
+        "committed_timestamp_seconds": page.committed_ns / 1e9 if page.committed_ns else None,
         "applied": page.applied,
         "queued_bytes": None,
         "journal_bytes": None,

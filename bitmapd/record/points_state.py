@@ -20,10 +20,10 @@ from uuid import UUID
 
 from bitmapd.errors import UsageError
 
-_STATE: Final = struct.Struct("<QQ16sI4s")
+_STATE: Final = struct.Struct("<QQ16sII")
 _NIL: Final = bytes(16)
-_ZERO: Final = bytes(4)
 _U64: Final = (1 << 64) - 1
+_U32: Final = (1 << 32) - 1
 
 STATE_BYTES: Final = _STATE.size
 NO_STATE: Final = bytes(STATE_BYTES)
@@ -45,20 +45,26 @@ class PointsState:
     committed: int = 0  # the newest point that the receiver is known to have; 0: none
     receiver: UUID | None = None  # its journal; None: not known yet
     flags: PointsFlag = NO_POINTS_FLAGS
+    cut_s: int = 0  # Unix time of that point's cut, for people; 0: not known
 
     def __post_init__(self) -> None:
         if self.receiver is not None and self.receiver.bytes == _NIL:
             raise UsageError("the nil UUID names no receiver")
         if not 0 <= self.flags <= _KNOWN_FLAGS:
             raise UsageError(f"the points' flags {int(self.flags):#x} are not known")
-        for label, number in (("term", self.term), ("committed point", self.committed)):
-            if not 0 <= number <= _U64:
-                raise UsageError(f"{label} {number} is outside 0..{_U64}")
+        for label, number, most in (
+            ("term", self.term, _U64),
+            ("committed point", self.committed, _U64),
+            ("time of its cut", self.cut_s, _U32),
+        ):
+            if not 0 <= number <= most:
+                raise UsageError(f"{label} {number} is outside 0..{most}")
 
     def to_json(self) -> dict[str, Any]:
         return {
             "term": self.term,
             "committed": self.committed,
+            "cut_s": self.cut_s,
             "receiver_uuid": None if self.receiver is None else str(self.receiver),
             **{str(flag.name).lower(): flag in self.flags for flag in PointsFlag},
         }
@@ -69,17 +75,16 @@ def encode_points(points: PointsState | None) -> bytes:
     if points is None:
         return NO_STATE
     receiver = _NIL if points.receiver is None else points.receiver.bytes
-    return _STATE.pack(points.term, points.committed, receiver, points.flags, _ZERO)
+    return _STATE.pack(points.term, points.committed, receiver, points.flags, points.cut_s)
 
 
 def decode_points(raw: bytes) -> PointsState:
     """Of `STATE_BYTES` bytes; UsageError or ValueError for what `encode_points` would not give."""
-    term, committed, receiver, flags, zero = _STATE.unpack(raw)
-    if zero != _ZERO:
-        raise UsageError("bytes of the points' state that have to be zero are not")
+    term, committed, receiver, flags, cut_s = _STATE.unpack(raw)
     return PointsState(
         term=term,
         committed=committed,
         receiver=None if receiver == _NIL else UUID(bytes=receiver),
         flags=PointsFlag(flags),
+        cut_s=cut_s,
     )

@@ -73,13 +73,15 @@ class SuperblockLedger:
         self._aside = aside
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def commit(self, point: int, done: Done) -> None:
-        task = self._loop.create_task(self._commit(point, done))
+    def commit(self, point: int, cut_ns: int, done: Done) -> None:
+        task = self._loop.create_task(self._commit(point, cut_ns, done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _commit(self, point: int, done: Done) -> None:
-        points = dataclasses.replace(points_of(self._session), committed=point)
+    async def _commit(self, point: int, cut_ns: int, done: Done) -> None:
+        points = dataclasses.replace(
+            points_of(self._session), committed=point, cut_s=cut_ns // 10**9
+        )
         try:
             await self._aside(self._session.update, points=points)
         except OSError as error:
@@ -309,6 +311,7 @@ def make_sender(
         secondary=config.secondary,
         read_primary=primary.read_aside,
         spool_file=spool_file,
+        committed_cut_s=points.cut_s,
     )
 
 

@@ -337,7 +337,7 @@ def add_watching(commands: Commands) -> None:
         metavar="DURATION",
         type=typed(duration),
         help="with --check: status 101, too, if the newest point that a receiver has is older, or"
-        " there is none",
+        " nobody knows of one",
     )
     wait = add_command(commands, "wait", "lifecycle:wait", "wait until a volume is in a state")
     add_name(wait)

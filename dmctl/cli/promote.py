@@ -2,14 +2,15 @@
 
 1. A sender that is there is not left behind unless it was forced: its hosts would go on without
    anybody who receives what they write.
-2. Whatever a crash leaves, the same command again goes on from there.
+2. A receiver that is not promoted after all receives again.
+3. Whatever a crash leaves, the same command again goes on from there.
 """
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from bitmapd.config import Paths, ReceiverConfig, VolumeConfig, load_any, volume_names
@@ -45,13 +46,30 @@ def promote(context: Context, args: Namespace) -> int:
     with start_lock(paths, name):
         if not args.force:
             refuse_alone(context, config)
-        if is_running(paths, name):
-            refuse_a_sender(context, name, force=args.force)
-            stop_now(context, name, STOP_TIMEOUT_S)
-        body = carry_out(context, args, config, Which(args.point, args.label))
+        running = [name] if is_running(paths, name) else []
+        with stopped(context, args, running):
+            body = carry_out(context, args, config, Which(args.point, args.label))
     if context.output.as_json:
         context.output.json("promote", body)
     return 0
+
+
+@contextmanager
+def stopped(context: Context, args: Namespace, running: Sequence[str]) -> Iterator[None]:
+    """Without these receivers, whose senders must be away.  After an error they receive as before,
+    or go on as the volumes that they have become."""
+    for name in running:
+        refuse_a_sender(context, name, force=args.force)
+    try:
+        for name in running:
+            stop_now(context, name, STOP_TIMEOUT_S)
+        yield
+    except BitmapdError:
+        for name in running:
+            if not is_running(context.paths, name):
+                with suppress(BitmapdError):
+                    launch(context.paths, name, args.timeout)
+        raise
 
 
 def carry_out(
@@ -129,19 +147,9 @@ def promote_group(context: Context, args: Namespace) -> int:
         for name in names:
             locks.enter_context(start_lock(paths, name))
         running = [config.name for config in receivers if is_running(paths, config.name)]
-        for name in running:
-            refuse_a_sender(context, name, force=args.force)
-        try:
-            for name in running:
-                stop_now(context, name, STOP_TIMEOUT_S)
+        with stopped(context, args, running):
             which = _points_of_all(found, args.label)
             bodies = [carry_out(context, args, it, which[it.name]) for it in receivers]
-        except BitmapdError:
-            for name in running:  # they receive as before, or go on as the volumes that they are
-                if not is_running(paths, name):
-                    with suppress(BitmapdError):
-                        launch(paths, name, args.timeout)
-            raise
     if output.as_json:
         output.json("promote", {"group": group, "volumes": bodies})
     return 0

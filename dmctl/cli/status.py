@@ -62,16 +62,22 @@ def status(context: Context, args: Namespace) -> int:
     if args.check:
         statuses += [check_status(volume["state"]) for volume in volumes]
         if args.max_point_age is not None:
-            statuses += [101 for volume in volumes if _is_late(volume, args.max_point_age)]
+            most_s, now_s = args.max_point_age, time.time()
+            statuses += [101 for volume in volumes if _is_late(volume, most_s, now_s)]
     return worst(statuses)
 
 
-def _is_late(volume: Mapping[str, Any], most_s: float) -> bool:
-    """Whether what a receiver can produce is older; false where there is no receiver."""
-    points = volume.get("points")
-    if points is None:
+def _is_late(volume: Mapping[str, Any], most_s: float, now_s: float) -> bool:
+    """Whether what a receiver can produce is older, or nobody knows how old it is; false where
+    there is no receiver.  A receiver itself knows by Unix time when its newest point was cut."""
+    points, receiver = volume.get("points"), volume.get("receiver")
+    if points is not None:
+        age_s = points["age_seconds"]
+    elif receiver is not None:
+        cut_s = receiver["committed_timestamp_seconds"]
+        age_s = None if cut_s is None else now_s - cut_s
+    else:
         return False
-    age_s = points["age_seconds"]
     return age_s is None or age_s > most_s
 
 

@@ -114,7 +114,7 @@ class Ledger:
     def __init__(self, loop: SimLoop) -> None:
         self._loop = loop
 
-    def commit(self, point: int, done: Done) -> None:
+    def commit(self, point: int, cut_ns: int, done: Done) -> None:
         self._loop.call_later(WRITE_S, done, None)
 
 

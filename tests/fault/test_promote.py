@@ -153,8 +153,9 @@ def test_promote_is_refused_while_the_sender_is_there_and_forced_it_is_a_split_b
     refused = sites.far.refused("promote", "vol0")
     assert refused["code"] == "wrong-state"
     assert sites.far.status()["state"] == "receiving"
-    assert sites.far.refused("promote", "vol0", "--point", "77", "--force")["code"] == "wrong-state"
-    sites.far.start()
+    for which in (("--point", "77"), ("--label", "none")):
+        assert sites.far.refused("promote", "vol0", *which, "--force")["code"] == "wrong-state"
+        sites.far.until(lambda status: status["receiver"]["connected"])  # it receives as before
     sites.far.dmctl("promote", "vol0", "--force")
     assert sites.far.refused("promote", "vol0")["code"] == "wrong-state"
     sites.near.until(lambda status: status["state"] == "split-brain")
@@ -170,7 +171,6 @@ def test_promote_is_refused_while_the_sender_is_there_and_forced_it_is_a_split_b
 def test_what_has_never_had_a_point_is_not_promoted(sites: Sites) -> None:
     sites.far.start()
     assert sites.far.refused("promote", "vol0")["code"] == "wrong-state"
-    sites.far.start()
     assert sites.far.status()["state"] == "receiving"
     with Volume(sites.folder / "near", 8 * MIB, name="plain") as plain:
         plain.create()

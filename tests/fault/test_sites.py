@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -194,6 +195,27 @@ def test_what_is_said_of_points(sites: Sites) -> None:
     assert sites.near.refused("verify", "vol0")["code"] == "unreachable"
     os.truncate(sites.near.primary, sites.size_bytes + MIB)
     assert sites.near.refused("resize", "vol0")["code"] == "unreachable"
+
+
+def test_the_age_of_the_newest_point_outlives_the_process_that_cut_it(sites: Sites) -> None:
+    """When the other site is away and this one starts again, somebody wants to know just that."""
+    sites.start()
+    sites.near.dmctl("set", "vol0", "point-interval=1h")
+    began_s = time.time()
+    sites.near.write(0, b"x" * 4096)
+    sites.near.dmctl("point", "vol0", "--wait")
+    assert sites.points()["age_from_clock"] is False
+    sites.near.write(4096, b"y" * 4096)
+    sites.near.kill()
+    sites.far.kill()
+    sites.near.start()
+    points = sites.points()
+    assert points["age_from_clock"] is True
+    assert 0 <= points["age_seconds"] <= time.time() - began_s + 1  # whole seconds are stored
+    sites.far.start()  # which knows from its journal
+    check = ("status", "vol0", "--check", "--max-point-age")
+    sites.far.dmctl(*check, "1h")
+    assert sites.far.dmctl_process(*check, "1ms").returncode == 101
 
 
 def test_verify_finds_what_the_image_has_lost_while_hosts_write(sites: Sites) -> None:

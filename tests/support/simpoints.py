@@ -102,7 +102,7 @@ class PrimaryDisk(SimDisk):
 class LedgerDisk(SimDisk):
     """Sectors of a superblock: the number of the newest committed point; the volume's size."""
 
-    def commit(self, point: int, done: Done) -> None:
+    def commit(self, point: int, cut_ns: int, done: Done) -> None:
         raw = bytearray(SECTOR)
         raw[:8] = point.to_bytes(8, "little")
         self.write(0, memoryview(raw), done, fua=True)

@@ -90,7 +90,7 @@ class Ledger:
         self.points: list[int] = []
         self.pending: list[Done] = []
 
-    def commit(self, point: int, done: Done) -> None:
+    def commit(self, point: int, cut_ns: int, done: Done) -> None:
         self.points.append(point)
         self.pending.append(done)
 

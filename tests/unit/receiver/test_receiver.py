@@ -133,6 +133,7 @@ def test_points_come_through_one_after_the_other(machine: Machine, script: Scrip
         "connected": True,
         "role": "receiver",
         "committed": 4,
+        "committed_timestamp_seconds": 1767225600.0,
         "applied": 4,
         "queued_bytes": 0,
         "journal_bytes": 0,
