@@ -104,7 +104,7 @@ def become_receiver(
     """`begin` is what `journal_of` has found fit."""
     format_journal(journal, begin)
     exchange_role(context.paths, config.name, receiver_table(config, journal))
-    keep_rules(context)
+    keep_rules(context, config)
     launch(context.paths, config.name, timeout_s)
 
 

@@ -36,7 +36,6 @@ from dmctl.cli.killing import (
     waiting_hosts,
 )
 from dmctl.cli.processes import POLL_S, Watched, is_running, launch, start_lock
-from dmctl.model.assembly import local_media
 
 START_TIMEOUT_S = 120.0
 
@@ -356,7 +355,7 @@ def remove(context: Context, args: Namespace) -> int:
             leftover.unlink(missing_ok=True)
     from dmctl.cli.probe import keep_rules  # noqa: PLC0415  (imports the whole format)
 
-    keep_rules(context, *(local_media(config).values() if config is not None else ()))
+    keep_rules(context, config)
     if config is not None and is_keeper(config):
         context.output.say(f"the keeper of '{name}' is removed")
     else:
@@ -381,6 +380,9 @@ def _remove_receiver(context: Context, args: Namespace, config: ReceiverConfig) 
         remove_volume(context.paths, name, None)
         for leftover in (context.paths.error_file(name), context.paths.pid_file(name), lock):
             leftover.unlink(missing_ok=True)
+    from dmctl.cli.probe import keep_rules  # noqa: PLC0415  (imports the whole format)
+
+    keep_rules(context, config)
     context.output.say(f"receiver '{name}' is removed; its image and its journal are as they were")
     if context.output.as_json:
         body = {"name": name, "result": "removed", "record_wiped": False}

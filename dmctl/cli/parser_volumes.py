@@ -262,8 +262,8 @@ def add_boot(commands: Commands) -> None:
         "udev-rules",
         "probe:udev_rules",
         "write the rules by which udev and systemd know the volumes in /etc/dmctl",
-        "'dmctl create' and 'dmctl remove' do this too; it is needed after a configuration was"
-        " changed by hand.",
+        "Commands that make, remove or promote a volume or a receiver do this too; it is needed"
+        " after a configuration was changed by hand.",
     )
     rules.add_argument("--print", action="store_true", help="show the rules, change nothing")
 

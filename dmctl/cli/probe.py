@@ -6,7 +6,7 @@ import re
 from argparse import Namespace
 from uuid import UUID
 
-from bitmapd.config import VolumeConfig, load_volume, volume_names
+from bitmapd.config import ReceiverConfig, VolumeConfig, load_volume, volume_names
 from bitmapd.errors import BitmapdError, NotFoundError, WrongStateError
 from bitmapd.record import tool
 from bitmapd.record.layout import record_size_bytes
@@ -92,10 +92,12 @@ def udev_rules(context: Context, args: Namespace) -> int:
     return 0
 
 
-def keep_rules(context: Context, *former_media: str) -> None:
-    """After a volume was made or removed: update the rules; what fails is a note."""
+def keep_rules(context: Context, former: VolumeConfig | ReceiverConfig | None = None) -> None:
+    """After a volume or receiver was made, removed or turned into the other, with what it was
+    before: update the rules; what fails is a note."""
+    media = [] if former is None else systemd.media_of(former)
     try:
-        problems = systemd.update(context.paths, former_media).problems
+        problems = systemd.update(context.paths, [medium.path for medium in media]).problems
     except OSError as error:
         problems = [
             BitmapdError(f"udev's rules were not brought up to date: {error}", "dmctl udev-rules")

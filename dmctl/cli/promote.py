@@ -81,7 +81,7 @@ def carry_out(
     media = Media(name, config.image, config.journal, record, config.listen)
     done = promote_now(media, config, force=args.force, which=which)
     exchange(paths, config, done, record)
-    keep_rules(context)
+    keep_rules(context, config)
     launch(paths, name, args.timeout)
     status = ask(context, name, "status", {})
     body = {

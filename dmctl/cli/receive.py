@@ -47,6 +47,7 @@ from bitmapd.units import human_size
 from bitmapd.volume.copies import clone_obstacle
 from dmctl.cli.checks import Findings, check_free, check_others, identified
 from dmctl.cli.context import Context, combine
+from dmctl.cli.probe import keep_rules
 
 LEAST_IMAGE_BYTES = MIB  # an extent of the usual size
 ROOM_FOR = 10  # a journal of a tenth of the image is a good size
@@ -92,6 +93,7 @@ def receive(context: Context, args: Namespace) -> int:
             create_volume(context.paths, name, render_receiver(config))
         except OSError as error:
             raise explain(error) from error
+        keep_rules(context)
     if output.as_json:
         output.json("receive", {"dry_run": args.dry_run, "receiver": plan})
         return 0

@@ -1,12 +1,13 @@
 """Files by which udev and systemd know of this host's volumes (edge).
 
-`update` makes them from the configuration: the rules of dmctl/model/udev.py, and for each volume a
-drop-in of its unit that says when file systems upon it are mounted.  Only the configuration in
-/etc/dmctl is the host's; for any other folder nothing is written.
+`update` makes them from the configuration: the rules of dmctl/model/udev.py, and for each volume
+and receiver a drop-in of its unit that says what it comes after, and which mounts come after it.
+Only the configuration in /etc/dmctl is the host's; for any other folder nothing is written.
 
 1. Each file is replaced whole.  A crash between two of them leaves older ones, which the next
    `update` mends.
-2. A volume whose configuration cannot be read keeps the rules it had: its primary stays hidden.
+2. A volume or receiver whose configuration cannot be read keeps the rules it had: what they hid
+   stays hidden.
 3. udev looks at the media again when the rules have changed, so that what is hidden disappears at
    once, and what is no longer a medium comes back.
 """
@@ -40,6 +41,8 @@ SYSTEMD_RUNS = Path("/run/systemd/system")  # sd_booted(3)
 RULES = Path("udev/rules.d") / udev.FILE_NAME
 DROP_IN_NAME = "50-dmctl.conf"
 COMMAND_TIMEOUT_S = 30
+# What needs a file system or the network itself.
+_LATE = "After=local-fs.target network.target"
 
 
 @dataclass(slots=True)
@@ -50,28 +53,36 @@ class Outcome:
     problems: list[BitmapdError] = field(default_factory=list)
 
 
-def media_of(config: VolumeConfig) -> list[udev.Medium]:
-    return [
-        udev.Medium(config.name, role, path, config.start_at_boot)
-        for role, path in local_media(config).items()
-    ]
+def media_of(config: VolumeConfig | ReceiverConfig) -> list[udev.Medium]:
+    """What is waited for, and the record of which a promoted receiver will make use."""
+    media, at_boot = local_media(config), True
+    if isinstance(config, VolumeConfig):
+        at_boot = config.start_at_boot
+    elif config.promoted_record is not None:
+        media["record"] = config.promoted_record
+    return [udev.Medium(config.name, role, path, at_boot) for role, path in media.items()]
 
 
-def drop_in(config: VolumeConfig) -> str:
+def drop_in(config: VolumeConfig | ReceiverConfig) -> str:
     """Which mounts come after the volume is up, and end before it is stopped.
 
     A device of device-mapper is there before any file system is mounted.  What needs a file system
-    or the network itself comes later: mounts upon it are marked _netdev.
+    or the network itself comes later: mounts upon it are marked _netdev.  Nothing is mounted from a
+    receiver.
     """
     files = [path for path in local_media(config).values() if udev.device_name(path) is None]
     lines = [f"RequiresMountsFor={_quoted(path)}" for path in files]
-    if files or config.attach == "nbd":
-        lines += ["After=local-fs.target network.target"]
-        target = "remote-fs-pre.target"
+    if isinstance(config, ReceiverConfig):
+        lines += [_LATE]
+    elif files or config.attach == "nbd":
+        lines += [_LATE, *_before("remote-fs-pre.target")]
     else:
-        target = "local-fs-pre.target"
-    lines += [f"Before={target}", f"Wants={target}"]
+        lines += _before("local-fs-pre.target")
     return "\n".join(["# Written by dmctl: changes here are lost.", "[Unit]", *lines, ""])
+
+
+def _before(target: str) -> list[str]:
+    return [f"Before={target}", f"Wants={target}"]
 
 
 def _quoted(path: str) -> str:
@@ -85,14 +96,13 @@ def is_host(paths: Paths, etc: Path = ETC) -> bool:
 
 
 def rules(paths: Paths, old: str = "") -> tuple[str, list[BitmapdError]]:
-    """The rules of all volumes; of one that cannot be read, the lines it has in `old`."""
+    """The rules of all there are; of one that cannot be read, the lines it has in `old`."""
     media: list[udev.Medium] = []
     problems: list[BitmapdError] = []
     kept: list[str] = []
     for name in volume_names(paths):
         try:
-            config = load_any(paths, name)
-            found = [] if isinstance(config, ReceiverConfig) else media_of(config)
+            found = media_of(load_any(paths, name))
         except BitmapdError as error:
             problems.append(error)
             kept += udev.lines_of(old, name)
@@ -119,7 +129,7 @@ def update(paths: Paths, also: Iterable[str] = (), *, etc: Path = ETC) -> Outcom
     if text != old:
         atomic_write(path, text, mode=0o644)
         outcome.written.append(path)
-        _look_again([*_all_media(paths), *also], outcome)
+        _look_again(dict.fromkeys([*_all_media(paths), *also]), outcome)
     return outcome
 
 
@@ -131,9 +141,7 @@ def _update_drop_ins(paths: Paths, units: Path, outcome: Outcome) -> None:
     for name in volume_names(paths):
         path = units / f"bitmapd@{unit_instance(name)}.service.d" / DROP_IN_NAME
         try:
-            config = load_any(paths, name)
-            if not isinstance(config, ReceiverConfig):
-                wanted[path] = drop_in(config)
+            wanted[path] = drop_in(load_any(paths, name))
         except BitmapdError:  # `rules` tells of it
             wanted.pop(path, None)
     for path, text in wanted.items():
@@ -154,9 +162,7 @@ def _all_media(paths: Paths) -> list[str]:
     found: list[str] = []
     for name in volume_names(paths):
         try:
-            config = load_any(paths, name)
-            if not isinstance(config, ReceiverConfig):
-                found += local_media(config).values()
+            found += [medium.path for medium in media_of(load_any(paths, name))]
         except BitmapdError:
             continue  # `rules` tells of it
     return found

@@ -1,7 +1,7 @@
-"""The udev rules that say which devices are media of volumes (pure).
+"""The udev rules that say which devices are media of volumes and receivers (pure).
 
 `render` makes the whole file that dmctl keeps in /etc/udev/rules.d: for each medium the property
-DMCTL_VOLUME, DMCTL_ROLE and, if the volume is to be started at boot, DMCTL_ASSEMBLE.  What follows
+DMCTL_VOLUME, DMCTL_ROLE and, if it is to be started at boot, DMCTL_ASSEMBLE.  What follows
 from them (hiding, units) stands in the rules that are installed with the program.
 
 1. A device is known by the path in the configuration: a name of the kernel, or a link of udev's.
@@ -40,10 +40,10 @@ LABEL="dmctl_volumes_end"
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A local medium of a volume, by the path in its configuration."""
+    """A local medium of a volume or receiver, by the path in its configuration."""
 
     volume: str
-    role: str  # "primary", "secondary" or "record"
+    role: str  # "primary", "secondary", "record", "image" or "journal"
     path: str
     start_at_boot: bool
 

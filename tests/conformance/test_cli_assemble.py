@@ -284,14 +284,7 @@ def test_rules_of_another_configuration_are_only_shown(cli: Cli) -> None:
 
 
 def test_rules_of_the_host_are_written(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    etc = cli.folder / "host"
-    (etc / "udev").mkdir(parents=True)
-    monkeypatch.setattr("dmctl.kernel.systemd.ETC", etc)
-    monkeypatch.setattr("dmctl.kernel.systemd.update.__kwdefaults__", {"etc": etc})
-    monkeypatch.setattr("dmctl.kernel.systemd.is_host.__defaults__", (etc,))
-    monkeypatch.setattr("dmctl.kernel.systemd.UDEV_RUNS", etc / "no-udev")
-    cli.paths = type(cli.paths)(etc / "dmctl", cli.paths.run_dir)
-    rules = etc / "udev/rules.d/63-volumes-dmctl.rules"
+    rules = cli.as_host(monkeypatch) / "udev/rules.d/63-volumes-dmctl.rules"
     cli.create()
     assert rules.exists()
     rules.unlink()

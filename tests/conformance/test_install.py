@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from bitmapd.config import Paths, create_volume, load_any
+from dmctl.kernel import systemd
+
 ROOT = Path(__file__).parents[2]
 PREFIX = "/opt/here"
 PROGRAMS = ("bitmapd", "dmctl")
@@ -146,6 +149,20 @@ def test_a_prefix_that_is_not_absolute_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+VOLUME = {
+    "uuid": "0a9e5c39-53b6-4ef4-8fb6-e7a0b5ec7d10",
+    "primary": "/dev/p",
+    "secondary": "/srv/a b%c/s",
+    "record": "/dev/r",
+}
+RECEIVER = {
+    "role": "receiver",
+    "image": "/srv/a b%c/i",
+    "journal": "/dev/j",
+    "listen": "receiver+unix:///vol0?socket=/run/vol0.points",
+}
+DROP_INS = (VOLUME, VOLUME | {"secondary": "/dev/s", "attach": "dm"}, RECEIVER)
+
 # -- systemd ----------------------------------------------------------------------------------
 
 
@@ -178,6 +195,22 @@ def verified(files: list[Path]) -> list[str]:
 
 def test_systemd_accepts_every_unit(tmp_path: Path) -> None:
     assert verified(units(tmp_path)) == []
+
+
+@pytest.mark.parametrize("table", DROP_INS)
+def test_systemd_accepts_what_is_written_for_a_volume_or_receiver(
+    table: dict[str, str], tmp_path: Path
+) -> None:
+    paths = Paths(tmp_path / "etc", tmp_path / "run")
+    create_volume(paths, "vol0", table)
+    text = systemd.drop_in(load_any(paths, "vol0"))
+    folder = tmp_path / "bitmapd@vol0.service.d"
+    folder.mkdir()
+    (folder / systemd.DROP_IN_NAME).write_text(text)
+    files = units(tmp_path)
+    assert verified(files) == []
+    (folder / systemd.DROP_IN_NAME).write_text(f"{text}Frobnicate=yes\n")
+    assert any("Frobnicate" in line for line in verified(files)), "it was not read"
 
 
 def test_a_mistake_in_a_unit_is_seen(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 from bitmapd.config import Paths
 from bitmapd.control.server import ControlServer, Handler
 from dmctl.cli.main import main
@@ -163,6 +165,18 @@ class Cli:
         with _pidfd(self.pid(name)) as pidfd:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             _await_end(pidfd)
+
+    def as_host(self, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Have this configuration be the host's, in an /etc of our own, which is returned; udev
+        does not run."""
+        etc = self.folder / "host"
+        (etc / "udev").mkdir(parents=True)
+        monkeypatch.setattr("dmctl.kernel.systemd.ETC", etc)
+        monkeypatch.setattr("dmctl.kernel.systemd.update.__kwdefaults__", {"etc": etc})
+        monkeypatch.setattr("dmctl.kernel.systemd.is_host.__defaults__", (etc,))
+        monkeypatch.setattr("dmctl.kernel.systemd.UDEV_RUNS", etc / "no-udev")
+        self.paths = Paths(etc / "dmctl", self.paths.run_dir)
+        return etc
 
     def clean_up(self) -> None:
         for pid in self._processes():

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitmapd.config import Paths, VolumeConfig, load_volume
+from bitmapd.config import Paths, ReceiverConfig, VolumeConfig, load_any, load_volume
 from dmctl.kernel import systemd
 from dmctl.model import udev
 from dmctl.model.assembly import (
@@ -148,6 +148,13 @@ def test_every_jump_in_the_rules_has_its_mark_further_down() -> None:
                     r'([A-Z]+(\{\w+\}|\{[\w/]+\})?(==|!=|\+=|:=|=)".*"(, )?)+', line
                 )
                 assert "SYMLINK-=" not in line
+
+
+def test_what_shows_the_file_system_of_a_volume_is_hidden() -> None:
+    text = (ROOT / "udev/63-volumes-hide-dmctl.rules").read_text()
+    found = re.search(r'ENV\{DMCTL_ROLE\}!="([^"]*)", GOTO="dmctl_hide_end"', text)
+    assert found is not None
+    assert set(found[1].split("|")) == {"primary", "secondary", "image"}
 
 
 def test_nothing_that_a_device_says_reaches_a_shell() -> None:
@@ -290,6 +297,25 @@ def write(etc: Path) -> Write:
     return write_volume
 
 
+@pytest.fixture
+def receives(etc: Path) -> Callable[..., ReceiverConfig]:
+    def write_receiver(name: str = "vol0", **values: str) -> ReceiverConfig:
+        table = {
+            "role": "receiver",
+            "image": f"/dev/disk/by-id/{name}-i",
+            "journal": f"/dev/disk/by-id/{name}-j",
+            "listen": f"receiver+unix:///{name}?socket=/run/{name}.points",
+            **values,
+        }
+        lines = [f'{key} = "{value}"\n' for key, value in table.items()]
+        (etc / f"dmctl/volumes/{name}.toml").write_text("".join(lines))
+        config = load_any(Paths(etc / "dmctl", etc / "run"), name)
+        assert isinstance(config, ReceiverConfig)
+        return config
+
+    return write_receiver
+
+
 def update(etc: Path) -> systemd.Outcome:
     return systemd.update(Paths(etc / "dmctl", etc / "run"), etc=etc)
 
@@ -350,6 +376,60 @@ def test_a_volume_whose_configuration_is_broken_stays_hidden(etc: Path, write: W
     assert {rule for rule in before - after if "vol0" in rule[1]} == set()
     assert any("other" in match for match, _ in after)
     assert (etc / "systemd/system/bitmapd@vol0.service.d/50-dmctl.conf").exists()
+
+
+Receives = Callable[..., ReceiverConfig]
+
+
+def test_a_receiver_has_its_rules_and_its_unit(etc: Path, receives: Receives) -> None:
+    rules = etc / "udev/rules.d" / udev.FILE_NAME
+    unit = etc / "systemd/system/bitmapd@vol0.service.d/50-dmctl.conf"
+    receives(record="/dev/disk/by-id/vol0-r")
+    done = update(etc)
+    assert set(done.written) == {rules, unit}
+    assert done.problems == []
+    says = 'ENV{DMCTL_VOLUME}="vol0", ENV{DMCTL_ROLE}='
+    assert rules_of(rules.read_text())[1::2] == [
+        (f'SYMLINK=="disk/by-id/vol0-{role[0]}"', f'{says}"{role}", ENV{{DMCTL_ASSEMBLE}}="1"')
+        for role in ("image", "journal", "record")
+    ]
+    (etc / "dmctl/volumes/vol0.toml").write_text("no TOML")
+    assert update(etc).written == []  # what is hidden stays hidden
+    (etc / "dmctl/volumes/vol0.toml").unlink()
+    assert set(update(etc).written) == {rules, unit}
+    assert rules_of(rules.read_text()) == []
+    assert not unit.parent.exists()
+
+
+def test_who_takes_the_place_of_the_other_is_hidden_as_that(
+    etc: Path, write: Write, receives: Receives
+) -> None:
+    rules = etc / "udev/rules.d" / udev.FILE_NAME
+    medium = "/dev/disk/by-id/medium"
+    for role in ("primary", "image", "primary"):
+        if role == "primary":
+            write(primary=medium)
+        else:
+            receives(image=medium)
+        update(etc)
+        said = dict(rules_of(rules.read_text()))
+        assert f'ENV{{DMCTL_ROLE}}="{role}"' in said['SYMLINK=="disk/by-id/medium"']
+
+
+def test_udev_looks_at_the_media_of_a_receiver_again(
+    etc: Path, receives: Receives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(systemd, "_look_again", lambda media, outcome: seen.extend(media))
+    config = receives(record="/dev/r")
+    systemd.update(Paths(etc / "dmctl", etc / "run"), ["/dev/gone", "/dev/r"], etc=etc)
+    assert seen == [config.image, config.journal, "/dev/r", "/dev/gone"]
+
+
+def test_an_image_that_cannot_be_hidden_is_told(etc: Path, receives: Receives) -> None:
+    receives(image="/dev/disk/by-uuid/1-2")
+    (problem,) = update(etc).problems
+    assert "image /dev/disk/by-uuid/1-2 of volume 'vol0' cannot be hidden" in problem.message
 
 
 def test_media_that_cannot_be_hidden_are_told(etc: Path, write: Write) -> None:
@@ -423,6 +503,25 @@ def test_mounts_come_after_the_volume(
 ) -> None:
     config = write(**values)
     assert systemd.drop_in(config).splitlines()[1:] == ["[Unit]", *wanted]
+
+
+@pytest.mark.parametrize(
+    ("values", "files"),
+    [
+        ({}, []),
+        ({"record": "/srv/r"}, []),
+        ({"image": "/srv/i", "journal": "/j"}, ["/srv/i", "/j"]),
+    ],
+)
+def test_a_receiver_waits_for_what_it_needs_and_no_mount_waits_for_it(
+    receives: Receives, values: dict[str, str], files: list[str]
+) -> None:
+    """A record that is away holds up no receiver."""
+    assert systemd.drop_in(receives(**values)).splitlines()[1:] == [
+        "[Unit]",
+        *(f'RequiresMountsFor="{path}"' for path in files),
+        "After=local-fs.target network.target",
+    ]
 
 
 def test_a_secondary_in_the_network_is_not_waited_for(write: Write) -> None:

@@ -415,6 +415,35 @@ def test_partitions_of_a_primary_and_loop_devices_are_hidden_too(
         sh("losetup", "-d", loop)
 
 
+def test_the_image_of_a_receiver_is_hidden_and_brings_it_up(
+    media: Media, monitors: Any, tmp_path: Path
+) -> None:
+    raw, journal = media.path("primary"), tmp_path / "journal"
+    sh("mkfs.ext4", "-q", "-U", FS_UUID, raw)
+    sh("udevadm", "trigger", "--settle", raw)
+    assert BY_UUID.exists()
+    with journal.open("wb") as stream:
+        stream.truncate(64 * MIB)
+    dmctl("receive", "vol0", "--force", "--image", raw, "--journal", str(journal),
+          "--listen", f"receiver+unix:///vol0?socket={RUN}/vol0.points")  # fmt: skip
+    settle()
+    seen = properties(raw)
+    assert (seen["DMCTL_ROLE"], seen["ID_FS_TYPE"]) == ("image", "dmctl_member")
+    assert seen["SYSTEMD_WANTS"] == "dmctl-assemble@vol0.service"
+    assert not BY_UUID.exists()
+    media.vanish("primary")
+    monitor = monitors()
+    assert waiting(monitor) == {"image"}
+    media.appear("primary")
+    monitor.line("vol0: assembled")
+    settle()
+    assert not BY_UUID.exists()
+    dmctl("stop", "vol0")
+    dmctl("remove", "vol0", "--yes")
+    settle()
+    assert BY_UUID.exists()
+
+
 def test_devices_that_are_none_of_ours_are_left_alone(media: Media) -> None:
     """Whatever else there is: udev sees it as it does without our rules."""
     create(media)
