@@ -29,6 +29,7 @@ from bitmapd.errors import (
     WrongStateError,
     explain,
 )
+from bitmapd.media import identity as media
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.claims import Claim
 from bitmapd.media.identity import identify
@@ -48,6 +49,7 @@ from bitmapd.receiver.superblock import JournalSuperblock
 from bitmapd.volume.copies import keeper_of
 from bitmapd.volume.receiver_status import described, points
 from bitmapd.volume.rejoining import differing
+from bitmapd.volume.sides import is_other
 
 if TYPE_CHECKING:
     from bitmapd.volume.drill import Drill, Wanted
@@ -70,6 +72,23 @@ async def carried_out(steps: Steps[T]) -> T:
 
     run(wrapped(), lambda error, result: None)
     return await future
+
+
+def check_owner(
+    config: ReceiverConfig, image: media.Identity, superblock: JournalSuperblock
+) -> None:
+    """ForeignRecordError unless the journal is that of this receiver and of this image."""
+    if superblock.name != config.name:
+        raise ForeignRecordError(
+            f"the journal {config.journal} belongs to receiver '{superblock.name}'",
+            hint="'dmctl receive' makes another one",
+        )
+    if is_other(image, superblock.image):
+        raise ForeignRecordError(
+            f"the journal {config.journal} belongs to the image {superblock.image}, and"
+            f" {config.image} is {image.text}",
+            hint="bring the image back, or make the receiver anew",
+        )
 
 
 class Receiving:
@@ -100,7 +119,7 @@ class Receiving:
             self._journal_device = KernelDevice(config.journal, self._engine, claim=Claim())
             self._image = KernelDevice(config.image, self._engine, claim=Claim())
             scanned = await carried_out(scan(self._journal_device))
-            self._check_owner(scanned.choice.superblock)
+            check_owner(config, identify(config.image), scanned.choice.superblock)
             uri = parse_receiver_uri(config.listen)
             await self._begin(scanned, uri.name)
             settings = Settings(
@@ -117,20 +136,6 @@ class Receiving:
             self._engine.close()
             raise
         self.receiver.start()
-
-    def _check_owner(self, superblock: JournalSuperblock) -> None:
-        config, image = self.config, identify(self.config.image)
-        if superblock.name != config.name:
-            raise ForeignRecordError(
-                f"the journal {config.journal} belongs to receiver '{superblock.name}'",
-                hint="'dmctl receive' makes another one",
-            )
-        if superblock.image != image.text:
-            raise ForeignRecordError(
-                f"the journal {config.journal} belongs to the image {superblock.image}, and"
-                f" {config.image} is {image.text}",
-                hint="bring the image back, or make the receiver anew",
-            )
 
     async def _begin(self, scanned: Scanned, name: str) -> None:
         for note in scanned.notes:
