@@ -19,17 +19,19 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from bitmapd import __version__, is_compiled
 from bitmapd.config import Paths
 from bitmapd.control.events import EventLog
-from bitmapd.control.metrics import MetricsServer
 from bitmapd.control.notify import notify
 from bitmapd.control.server import ControlServer, Handler, Progress, events_handler
 from bitmapd.errors import BitmapdError, BusyError
 from bitmapd.lastresort import STOP_TIMEOUT_S, LastResort, Signals
 from bitmapd.volume.stall import Stall, StalledError
+
+if TYPE_CHECKING:
+    from bitmapd.control.metrics import MetricsServer
 
 LOOK_AGAIN_S = 1.0
 ALIVE_S = 0.5  # between two signs of life while a client waits
@@ -84,6 +86,8 @@ class Process(ABC, Generic[S]):
         self.volume = self._make_volume()
         listen = self._metrics_listen()
         if listen is not None:
+            from bitmapd.control.metrics import MetricsServer  # noqa: PLC0415  (off by default)
+
             # Before anything is opened, so that a missing package is an early error.
             self._metrics = MetricsServer(listen, self._figures)
         control = ControlServer(self._paths.control_socket(self._name), self._handlers())

@@ -50,6 +50,9 @@ class ReceiverProcess(Process[Receiving]):
             raise WrongStateError(f"'{self._name}' is no receiver any more")
         return config
 
+    def _metrics_listen(self) -> str | None:
+        return self.volume.config.metrics_listen
+
     def _reconfigure(self) -> None:
         self.volume.reconfigure(self._config())
 

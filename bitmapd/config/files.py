@@ -227,14 +227,15 @@ def load_all(paths: Paths) -> dict[str, VolumeConfig]:
     """Every volume, of receivers the problems only; `config_error` of all problems of all files."""
     defaults, problems = load_defaults(paths)
     configs: dict[str, VolumeConfig] = {}
+    receivers: dict[str, ReceiverConfig] = {}
     for name in volume_names(paths):
         file = str(paths.volume_file(name))
-        config = None
+        config = receiver = None
         try:
             check_name(name)
             table, found = read_table(paths.volume_file(name))
             if table.get("role") == ROLE:
-                _, found = build_receiver(name, table, file)
+                receiver, found = build_receiver(name, table, file)
             elif not found:
                 listen = paths.default_listen(name)
                 config, found = build_volume(name, table, defaults, file, listen)
@@ -245,26 +246,34 @@ def load_all(paths: Paths) -> dict[str, VolumeConfig]:
         problems += found
         if config is not None:
             configs[name] = config
-    problems += _shared_things(paths, configs)
+        if receiver is not None:
+            receivers[name] = receiver
+    problems += _shared_things(paths, {**configs, **receivers})
     if problems:
         raise config_error(problems)
     return configs
 
 
-def _shared_things(paths: Paths, configs: Mapping[str, VolumeConfig]) -> list[Problem]:
-    """Two volumes that use the same identity, medium or address."""
+def _shared_things(
+    paths: Paths, configs: Mapping[str, VolumeConfig | ReceiverConfig]
+) -> list[Problem]:
+    """Two volumes that use the same identity, medium or address; of receivers only that of their
+    metrics."""
     owners: dict[str, str] = {}
     problems = []
+    of_volumes = ("uuid", "primary", "secondary", "record", "listen", "metrics_listen")
     for name, config in configs.items():
-        for key_name in ("uuid", "primary", "secondary", "record", "listen", "metrics_listen"):
+        receives = isinstance(config, ReceiverConfig)
+        for key_name in ("metrics_listen",) if receives else of_volumes:
             value = getattr(config, key_name)
             if not value:
                 continue
             owner = owners.setdefault(str(value), name)
             if owner != name:
+                role = "receiver" if isinstance(configs[owner], ReceiverConfig) else "volume"
                 problems.append(
                     Problem(
-                        str(paths.volume_file(name)), key_name, f"is used by volume '{owner}' too"
+                        str(paths.volume_file(name)), key_name, f"is used by {role} '{owner}' too"
                     )
                 )
     return problems

@@ -162,6 +162,15 @@ class ReceiverConfig:
             "1GiB",
         ),
     ]
+    metrics_listen: Annotated[
+        str | None,
+        Key(
+            "metrics_listen",
+            kinds.or_word("none", kinds.METRICS),
+            "Where metrics are served in Prometheus text format.",
+            "none",
+        ),
+    ]
 
     @property
     def record(self) -> str:

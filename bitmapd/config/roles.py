@@ -20,7 +20,7 @@ OF_THE_ROLE: Final = frozenset(
     {
         "uuid", "primary", "secondary", "record", "journal", "receiver_dials",
         "extent_size", "block_size", "initial_sync", "partner_name", "partner_fingerprint",
-        "partner_certificates", "group",
+        "partner_certificates", "group", "metrics_listen",
     }
 )  # fmt: skip
 
@@ -53,6 +53,7 @@ def volume_table(
         ("partner_fingerprint", receiver.sender_fingerprint),
         ("partner_certificates", receiver.certificates),
         ("group", receiver.group),
+        ("metrics_listen", receiver.metrics_listen),
     ):
         if value is not None:
             table[key] = str(value)
@@ -74,6 +75,7 @@ def receiver_table(volume: VolumeConfig, journal: str) -> dict[str, Any]:
         ("sender_fingerprint", volume.partner_fingerprint),
         ("certificates", volume.partner_certificates or volume.tls_certificates),
         ("group", volume.group),
+        ("metrics_listen", volume.metrics_listen),
     ):
         if value is not None:
             table[key] = str(value)

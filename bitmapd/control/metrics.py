@@ -115,7 +115,7 @@ RECEIVER_GAUGES = {
     "journal_bytes": "Part of the receiver's journal that is in use.",
     "journal_limit_bytes": "How much of it can be used.",
     "in_place": "1 while what is sent goes into the image at once, which then is no point.",
-    "in_place_until": "At the receiver: the point with which that ends.",
+    "in_place_until": "At the receiver: the point with which that ends; 0 while it is not so.",
 }
 RESYNC_GAUGES = {
     "total_bytes": "What this resync set out to copy.",
@@ -124,7 +124,7 @@ RESYNC_GAUGES = {
 
 
 def families(status: Status) -> Iterator[Metric]:
-    """The metrics that a volume's status gives."""
+    """The metrics that the status of a volume, keeper or receiver gives."""
     from prometheus_client.core import (  # noqa: PLC0415  (optional package)
         CounterMetricFamily,
         GaugeMetricFamily,
@@ -213,10 +213,13 @@ def _point_families(volume: list[str], status: Status) -> Iterator[Metric]:
         )
         up.add_metric(volume, float(receiver["connected"]))
         yield up
+    known = {key: value for key, value in receiver.items() if value is not None}
+    if "in_place_until" in receiver:
+        known.setdefault("in_place_until", 0)  # null there says that it is not so
     for key, text in RECEIVER_GAUGES.items():
-        if receiver.get(key) is not None:
+        if key in known:
             gauge = GaugeMetricFamily(f"bitmapd_receiver_{key}", text, labels=["volume"])
-            gauge.add_metric(volume, float(receiver[key]))
+            gauge.add_metric(volume, float(known[key]))
             yield gauge
 
 

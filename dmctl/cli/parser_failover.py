@@ -162,6 +162,7 @@ def add_receivers(commands: Commands) -> None:
         ("--certificates", "DIR", "folder that 'dmctl partner-keys' has made; with receiver+tls"),
         ("--sender-name", "NAME", "the name in the sender's certificate; with receiver+tls"),
         ("--sender-fingerprint", "SHA-256", "of the sender's certificate, if no other may do"),
+        ("--metrics-listen", "ADDRESS", "serve metrics at unix:PATH or 127.0.0.1:PORT"),
     ):
         receive.add_argument(option, metavar=metavar, help=text)
     receive.add_argument(

@@ -53,7 +53,10 @@ LEAST_IMAGE_BYTES = MIB  # an extent of the usual size
 ROOM_FOR = 10  # a journal of a tenth of the image is a good size
 _MEDIA = ("image", "journal")
 _PATHS = (*_MEDIA, "certificates", "point_hook")
-_OPTIONS = (*_PATHS, "listen", "sender_name", "sender_fingerprint", "retain", "group", "catch_up")
+_OPTIONS = (
+    *_PATHS, "listen", "sender_name", "sender_fingerprint", "retain", "group", "catch_up",
+    "metrics_listen",
+)  # fmt: skip
 
 
 def receive(context: Context, args: Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import rawnbd
+from tests.support.scrape import scrape
 from tests.support.sites import Sites
 from tests.support.volumes import MIB, Volume
 
@@ -33,7 +34,14 @@ esac
 def behind(folder: Path, *far_options: str) -> Iterator[tuple[Sites, int, bytes]]:
     """Two sites in the course of a catch-up, slowly; with the last point of before, and what the
     volume was at that."""
-    with Sites(folder, SIZE, far_options=far_options, journal_bytes=64 * MIB) as sites:
+    near, far = (("--metrics-listen", f"unix:{folder}/{name}.m") for name in ("near", "far"))
+    with Sites(
+        folder,
+        SIZE,
+        near_options=near,
+        far_options=(*far, *far_options),
+        journal_bytes=64 * MIB,
+    ) as sites:
         sites.create()
         sites.start()
         write(sites, range(4))
@@ -83,6 +91,10 @@ def test_in_place_there_is_nothing_to_promote_until_it_ends(short_path: Path) ->
         assert [it["point"] for it in begun] == [number + 1]
         assert f"point {number} is given up" in begun[0]["message"]
         assert sites.near.status()["receiver"]["in_place"]
+        # As the alert PointInPlace sees it from either end.
+        near, far = (scrape(short_path / f"{name}.m") for name in ("near", "far"))
+        assert (near["bitmapd_receiver_in_place"], near["bitmapd_point_number"]) == (1, number)
+        assert far["bitmapd_receiver_in_place_until"] == number + 1
         assert "catch-up-begun" in {it["event"] for it in events(sites.near)}
         assert sites.far.refused("test-failover", "vol0")["code"] == "wrong-state"
         sites.near.stop("--now")

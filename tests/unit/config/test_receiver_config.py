@@ -42,6 +42,7 @@ KEEPS = PLAIN | {
     "retain": "24 x 1h, 14 x 1d, 3 x 90s",
     "point_hook": "/hook",
     "catch_up": "in-place",
+    "metrics_listen": "unix:/run/m",
 }
 
 
@@ -72,6 +73,7 @@ def test_what_is_read_is_written_again(table: dict[str, Any]) -> None:
         ({"retain": "40 x 1h, 9 x 1d"}, ["retain"]),
         ({"point_hook": "hook"}, ["point_hook"]),
         ({"catch_up": "no"}, ["catch_up"]),
+        ({"metrics_listen": "0.0.0.0:9501"}, ["metrics_listen"]),
         ({"catch_up": "clone", "group": "db"}, ["catch_up"]),
     ],
 )
@@ -109,6 +111,32 @@ def test_a_receiver_is_no_volume(tmp_path: Path) -> None:
     paths.volume_file("vol0").write_text("role = \n")
     with pytest.raises(BitmapdError, match="not TOML"):
         load_any(paths, "vol0")
+
+
+def test_two_that_would_serve_metrics_at_one_address_are_reported(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "etc", tmp_path / "run")
+    address = {"metrics_listen": "127.0.0.1:9501"}
+    volume = {
+        "uuid": "6f0d2a54-9b7c-4f43-8b50-0d2f6a4f6c01",
+        "primary": "/dev/primary",
+        "secondary": UNIX,  # the receiver beside it
+        "record": "/dev/record",
+    }
+    create_volume(paths, "near", volume | address)
+    create_volume(paths, "vol0", PLAIN)
+    assert set(load_all(paths)) == {"near"}
+    exchange_role(paths, "vol0", PLAIN | address)
+    other = PLAIN | {"listen": "receiver+unix:///vol1?socket=/x"}
+    create_volume(paths, "vol1", other | address | {"image": "/dev/other"})
+    with pytest.raises(ConfigError) as caught:
+        load_all(paths)
+    assert [(Path(str(it.file)).name, it.key, it.message) for it in caught.value.problems] == [
+        (f"{name}.toml", "metrics_listen", "is used by volume 'near' too")
+        for name in ("vol0", "vol1")
+    ]
+    paths.volume_file("near").unlink()
+    with pytest.raises(ConfigError, match="metrics_listen: is used by receiver 'vol0' too"):
+        load_all(paths)
 
 
 def test_rules_of_points_that_stay_are_numbers_and_seconds() -> None:

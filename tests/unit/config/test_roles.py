@@ -19,6 +19,7 @@ RECEIVER = {
     "sender_name": "near",
     "sender_fingerprint": "ab" * 32,
     "certificates": "/etc/keys",
+    "metrics_listen": "127.0.0.1:9501",
 }
 
 
@@ -31,12 +32,14 @@ def test_a_receiver_that_is_promoted_and_fails_back_is_what_it_was() -> None:
     assert (volume.primary, volume.record) == ("/dev/image", "/dev/record")
     assert volume.receiver_dials  # who listened goes on to listen
     assert (volume.partner_name, volume.uuid) == ("near", UUID_A)
+    assert volume.metrics_listen == "127.0.0.1:9501"
     again, problems = build_receiver("v", receiver_table(volume, "/dev/journal"), "f")
     assert again is not None, problems
     assert (again.image, again.journal, again.listen) == (
         receiver.image, receiver.journal, receiver.listen,
     )  # fmt: skip
     assert (again.sender_name, again.certificates) == ("near", receiver.certificates)
+    assert again.metrics_listen == "127.0.0.1:9501"
     assert not again.dials
     assert again.promoted_record == "/dev/record"
 
@@ -54,7 +57,10 @@ def test_what_has_to_do_with_no_role_comes_back_with_the_volume() -> None:
         "f",
     )
     assert receiver is not None
-    before = {"point_interval": "1s", "primary": "/dev/other", "record": "/dev/old"}
+    before = {
+        "point_interval": "1s", "primary": "/dev/other", "record": "/dev/old",
+        "metrics_listen": "127.0.0.1:9501",
+    }  # fmt: skip
     table = volume_table(receiver, UUID_A, GEOMETRY, "/dev/record", before)
     assert (table["point_interval"], table["primary"]) == ("1s", "/dev/image")
     in_kernel = volume_table(receiver, UUID_A, GEOMETRY, "/dev/record", before | {"attach": "dm"})
@@ -63,6 +69,7 @@ def test_what_has_to_do_with_no_role_comes_back_with_the_volume() -> None:
     assert volume is not None, problems
     assert not volume.receiver_dials
     assert (volume.point_interval_s, volume.record) == (1.0, "/dev/record")
+    assert volume.metrics_listen is None, "as the receiver's file says"
     back = receiver_table(volume, "/dev/journal")
     assert "sender_name" not in back
     assert back["dials"]

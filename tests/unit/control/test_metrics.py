@@ -144,6 +144,27 @@ def test_points_have_metrics_where_there_are_some() -> None:
     assert not [name for name in plain if "point" in name or "_receiver_" in name]
 
 
+def test_a_receiver_says_more_of_itself_than_its_sender_does() -> None:
+    own = {
+        "connected": False, "committed": 4, "applied": 3, "queued_bytes": 8, "journal_bytes": 9,
+        "journal_limit_bytes": 99, "in_place_until": None,
+    }  # fmt: skip
+    status = {"name": "vol0", "state": "receiving", "points": None, "receiver": own}
+    got = samples(render(status).decode())
+    assert {name: value for name, value in got.items() if "_receiver_" in name} == {
+        "bitmapd_receiver_up": 0,
+        "bitmapd_receiver_committed": 4,
+        "bitmapd_receiver_applied": 3,
+        "bitmapd_receiver_queued_bytes": 8,
+        "bitmapd_receiver_journal_bytes": 9,
+        "bitmapd_receiver_journal_limit_bytes": 99,
+        "bitmapd_receiver_in_place_until": 0,  # known: it is not so
+    }
+    assert got["bitmapd_state/receiving"] == 1
+    meanwhile = status | {"receiver": own | {"in_place_until": 5}}
+    assert samples(render(meanwhile).decode())["bitmapd_receiver_in_place_until"] == 5
+
+
 def fetch(connection: http.client.HTTPConnection, method: str, target: str) -> tuple[int, str]:
     connection.request(method, target)
     response = connection.getresponse()
