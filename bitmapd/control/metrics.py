@@ -115,6 +115,7 @@ RECEIVER_GAUGES = {
     "journal_bytes": "Part of the receiver's journal that is in use.",
     "journal_limit_bytes": "How much of it can be used.",
     "in_place": "1 while what is sent goes into the image at once, which then is no point.",
+    "committed_timestamp_seconds": "At the receiver: Unix time of that point's cut, at the volume.",
     "in_place_until": "At the receiver: the point with which that ends; 0 while it is not so.",
 }
 RESYNC_GAUGES = {

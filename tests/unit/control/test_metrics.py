@@ -147,7 +147,7 @@ def test_points_have_metrics_where_there_are_some() -> None:
 def test_a_receiver_says_more_of_itself_than_its_sender_does() -> None:
     own = {
         "connected": False, "committed": 4, "applied": 3, "queued_bytes": 8, "journal_bytes": 9,
-        "journal_limit_bytes": 99, "in_place_until": None,
+        "journal_limit_bytes": 99, "in_place_until": None, "committed_timestamp_seconds": 7.5,
     }  # fmt: skip
     status = {"name": "vol0", "state": "receiving", "points": None, "receiver": own}
     got = samples(render(status).decode())
@@ -158,6 +158,7 @@ def test_a_receiver_says_more_of_itself_than_its_sender_does() -> None:
         "bitmapd_receiver_queued_bytes": 8,
         "bitmapd_receiver_journal_bytes": 9,
         "bitmapd_receiver_journal_limit_bytes": 99,
+        "bitmapd_receiver_committed_timestamp_seconds": 7.5,
         "bitmapd_receiver_in_place_until": 0,  # known: it is not so
     }
     assert got["bitmapd_state/receiving"] == 1
