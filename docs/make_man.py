@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the man pages from what the programs themselves say: `make_man.py [FOLDER]`.
 
-dmctl(8) and bitmapd(8) come from their parsers, dmctl.toml(5) from the manual of the keys,
+dmctl(8) and bitmapd(8) come from their parsers, dmctl.toml(5) from the manuals of the keys,
 dmctl-events(7) from the catalogue of events.  The pages are not kept in the repository: they are
 never older than the programs.  Without FOLDER docs/events.md is written too.
 """
@@ -17,6 +17,7 @@ from argparse_manpage.manpage import Manpage
 import bitmapd.daemon
 from bitmapd import __version__
 from bitmapd.config import Key, keys
+from bitmapd.config.receiver import receiver_keys
 from bitmapd.control import catalogue
 from bitmapd.control.eventkinds import EventKind
 from dmctl.cli.parser import build_parser
@@ -68,32 +69,38 @@ def _roff(text: str) -> str:
     return f"\\&{escaped}" if escaped.startswith((".", "'")) else escaped
 
 
-def _entry(key: Key) -> str:
+def _entry(key: Key, *more: str) -> str:
     facts = [key.kind.syntax]
     if key.default is not None:
         default = str(key.default).lower() if isinstance(key.default, bool) else key.default
         facts.append(f"default {default}")
     elif not key.derived:
         facts.append("required")
-    facts.append("also in [defaults]" if key.shared else "in the volume's file only")
-    if key.live:
-        facts.append("dmctl set")
+    facts += more
     return f".TP\n.B {_roff(key.name)}\n{_roff(key.doc)}\n.br\n({_roff('; '.join(facts))})\n"
 
 
+def _entry_of_volume(key: Key) -> str:
+    place = "also in [defaults]" if key.shared else "in the volume's file only"
+    return _entry(key, place, "dmctl set") if key.live else _entry(key, place)
+
+
 def configuration_page() -> str:
-    entries = "".join(_entry(key) for key in keys().values())
+    entries = "".join(_entry_of_volume(key) for key in keys().values())
+    of_receivers = "".join(_entry(key) for key in receiver_keys().values())
     return (
         f'.TH DMCTL.TOML 5 "" "{PROJECT} {__version__}" "File Formats"\n'
-        ".SH NAME\ndmctl.toml \\- configuration of volumes\n"
+        ".SH NAME\ndmctl.toml \\- configuration of volumes and receivers\n"
         ".SH SYNOPSIS\n/etc/dmctl/dmctl.toml\n.br\n/etc/dmctl/volumes/\\fINAME\\fR.toml\n"
         ".SH DESCRIPTION\n"
-        "Each volume has a file of its own with the keys below. Defaults for all volumes stand in"
+        "Each volume has a file of its own with the keys of volumes, each receiver one with the"
+        " keys of receivers. Defaults for all volumes stand in"
         " dmctl.toml, in a table [defaults]. A value in the volume's file wins. A key that is not"
         " known is an error;\n.B dmctl config check\nlists all errors with file and key.\n"
         "Sizes are whole numbers with B KiB MiB GiB TiB or k m g t (powers of 1024), durations"
         " whole numbers with ms s min h.\n"
-        f".SH KEYS\n{entries}"
+        f".SH KEYS OF VOLUMES\n{entries}"
+        f".SH KEYS OF RECEIVERS\n{of_receivers}"
         ".SH SEE ALSO\n.BR dmctl (8),\n.BR bitmapd (8)\n"
     )
 

@@ -22,6 +22,7 @@ from bitmapd.config import (
     load_all,
     load_any,
 )
+from bitmapd.config.receiver import receiver_keys
 from bitmapd.control import metrics
 from bitmapd.control.catalogue import EVENTS
 from bitmapd.control.states import STATES
@@ -195,7 +196,11 @@ def test_man_pages(tmp_path: Path) -> None:
     for word in ("resync", "EXIT STATUS", "22 record of another volume", "14 demoted, stopped"):
         assert word in program
     config = (tmp_path / "dmctl.toml.5").read_text()
-    assert all(f".B {key.name}" in config for key in keys().values())
+    of_volumes, _, of_receivers = config.partition(".SH KEYS OF RECEIVERS\n")
+    for page, its_keys in ((of_volumes, keys()), (of_receivers, receiver_keys())):
+        assert {key.name for key in its_keys.values()} == set(
+            re.findall(r"^\.B (\w+)$", page, re.M)
+        )
     events = (tmp_path / "dmctl-events.7").read_text()
     assert all(f".B {name}".replace("-", "\\-") in events for name in EVENTS)
     man = shutil.which("man")
