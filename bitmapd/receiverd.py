@@ -69,6 +69,13 @@ class ReceiverProcess(Process[Receiving]):
             }
         )
 
+    async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
+        if args.get("for") != "point":
+            return await super()._wait(args, progress)
+        reached = self.volume.reached(int(args.get("newer_than", 0)))
+        await self._while_asked(reached, progress)
+        return {"state": self.volume.state}
+
     async def _refuse(self, args: dict[str, Any], progress: Progress) -> Any:
         raise WrongStateError(
             f"'{self._name}' is a receiver, and this is for volumes",

@@ -62,17 +62,18 @@ def check(hello: Hello2, journal: Journal, image: Device) -> None:
     try:
         places = Places(geometry, journal.superblock.journal_bytes)
     except BitmapdError as error:
-        raise PeerError(ErrorCode.SIZE, error.message) from None
+        raise PeerError(ErrorCode.SIZE, f"{error.message}: {error.hint}") from None
     line, page = journal.superblock.line, journal.page
     if line is None:
-        _check_image(geometry, image)
         return
     here = dataclasses.replace(geometry, size_bytes=line.geometry.size_bytes)
     if (line.volume.bytes, line.geometry) != (hello.volume, here):
         raise PeerError(
             ErrorCode.OTHER,
             f"this is the receiver of volume {line.volume}, in blocks of"
-            f" {line.geometry.block_bytes} bytes and extents of {line.geometry.extent_bytes}",
+            f" {line.geometry.block_bytes} bytes and extents of {line.geometry.extent_bytes}: make"
+            " another one for this volume ('dmctl receive'), or give the volume the address of its"
+            " own",
         )
     least = journal.geometry_at(page.committed_bytes).size_bytes if page.committed else 0
     if geometry.size_bytes < least:
@@ -94,8 +95,22 @@ def _check_image(geometry: Geometry, image: Device) -> None:
     if geometry.size_bytes > image.size_bytes:
         raise PeerError(
             ErrorCode.SIZE,
-            f"the image has {image.size_bytes} bytes, the volume {geometry.size_bytes}",
+            f"the image has {image.size_bytes} bytes, the volume {geometry.size_bytes}: enlarge the"
+            " image",
         )
+
+
+def first_image(hello: Hello2, image: Device, enlarge: Enlarge) -> Steps[PeerError | None]:
+    """The present size of the image; why the volume that comes first cannot have it.  A file is not
+    extended for that one: another may have been meant."""
+    try:
+        yield partial(enlarge, 0)
+        _check_image(geometry_of(hello), image)
+    except OSError as error:
+        return PeerError(ErrorCode.OTHER, f"the image: {error.strerror or error}")
+    except PeerError as error:
+        return PeerError(error.code, f"{error.text}, and the volume comes in by itself")
+    return None
 
 
 def take_up(

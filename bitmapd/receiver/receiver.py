@@ -347,6 +347,9 @@ class Receiver:
         """Why it cannot be followed, after all."""
         journal = self.journal
         if journal.superblock.line is None:
+            fault = yield from growing.first_image(hello, self._image, self._enlarge)
+            if fault is not None:
+                return fault
             generations = from_ids(hello.generations)
             line = Line(
                 UUID(bytes=hello.volume), growing.geometry_of(hello), generations, hello.term

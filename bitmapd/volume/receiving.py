@@ -106,10 +106,16 @@ class Receiving:
         self._parted = asyncio.Event()  # from whoever has handed over
         self._loop = loop
         self._told = Told(emit)
-        self.emit = self._told.emit
+        self._committed = asyncio.Event()  # a point; the next one has another
         self._hurried = asyncio.Event()
         self._stopping = False
         self._drill: Drill | None = None
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self._told.emit(event, **fields)
+        if event == "point-committed":
+            committed, self._committed = self._committed, asyncio.Event()
+            committed.set()
 
     # -- life -----------------------------------------------------------------------------------
     async def start(self) -> None:
@@ -254,8 +260,13 @@ class Receiving:
         if state not in ("started", "receiving"):
             raise WrongStateError(
                 f"'{self.config.name}' is a receiver and is never '{state}'",
-                hint="it can be waited for until it is started or stopped",
+                hint="it can be waited for until it is started or stopped, or has a point",
             )
+
+    async def reached(self, newer_than: int) -> None:
+        """Return when a point of a larger number is committed."""
+        while self.journal.page.committed <= newer_than:
+            await self._committed.wait()
 
     def asked(self) -> tuple[int, ...] | None:
         """Figures of which some move when a medium answers; None while nothing is asked of one."""

@@ -143,7 +143,8 @@ def add_receivers(commands: Commands) -> None:
         " writes whole points to the image. Both are block devices or files that exist; the image"
         " at least as large as the volume, the journal at least 64 MiB, better a tenth of the"
         " image. Everything is checked before anything is changed. 'dmctl start', 'stop',"
-        " 'status', 'wait', 'events' and 'remove' work on it as on a volume.",
+        " 'status', 'events' and 'remove' work on it as on a volume, and 'dmctl wait NAME --for"
+        " point' returns when it has one.",
     )
     add_name(receive)
     for option, metavar, text in (

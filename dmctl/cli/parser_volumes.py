@@ -48,8 +48,8 @@ def add_volumes(commands: Commands) -> None:
         completed(create.add_argument(option, metavar=metavar, required=needed, help=text), FILE)
     for option, metavar, text in (
         ("--attach", "auto|dm|nbd", "how hosts reach the volume: /dev/mapper/NAME, or an NBD"
-         " export; auto is dm where the kernel has it and the primary is a block device; of two"
-         " appliances it is nbd, and dm needs --serve on-promote"),
+         " export; auto is dm where the kernel has it and the primary is a block device, but nbd"
+         " for one of two appliances, of which dm needs --serve on-promote, and with a receiver"),
         ("--listen", "URI", "where to export (default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd)"),
         ("--extent-size", "SIZE", "unit of the record (default 1MiB)"),
         ("--block-size", "SIZE", "unit of copying (default 64KiB)"),
@@ -347,7 +347,7 @@ def add_watching(commands: Commands) -> None:
         required=True,
         choices=("in-sync", "started", "stopped", "paired", "alone", "point"),
         help="the state; paired and alone: what two appliances are to one another; point: the"
-        " receiver has one",
+        " receiver has one; of a receiver only started, stopped and point",
     )
     wait.add_argument(
         "--newer-than",

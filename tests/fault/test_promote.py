@@ -88,6 +88,8 @@ def test_of_what_both_records_name_only_pieces_that_differ_are_sent(sites: Sites
     sites.far.start()
     failback(sites)
     sites.far.dmctl("set", "vol0", "point-interval=300ms")
+    sites.point(0, sites.near)  # the receiver itself says when it has one
+    assert sites.near.status()["receiver"]["consistent"] == "yes"
     sites.far.wait_in_sync()
     points = sites.far.status()["points"]
     assert points["sent_bytes_total"] == 40 * 4096

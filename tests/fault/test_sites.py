@@ -284,16 +284,61 @@ def test_a_receiver_of_another_volume_is_sent_nothing(sites: Sites) -> None:
     sites.start()
     sites.near.stop()
     before = sites.image.read_bytes()
-    number = sites.far.status()["receiver"]["committed"]
+    number, uuid = sites.far.status()["receiver"]["committed"], sites.near.status()["uuid"]
     sites.near.dmctl("remove", "vol0", "--yes")
     for path in (sites.near.primary, sites.near.record):
         path.unlink()
     sites.near.create()
     sites.near.start()
-    sites.near.until(lambda status: status["last_error"] is not None)
+    status = sites.near.until(lambda status: status["last_error"] is not None)
+    said = status["last_error"]["message"]
+    assert f"this is the receiver of volume {uuid}" in said
+    assert "make another one for this volume ('dmctl receive')" in said
     assert not sites.near.status()["receiver"]["connected"]
     assert sites.far.status()["receiver"]["committed"] == number
     assert sites.image.read_bytes() == before
+
+
+def test_a_volume_comes_in_by_itself_once_the_image_is_large_enough(sites: Sites) -> None:
+    os.truncate(sites.image, sites.size_bytes - MIB)
+    sites.far.start()
+    sites.near.start()
+    for site in (sites.near, sites.far):
+        status = site.until(lambda status: status["last_error"] is not None)
+        assert (
+            f"the image has {sites.size_bytes - MIB} bytes, the volume {sites.size_bytes}: enlarge"
+            " the image, and the volume comes in by itself"
+        ) in status["last_error"]["message"]
+    assert sites.near.status()["state"] == "link-down"
+    assert "enlarge the image" in sites.near.dmctl("events", "vol0", "--now")
+    os.truncate(sites.image, sites.size_bytes)
+    sites.point(0)
+    sites.near.wait_in_sync()
+    sites.near.stop()
+    sites.far.stop()
+    assert sites.equal()
+
+
+def test_a_point_is_waited_for_at_the_receiver_too(sites: Sites) -> None:
+    sites.far.start()
+    words = ("wait", "vol0", "--for", "point", "--newer-than")
+    assert sites.far.dmctl_process(*words, "0", "--timeout", "300ms").returncode == 40
+    sites.near.start()
+    sites.far.dmctl(*words, "0", "--timeout", "60s")
+    sites.near.wait_in_sync()
+    number = sites.far.status()["receiver"]["committed"]
+    assert number >= 1
+    with sites.far.control() as control:
+        control.send("wait", **{"for": "point", "newer_than": number})
+        assert "event" in control.line()  # that it lives, and waits
+        assert sites.far.status()["receiver"]["committed"] == number
+        sites.near.write(0, b"newer".ljust(4096, b"."))
+        while "event" in (answer := control.line()):
+            pass
+    assert answer["result"] == {"state": "receiving"}
+    assert sites.far.status()["receiver"]["committed"] > number
+    sites.far.dmctl(*words, str(number))  # it is there
+    assert sites.far.refused("wait", "vol0", "--for", "in-sync")["code"] == "wrong-state"
 
 
 def test_start_alone_no_waits_for_the_receivers_word_after_a_crash(short_path: Path) -> None:

@@ -160,6 +160,25 @@ def test_an_image_that_is_too_small_is_named_and_points_go_on(
     assert machine.receiver.journal.page.committed == 2
 
 
+def test_the_first_volume_comes_in_once_the_image_has_its_size() -> None:
+    machine, script = fresh(), Script(random.Random(1))
+    wire = greeted(machine, script, LARGER)
+    assert wire.error is not None
+    assert "enlarge the image, and the volume comes in by itself" in wire.error.text
+    assert machine.image.size_bytes == IMAGE_BYTES, "nobody has asked for that"
+    assert machine.receiver.journal.superblock.line is None
+    machine.image.extend(LARGER, b"\0")
+    assert greeted(machine, script, LARGER).is_open
+    assert size_of(machine) == LARGER
+
+
+def test_an_image_whose_size_cannot_be_asked_for_is_named() -> None:
+    machine = Failing(*fresh().disks)
+    wire = greeted(machine, Script(random.Random(1)), GEOMETRY.size_bytes)
+    assert wire.error is not None
+    assert "the image: No space left" in wire.error.text
+
+
 def test_a_journal_that_is_too_small_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, script = followed()
     least = property(lambda self: (self.geometry.size_bytes > LARGER - 1) << 40)
