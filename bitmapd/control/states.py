@@ -22,7 +22,9 @@ class State:
 
 _STATES = (
     State("failed", 1, "dmctl events NAME --now; kill -9 its process, then dmctl start NAME"),
-    State("split-brain", 16, "see 'Split brain' in docs/recovery.md"),
+    State(
+        "split-brain", 16, "see 'Split brain' in docs/recovery.md, of two sites 'Both were written'"
+    ),
     State("demoted", 14, "dmctl switchover NAME, or dmctl promote NAME at either site"),
     State(
         "waiting",

@@ -174,7 +174,7 @@ def refuse_unless_old(config: VolumeConfig, superblock: Superblock, theirs: Hell
         )
     raise SplitBrainError(
         f"volume '{name}' and {config.secondary} have both been written, each without the other",
-        hint="nothing was overwritten; see 'Split brain' in docs/recovery.md",
+        hint="nothing was overwritten; see 'Both were written' in docs/recovery.md",
     )
 
 

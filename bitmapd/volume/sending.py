@@ -171,8 +171,8 @@ class ReceiverLink:
             raise SplitBrainError(
                 f"volume '{name}' and its receiver {secondary} have both been written, each without"
                 " the other",
-                hint="nothing was overwritten; see 'Split brain' in docs/recovery.md; 'dmctl start"
-                f" {name} --force' serves what is here",
+                hint="nothing was overwritten; see 'Both were written' in docs/recovery.md;"
+                f" 'dmctl start {name} --force' serves what is here",
             )
         if self.verdict is not None:
             self._owner.emit("link-error", secondary=secondary, message=self.verdict.value)

@@ -141,6 +141,15 @@ def test_chapters_that_are_named_exist() -> None:
     assert named <= chapters
 
 
+def test_chapters_that_hints_name_exist() -> None:
+    chapters = re.findall(r"^##+ (.*)$", (ROOT / "docs/recovery.md").read_text(), re.MULTILINE)
+    sources = [path for room in ("bitmapd", "dmctl") for path in (ROOT / room).rglob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    named = set(re.findall(r"'([A-Z][^'\n]+)'\s*(?:in)?[\s\"]+(?:in )?docs/recovery\.md", text))
+    assert {"Split brain", "Both were written", "The record is lost"} <= named
+    assert named <= set(chapters)
+
+
 def test_no_other_document_lists_events() -> None:
     """A row of a table that begins with an event would be a second list."""
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
