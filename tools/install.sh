@@ -82,6 +82,8 @@ place 755 "$bin" examples/ocf/dmctl-fence-pacemaker
 place 644 "$modules" examples/dmctl.modules
 mv -f "$modules/dmctl.modules" "$modules/dmctl.conf"
 place 644 "$doc/examples" examples/dmctl-resync.cron examples/dmctl.toml examples/volumes/*.toml
+place 644 "$doc/docs" docs/*.md # hints name pages as docs/NAME.md
+place 644 "$doc/docs/decisions" docs/decisions/*.md
 
 pages=$(mktemp -d)
 trap 'rm -rf "$pages"' EXIT

@@ -80,8 +80,11 @@ def test_everything_is_where_the_manual_says(stage: Path) -> None:
         f"{share}/zsh/site-functions/_dmctl",
         *(f"{share}/doc/dmctl/examples/{name}" for name in
           ("dmctl-resync.cron", "dmctl.toml", "example.toml")),
+        *(f"{share}/doc/dmctl/{path.relative_to(ROOT)}"
+          for folder in ("docs", "docs/decisions") for path in (ROOT / folder).glob("*.md")),
     }  # fmt: skip
     found = listing(stage)
+    assert f"{share}/doc/dmctl/docs/recovery.md" in wanted  # as hints name it
     assert set(found) == wanted
     programs = {name for name in found if "/bin/" in name or "/ocf/" in name}
     assert {found[name] for name in found.keys() - programs} == {0o644}
