@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import pytest
 
 from tests.support import simpoints
 from tests.support.dmpointmistakes import MISTAKES
 from tests.support.simdmpoints import CutWorld, DmWorld
-from tests.support.simpoints import Wrong
+from tests.support.simpoints import EXTENT, SECTOR, Wrong
 
 RUNS = int(os.environ.get("POINTS_RUNS", "10"))
 STEPS = int(os.environ.get("POINTS_STEPS", "300"))
@@ -53,6 +55,73 @@ def test_a_point_has_what_hosts_write_while_its_barriers_pass(seed: int) -> None
         world.end()
     assert world.count["points"] >= 20
     assert world.count["direct"]
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["broken off", "with the new table"])
+def test_a_helper_that_dies_at_a_call_of_a_cuts_barriers_costs_no_point(swap: bool) -> None:
+    """`points/25`.  `swap`: what was held had been let go on, and nobody was told."""
+    found: Counter[str] = Counter()
+    for call in count(1):
+        world = LosingWorld(1)
+        try:
+            world.rounds(2)
+            world.rest()
+            direct = world.kernel.direct(world.kernel.table)
+            world.place = min(direct) * EXTENT
+            before = world.count["direct"]
+            world.write(b"1")  # past the gate
+            assert world.count["direct"] > before
+            world.left, world.swap = call, swap
+            world.site.sender.cut()
+            seen = world.seen
+            while world.seen == seen:
+                world.step(faults=False)
+                world.check()
+            if world.left > 0:  # the point took fewer
+                break
+            world.rest()
+            world.check()
+            assert world.are_equal
+        finally:
+            world.end()
+        found += world.found
+    assert found["suspended"]
+    assert found["not suspended"]
+
+
+class LosingWorld(CutWorld):
+    """Its helper dies after so many calls to the kernel."""
+
+    left = 0
+    swap = False
+    place = 0
+    unanswered = 0
+
+    def at_rest(self) -> bool:
+        return super().at_rest() and not self.unanswered
+
+    def write(self, fill: bytes) -> None:
+        def done(error: OSError | None) -> None:
+            self.unanswered -= 1
+
+        self.unanswered += 1
+        self.change("write", self.place, fill * SECTOR, done)
+
+    def boot(self, primary: bytes, record: bytes, ledger: bytes) -> None:
+        super().boot(primary, record, ledger)
+        self.found: Counter[str] = Counter()
+        kernel, step = self.kernel, self.kernel.step
+
+        def counted() -> None:
+            step()
+            self.left -= 1
+            if not self.left:
+                self.found["suspended" if kernel.suspended else "not suspended"] += 1
+                self.write(b"2")
+                kernel.lose_helper(swap=self.swap)
+                assert not kernel.suspended
+
+        kernel.step = counted  # type: ignore[method-assign]
 
 
 @pytest.mark.walk

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from bitmapd.gate.cycle import Void
 from bitmapd.gate.withheld import Withheld
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
@@ -259,6 +260,50 @@ def test_so_it_has_where_hosts_write_past_the_gate(other: type[Gated], seed: int
     found.run(1500)
     assert found.count["release"]
     assert found.worlds[0].count["direct"]
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["killed", "power cut"])
+@pytest.mark.parametrize("dying", ["a", "b", "leader"])
+def test_who_dies_between_cut_and_release_costs_that_point_only(dying: str, power: bool) -> None:
+    """`points/26`."""
+    found = Group(3)
+    while not found.common or any(not world.member.seen().is_ready for world in found.worlds):
+        found.step(faults=False)
+        found.check()
+    found.leader = None
+    before, found.next_number = found.common, found.next_number + 1
+    cut = Order(Act.CUT, found.next_number)
+    for world in found.worlds:
+        assert world.member.obey(cut, 1)
+        found.numbers[world.name, cut.number] = int.from_bytes(world.cut[:8], "big")
+    left = []
+    for world in found.worlds:
+        if world.name == dying:
+            world.crash_sender(power=power)
+        else:
+            left.append(world)
+    answered: list[str] = []
+    for world in left:
+        data = aligned(SECTOR)
+        world.site.gate.write(BLOCK, data, lambda error, w=world: answered.append(w.name), True)
+        world.settle()
+    assert not answered
+    for world in left:
+        world.advance(world.member.patience_s)
+        world.settle()
+        assert world.site.sender.voids[Void.GROUP]
+    assert answered == [world.name for world in left]
+    for world in found.worlds:
+        assert not world.member.obey(Order(Act.RELEASE, cut.number)), "it is too late for that"
+        assert cut.number not in [queued.group for queued in world.page().queue]
+    found.check()
+    assert found.common == before
+    for _ in range(20_000):
+        found.step(faults=False)
+        found.check()
+        if found.common > cut.number:
+            return
+    raise Wrong("no point of the group came any more")
 
 
 def run_many() -> None:
