@@ -64,8 +64,9 @@ def test_a_point_of_a_frozen_file_system_needs_no_repair(sites: Sites) -> None:
             number = int(json.loads(sites.near.dmctl(*words))["point"])
         finally:
             run(["fsfreeze", "-u", str(folder)])
-        (folder / "second").write_bytes(second)
-        os.sync()
+        with (folder / "second").open("wb") as file:
+            file.write(second)
+            os.fsync(file.fileno())
         sites.near.dmctl("point", "vol0", "--wait")
         wait_kept(sites, number)
         sites.far.stop()  # it is all in the image: the newest point is that of a mounted one
