@@ -250,6 +250,42 @@ def test_growth_waits_for_its_turn_while_a_cut_is_read(case: Case) -> None:
     assert len(case.path.growths) == 2
 
 
+def test_what_a_cut_took_out_comes_back_though_it_is_not_paid_for(case: Case) -> None:
+    """With a slow table the two barriers of a cut alone use up what `holding` allows."""
+    path = case.path
+    path.is_still = True
+    assert case.may_cut()
+    path.can_grow_direct, path.held_s = True, (2 * SAVED_S, 0.1)
+    path.is_cutting = True
+    case.step()
+    assert len(path.growths) == 1, "what has no block to be read"
+    path.growths[0]()
+    path.is_cutting = False
+    case.loop.advance(URGENT_ERA_S)
+    case.step()
+    assert len(path.growths) == 2, "the rest, when it was read"
+    path.growths[1]()
+    case.loop.advance(URGENT_ERA_S)
+    case.step()
+    assert len(path.growths) == 2, "what comes then is paid for"
+
+
+@pytest.mark.parametrize("of_a_group", [False, True])
+def test_so_does_what_was_moved_for_a_cut_that_is_not_made(case: Case, *, of_a_group: bool) -> None:
+    path = case.path
+    if of_a_group:
+        case.following.hold(case.loop.time())
+        case.step()
+        case.loop.advance(HELD_S)
+    else:
+        assert not case.may_cut()
+    path.barriers[0](True)
+    path.can_grow_direct, path.held_s = True, (2 * SAVED_S, 0.1)
+    case.loop.advance(URGENT_ERA_S)
+    case.step()
+    assert len(path.growths) == 1
+
+
 def test_a_cut_comes_before_growth_and_waits_for_one(case: Case) -> None:
     case.path.can_grow_direct = True
     case.step(wants_cut=True)
