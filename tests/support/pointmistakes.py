@@ -116,8 +116,9 @@ def cleared_at_end(patch: Patch) -> None:
 def not_flushed(patch: Patch) -> None:
     """The primary is not flushed before what was sent leaves the record."""
 
-    def begin(self: Closing, point: int) -> None:
-        self._point, self._failures_before = point, self._failures
+    def begin(self: Closing, point: int, cut_ns: int) -> None:
+        self._point, self._cut_ns = point, cut_ns
+        self._failures_before = self._failures
 
     patch.setattr(Closing, "begin", begin)
 
