@@ -112,12 +112,8 @@ class Daemon(Process[Volume]):
             "group": self._group,
         }
 
-    async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
-        if args.get("for") != "point":
-            return await super()._wait(args, progress)
-        reached = self.volume.receiver.reached(int(args.get("newer_than", 0)))
-        await self._while_asked(reached, progress)
-        return {"state": self.volume.state}
+    async def _has_point(self, newer_than: int) -> None:
+        await self.volume.receiver.reached(newer_than)
 
     async def _resync(self, args: dict[str, Any], progress: Progress) -> Any:
         work = self.volume.resync(bool(args.get("checksum", False)))

@@ -241,11 +241,17 @@ class Process(ABC, Generic[S]):
         return await self._alive(self._begin_stop(bool(args.get("now", False))), progress)
 
     async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
-        return await self._while_asked(self._reach(str(args.get("for", "in-sync"))), progress)
-
-    async def _reach(self, state: str) -> dict[str, Any]:
-        await self.volume.wait(state)
+        state = str(args.get("for", "in-sync"))
+        if state == "point":
+            reached = self._has_point(int(args.get("newer_than", 0)))
+        else:
+            reached = self.volume.wait(state)
+        await self._while_asked(reached, progress)
         return {"state": self.volume.state}
+
+    async def _has_point(self, newer_than: int) -> None:
+        """Return when there is a point of a larger number; what never has one says so."""
+        await self.volume.wait("point")
 
 
 def start_anew() -> None:

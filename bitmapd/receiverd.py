@@ -69,12 +69,8 @@ class ReceiverProcess(Process[Receiving]):
             }
         )
 
-    async def _wait(self, args: dict[str, Any], progress: Progress) -> Any:
-        if args.get("for") != "point":
-            return await super()._wait(args, progress)
-        reached = self.volume.reached(int(args.get("newer_than", 0)))
-        await self._while_asked(reached, progress)
-        return {"state": self.volume.state}
+    async def _has_point(self, newer_than: int) -> None:
+        await self.volume.reached(newer_than)
 
     async def _refuse(self, args: dict[str, Any], progress: Progress) -> Any:
         raise WrongStateError(

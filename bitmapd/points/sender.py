@@ -110,10 +110,9 @@ class Sender:
         spool_file: Device | None = None,
         committed_cut_s: int = 0,
     ) -> None:
-        """`secondary` names the receiver in events; `committed_cut_s`: see `PointAge`;
-        `read_primary` is used instead of
+        """`secondary` names the receiver in events; `read_primary` is used instead of
         `primary.read`: a way that leaves hosts the loop.  `spool_file` takes what memory has no
-        room for; what is in it means nothing."""
+        room for; what is in it means nothing.  `committed_cut_s`: `before_s` of `PointAge`."""
         self._geometry = geometry
         self._gate = gate
         self._scheduler = scheduler

@@ -29,9 +29,9 @@ from bitmapd.errors import (
     WrongStateError,
     explain,
 )
-from bitmapd.media import identity as media
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.claims import Claim
+from bitmapd.media.identity import Identity as Medium
 from bitmapd.media.identity import identify
 from bitmapd.media.kdevice import KernelDevice
 from bitmapd.net.uri import parse_receiver_uri
@@ -74,9 +74,7 @@ async def carried_out(steps: Steps[T]) -> T:
     return await future
 
 
-def check_owner(
-    config: ReceiverConfig, image: media.Identity, superblock: JournalSuperblock
-) -> None:
+def check_owner(config: ReceiverConfig, image: Medium, superblock: JournalSuperblock) -> None:
     """ForeignRecordError unless the journal is that of this receiver and of this image."""
     if superblock.name != config.name:
         raise ForeignRecordError(
