@@ -47,7 +47,6 @@ class Pieces(BlockSet):
         self._shift = shift
 
     def add(self, first: int, stop: int) -> None:
-        shift = self._shift
         if stop - first == 1:  # written out, as what it takes the place of
             bits = self._regions.get(first >> REGION_SHIFT)
             if bits is None:
@@ -56,10 +55,11 @@ class Pieces(BlockSet):
             if not bits[low]:
                 bits[low] = True
                 self._count += 1
-                block = first >> shift
+                block = first >> self._shift
                 self._blocks.add(block, block + 1)
             return
         super().add(first, stop)
+        shift = self._shift
         self._blocks.add(first >> shift, (stop - 1 >> shift) + 1)
 
 

@@ -3,8 +3,8 @@
 A *point* is the content of the volume at one instant, the *cut*: all writes that were submitted
 before it, none that was submitted later.  At the cut the era ends, and what is in `taken` then is
 *pending*: its content at the cut has not been read.  Hosts go on; a write to a pending block waits
-until that block was read, which then comes before all others.  While no cut is open a write costs
-two questions more than in a `Gate`, which is what volumes without points have.
+until that block was read, which then comes before all others.  While no cut is open and no answer
+withheld, a hit is what it is in a `Gate`, which is what volumes without points have.
 
 Order of a write while a cut is open:
 1. A pending block among its blocks?  Wait until they were read, then begin anew.
@@ -154,6 +154,7 @@ class CutGate(Gate):
         if self.direct is not None and not self.direct.is_still:
             raise RuntimeError("hosts write past the gate")
         self._cutting = True
+        self._before_write = self._in_cut
         self.changes.cut()
         self._take_era((), ready)
 
@@ -212,10 +213,20 @@ class CutGate(Gate):
         """All of it was read."""
         self._cutting = False
         self._stop_timer()
+        self._write_plainly()
+
+    def withhold_answers(self) -> None:
+        """Of what is submitted from now on; before `begin_cut`."""
+        self.answers.begin()
+        self._before_write = self._in_cut
 
     def release_answers(self) -> None:
-        """Those that were withheld since `answers.begin`, which came before `begin_cut`."""
         self.answers.release()
+        self._write_plainly()
+
+    def _write_plainly(self) -> None:
+        if not self._cutting and not self.answers.is_on:
+            self._before_write = None
 
     def give_up_cut(self, reason: Void) -> None:
         """Nothing if no cut is open.  The reader is told first, then those who wait go on."""
@@ -285,13 +296,14 @@ class CutGate(Gate):
         return not self._cutting and super().is_hot(first, stop)
 
     # -- hosts ----------------------------------------------------------------------------
-    def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+    def _in_cut(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool) -> Done | None:
+        """`Before`, while a cut is open or answers are withheld."""
         if self._cutting:
             blocks = self._geometry.block_span(offset_bytes, len(buffer))
             # It begins anew after whatever it waits for, in this cut or after it.
             if self._waits(*blocks, lambda: self.write(offset_bytes, buffer, done, fua)):
-                return
-        super().write(offset_bytes, buffer, self.answers.of(done), fua)
+                return None
+        return self.answers.of(done)
 
     def _land(
         self,

@@ -42,6 +42,8 @@ Submit = Callable[[int, int, Done], None]
 # Verb, offset and length in bytes, and why the primary refused a host's request.
 PrimaryFailed = Callable[[str, int, int, OSError], None]
 Watch = Callable[[float, str, int, int], None]  # time, W Z or T, offset and length in bytes
+# Asked before a write as `Gate.write` is: what to call at its end; None if it begins anew later.
+Before = Callable[[int, memoryview, Done, bool], Done | None]
 
 
 class Gate(Eras):
@@ -86,6 +88,7 @@ class Gate(Eras):
         self.primary_errors = 0
         self.primary_failed_s = float("-inf")  # loop time of the latest of them
         self.watch: Watch | None = None  # is told of every change that a host asks for
+        self._before_write: Before | None = None  # nearly always
         self.writes = 0
         self.hits = 0
         self.misses = 0
@@ -126,6 +129,11 @@ class Gate(Eras):
         submit(offset_bytes, buffer, ended)
 
     def write(self, offset_bytes: int, buffer: memoryview, done: Done, fua: bool = False) -> None:
+        if self._before_write is not None:
+            at_end = self._before_write(offset_bytes, buffer, done, fua)
+            if at_end is None:
+                return
+            done = at_end
         length = len(buffer)
         end = offset_bytes + length - 1
         shift = self._extent_shift

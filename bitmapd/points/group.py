@@ -223,6 +223,8 @@ class Answering(Protocol):
     answers: Withheld
     patience_s: float
 
+    def withhold_answers(self) -> None: ...
+
     def release_answers(self) -> None: ...
 
 
@@ -309,7 +311,7 @@ class Member:
         self.stage, self.number = Stage.CUT, order.number
         self.cuts += 1
         self._held_since_s = self._scheduler.time()
-        self._gate.answers.begin()
+        self._gate.withhold_answers()
         self._timer = self._scheduler.call_later(self._gate.patience_s, self._too_late)
         self._sender.cut_now(order.number, wall_ns, order.label)
         return True

@@ -291,10 +291,15 @@ class Sender:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is in flight here, whatever the receiver does."""
-        spool_is_idle = self.overflow is None or self.overflow.idle
-        parts = (self.reading, self.closing, self.differences)
-        return not self._in_barrier and all(part.idle for part in parts) and spool_is_idle
+        """Whether nothing is in flight here, whatever the receiver does.  Asked at each batch of
+        requests of hosts (`Parts._may_spin`)."""
+        return (
+            not self._in_barrier
+            and self.reading.idle
+            and self.closing.idle
+            and self.differences.idle
+            and (self.overflow is None or self.overflow.idle)
+        )
 
     @property
     def _in_barrier(self) -> bool:

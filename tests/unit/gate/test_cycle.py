@@ -441,7 +441,7 @@ def test_no_write_of_after_the_cut_is_answered_while_answers_are_withheld(cuts: 
     """Whichever way it takes: a hit, a miss, one that waited for the record, a zeroing."""
     cuts.put(0)
     early = cuts.write(3 * PER_EXTENT)  # a miss: it is submitted behind the cut
-    cuts.gate.answers.begin()
+    cuts.gate.withhold_answers()
     cuts.cut()
     hit, miss = cuts.write(1), cuts.write(2 * PER_EXTENT)
     zero: Answers = []
@@ -459,7 +459,7 @@ def test_no_write_of_after_the_cut_is_answered_while_answers_are_withheld(cuts: 
 
 def test_answers_that_are_given_in_a_cut_leave_it_open(cuts: Cuts) -> None:
     cuts.put(0)
-    cuts.gate.answers.begin()
+    cuts.gate.withhold_answers()
     cuts.cut()
     cuts.gate.release_answers()
     answers = cuts.write(0)

@@ -168,6 +168,9 @@ class Volume:
     def proceed(self) -> None:
         self.done.append("proceed")
 
+    def withhold_answers(self) -> None:
+        self.answers.begin()
+
     def release_answers(self) -> None:
         self.answers.release()
 
