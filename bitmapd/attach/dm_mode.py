@@ -167,7 +167,9 @@ def direct_path(
 ) -> DirectPath:
     """From now on: everything recorded is copied anyway, so eras that have ended need not be
     collected."""
-    path = DirectPath(geometry, kernel, Routes(), emit, since_era=kernel.current_era)
+    path = DirectPath(
+        geometry, kernel, Routes(), emit, since_era=kernel.current_era, mark_s=kernel.mark_s
+    )
     path.on_ended = on_barrier
     return path
 
@@ -235,7 +237,7 @@ async def exchange(
         await server.drain(LEAVE_TIMEOUT_S)
         before.close()
         await kernel.prepare()
-        path.go_on(geometry, kernel, since_era=kernel.current_era)
+        path.go_on(geometry, kernel, since_era=kernel.current_era, mark_s=kernel.mark_s)
         await serve(kernel, path)
     except Exception as error:
         # Hosts' writes wait: this process must not live on without serving them.

@@ -86,6 +86,7 @@ class KernelAttachment:
         self.era_device = ""
         self.adopted = False
         self.current_era = 0
+        self.mark_s = 0.0  # what a host waits for at its first write to a block in an era
         self.device = f"/dev/mapper/{config.name}"
 
     # -- start and stop -----------------------------------------------------------------------
@@ -95,6 +96,7 @@ class KernelAttachment:
         self.era_device = str(answer["era_device"])
         self.adopted = bool(answer["adopted"])
         self.current_era = int(answer["current_era"])
+        self.mark_s = int(answer["mark_us"]) / 1e6
         self._open_stat("era", self.era_device)
 
     async def look(self, *, owns: bool) -> list[Segment] | None:

@@ -2,7 +2,8 @@
 
 Reads, copies and hosts share one thread and one disk.  While hosts are at work, copying takes no
 more than `YIELD_BYTES_PER_S` and a share of what they write, in pieces of `YIELD_PIECE_BYTES`; the
-reasons are in docs/decisions/0003.
+reasons are in docs/decisions/0003.  That is 512 blocks of 64 KiB a second.  Where blocks are larger
+it is as many of them, up to those of `YIELD_PIECE_BYTES`: scattered writes dirty one each.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from bitmapd.copier.throttle import Throttle
 
 YIELD_BYTES_PER_S = 32 << 20
+YIELD_BLOCK_BYTES = 64 << 10
 YIELD_SHARE = 0.25
 YIELD_PIECE_BYTES = 256 << 10
 _YIELD_BURST_BYTES = 1 << 20
@@ -20,12 +22,14 @@ _HOST_SAMPLE_S = 0.1
 class HostLoad:
     """How busy hosts are, from the gate's counters (pure)."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_bytes: int) -> None:
+        piece_bytes = max(YIELD_BLOCK_BYTES, min(block_bytes, YIELD_PIECE_BYTES))
+        self._least_bytes_per_s = YIELD_BYTES_PER_S * piece_bytes // YIELD_BLOCK_BYTES
         self._requests = 0
         self._active_s = float("-inf")
         self._sample_s = float("-inf")
         self._sample_bytes = 0
-        self.throttle = Throttle(YIELD_BYTES_PER_S, _YIELD_BURST_BYTES)
+        self.throttle = Throttle(self._least_bytes_per_s, _YIELD_BURST_BYTES)
 
     def active(self, now_s: float, requests: int, written_bytes: int) -> bool:
         """Whether hosts are at work; sets the throttle's rate to what copying may take then."""
@@ -35,7 +39,7 @@ class HostLoad:
         passed_s = now_s - self._sample_s
         if passed_s >= _HOST_SAMPLE_S:
             rate = (written_bytes - self._sample_bytes) / passed_s
-            self.throttle.set_rate(YIELD_BYTES_PER_S + rate * YIELD_SHARE)
+            self.throttle.set_rate(self._least_bytes_per_s + rate * YIELD_SHARE)
             self._sample_s = now_s
             self._sample_bytes = written_bytes
         return now_s - self._active_s < _HOST_QUIET_S

@@ -17,8 +17,9 @@ Invariants:
    kernel's table grows, no era ends for it, and copying goes on; how often is up to `holding`.
 4. An era that may end, or a rate that allows the next copy, is looked at though nothing else
    happens then.
-5. The kernel lets a host wait at its first write to a block in an era.  After an era with many of
-   them the next ones are longer, up to `longest_era_s`.
+5. The kernel lets a host wait at its first write to a block in an era.  After an era in which that
+   took more than `MARKS_SHARE` of the time the next ones are longer, up to `longest_era_s`; but
+   not while the record is over its limit and could lose something after two barriers.
 
 A crash at any point leaves some blocks of the secondary newer; the record names all of them.
 """
@@ -37,9 +38,9 @@ from bitmapd.media.base import Scheduler, Timer
 
 SEARCH_PAUSE_S = 0.01
 URGENT_ERA_S = 0.25
-# dm-era commits its metadata for a block's first write in an era: 0.6 ms in the emulated guest, at
-# depth 1.  The mixed load over 256 MiB (4,096 blocks) spent half of an era of 5 s on it.
-MARKS_PER_S = 400
+# dm-era commits its metadata for a block's first write in an era: 1.2 ms in the emulated guest, as
+# long as 20 other writes.  A load that goes everywhere would spend most of a short era on that.
+MARKS_SHARE = 0.02
 
 
 class Rounds:
@@ -172,7 +173,9 @@ class Rounds:
     def _lasts_s(self) -> float:
         """How long the present era is to last: the interval, doubled as often as needed."""
         lasts_s = self.era_interval_s
-        while lasts_s < self.longest_era_s and self._gate.marked_blocks > MARKS_PER_S * lasts_s:
+        if self._gate.is_shedding:
+            return lasts_s
+        while lasts_s < self.longest_era_s and self._gate.marks_s > MARKS_SHARE * lasts_s:
             lasts_s *= 2
         return max(self.era_interval_s, min(lasts_s, self.longest_era_s))
 

@@ -142,7 +142,7 @@ class Transfers:
         self._meter = meter
         self._leaving = leaving
         self._owner = owner
-        self._load = HostLoad()
+        self._load = HostLoad(geometry.block_bytes)
         self._piece_blocks = max(1, piece_bytes // geometry.block_bytes)
         self._plan = Plan(self._piece_blocks)
         self._window = Window()

@@ -62,6 +62,11 @@ class Clearing:
         """How many extents the record names beyond its limit; negative while there is room."""
         return self._store.recorded_extents - self.limit_extents
 
+    @property
+    def is_shedding(self) -> bool:
+        """Whether the record names more than it should, and waits for barriers to lose some."""
+        return bool(self._evicting) and self.excess_extents > 0
+
     # -- what may leave ---------------------------------------------------------------------
     def is_clean(self, extent: int) -> bool:
         """Whether a recorded extent is known to be equal and durable on both sides."""
@@ -122,10 +127,15 @@ class Clearing:
         self._retire(self.policy.expired(now), now)
         excess = self.excess_extents
         if self._elsewhere:
+            # Cooling takes until the barrier after the next, so it begins before the limit; but for
+            # no more misses than there can be.
+            left = self._unsettled.extents - self._store.recorded_extents
+            excess += min(left, self.limit_extents // COOLING_PART)
+            if excess <= 0:
+                self._evicting.clear()  # the limit was raised
             self._take_back(now)
             self._drop_cooled(now)
-            # Cooling takes until the barrier after the next, so it begins before the limit.
-            excess += self.limit_extents // COOLING_PART - len(self._evicting)
+            excess -= len(self._evicting)
         if excess > 0:
             victims = self.policy.victims(excess, self._may_retire, now)
             if self._elsewhere:

@@ -124,7 +124,9 @@ class DirectPath:
         emit: Emit,
         *,
         since_era: int,
+        mark_s: float = 0.0,
     ) -> None:
+        """`mark_s`: what a host waits for at its first write to a block in an era."""
         self.geometry = geometry
         self._kernel = kernel
         self._emit = emit
@@ -141,7 +143,8 @@ class DirectPath:
         self.window_s_total = 0.0
         self.window_s_last = 0.0
         self.window_s_max = 0.0
-        self.marked_blocks = 0
+        self.mark_s = mark_s
+        self.marks_s = 0.0
         self.is_closing = False  # nothing becomes direct again, whoever asks for it
         self._hosts: HostCounters | None = None  # while the devices are exchanged
         self.on_ended: Callable[[], None] = lambda: None
@@ -259,9 +262,10 @@ class DirectPath:
             raise RuntimeError("hosts write past the gate")
         self._hosts = self._kernel.host_counters()
 
-    def go_on(self, geometry: Geometry, kernel: Kernel, *, since_era: int) -> None:
+    def go_on(self, geometry: Geometry, kernel: Kernel, *, since_era: int, mark_s: float) -> None:
         """With others."""
         self.geometry, self._kernel, self._since_era = geometry, kernel, since_era
+        self.mark_s = mark_s
         self._seen = self._seen_before = self._hosts = None
         self.is_closing = False
         self.routes.gate_all(wanted=False)
@@ -347,7 +351,7 @@ class DirectPath:
             self._is_put_off = False
             self._seen_before, self._seen = self._seen, seen
             self._since_era = landed.era + 1
-            self.marked_blocks = sum(stop - first for first, stop in landed.runs)
+            self.marks_s = self.mark_s * sum(stop - first for first, stop in landed.runs)
             self.barriers += 1
             self.skipped += landed.skipped
             self._held(landed.window_s)

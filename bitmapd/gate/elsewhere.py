@@ -76,8 +76,8 @@ class Elsewhere(Protocol):
     def barrier(self, recorded: Iterable[Run], done: Collected) -> None: ...
 
     @property
-    def marked_blocks(self) -> int:
-        """How many blocks the latest barrier has brought."""
+    def marks_s(self) -> float:
+        """For how long hosts have waited for the marks that the latest barrier has brought."""
 
     @property
     def wants_barrier(self) -> bool: ...

@@ -169,10 +169,10 @@ class Eras:
         return any(other.wants_barrier for other in self._elsewhere)
 
     @property
-    def marked_blocks(self) -> int:
-        """How many blocks the latest barrier has brought from elsewhere: each has cost hosts
-        something when it was first written in its era."""
-        return max((other.marked_blocks for other in self._elsewhere), default=0)
+    def marks_s(self) -> float:
+        """For how long hosts have waited for what the latest barrier has brought from elsewhere:
+        each block once, when it was first written in its era."""
+        return max((other.marks_s for other in self._elsewhere), default=0.0)
 
     @property
     def era_is_urgent(self) -> bool:
@@ -358,6 +358,11 @@ class Eras:
     def over_limit(self) -> bool:
         """Whether the record names more than it should, so that copying is urgent."""
         return self._clearing.excess_extents > 0
+
+    @property
+    def is_shedding(self) -> bool:
+        """Whether it does, and waits for barriers to lose some."""
+        return self._clearing.is_shedding
 
     def is_clean(self, extent: int) -> bool:
         """Whether a recorded extent is known to be equal and durable on both sides."""

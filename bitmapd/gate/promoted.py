@@ -121,8 +121,8 @@ class PromotedPath:
         return self.path is not None and self.path.being_written
 
     @property
-    def marked_blocks(self) -> int:
-        return 0 if self.path is None else self.path.marked_blocks
+    def marks_s(self) -> float:
+        return 0.0 if self.path is None else self.path.marks_s
 
     @property
     def host_load(self) -> tuple[int, int]:

@@ -204,6 +204,11 @@ class Unsettled:
         """It counts as unsettled until `grow`; only the last one of a volume is ever kept."""
         self._kept = extent
 
+    @property
+    def extents(self) -> int:
+        """Of the volume."""
+        return self._geometry.extents
+
     def grow(self, geometry: Geometry, now_s: float, *, mine: bool) -> None:
         """The volume is larger from now on; with `mine` its new part is to be copied."""
         self._kept = -1

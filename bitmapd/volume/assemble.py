@@ -457,7 +457,8 @@ def limit_extents(config: VolumeConfig, geometry: Geometry, speed_bytes_per_s: f
         limit = effective_record_limit_bytes(config, geometry.size_bytes)
     else:
         limit = int(config.resync_target_s * (speed_bytes_per_s or FIRST_GUESS_BYTES_PER_S))
-    return max(MIN_LIMIT_EXTENTS, limit // geometry.extent_bytes)
+    whole = geometry.extents if limit >= geometry.size_bytes else 0  # the last one may be short
+    return max(MIN_LIMIT_EXTENTS, limit // geometry.extent_bytes, whole)
 
 
 # -- what the configuration says and is not so ------------------------------------------------
@@ -479,7 +480,7 @@ def _warn_of_other_sizes(
         "extent_size": (config.extent_size_bytes, geometry.extent_bytes),
         "block_size": (config.block_size_bytes, geometry.block_bytes),
     }
-    other = {key: made for key, (written, made) in sizes.items() if written != made}
+    other = {key: made for key, (written, made) in sizes.items() if written not in (None, made)}
     if other:
         made = ", ".join(f"{key} = {format_size(size)}" for key, size in other.items())
         tell_ignored(emit, list(other), f"the volume was created with {made}")

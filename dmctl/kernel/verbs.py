@@ -36,6 +36,8 @@ from dmctl.model.steps import Create
 from dmctl.model.targets import SECTOR_BYTES, Table, kind_and_parameters
 
 RECONNECT_TIMEOUT_S: Final = 20.0
+# Where an era device is found alive, and so no self-test was made: what a mark may cost.
+DEFAULT_MARK_S: Final = 0.0002
 # A discard may be that long above the era device, which cuts it: few requests for the gate, and a
 # barrier waits for no more than this.
 DISCARD_BYTES: Final = 32 << 20
@@ -158,7 +160,7 @@ class Helper:
     def build(self, request: Request) -> Answer:
         del request
         self._forget()
-        made, served = False, False
+        made, served, mark_s = False, False, DEFAULT_MARK_S
         if not self.owns():
             seen = observe(self._volume, self._mapper)
             served = seen.layer(self._volume, Layer.TOP) is not None
@@ -168,7 +170,7 @@ class Helper:
             steps = plan(seen, Wanted(self._volume, Goal.TRACKED))
             made = any(isinstance(step, Create) for step in steps)
             if made:
-                selftest(self._mapper, self._actor)
+                mark_s = selftest(self._mapper, self._actor)
         era = self._layer(seen if served else self._reach(Goal.TRACKED), Layer.ERA)
         self._have_counted(Layer.ERA, era)
         answer = {
@@ -176,6 +178,7 @@ class Helper:
             # A volume that grows gets a new era device under hosts that go on.
             "adopted": not made or seen.layer(self._volume, Layer.TOP) is not None,
             "current_era": self._barrier_of(era).status().current_era,
+            "mark_us": round(1e6 * mark_s),
         }
         return answer, b""
 

@@ -36,6 +36,7 @@ def main() -> None:
         limit_extents=EXTENTS,
         direct=True,
     )
+    mirror.path.mark_s = TAKES_S["in the kernel, first in its era"]
     rounds = mirror.copier.rounds
     rounds.era_interval_s, rounds.longest_era_s = ERA_S, LONGEST_ERA_S
     mirror.policy.kept = set(range(EXTENTS))

@@ -30,6 +30,7 @@ class NotedKernel:
     """A `KernelAttachment` without a kernel."""
 
     current_era = 7
+    mark_s = 0.001
 
     def __init__(self) -> None:
         self.calls: list[str] = []

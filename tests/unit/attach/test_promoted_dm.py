@@ -26,6 +26,7 @@ class NotedKernel:
     """A `KernelAttachment` without a kernel; what is told goes to `calls`."""
 
     current_era = 7
+    mark_s = 0.001
 
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls

@@ -154,7 +154,7 @@ def test_copying_does_not_yield_when_the_record_has_outgrown_its_limit() -> None
 
 
 def test_host_load_allows_what_hosts_write_and_a_share() -> None:
-    load = HostLoad()
+    load = HostLoad(BLOCK)
     assert not load.active(0.0, 0, 0)
     assert load.active(1.0, 1, 50 << 20)
     assert load.throttle.rate_bytes_per_s == YIELD_BYTES_PER_S + (50 << 20) * YIELD_SHARE
@@ -164,3 +164,15 @@ def test_host_load_allows_what_hosts_write_and_a_share() -> None:
     assert sampled == YIELD_BYTES_PER_S + (50 << 20) * YIELD_SHARE, "sampled seldom"
     assert load.active(1.2, 2, 50 << 20)
     assert load.throttle.rate_bytes_per_s == YIELD_BYTES_PER_S
+
+
+@pytest.mark.parametrize(
+    ("block_kib", "least_mib_per_s"), [(4, 32), (64, 32), (128, 64), (256, 128), (1024, 128)]
+)
+def test_copying_beside_hosts_takes_as_many_blocks_of_any_size(
+    block_kib: int, least_mib_per_s: int
+) -> None:
+    load = HostLoad(block_kib << 10)
+    assert load.throttle.rate_bytes_per_s == least_mib_per_s * MIB
+    load.active(1.0, 1, 0)
+    assert load.throttle.rate_bytes_per_s == least_mib_per_s * MIB

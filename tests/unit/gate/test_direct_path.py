@@ -54,6 +54,9 @@ class Helper:
         self.swapped = done
 
 
+MARK_S = 0.001
+
+
 class Bench:
     """A direct path on a helper, and what it said."""
 
@@ -61,7 +64,9 @@ class Bench:
         self.helper = Helper()
         self.routes = Routes()
         self.events: list[dict[str, Any]] = []
-        self.path = DirectPath(GEOMETRY, self.helper, self.routes, self.emit, since_era=7)
+        self.path = DirectPath(
+            GEOMETRY, self.helper, self.routes, self.emit, since_era=7, mark_s=MARK_S
+        )
         self.got: list[Sequence[Run] | None] = []
         self.ended = 0
         self.path.on_ended = self.count
@@ -229,7 +234,7 @@ def test_larger_devices_take_the_place_of_those_that_hosts_have(bench: Bench) ->
 
     new = Helper()
     larger = replace(GEOMETRY, size_bytes=GEOMETRY.size_bytes + EXTENT)
-    path.go_on(larger, new, since_era=3)
+    path.go_on(larger, new, since_era=3, mark_s=MARK_S)
     assert path.written, "nothing is known of them"
     assert path.wants_barrier
     bench.begin((0, 1), (4, 9))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bitmapd.copier.holding import SAVED_S
-from bitmapd.copier.rounds import MARKS_PER_S, URGENT_ERA_S
+from bitmapd.copier.rounds import MARKS_SHARE, URGENT_ERA_S
 from bitmapd.gate.elsewhere import Collected, Run
 from bitmapd.gate.routes import DIRECT, GATE, GROWTH_HITS, URGENT_HITS
 from tests.support.mirror import (
@@ -281,22 +281,62 @@ def test_what_growth_cannot_do_is_left_to_a_barrier(trouble: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("marked", "lasts_s"),
-    [(MARKS_PER_S, 1), (MARKS_PER_S + 1, 2), (2 * MARKS_PER_S + 1, 4), (1 << 20, 5)],
+    ("marks_s", "lasts_s"),
+    [
+        (MARKS_SHARE, 1),
+        (MARKS_SHARE + 0.001, 2),
+        (2 * MARKS_SHARE + 0.001, 4),
+        (4 * MARKS_SHARE + 0.001, 5),
+    ],
 )
-def test_an_era_is_longer_after_one_that_let_many_writes_wait(marked: int, lasts_s: float) -> None:
+def test_an_era_is_longer_after_one_that_let_many_writes_wait(
+    marks_s: float, lasts_s: float
+) -> None:
     other = Another()
     mirror = begun(elsewhere=(other,))
     mirror.copier.rounds.longest_era_s = 5.0
     other.wants_barrier = True
     mirror.run(1.0)
     assert other.done is not None
-    ended, other.done, other.marked_blocks = other.done, None, marked
+    ended, other.done, other.marks_s = other.done, None, marks_s
     ended([])
     mirror.run(lasts_s - 1)
     assert other.done is None
     mirror.run(2.0)
     assert other.done is not None
+
+
+def test_an_era_is_not_longer_while_the_record_waits_to_lose_something() -> None:
+    other = Another()
+    mirror = begun(elsewhere=(other,))
+    mirror.copier.rounds.longest_era_s = 5.0
+
+    def end_era() -> None:
+        assert other.done is not None
+        ended, other.done, other.marks_s = other.done, None, 1.0
+        ended([])
+
+    mirror.policy.kept = {0}
+    mirror.put(0)
+    other.wants_barrier = True
+    mirror.run(1.0)
+    end_era()
+    mirror.run(5.0)  # it is copied
+    end_era()
+    other.open = {0}
+    mirror.policy.unloved = [0]
+    mirror.gate.limit_extents = 0
+    assert mirror.gate.over_limit
+    mirror.run(2.0)
+    assert other.done is None, "nothing is on its way out"
+    mirror.gate.tick()
+    assert other.cooled == [0]
+    for _ in range(3):
+        mirror.run(1.0)
+        end_era()
+    mirror.gate.limit_extents = 1
+    mirror.run(4.0)
+    assert other.done is None, "the limit was raised"
 
 
 def test_the_table_has_what_is_durably_recorded() -> None:
@@ -558,6 +598,34 @@ def test_room_is_made_before_the_record_is_full() -> None:
     assert mirror.routes.is_cooling(0), "those that are gone count no more"
 
 
+def test_no_room_is_kept_for_what_cannot_be_missed() -> None:
+    mirror = direct(*range(32), extents=32)
+    mirror.policy.unloved = [5]
+    mirror.gate.limit_extents = 32
+    mirror.gate.tick()
+    assert not mirror.routes.is_cooling(5), "all of the volume is recorded, and may be"
+
+
+def test_room_is_kept_for_what_can_be_missed() -> None:
+    mirror = direct(*range(31), extents=64)
+    mirror.policy.unloved = [5, 6]
+    mirror.gate.limit_extents = 32
+    mirror.gate.tick()
+    assert [extent for extent in range(31) if mirror.routes.is_cooling(extent)] == [5]
+
+
+def test_what_the_limit_has_cooled_is_wanted_again_once_it_is_raised() -> None:
+    mirror = direct(0, 1)
+    mirror.policy.unloved = [0]
+    mirror.gate.limit_extents = 1
+    mirror.gate.tick()
+    barrier(mirror)
+    mirror.gate.limit_extents = 2
+    host_wrote(mirror, 0)
+    mirror.gate.tick()
+    assert not mirror.routes.is_cooling(0)
+
+
 def test_one_part_in_sixteen_is_kept_free() -> None:
     mirror = direct(*range(8))
     mirror.gate.limit_extents = 16
@@ -597,7 +665,7 @@ class Another:
         self.can_grow = False
         self.host_load = (0, 0)
         self.held_s = (0.0, 0.0)
-        self.marked_blocks = 0
+        self.marks_s = 0.0
         self.done: Collected | None = None
         self.grown: tuple[list[Run], Callable[[], None]] | None = None
 

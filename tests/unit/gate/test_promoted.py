@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from bitmapd.gate.elsewhere import Run
 from bitmapd.gate.promoted import PromotedPath
 from bitmapd.gate.routes import GROWTH_HITS
-from tests.unit.gate.test_direct_path import Bench
+from tests.unit.gate.test_direct_path import MARK_S, Bench
 
 
 def test_without_layers_nobody_writes_elsewhere() -> None:
@@ -24,7 +24,7 @@ def test_without_layers_nobody_writes_elsewhere() -> None:
     assert (path.is_open(1), path.closed(), path.missed(), path.end()) == (False, [], [], [])
     asked = [path.wants_barrier, path.is_urgent, path.written, path.being_written]
     assert asked == [False] * 4
-    assert path.marked_blocks == 0
+    assert path.marks_s == 0
     assert (path.can_grow, path.held_s) == (False, (0.0, 0.0))
     path.grow([(0, 5)], lambda: called.append("grown"))
     assert called.pop(0) == "left"
@@ -47,7 +47,7 @@ def test_with_layers_it_is_their_path() -> None:
     path.barrier([(0, 5)], bench.got.append)
     bench.land((2, 4))
     assert bench.got == [[(2, 4)]]
-    assert path.marked_blocks == 2
+    assert path.marks_s == 2 * MARK_S
     assert path.is_open(1)
     path.cool([1])
     path.gated_hit(1, 2)

@@ -23,6 +23,7 @@ from bitmapd.errors import (
 )
 from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB, MIB, Geometry
+from bitmapd.volume.assemble import limit_extents
 from bitmapd.volume.resize import Medium, larger_geometry
 from tests.support.local import LocalVolume
 from tests.support.loops import loop_device, sparse_file
@@ -215,6 +216,13 @@ def test_settings_change_while_it_runs(local: LocalVolume) -> None:
             assert served.named("settings-changed")
 
     run(test())
+
+
+def test_a_limit_of_the_whole_volume_names_its_short_last_extent(local: LocalVolume) -> None:
+    geometry = Geometry(100 * MIB + 4096, MIB, 64 << 10)
+    assert limit_extents(local.config, geometry, None) == geometry.extents == 101
+    config = changed(local.config, {"record_limit": "100MiB"})
+    assert limit_extents(config, geometry, None) == 100
 
 
 def test_the_limit_follows_the_speed_of_copying(local: LocalVolume) -> None:

@@ -143,6 +143,7 @@ def test_from_nothing_to_nothing(volumes: Volumes, tmp_path: Path) -> None:
         assert built["era_device"] == f"/dev/mapper/{ERA}"
         assert built["adopted"] is False
         assert built["current_era"] >= 1
+        assert built["mark_us"] > 0
         assert queue(f"/dev/mapper/{ERA}", "discard_max_bytes") <= BLOCK
         index = (await connect(wiring, server))["index"]
         assert queue(f"/dev/nbd{index}", "max_sectors_kb") == queue(
@@ -328,9 +329,10 @@ def test_the_selftest_holds_on_this_kernel_and_leaves_nothing() -> None:
     before, rams = mapped(), set(Path("/sys/block").glob("zram*"))
     mapper = DeviceMapper()
     try:
-        selftest(mapper, Dmsetup(mapper))
+        mark_s = selftest(mapper, Dmsetup(mapper))
     finally:
         mapper.close()
+    assert 0 < mark_s < 1
     assert mapped() == before
     assert set(Path("/sys/block").glob("zram*")) == rams
 
