@@ -8,7 +8,13 @@ from typing import Any, Final
 
 from bitmapd.config.kinds import is_loopback
 from bitmapd.config.problems import ConfigError, Problem, nearest
-from bitmapd.config.volume import KEEPER, VolumeConfig, is_keeper, keys
+from bitmapd.config.volume import (
+    KEEPER,
+    VolumeConfig,
+    effective_block_size_bytes,
+    is_keeper,
+    keys,
+)
 from bitmapd.errors import UsageError
 from bitmapd.net.uri import NbdUri, is_receiver, is_uri, parse_receiver_uri, parse_uri
 from bitmapd.record.geometry import Geometry
@@ -87,7 +93,9 @@ def layer(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _judge(config: VolumeConfig) -> Iterable[tuple[str, UsageError]]:
     """What is wrong with values that are right one by one: (key, error) pairs."""
     try:
-        Geometry(config.extent_size_bytes, config.extent_size_bytes, config.block_size_bytes)
+        Geometry(
+            config.extent_size_bytes, config.extent_size_bytes, effective_block_size_bytes(config)
+        )
     except UsageError as error:
         yield "extent_size, block_size", error
     if is_keeper(config):

@@ -11,11 +11,13 @@ from uuid import UUID
 
 from bitmapd.config import kinds
 from bitmapd.config.kinds import Kind
-from bitmapd.net.uri import is_receiver
+from bitmapd.net.uri import is_receiver, is_remote
 
 DEFAULT_RECORD_LIMIT_BYTES = 4 << 30  # docs/prediction.md, "The default limit"
 MIN_RECORD_LIMIT_EXTENTS = 64
 DEFAULT_CUT_PATIENCE_S = 0.05  # of a volume with a receiver
+BLOCK_BYTES = 64 << 10
+BLOCK_LOCAL_DM_BYTES = 256 << 10  # docs/decisions/0004, "Where the time of a broad load goes"
 ERA_INTERVAL_NBD_S = 1.0
 ERA_INTERVAL_DM_S = 5.0
 LONGEST_ERA_DM_S = 20.0
@@ -97,13 +99,14 @@ class VolumeConfig:
         ),
     ]
     block_size_bytes: Annotated[
-        int,
+        int | None,
         Key(
             "block_size",
-            kinds.SIZE,
+            kinds.or_word("auto", kinds.SIZE),
             "Unit of dirty tracking and copying, a power of two that divides the extent; fixed"
-            " when the volume is created.",
-            "64KiB",
+            " when the volume is created. auto: 64KiB; with device-mapper and a secondary on a"
+            " disk of this machine 256KiB, since each block costs hosts more there than its copy.",
+            "auto",
             shared=True,
         ),
     ]
@@ -139,7 +142,8 @@ class VolumeConfig:
             kinds.or_word("auto", kinds.INTERVAL),
             "How often written blocks are handed to the copier, 100ms to 10min. auto: 1s over nbd,"
             " 5s with device-mapper, where the end of an era makes writes wait for a moment; up to"
-            " 20s there while many different blocks are written, for each waits once in an era.",
+            " 20s there while many different blocks are written, for each waits once in an era, and"
+            " the record is within its limit.",
             "auto",
             shared=True,
             live=True,
@@ -619,6 +623,16 @@ def device_of(config: VolumeConfig) -> str:
     if is_keeper(config):
         return ""
     return f"/dev/mapper/{config.name}" if config.attach == "dm" else config.listen
+
+
+def effective_block_size_bytes(config: VolumeConfig) -> int:
+    """The block that `block_size` stands for when a volume is created (see its manual)."""
+    if config.block_size_bytes is not None:
+        return config.block_size_bytes
+    # The nodes of a pair have the same block, whatever each of them is attached by.
+    alone = config.partner is None and not is_keeper(config)
+    is_local = alone and config.attach == "dm" and not is_remote(config.secondary)
+    return min(BLOCK_LOCAL_DM_BYTES if is_local else BLOCK_BYTES, config.extent_size_bytes)
 
 
 def effective_era_intervals_s(config: VolumeConfig) -> tuple[float, float]:

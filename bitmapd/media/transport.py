@@ -63,6 +63,18 @@ def is_remote(fd: int) -> bool:
         return True
 
 
+def is_remote_path(path: str) -> bool:
+    """The same of a device or file by its name; not of one that is not there."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return is_remote(fd)
+    finally:
+        os.close(fd)
+
+
 def _is_remote_file(fd: int, depth: int) -> bool:
     if file_system(fd) in _REMOTE_FILE_SYSTEMS:
         return True

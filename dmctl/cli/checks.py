@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from bitmapd.config import ReceiverConfig, VolumeConfig, load_any, volume_names
+from bitmapd.config import (
+    ReceiverConfig,
+    VolumeConfig,
+    effective_block_size_bytes,
+    load_any,
+    volume_names,
+)
 from bitmapd.errors import (
     BitmapdError,
     BusyError,
@@ -237,9 +243,10 @@ def _check_geometry(found: Findings, config: VolumeConfig, primary: Identity) ->
             )
         )
     with found.collect():
-        if config.block_size_bytes < sector:
+        block_bytes = effective_block_size_bytes(config)
+        if block_bytes < sector:
             raise UsageError(f"--block-size is smaller than the primary's blocks of {sector} bytes")
-        geometry = Geometry(size_bytes, config.extent_size_bytes, config.block_size_bytes)
+        geometry = Geometry(size_bytes, config.extent_size_bytes, block_bytes)
         make_policy(config.predictor, geometry)
         return geometry
     return None
@@ -324,7 +331,7 @@ def _check_size(
                 f" {need}"
             )
         )
-    if config.block_size_bytes < block_bytes:
+    if effective_block_size_bytes(config) < block_bytes:
         found.errors.append(
             UsageError(
                 f"--block-size is smaller than the secondary's blocks of {block_bytes} bytes"

@@ -29,14 +29,16 @@ from bitmapd.config import (
     check_name,
     create_volume,
     device_of,
+    effective_block_size_bytes,
     effective_record_limit_bytes,
     has_receiver,
     is_keeper,
     load_defaults,
     render,
 )
-from bitmapd.config.volume import KEEPER
+from bitmapd.config.volume import BLOCK_BYTES, KEEPER
 from bitmapd.errors import BitmapdError, ExistsError, UsageError, explain
+from bitmapd.media.transport import is_remote_path
 from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, Superblock, record_size_bytes
 from bitmapd.record.points_state import PointsState
@@ -81,7 +83,7 @@ def create(context: Context, args: Namespace) -> int:
     if problems:
         found.errors.append(ConfigError(problems))
     if config is not None:
-        config = found.attempt(partial(_with_attach, config, table))
+        config = found.attempt(partial(_decided, config, table))
     with found.collect():
         check_points(table, config)
     with found.collect():
@@ -162,8 +164,17 @@ def _configure(
     return config, problems + options
 
 
+def _decided(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
+    """What is `auto` and stays as it is when the volume is created, whatever the machine has later:
+    how it is attached, and its block."""
+    config = _with_attach(config, table)
+    block_bytes = effective_block_size_bytes(config)
+    if config.block_size_bytes is None and is_remote_path(config.secondary):
+        block_bytes = min(block_bytes, BLOCK_BYTES)
+    return dataclasses.replace(config, block_size_bytes=block_bytes)
+
+
 def _with_attach(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
-    """`auto` decided, so that the volume is attached in the same way whatever the machine has."""
     if config.attach == "auto" and "listen" in table:  # an export was asked for
         return dataclasses.replace(config, attach="nbd")
     config = resolved(config)

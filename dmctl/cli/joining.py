@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bitmapd.config import VolumeConfig, changed, keys, load_volume
+from bitmapd.config import (
+    VolumeConfig,
+    changed,
+    effective_block_size_bytes,
+    keys,
+    load_volume,
+)
 from bitmapd.config.tables import OF_A_PAIR
+from bitmapd.config.volume import BLOCK_BYTES
 from bitmapd.errors import UsageError, WrongStateError
 from bitmapd.media.identity import identify
+from bitmapd.units import format_size
 from bitmapd.volume.conversion import become_first
 from dmctl.cli.context import Context
 from dmctl.cli.processes import start_lock
@@ -34,10 +42,17 @@ def become_pair(context: Context, name: str, changes: Mapping[str, Any]) -> list
 
     with start_lock(context.paths, name):
         become_first(config, paired, changes, context.paths, emit)
-    notes = _unstable(paired)
+    notes = [*_block(paired), *_unstable(paired)]
     for note in notes:
         context.output.say(f"note: {note}")
     return notes
+
+
+def _block(config: VolumeConfig) -> list[str]:
+    size_bytes = effective_block_size_bytes(config)
+    if size_bytes == BLOCK_BYTES:
+        return []
+    return [f"create node 2 with --block-size {format_size(size_bytes)}: both have the same block"]
 
 
 def _pair_keys() -> list[str]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from bitmapd.config import VolumeConfig, is_keeper
+from bitmapd.config import VolumeConfig, effective_block_size_bytes, is_keeper
 from bitmapd.errors import UsageError
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock
@@ -69,7 +69,7 @@ def check_keeper(
         return None
     with found.collect():
         geometry = Geometry(
-            parse_size(args.size), config.extent_size_bytes, config.block_size_bytes
+            parse_size(args.size), config.extent_size_bytes, effective_block_size_bytes(config)
         )
         if record is not None and not record.read_only:
             check_record(context, found, config, record, geometry)

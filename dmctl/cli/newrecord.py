@@ -13,7 +13,13 @@ import time
 from argparse import Namespace
 from uuid import uuid4
 
-from bitmapd.config import VolumeConfig, change_volume, is_keeper, load_volume
+from bitmapd.config import (
+    VolumeConfig,
+    change_volume,
+    effective_block_size_bytes,
+    is_keeper,
+    load_volume,
+)
 from bitmapd.errors import BitmapdError, UsageError, WrongStateError
 from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
@@ -96,4 +102,4 @@ def _geometry(old: VolumeConfig, size_bytes: int) -> Geometry:
         found = None
     if found is not None and found.volume_uuid == old.uuid:
         return found.geometry
-    return Geometry(size_bytes, old.extent_size_bytes, old.block_size_bytes)
+    return Geometry(size_bytes, old.extent_size_bytes, effective_block_size_bytes(old))

@@ -52,7 +52,7 @@ def add_volumes(commands: Commands) -> None:
          " for one of two appliances, of which dm needs --serve on-promote, and with a receiver"),
         ("--listen", "URI", "where to export (default nbd+unix:///NAME?socket=RUN_DIR/NAME.nbd)"),
         ("--extent-size", "SIZE", "unit of the record (default 1MiB)"),
-        ("--block-size", "SIZE", "unit of copying (default 64KiB)"),
+        ("--block-size", "SIZE", "unit of copying (default 64KiB; dm, secondary here: 256KiB)"),
         ("--record-limit", "SIZE", "how much a crash may make us copy (default: 4GiB, or all"
          " of a smaller volume; never less than 64 extents)"),
         ("--resync-target", "DURATION", "how long copying after a crash may take, instead of"

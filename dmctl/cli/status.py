@@ -11,6 +11,7 @@ from bitmapd.config import (
     ReceiverConfig,
     VolumeConfig,
     device_of,
+    effective_block_size_bytes,
     effective_record_limit_bytes,
     load_any,
 )
@@ -136,7 +137,7 @@ def _unknown(config: VolumeConfig, state: str, error: dict[str, str] | None) -> 
         "secondary": config.secondary,
         "record": config.record,
         "extent_size_bytes": config.extent_size_bytes,
-        "block_size_bytes": config.block_size_bytes,
+        "block_size_bytes": effective_block_size_bytes(config),
         **dict.fromkeys(numbers),
         "last_error": error,
     }

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitmapd.config import VolumeConfig, has_receiver
+from bitmapd.config import VolumeConfig, effective_block_size_bytes, has_receiver
 from bitmapd.errors import UsageError
 from bitmapd.net.tls import node_context
 from bitmapd.net.uri import parse_receiver_uri
@@ -38,7 +38,7 @@ def check_points(table: Mapping[str, Any], config: VolumeConfig | None) -> None:
                 hint="give --secondary receiver+tls://HOST/NAME, too",
             )
         return
-    if config.block_size_bytes > MAX_BLOCK_BYTES:
+    if effective_block_size_bytes(config) > MAX_BLOCK_BYTES:
         raise UsageError(
             f"--block-size is larger than {format_size(MAX_BLOCK_BYTES)}, the largest block that"
             " goes to a receiver"

@@ -573,7 +573,7 @@ def of_the_record(node: Volume) -> dict[str, Any]:
 def test_a_single_volume_becomes_node_1_and_goes_on(short_path: Path) -> None:
     with Pair(short_path) as pair:
         one, link = pair[1], pair[1].options
-        one.options = []
+        one.options = block = ["--block-size", "256KiB"]
         one.dmctl(*one.create_command())
         one.start()
         one.dmctl("pause", "vol0")
@@ -585,12 +585,13 @@ def test_a_single_volume_becomes_node_1_and_goes_on(short_path: Path) -> None:
         assert "node 1" in one.refused("set", "vol0", "node=2", *words[1:])["message"]
         assert "partner_listen" in one.refused("set", "vol0", *words[:2])["message"]
         assert of_the_record(one) == before
-        one.dmctl("set", "vol0", *words)
+        done = one.dmctl_process("set", "vol0", *words)
+        assert " ".join(block) in done.stdout + done.stderr, "what node 2 has to be created with"
         after = of_the_record(one)
         assert after["pair"]["never_paired"]
         assert after["generations"] == before["generations"]
         assert "already" in one.refused("set", "vol0", *words)["message"]
-        pair[2].dmctl(*pair[2].create_command())
+        pair[2].dmctl(*pair[2].create_command(), *block)
         pair.start()
         assert pair[2].read(3 * MIB, MIB) == noise(1, MIB)
         one.dmctl("resume", "vol0")

@@ -137,7 +137,7 @@ class Machine:
             f"mkfs.ext4 -q /dev/lab/etc; mkdir {ETC}; mount /dev/lab/etc {ETC};"
             f" .venv/bin/dmctl --config-dir {ETC} create {NAME} --primary /dev/lab/primary"
             f" --secondary /dev/lab/secondary --record /dev/lab/record {options}"
-            f" --era-interval 300ms; sync"
+            f" --block-size 64KiB --era-interval 300ms; sync"
         )
 
     def start(self, number: int, *, flushing: bool, log: Log) -> Job:

@@ -28,6 +28,7 @@ from bitmapd.config import (
     check_name,
     create_volume,
     device_of,
+    effective_block_size_bytes,
     effective_cut_patience_s,
     effective_era_intervals_s,
     effective_fence_delay_s,
@@ -95,7 +96,7 @@ def test_builtin_defaults(write: Write) -> None:
         attach="auto",
         listen="nbd+unix:///vol0?socket=/run/dmctl/vol0.nbd",
         extent_size_bytes=1 << 20,
-        block_size_bytes=64 << 10,
+        block_size_bytes=None,
         record_limit_bytes=None,
         resync_target_s=None,
         era_interval_s=None,
@@ -801,3 +802,28 @@ def test_how_long_eras_are(
 ) -> None:
     config = load_volume(write(vol0=toml_of(**more)), "vol0")
     assert effective_era_intervals_s(config) == intervals_s
+
+
+@pytest.mark.parametrize(
+    ("more", "block_kib"),
+    [
+        ({}, 64),
+        ({"attach": "nbd"}, 64),
+        ({"attach": "dm"}, 256),
+        ({"attach": "dm", "block_size": "32KiB"}, 32),
+        ({"attach": "dm", "block_size": "auto", "extent_size": "128KiB"}, 128),
+        ({"extent_size": "16KiB"}, 16),
+        ({"attach": "dm", "secondary": "nbd://far/vol0"}, 64),
+        ({**RECEIVER, "attach": "dm"}, 64),
+        ({**KEEPER}, 64),
+    ],
+)
+def test_how_large_blocks_are(write: Write, more: dict[str, Any], block_kib: int) -> None:
+    config = load_volume(write(vol0=toml_of(**more)), "vol0")
+    assert effective_block_size_bytes(config) == block_kib << 10
+
+
+def test_the_nodes_of_a_pair_have_the_same_block_whatever_each_is_attached_by(write: Write) -> None:
+    config = load_volume(write(vol0=toml_of(attach="dm")), "vol0")
+    one_of_two = dataclasses.replace(config, partner="partner+tls://other")
+    assert effective_block_size_bytes(one_of_two) == 64 << 10

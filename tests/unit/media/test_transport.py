@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bitmapd.media import transport
-from bitmapd.media.transport import is_remote, is_remote_disk
+from bitmapd.media.transport import is_remote, is_remote_disk, is_remote_path
 
 VIRTUAL = "/sys/devices/virtual/block"
 PCI = "/sys/devices/pci0000:00/0000:00:1f.2"
@@ -142,3 +142,11 @@ def test_what_cannot_be_told_counts_as_remote(
     finally:
         os.close(fd)
     assert is_remote(fd), "a descriptor that is none"
+
+
+def test_what_is_not_there_is_not_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    assert not is_remote_path(str(path))
+    path.touch()
+    monkeypatch.setattr(transport, "is_remote", lambda fd: True)
+    assert is_remote_path(str(path))

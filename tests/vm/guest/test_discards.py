@@ -243,12 +243,13 @@ def fill(volume: DmVolume, *first_mib: int) -> None:
 @pytest.mark.long
 def test_long_discards_are_few_requests_for_the_gate_whatever_the_table() -> None:
     with dm_volume("trims", size_bytes=128 * MIB, discards=True) as volume:
+        block_bytes = volume.status()["block_size_bytes"]
         for at in (32 * MIB, 96 * MIB):
-            assert limits(volume) == [DISCARD_BYTES, DISCARD_BYTES, BLOCK]
+            assert limits(volume) == [DISCARD_BYTES, DISCARD_BYTES, block_bytes]
             before = volume.status()
             ask(volume.device, BLKDISCARD, at, 32 * MIB)
             after = volume.status()
-            # One for each stretch of the gate; in pieces of a block they would be 512.
+            # One for each stretch of the gate; in pieces of a block they would be 128.
             assert 0 < after["gate_writes_total"] - before["gate_writes_total"] <= 4
             fill(volume, *range(8))
             volume.until(partial(has_changed, "table_loads_total", after))

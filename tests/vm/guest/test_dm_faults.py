@@ -28,7 +28,10 @@ from tests.vm.guest.test_volume import VERIFY
 FAR = 40 * MIB
 SOON_S = 120.0  # the machine that emulates this one may be busy
 # A table that changes all the time: small extents, few of them in the record, short eras.
-RESTLESS = ("--extent-size", "128KiB", "--record-limit", "8MiB", "--era-interval", "100ms")
+RESTLESS = (
+    *("--extent-size", "128KiB", "--block-size", "64KiB"),
+    *("--record-limit", "8MiB", "--era-interval", "100ms"),
+)
 # Of volumes as small as these it would soon have everything in the record, and nothing would miss.
 NO_PREDICTIONS = ("--predictor", "lru")
 

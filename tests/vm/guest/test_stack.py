@@ -404,7 +404,8 @@ def test_the_plan_of_a_volume_that_does_not_run() -> None:
         commands = json.loads(shown(made, as_json=True))["commands"]
         assert "\n".join(commands) in before
         uuid = json.loads(shown(made, as_json=True))["uuid"].replace("-", "")
-        volume = Volume("plan-me", uuid, made.primary.path, made.size_bytes, 512, BLOCK)
+        block_bytes = made.status()["block_size_bytes"]
+        volume = Volume("plan-me", uuid, made.primary.path, made.size_bytes, 512, block_bytes)
         mapper = DeviceMapper()
         try:
             actor = Dmsetup(mapper)
