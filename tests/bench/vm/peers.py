@@ -13,7 +13,7 @@ SECTOR_BYTES = 512
 _DRBD = "/lib/drbd/drbdsetup-84"
 _PORTS = (7788, 7789)
 _LOG_BYTES = 8 * MIB
-ERA_BLOCK_BYTES = 64 << 10
+ERA_BLOCK_BYTES = 256 << 10  # what a volume has
 MIRROR_REGION_BYTES = 2 * MIB  # what lvm makes
 
 

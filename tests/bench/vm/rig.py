@@ -37,6 +37,7 @@ SPREAD = (LINEAR, HITS, SEGMENTS)
 MIXED = (LINEAR, HITS, MIX, *PEERS)
 BLOCKS_KIB = (64, 256, 1024)
 BLOCKS = tuple(f"stack, all direct, blocks of {kib} KiB" for kib in BLOCKS_KIB)
+PLAIN = BLOCKS[0]  # as large as those of a volume with a receiver
 
 # The emulated processor is about ten times slower than the bare one, so beside it this is what a
 # quick NVMe drive is beside the bare one.
