@@ -88,7 +88,9 @@ def test_new_places_are_written_in_the_kernel_while_the_era_goes_on(volume: DmVo
     volume.dmctl("set", volume.name, "era-interval=10min")
     before = volume.status()
     words = ["fio", "--name=job", f"--filename={volume.device}", "--direct=1", "--rw=randwrite"]
-    words += ["--ioengine=libaio", "--bs=4k", "--iodepth=8", "--size=8m", "--loops=4", *VERIFY]
+    words += ["--ioengine=libaio", "--bs=4k", "--iodepth=8", "--loops=4", *VERIFY]
+    words += ["--offset=48m", "--size=8m"]  # where nothing was written, and nothing is recorded
+    assert before["record_extents"] <= 32
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as job:
         after = volume.until(
             lambda status: (
