@@ -23,8 +23,8 @@ class HostLoad:
     """How busy hosts are, from the gate's counters (pure)."""
 
     def __init__(self, block_bytes: int) -> None:
-        piece_bytes = max(YIELD_BLOCK_BYTES, min(block_bytes, YIELD_PIECE_BYTES))
-        self._least_bytes_per_s = YIELD_BYTES_PER_S * piece_bytes // YIELD_BLOCK_BYTES
+        counted_bytes = max(YIELD_BLOCK_BYTES, min(block_bytes, YIELD_PIECE_BYTES))
+        self._least_bytes_per_s = YIELD_BYTES_PER_S * counted_bytes // YIELD_BLOCK_BYTES
         self._requests = 0
         self._active_s = float("-inf")
         self._sample_s = float("-inf")

@@ -12,7 +12,7 @@ Invariants:
 2. An extent that is open elsewhere (`gate/elsewhere`) is not clean.  It is *cooled*: left to the
    gate at a barrier and, when it is closed and clean, dropped by the next tick, unless the policy
    wants it after all, clean or not.  What was cooled because the record is too large goes all the
-   same.
+   same, unless its limit was raised meanwhile.
 3. Room for what misses bring is made after them, in the same turn of the loop and by the policy's
    order; what is over the limit for other reasons goes with the tick.
 

@@ -16,10 +16,12 @@ path below /sys/devices:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 SYSFS = Path("/sys")
@@ -66,11 +68,18 @@ def is_remote(fd: int) -> bool:
 def is_remote_path(path: str) -> bool:
     """The same of a device or file by its name; not of one that is not there."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with _opened(path) as fd:
+            return is_remote(fd)
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """To ask what it is; a pipe that nobody writes holds nobody up."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return is_remote(fd)
+        yield fd
     finally:
         os.close(fd)
 
@@ -107,11 +116,8 @@ def _is_remote_folder(folder: Path, depth: int) -> bool:
         return any(_is_remote_folder(disk.resolve(strict=True), depth - 1) for disk in below)
     backing = folder / "loop/backing_file"
     if backing.exists():
-        fd = os.open(backing.read_text().rstrip("\n"), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
+        with _opened(backing.read_text().rstrip("\n")) as fd:
             return _is_remote_file(fd, depth - 1)
-        finally:
-            os.close(fd)
     return is_remote_disk(folder.name, str(folder), _transports(folder))
 
 

@@ -169,8 +169,9 @@ def _decided(config: VolumeConfig, table: dict[str, Any]) -> VolumeConfig:
     how it is attached, and its block."""
     config = _with_attach(config, table)
     block_bytes = effective_block_size_bytes(config)
-    if config.block_size_bytes is None and is_remote_path(config.secondary):
-        block_bytes = min(block_bytes, BLOCK_BYTES)
+    is_auto = config.block_size_bytes is None
+    if is_auto and block_bytes > BLOCK_BYTES and is_remote_path(config.secondary):
+        block_bytes = BLOCK_BYTES
     return dataclasses.replace(config, block_size_bytes=block_bytes)
 
 

@@ -231,9 +231,9 @@ LAYERS_NOTE = (
     " writes pass dm-delay, dm-linear and dm-era, reads dm-delay alone."
 )
 POINTS_NOTE = (
-    "In the column `of dm-linear` is what it is of the same volume with a plain secondary, which"
-    " has a barrier every 5 s and copies meanwhile. Each turn lasts as long as the interval, with"
-    " one cut in its middle."
+    "In the column `of dm-linear` is what it is of a volume with a plain secondary and blocks of"
+    " the same size, which has a barrier every 5 to 20 s and copies meanwhile. Each turn lasts as"
+    " long as the interval, with one cut in its middle."
 )
 MIX_NOTE = (
     "The mix is 9 of 10 writes to a tenth of the volume, the others anywhere; the volume has the"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from bitmapd.config import load_volume
 from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, RecordFlag
+from dmctl.cli import create
 from tests.support.cli import MIB, Cli, Outcome, new_cli
 
 
@@ -372,3 +374,21 @@ def test_a_mounted_secondary_is_busy_even_with_force(media: Cli) -> None:
             subprocess.run(["umount", where], check=True)
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_remote", "block_kib"),
+    [(None, False, 256), (None, True, 64), (128 << 10, True, 128)],
+)
+def test_a_disk_behind_a_network_gets_small_blocks(
+    media: Cli,
+    monkeypatch: pytest.MonkeyPatch,
+    given: int | None,
+    is_remote: bool,
+    block_kib: int,
+) -> None:
+    assert media.call(*words(media)).status == 0
+    config = replace(load_volume(media.paths, "vol0"), block_size_bytes=given)
+    monkeypatch.setattr(create, "is_remote_path", lambda path: is_remote)
+    monkeypatch.setattr(create, "resolved", lambda config: replace(config, attach="dm"))
+    assert create._decided(config, {}).block_size_bytes == block_kib << 10

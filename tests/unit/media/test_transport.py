@@ -150,3 +150,9 @@ def test_what_is_not_there_is_not_remote(tmp_path: Path, monkeypatch: pytest.Mon
     path.touch()
     monkeypatch.setattr(transport, "is_remote", lambda fd: True)
     assert is_remote_path(str(path))
+
+
+def test_a_pipe_holds_nobody_up(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    assert not is_remote_path(str(path))
