@@ -154,7 +154,7 @@ class CutGate(Gate):
         if self.direct is not None and not self.direct.is_still:
             raise RuntimeError("hosts write past the gate")
         self._cutting = True
-        self._before_write = self._in_cut
+        self._set_before_write()
         self.changes.cut()
         self._take_era((), ready)
 
@@ -213,20 +213,19 @@ class CutGate(Gate):
         """All of it was read."""
         self._cutting = False
         self._stop_timer()
-        self._write_plainly()
+        self._set_before_write()
 
     def withhold_answers(self) -> None:
         """Of what is submitted from now on; before `begin_cut`."""
         self.answers.begin()
-        self._before_write = self._in_cut
+        self._set_before_write()
 
     def release_answers(self) -> None:
         self.answers.release()
-        self._write_plainly()
+        self._set_before_write()
 
-    def _write_plainly(self) -> None:
-        if not self._cutting and not self.answers.is_on:
-            self._before_write = None
+    def _set_before_write(self) -> None:
+        self._before_write = self._in_cut if self._cutting or self.answers.is_on else None
 
     def give_up_cut(self, reason: Void) -> None:
         """Nothing if no cut is open.  The reader is told first, then those who wait go on."""

@@ -128,11 +128,13 @@ class Guest:
         console: Path | None = None,
         kernel_arguments: Sequence[str] = (),
         silence_s: float = SILENCE_S,
+        with_network: bool = False,
     ) -> None:
+        """`with_network`: a card that leads to this machine, for whoever sets it up."""
         self.disks = list(disks)
         self.boots = 0
         self.boot_s = 0.0
-        self._hardware = Hardware(memory_mib, cpus, kernel_arguments, share)
+        self._hardware = Hardware(memory_mib, cpus, kernel_arguments, share, with_network)
         self._keep_console = console
         self._silence_s = silence_s
         self._kernel: Kernel | None = None

@@ -44,6 +44,7 @@ class Hardware:
     cpus: int
     kernel_arguments: Sequence[str]
     share: Path | None
+    with_network: bool = False
 
 
 def prepare(
@@ -77,6 +78,8 @@ def prepare(
     ]
     if hardware.share is not None:
         command += ["-virtfs", _virtfs("share", hardware.share, "multidevs=remap")]
+    if hardware.with_network:
+        command += ["-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="]
     files = {"scratch": _make_scratch(folder / "scratch"), "python": pythonfs.image()}
     backends = [(disk.name, disk.sector_bytes, disk.backend()) for disk in disks]
     backends += [(name, 512, _throwaway(path)) for name, path in files.items()]

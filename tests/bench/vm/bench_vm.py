@@ -11,13 +11,16 @@ import argparse
 import json
 import signal
 import sys
-import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.bench import machine
-from tests.bench.vm import report
+from tests.bench.vm import far, report
+from tests.bench.vm.rig import SIZE_BYTES
 from tests.vm.lab import Guest, GuestDied, VmUnavailable, accelerator, pass_on
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -28,13 +31,18 @@ _SAID = ("processor", "cores", "memory", "kernel")
 
 def measure(scale: str, only: list[str], console: Path) -> dict[str, Any]:
     """What the guest has found out."""
-    with tempfile.TemporaryDirectory(prefix="bvm") as name:
-        folder = Path(name)
-        with Guest(memory_mib=MEMORY_MIB, share=folder, console=console) as guest:
+    with ExitStack() as stack:
+        # The other site has its disks in memory, too.
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="bvm", dir="/dev/shm")))
+        site = stack.enter_context(far.site(folder, far.HOST_ADDRESS, SIZE_BYTES))
+        where, out = folder / "site.json", folder / "results.json"
+        where.write_text(json.dumps(asdict(site)))
+        with Guest(
+            memory_mib=MEMORY_MIB, share=folder, console=console, with_network=True
+        ) as guest:
             print(f"bench: guest up after {guest.boot_s:.0f} s", flush=True)
-            out = folder / "results.json"
             command = [sys.executable, "-m", "tests.bench.vm.inside"]
-            command += ["--scale", scale, "--out", str(out)]
+            command += ["--scale", scale, "--site", str(where), "--out", str(out)]
             command += [f"--only={part}" for part in only]
             guest.start(command, cwd=ROOT, sink=pass_on).wait(TIMEOUT_S)
             results: dict[str, Any] = json.loads(out.read_text())

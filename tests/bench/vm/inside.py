@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tests.bench.vm import loads, rig
+from tests.bench.vm import far, loads, rig
+from tests.bench.vm.far import Site
 from tests.bench.vm.loads import Load
 from tests.bench.vm.media import MIB, CommandFailed, sh
 from tests.bench.vm.rig import Rig
@@ -317,14 +318,15 @@ def _said(deltas: list[Delta]) -> Results:
     return {"volume": {**asdict(delta), **shares}}
 
 
-def measure(scale: Scale, only: Sequence[str] = ()) -> Results:
-    """All parts but `ASKED_FOR`, or only some, and the contenders that these need."""
+def measure(scale: Scale, site: Site, only: Sequence[str] = ()) -> Results:
+    """All parts but `ASKED_FOR`, or only some, and the contenders that these need; points go to
+    that site."""
     chosen = [part for part in PARTS if (part in only if only else part not in ASKED_FOR)]
     wanted = {name for part in chosen for name in PARTS[part][0]}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bvm")))
         began_s = time.monotonic()
-        made = stack.enter_context(rig.rig(folder, wanted))
+        made = stack.enter_context(rig.rig(folder, wanted, site))
         print("bench: contenders: " + ", ".join(made.devices), flush=True)
         untouched = {rig.SEGMENTS, rig.FRESH, rig.MISSES, rig.CLASSES}
         whole = set(rig.MIXED)  # the mix is written everywhere
@@ -373,9 +375,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="the guest's part of make bench-vm")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--site", type=Path, required=True, help="JSON file that says where it is")
     parser.add_argument("--only", action="append", choices=PARTS, default=[])
     options = parser.parse_args()
-    options.out.write_text(json.dumps(measure(SCALES[options.scale], options.only), indent=1))
+    far.join_network()
+    site = Site(**json.loads(options.site.read_text()))
+    results = measure(SCALES[options.scale], site, options.only)
+    options.out.write_text(json.dumps(results, indent=1))
     return 0
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.bench.vm import peers
+from tests.bench.vm.far import Site
 from tests.bench.vm.loads import KIB, MIB, PLACE_BYTES, PLACES
 from tests.bench.vm.media import CommandFailed, Media, sh
 from tests.bench.vm.stack import PointStack, Shape, Stack
@@ -76,9 +77,9 @@ class Rig:
 
 
 @contextmanager
-def rig(folder: Path, wanted: Collection[str]) -> Iterator[Rig]:
+def rig(folder: Path, wanted: Collection[str], site: Site) -> Iterator[Rig]:
     """Those of the contenders that are wanted.  The volumes' configuration and sockets are in the
-    folder, whose path must be short."""
+    folder, whose path must be short; `site` is where points go."""
     made = Rig(versions=_versions())
     with ExitStack() as stack:
         media = stack.enter_context(Media())
@@ -110,8 +111,12 @@ def rig(folder: Path, wanted: Collection[str]) -> Iterator[Rig]:
                 print(f"bench: NOT MEASURED: {name}: {error}", flush=True)
         # Without these there is nothing to compare: what goes wrong here ends the run.
         for name in filter(wanted.__contains__, SHAPES):
-            make = PointStack if SHAPES[name].points else Stack
-            volume = stack.enter_context(make(media, folder, SHAPES[name]))
+            shape = SHAPES[name]
+            volume: Stack = stack.enter_context(
+                PointStack(media, folder, shape, site)
+                if shape.points
+                else Stack(media, folder, shape)
+            )
             made.stacks[name], made.devices[name] = volume, volume.device
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda volume: volume.start(), made.stacks.values()))

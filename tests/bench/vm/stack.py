@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.vm.media import MIB, CommandFailed, Media
+from tests.bench.cost import processor_s
+from tests.bench.vm.command import dmctl
+from tests.bench.vm.far import Site
+from tests.bench.vm.media import MIB, Media
 from tests.support.volumes import Control
 
 WAIT_S = 60.0
 POLL_S = 0.1
 RECORD_BYTES = 8 * MIB
-JOURNAL_BYTES = 256 * MIB
 PAGE_BYTES = 4096
 # The record of an idle volume shrinks to nothing; it counts as idle after 30 s, and a turn of
 # another contender may last for half of that.
@@ -53,6 +53,7 @@ class Delta:
     barriers: int
     table_loads: int
     suspended_s: float
+    processor_s: float  # that bitmapd has had
 
     @property
     def hit_share(self) -> float | None:
@@ -70,14 +71,16 @@ class Stack(AbstractContextManager["Stack"]):
         self.shape = shape
         self.name = f"bvm-{shape.name}"
         self.device = f"/dev/mapper/{self.name}"
-        self.primary, self.secondary = (
-            media.make(f"{shape.name}-{end}", shape.size_bytes, shape.latency_us) for end in "ps"
-        )
+        self.primary = media.make(f"{shape.name}-p", shape.size_bytes, shape.latency_us)
+        self.secondary = self._make_secondary(media)
         self._record = media.make(f"{shape.name}-r", RECORD_BYTES)
         self._folder = folder
         self._fd = -1
         self._written_at = 0.0
         self._direct: list[int] = []
+
+    def _make_secondary(self, media: Media) -> str:
+        return media.make(f"{self.shape.name}-s", self.shape.size_bytes, self.shape.latency_us)
 
     def start(self) -> None:
         devices = ("--primary", self.primary, "--secondary", self.secondary)
@@ -105,23 +108,7 @@ class Stack(AbstractContextManager["Stack"]):
         return _same(self.primary, self.secondary, self.shape.size_bytes)
 
     def _dmctl(self, *words: str, check: bool = True) -> None:
-        (self._folder / "run").mkdir(exist_ok=True)
-        places = {
-            "DMCTL_CONFIG_DIR": str(self._folder / "etc"),
-            "DMCTL_RUN_DIR": str(self._folder / "run"),
-        }
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "dmctl", *words],
-            env={**os.environ, **places, "NO_COLOR": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S * 2,
-            check=False,
-        )
-        if check and done.returncode:
-            said = f"{done.stdout}{done.stderr}".strip()
-            raise CommandFailed(f"dmctl {' '.join(words)}: exit status {done.returncode}: {said}")
+        dmctl(self._folder, *words, check=check)
 
     # -- asking -------------------------------------------------------------------------------
     def call(self, verb: str, **args: Any) -> Any:
@@ -177,11 +164,13 @@ class Stack(AbstractContextManager["Stack"]):
     def watched(self) -> Iterator[list[Delta]]:
         """What it does meanwhile is in the list afterwards."""
         found: list[Delta] = []
-        before, began_s = self.status(), time.monotonic()
+        pid = int((self._folder / "run" / f"{self.name}.pid").read_text())
+        before, began_s, had_s = self.status(), time.monotonic(), processor_s(pid)
         yield found
         self._written_at = time.monotonic()
+        had_s = processor_s(pid) - had_s
         after = self.status()
-        found.append(_delta(before, after, time.monotonic() - began_s))
+        found.append(_delta(before, after, time.monotonic() - began_s, had_s))
 
     @contextlib.contextmanager
     def sampled(self) -> Iterator[list[float]]:
@@ -212,30 +201,24 @@ class Stack(AbstractContextManager["Stack"]):
 
 
 class PointStack(Stack):
-    """A volume with a receiver, which is on the same machine; points are cut when that is asked."""
+    """A volume with a receiver at another site; points are cut when that is asked."""
 
-    def __init__(self, media: Media, folder: Path, shape: Shape) -> None:
+    def __init__(self, media: Media, folder: Path, shape: Shape, site: Site) -> None:
+        self._site = site
         super().__init__(media, folder, shape)
-        self._journal = media.make(f"{shape.name}-j", JOURNAL_BYTES)
-        self._far = f"{self.name}-far"
+
+    def _make_secondary(self, media: Media) -> str:
+        return self._site.image
 
     def start(self) -> None:
-        uri = f"receiver+unix:///{self._far}?socket={self._folder}/{self.shape.name}"
-        media = ("--image", self.secondary, "--journal", self._journal)
-        self._dmctl("receive", self._far, *media, "--listen", uri)
-        self._dmctl("start", self._far)
         self._dmctl(
             *("create", self.name, "--attach", "dm", "--primary", self.primary),
-            *("--secondary", uri, "--record", self._record, "--point-interval", "1h"),
+            *(*self._site.options, "--record", self._record, "--point-interval", "1h"),
             *("--extent-size", f"{self.shape.extent_bytes}B", *self.shape.options),
         )
         self._dmctl("start", self.name)
         self._fd = os.open(self.device, os.O_RDWR | os.O_DIRECT)
         self._dmctl("wait", self.name, "--for", "point", "--newer-than", "0")
-
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self._dmctl("stop", self._far, "--now", check=False)
 
     def settle(self) -> None:
         """Return when a point has everything, and the image has that point."""
@@ -258,9 +241,7 @@ class PointStack(Stack):
 
     def stop(self) -> bool:
         self.settle()
-        same = super().stop()
-        self._dmctl("stop", self._far)
-        return same
+        return super().stop()
 
     @contextlib.contextmanager
     def cut_after(self, seconds: float) -> Iterator[None]:
@@ -287,7 +268,7 @@ def _took_place(status: dict[str, Any]) -> int:
     return int(status["barriers_total"] - status["barriers_skipped_total"])
 
 
-def _delta(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Delta:
+def _delta(before: dict[str, Any], after: dict[str, Any], seconds: float, had_s: float) -> Delta:
     def grown(key: str) -> Any:
         return after[key] - before[key]
 
@@ -300,6 +281,7 @@ def _delta(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Del
         barriers=_took_place(after) - _took_place(before),
         table_loads=grown("table_loads_total"),
         suspended_s=grown("suspended_seconds_total"),
+        processor_s=had_s,
     )
 
 

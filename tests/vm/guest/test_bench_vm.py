@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.bench.vm import inside, report, rig
+from tests.bench.vm import far, inside, report, rig
 from tests.bench.vm.media import sh
 
 pytestmark = pytest.mark.skipif(
@@ -17,8 +19,12 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def results() -> inside.Results:
-    return inside.measure(inside.SCALES["smoke"])
+def results() -> Iterator[inside.Results]:
+    with (
+        TemporaryDirectory(prefix="bvm") as folder,
+        far.site(Path(folder), "127.0.0.1", rig.SIZE_BYTES) as site,
+    ):
+        yield inside.measure(inside.SCALES["smoke"], site)
 
 
 def test_every_contender_is_measured_under_every_load(results: inside.Results) -> None:
