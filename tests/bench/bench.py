@@ -29,6 +29,9 @@ from tests.support.volumes import Volume, make_file
 ROOT = Path(__file__).resolve().parents[2]
 TIB = 1 << 40
 TMPFS = Path("/dev/shm")
+# The load of misses takes half a second; a process that had just been started took nearly twice as
+# long for each.
+START_S = 1.0
 DISK_NOTE = (
     "Files on the machine's disk (ext4). bitmapd's secondary is in memory here, since nobody"
     " mirrors a disk to itself; its primary and record share the disk."
@@ -261,11 +264,13 @@ def only_misses(mixed: Outcome, hit: Outcome, share: float) -> float:
 def from_an_empty_record(
     server: Server, load: Load, seed: int, predictor: str
 ) -> tuple[Outcome, float]:
-    """What the load does, and the share of misses; a clean stop leaves an empty record."""
+    """What the load does, and the share of misses; a clean stop leaves an empty record.  It begins
+    when the process has settled."""
     if server.volume is not None:
         server.volume.stop()
         server.volume.start()
         server.volume.dmctl("set", server.volume.name, f"predictor={predictor}")
+        time.sleep(START_S)
     before = counters(server) or (0, 0)
     outcome = loads.over_nbd(server.uri, load, 0, seed)
     after = counters(server) or (0, 0)
