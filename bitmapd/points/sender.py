@@ -399,7 +399,8 @@ class Sender:
             self._read_cut(now)
         elif wait_s := self.differences.go_on(now):
             self._wake_in(wait_s)
-        self._send(now)
+        if not self._only_reads:
+            self._send(now)
 
     def _check_stopped(self) -> None:
         if self.idle and self._draining:
@@ -570,6 +571,15 @@ class Sender:
             self.reading.end_cut()
             self.phase = Phase.SENDING
             self._changed()
+
+    @property
+    def _only_reads(self) -> bool:
+        """Whether a cut is read as far as the spool takes it before more of it is sent.  Where
+        hosts write past the gate they cannot until their extents were read, and this loop answers
+        them meanwhile: in an emulated guest 64 MiB were read in 5 to 6 s instead of 7 to 17."""
+        reads = self.phase is Phase.READING and bool(self._gate.taken)
+        room = self.spool.held_bytes < self.spool.limit_bytes // 2
+        return self.following is not None and reads and room
 
     def read_first(self, runs: Iterable[Run]) -> bool:
         """As `gate.cycle.Reader`."""

@@ -6,11 +6,20 @@ do what they were asked for, `told` is what the receiver was told since it was l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bitmapd.copier.throttle import Throttle
 from bitmapd.gate.cycle import CutGate
+from bitmapd.gate.direct import (
+    BarrierDone,
+    Counters,
+    DirectPath,
+    HostCounters,
+    Landed,
+    SwapDone,
+)
+from bitmapd.gate.routes import Routes, Segment
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import BufferPool, aligned
 from bitmapd.peer.frames import PeerError
@@ -83,6 +92,27 @@ class FakeWire:
         self.error = error
 
 
+class IdleKernel:
+    """Hosts could write past the gate, and do not."""
+
+    def __init__(self, loop: SimLoop) -> None:
+        self._loop = loop
+
+    def counters(self) -> Counters:
+        return Counters(0, 0)
+
+    def host_counters(self) -> HostCounters:
+        return HostCounters(0, 0, 0, 0)
+
+    def barrier(
+        self, segments: Sequence[Segment] | None, since_era: int, done: BarrierDone
+    ) -> None:
+        self._loop.call_soon(done, None, Landed((), since_era, 0.0))
+
+    def swap(self, segments: Sequence[Segment], done: SwapDone) -> None:
+        self._loop.call_soon(done, None, 0.0)
+
+
 class Ledger:
     """Superblock updates that end when the test says so."""
 
@@ -111,6 +141,7 @@ class Home:
         identity: Identity = IDENTITY,
         compress: bool = True,
         spool_file: SimDisk | None = None,
+        past_gate: bool = False,
     ) -> None:
         self.geometry = Geometry(EXTENTS * EXTENT, EXTENT, BLOCK)
         image = blank_image(self.geometry)
@@ -122,8 +153,18 @@ class Home:
             self.geometry, load_image(image), self.record, self.loop, self._emit
         )
         self.policy = ScriptedPolicy()
+        path = None
+        if past_gate:
+            kernel = IdleKernel(self.loop)
+            path = DirectPath(self.geometry, kernel, Routes(), self._emit, since_era=1)
         self.gate = CutGate(
-            self.geometry, self.primary, self.store, self.policy, self.loop, limit_extents=100
+            self.geometry,
+            self.primary,
+            self.store,
+            self.policy,
+            self.loop,
+            limit_extents=100,
+            direct=path,
         )
         self.disks: list[SimDisk] = [self.record, self.primary]
         if spool_file is not None:

@@ -230,6 +230,42 @@ def test_what_was_written_after_the_cut_stays_dirty() -> None:
     assert not home.gate.current.any(2, 3)
 
 
+def past_the_gate(spool_blocks: int) -> Home:
+    """Hosts could write past it.  That nothing is known to be written was the first point."""
+    home = begun(spool_blocks=spool_blocks, past_gate=True)
+    home.commit(1)
+    home.run(2.0)
+    assert home.gate.direct is not None
+    assert home.gate.direct.is_still
+    home.told()
+    return home
+
+
+@pytest.mark.parametrize("past_gate", [False, True])
+def test_a_cut_is_read_before_it_is_sent_where_hosts_write_past_the_gate(past_gate: bool) -> None:
+    home = past_the_gate(16) if past_gate else begun(spool_blocks=16)
+    home.put(0, 6)
+    cutting(home)
+    home.told()
+    home.finish("read")
+    home.turn()
+    assert home.sender.phase is Phase.READING
+    assert bool(home.blocks()) is not past_gate
+    home.run()
+    assert home.sender.phase is Phase.ENDED
+    assert 5 in home.blocks()
+
+
+def test_a_cut_that_the_spool_cannot_hold_is_sent_while_it_is_read() -> None:
+    home = past_the_gate(16)
+    home.put(0, 8)
+    home.sender.spool.limit_bytes = 4 * BLOCK
+    cutting(home)
+    home.run()
+    assert home.sender.phase is Phase.ENDED
+    assert sorted(home.blocks()) == list(range(8))
+
+
 # -- copy before write ----------------------------------------------------------------------------
 
 
