@@ -459,7 +459,7 @@ class Sender:
         self.proceed()
 
     def _copy_ahead(self, now: float) -> None:
-        most = min(AHEAD_BYTES, self.spool.limit_bytes // 2)
+        most = min(AHEAD_BYTES, self.spool.ahead_bytes)
         tight = self.room.is_tight
         if tight and not self.reading.is_blocked:
             most = 0  # what cannot be read keeps points away, and has to be tried all the same
@@ -563,7 +563,7 @@ class Sender:
 
     def _read_cut(self, now: float) -> None:
         if self._gate.taken:
-            wait_s = self.reading.begin(now, self.spool.limit_bytes // 2)
+            wait_s = self.reading.begin(now, self.spool.ahead_bytes)
             if wait_s:
                 self._wake_in(wait_s)
         elif self.reading.idle:
@@ -578,7 +578,7 @@ class Sender:
         hosts write past the gate they cannot until their extents were read, and this loop answers
         them meanwhile: in an emulated guest 64 MiB were read in 5 to 6 s instead of 7 to 17."""
         reads = self.phase is Phase.READING and bool(self._gate.taken)
-        room = self.spool.held_bytes < self.spool.limit_bytes // 2
+        room = self.spool.held_bytes < self.spool.ahead_bytes
         return self.following is not None and reads and room
 
     def read_first(self, runs: Iterable[Run]) -> bool:

@@ -45,6 +45,11 @@ class Spool:
         self.held_bytes = 0
         self._blocks: dict[int, Spooled] = {}
 
+    @property
+    def ahead_bytes(self) -> int:
+        """To which it is filled by what nobody waits for; the rest is for what hosts wait for."""
+        return self.limit_bytes // 2
+
     def __len__(self) -> int:
         return len(self._blocks) + (0 if self.beyond is None else len(self.beyond))
 
