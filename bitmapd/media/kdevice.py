@@ -33,11 +33,19 @@ import fcntl
 import os
 import stat
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bitmapd.errors import BitmapdError, OtherMediumError, PermissionError_, UsageError, refused
+from bitmapd.errors import (
+    BitmapdError,
+    BusyError,
+    OtherMediumError,
+    PermissionError_,
+    UsageError,
+    refused,
+)
 from bitmapd.media.aio import AioEngine
 from bitmapd.media.base import ALLOC_HOLE, ALLOC_ZERO, AllocationDone, Done
 from bitmapd.media.buffers import aligned
@@ -54,6 +62,7 @@ _ZERO_RANGE = 16
 # From here on a transfer takes longer than handing it to a thread: about 50 us.
 ASIDE_BYTES = 256 << 10
 _ZERO_CHUNK = 1 << 20
+_LET_GO_S = (0.01, 0.03, 0.1)  # a tick is 1 to 10 ms
 _ALLOCATION_LIMIT = 4096  # pieces in one answer
 _NO_SUCH_OPERATION = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.ENOSYS)
 
@@ -159,6 +168,19 @@ class KernelDevice:
         except BaseException:
             os.close(fd)
             raise
+
+    def _open_as_soon_as_free(self) -> None:
+        """As `_open` of what was closed just now.  The kernel may report a transfer before it drops
+        its reference to the file.  The last one that a thread of the kernel drops ends a tick later
+        (fput: delayed_fput_work), and until then the claim that was closed is in the way."""
+        for pause_s in _LET_GO_S:
+            try:
+                self._open()
+            except BusyError:
+                time.sleep(pause_s)
+            else:
+                return
+        self._open()
 
     def _take_claim(self, fd: int) -> None:
         claim = self._claim
@@ -296,7 +318,7 @@ class KernelDevice:
         def reopen() -> None:
             self._close_left()
             try:
-                self._open()
+                self._open_as_soon_as_free()
             except BitmapdError as error:
                 raise OSError(errno.EIO, error.message) from error
 

@@ -179,6 +179,32 @@ def test_who_opens_again_is_not_in_its_own_way(
     KernelDevice(medium, engine, claim=VOLUME).close()
 
 
+@pytest.mark.parametrize("claim", [VOLUME, X1], ids=str)
+def test_who_opens_again_waits_until_the_kernel_has_let_go(
+    medium: str, loop: asyncio.AbstractEventLoop, engine: AioEngine, claim: Claim
+) -> None:
+    """Of the file a reference is left, as of a transfer that was reported a moment ago."""
+    device = KernelDevice(medium, engine, claim=claim)
+    left = os.dup(device.fd)
+    loop.call_later(0.02, os.close, left)
+    loop.run_until_complete(completion(device.open))
+    stranger = holder_of(medium)
+    assert stranger is not None
+    assert stranger.nodes == (() if claim.node is None else (claim.node,))
+    device.close()
+
+
+def test_who_opens_again_and_finds_somebody_else_hears_who_it_is(
+    medium: str, loop: asyncio.AbstractEventLoop, engine: AioEngine
+) -> None:
+    device = KernelDevice(medium, engine, claim=X1)
+    device.close()
+    with claimant(medium, VOLUME) as process:
+        assert answer(process) == "up"
+        with pytest.raises(OSError, match="is in use by a volume"):
+            loop.run_until_complete(completion(device.open))
+
+
 def test_who_has_joined_excludes_other_pairs_also_when_it_opens_again(
     medium: str, loop: asyncio.AbstractEventLoop, engine: AioEngine
 ) -> None:
