@@ -221,16 +221,19 @@ class Group:
         if not b <= a <= b + 1:
             raise Wrong(f"G1 A has {a}, B has {b}")
 
-    def run(self, steps: int) -> None:
+    def run(self, steps: int, until: Callable[[], object] = lambda: True) -> None:
+        """At least so many steps, and as many more as it takes."""
         try:
-            self._run(steps)
+            self._run(steps, until)
         finally:
             for world in self.worlds:
                 if isinstance(world, DmWorld):
                     world.end()
 
-    def _run(self, steps: int) -> None:
-        for number in range(steps):
+    def _run(self, steps: int, until: Callable[[], object]) -> None:
+        for number in range(10 * steps):
+            if number >= steps and until():
+                break
             self.step()
             if number % 3 == 0:
                 self.check()
@@ -257,7 +260,7 @@ def test_the_newest_point_that_both_have_has_one_instant(seed: int) -> None:
 @pytest.mark.parametrize("other", [Direct, Gated])
 def test_so_it_has_where_hosts_write_past_the_gate(other: type[Gated], seed: int) -> None:
     found = Group(seed, (Direct, other))
-    found.run(1500)
+    found.run(1500, until=lambda: found.worlds[0].count["direct"])
     assert found.count["release"]
     assert found.worlds[0].count["direct"]
 
