@@ -22,7 +22,7 @@ Invariants:
 6. What is given away while it is in flight does not count and is not handed out again; no more of
    it is sent.  Its place is not free before the last answer (`Leaving`).
 7. While hosts are at work transfers are small and held to a rate (`HostLoad`), unless the record
-   has outgrown its limit.
+   has outgrown its limit, or hosts wait for them.
 
 There are no timers here: `begin` says how long to wait, and the owner calls it again.
 
@@ -220,13 +220,13 @@ class Transfers:
         self._geometry = geometry
 
     # -- which next -----------------------------------------------------------------------
-    def begin(self, now_s: float, most_bytes: float) -> float | None:
-        """Begin transfers, none once `most_bytes` are in flight.
+    def begin(self, now_s: float, most_bytes: float, *, awaited: bool = False) -> float | None:
+        """Begin transfers, none once `most_bytes` are in flight.  `awaited`: hosts wait for them.
 
         `None`: nothing is left that may be copied now.  Otherwise the seconds after which the rate
         allows the next transfer; 0 if it waits for one of `proceed`.
         """
-        throttles = self._adapt(now_s)
+        throttles = self._adapt(now_s, awaited=awaited)
         while self._window.may_start(1):
             if self._window.bytes >= most_bytes:
                 return None
@@ -257,10 +257,10 @@ class Transfers:
             self._read_primary(offset, buffer, partial(self._was_read, transfer))
         return 0.0
 
-    def _adapt(self, now_s: float) -> tuple[Throttle, ...]:
+    def _adapt(self, now_s: float, *, awaited: bool) -> tuple[Throttle, ...]:
         """Fit the length of runs to what hosts do now; the throttles that hold now."""
-        yielding = self._load.active(now_s, *self._gate.host_load) and not self._gate.over_limit
-        if not yielding:
+        free = awaited or self._gate.over_limit
+        if free or not self._load.active(now_s, *self._gate.host_load):
             self._plan.max_blocks = self._piece_blocks
             return (self._throttle,)
         small = max(1, YIELD_PIECE_BYTES // self._geometry.block_bytes)

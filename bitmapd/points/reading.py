@@ -122,10 +122,15 @@ class Reading:
 
     def begin(self, now_s: float, most_bytes: int) -> float | None:
         """Read until the spool holds so much; as `Transfers.begin`, None too if it does."""
+        gate = self._gate
         room = most_bytes - self._spool.held_bytes
-        if self._gate.is_cutting:
+        if gate.is_cutting:
             room = min(room, IN_CUT_BYTES)
-        return self.transfers.begin(now_s, room) if room > 0 else None
+        if room <= 0:
+            return None
+        # Hosts that write past the gate wait until all of an extent was read.
+        awaited = gate.is_cutting and gate.direct is not None
+        return self.transfers.begin(now_s, room, awaited=awaited)
 
     def revoke(self) -> None:
         """What is in flight does not count."""

@@ -479,7 +479,7 @@ class Uplink:
         entries = []
         for item in spooled:
             self._stamp += 1
-            entry = self._packer.pack(item.block, self._stamp, item.mask, memoryview(item.raw))
+            entry = self._packer.pack(item.block, self._stamp, item.mask, item.raw)
             self._sent.put(entry.block, entry.stamp, entry.mask, entry.sum64)
             self._spool.drop(item.block)
             if entry.encoding is Encoding.ZEROS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from bitmapd.points.pieces import (
     PIECE_BYTES,
     POOR_PAUSE,
     POOR_RUN,
+    Content,
     Packer,
     Unpacker,
     digest,
@@ -55,7 +57,14 @@ def test_the_largest_block_has_64_pieces() -> None:
     assert whole_mask(geometry, 3) == (1 << 64) - 1
     assert list(spans(geometry, 3, (1 << 64) - 1)) == [(0, MAX_BLOCK_BYTES)]
     assert is_zeros(memoryview(bytearray(MAX_BLOCK_BYTES)))
-    assert not is_zeros(memoryview(bytearray(MAX_BLOCK_BYTES - 1) + b"\1"))
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_zeros_are_zeros_from_the_first_byte_to_the_last(kind: Callable[[bytes], Content]) -> None:
+    for length in (1, 512, 4096, MAX_BLOCK_BYTES):
+        assert is_zeros(kind(bytes(length)))
+        for at in {0, length // 2, length - 1}:
+            assert not is_zeros(kind(bytes(at) + b"\1" + bytes(length - at - 1)))
 
 
 def test_a_sum_covers_the_place() -> None:

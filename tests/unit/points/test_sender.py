@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bitmapd.copier import transfers
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.throttle import Throttle
 from bitmapd.gate.cycle import PATIENCE_S, Void
@@ -254,6 +255,19 @@ def test_a_cut_is_read_before_it_is_sent_where_hosts_write_past_the_gate(past_ga
     home.run()
     assert home.sender.phase is Phase.ENDED
     assert 5 in home.blocks()
+
+
+@pytest.mark.parametrize("past_gate", [False, True])
+def test_a_cut_that_hosts_wait_for_is_read_as_if_they_were_idle(
+    past_gate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "YIELD_PIECE_BYTES", BLOCK)
+    home = past_the_gate(16) if past_gate else begun(spool_blocks=16)
+    home.put(0, 6)
+    home.primary.calls.clear()
+    cutting(home)
+    home.turn()
+    assert home.primary.asked("read")[0] == (0, 2 if past_gate else 1)
 
 
 def test_a_cut_that_the_spool_cannot_hold_is_sent_while_it_is_read() -> None:
