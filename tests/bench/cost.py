@@ -42,12 +42,6 @@ class Contender:
     pid: int
 
 
-def processor_s(pid: int) -> float:
-    """What a process has had so far, threads that have ended included: its CPU clock, whose number
-    is made of the process's (MAKE_PROCESS_CPUCLOCK in the kernel's posix-timers.h)."""
-    return time.clock_gettime((~pid << 3) | 2)
-
-
 def own_mib(pid: int) -> float:
     """What a process has written and shares with nobody; MiB (`Private_Dirty` of proc(5))."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
@@ -117,9 +111,9 @@ def measure(
             for turn in range(turns):
                 at = turn % len(found)
                 for one in found[at:] + found[:at]:
-                    before_s = processor_s(one.pid)
+                    before_s = machine.processor_s(one.pid)
                     outcome = loads.over_nbd(one.uri, load, 0, turn)
-                    spent_s = processor_s(one.pid) - before_s
+                    spent_s = machine.processor_s(one.pid) - before_s
                     cost[one.name].append(1e6 * spent_s / outcome.requests)
                     p99[one.name].append(outcome.p99_us)
             base = statistics.median(cost["nbdkit"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 
@@ -51,6 +52,6 @@ def resident_bytes(pid: int) -> tuple[int, int]:
 
 
 def processor_s(pid: int) -> float:
-    """What all threads of a process that still run have had, to the nanosecond."""
-    paths = Path(f"/proc/{pid}/task").glob("*/schedstat")
-    return sum(int(path.read_text().split()[0]) for path in paths) / 1e9
+    """What a process has had so far, threads that have ended included: its CPU clock, whose number
+    is made of the process's (MAKE_PROCESS_CPUCLOCK in the kernel's posix-timers.h)."""
+    return time.clock_gettime((~pid << 3) | 2)

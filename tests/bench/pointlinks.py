@@ -18,6 +18,8 @@ from typing import Any
 
 from tests.bench import loads
 from tests.bench.loads import KIB, MIB
+from tests.bench.machine import processor_s
+from tests.bench.pairlinks import quartiles
 from tests.support import rawnbd
 from tests.support.loops import loop_device
 from tests.support.pairlink import Link
@@ -227,6 +229,26 @@ def measure_failback(size_bytes: int, run_bytes: int) -> Found:
 def _written_bytes(device: str) -> int:
     fields = Path(f"/sys/block/{Path(device).name}/stat").read_text().split()
     return int(fields[6]) * SECTOR_BYTES
+
+
+def measure_work(turns: int, point_bytes: int, size_bytes: int) -> Found:
+    """Processor time of either site's process for a point of whole blocks that do not compress."""
+    spent_s: list[list[float]] = []
+    with two_sites(size_bytes, journal_bytes=4 * point_bytes) as sites:
+        sites.start()
+        sites.near.dmctl("set", "vol0", "point-interval=1h")
+        for number in range(turns):
+            scatter(sites.near, point_bytes, number)
+            before_s = [processor_s(volume.pid) for volume in (sites.near, sites.far)]
+            sites.near.dmctl("point", "vol0", "--wait")
+            sites.far.until(lambda s: s["receiver"]["applied"] == s["receiver"]["committed"])
+            after_s = [processor_s(volume.pid) for volume in (sites.near, sites.far)]
+            spent_s.append([b - a for a, b in zip(before_s, after_s, strict=True)])
+    sender, receiver = (
+        quartiles([1000 * MIB * s / point_bytes for s in site])
+        for site in zip(*spent_s, strict=True)
+    )
+    return {"sender, ms a MiB": sender, "receiver, ms a MiB": receiver}
 
 
 def measure_written(seconds: int, size_bytes: int) -> Found:

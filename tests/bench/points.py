@@ -11,7 +11,8 @@ What is measured, and why:
 - the age of the newest point under half of what the link carries; points an hour over a long link;
 - what is sent when the link is cut again and again in the course of one point;
 - promote with a point in the journal, against nbdcopy; failback after both sites were written;
-- what the receiver's disks write for what it receives.
+- what both processes compute for a point, and what the receiver's disks write for what it
+  receives.
 """
 
 from __future__ import annotations
@@ -201,6 +202,9 @@ def parts(quick: bool) -> dict[str, Callable[[], Found]]:
         "pieces": row(
             "failback, 1 % written at either site, 4 KiB at a place",
             pointlinks.measure_failback, 256 * MIB if quick else 10 * GIB, 4 * KIB,
+        ),
+        "work": row(
+            "processor time of a point", pointlinks.measure_work, 1 if quick else 7, point, size
         ),
         "written": row("receiver's disks", pointlinks.measure_written, 2 if quick else 20, size),
     }  # fmt: skip

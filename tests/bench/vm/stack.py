@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.cost import processor_s
+from tests.bench.machine import processor_s
 from tests.bench.vm.command import dmctl
 from tests.bench.vm.far import Site
 from tests.bench.vm.media import MIB, Media
