@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 STAMP := .venv/.ready
 JOBS ?= auto
-# Tests with real programs wait more than they compute: three at a time keep two processors 70 % busy.
+# Tests with real programs wait more than they compute: four at a time keep two processors 60 % busy.
 # Work is stolen: the tests of a module stay together, and no worker is left with the long ones.
 REAL_JOBS ?= 4
 # First the tests that prove the pure modules, under coverage; then those that run real programs.
