@@ -231,28 +231,27 @@ def placed(geometry: Geometry, block: int, mask: int, raw: Content) -> Iterator[
 def writes(image: Device, pieces: Iterable[Piece]) -> Iterator[Step]:
     """The fewest operations that put these, in order of place, into the image."""
     run: list[Piece] = []
+    run_zeros = False
     for piece in chain(pieces, [(-1, b"")]):
-        if run and not _joins(run, piece):
-            yield _operation(image, run)
+        zeros = is_zeros(piece[1])
+        if run and not (zeros is run_zeros and _joins(run, piece)):
+            yield _operation(image, run, zeros=run_zeros)
             run = []
         run.append(piece)
+        run_zeros = zeros
 
 
 def _joins(run: list[Piece], piece: Piece) -> bool:
-    """Whether a piece goes into one operation with those before it."""
+    """Whether a piece can be one operation with those before it."""
     last_at, last = run[-1]
     size_bytes = last_at + len(last) - run[0][0]
-    return (
-        piece[0] == last_at + len(last)
-        and size_bytes + len(piece[1]) <= WINDOW_BYTES
-        and is_zeros(last) == is_zeros(piece[1])
-    )
+    return piece[0] == last_at + len(last) and size_bytes + len(piece[1]) <= WINDOW_BYTES
 
 
-def _operation(image: Device, run: list[Piece]) -> Step:
+def _operation(image: Device, run: list[Piece], *, zeros: bool) -> Step:
     start = run[0][0]
     length = sum(len(raw) for _, raw in run)
-    if is_zeros(run[0][1]):
+    if zeros:
         return partial(image.zero, start, length)
     buffer = aligned(length)
     at = 0

@@ -62,7 +62,7 @@ def test_a_helper_that_dies_at_a_call_of_a_cuts_barriers_costs_no_point(swap: bo
     """`points/25`.  `swap`: what was held had been let go on, and nobody was told."""
     found: Counter[str] = Counter()
     for call in count(1):
-        world = LosingWorld(1)
+        world = LosingWorld(22)  # something is direct after two rounds
         try:
             while not world.kernel.direct(world.kernel.table):
                 world.rounds(2)
