@@ -2,7 +2,7 @@
 
 For comparison, and for volumes on which prediction is unwanted.  Nothing rides along with a miss;
 what was recorded stays while the volume is written, until the limit asks for it.  At rest the
-record shrinks to nothing like that of any policy (`record/stays.py`).
+record shrinks to nothing like that of any policy (`predict/stays.py`).
 """
 
 from __future__ import annotations

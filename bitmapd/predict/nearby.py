@@ -1,7 +1,7 @@
 """Candidates: which extents a miss makes likely, by kind (pure).
 
 Near in space: up to `REACH` extents on either side.  Near in time: extents that stood within
-`STEPS` of this one on the trail when it was used before (`record/trail.py`).  Which of them are
+`STEPS` of this one on the trail when it was used before (`predict/trail.py`).  Which of them are
 worth a place in the record is not decided here but by the odds of their kind, which are learnt.
 
 A kind in space says: forwards or backwards; how far, as a power of two; whether the candidate was

@@ -1,7 +1,7 @@
 """What predictions are worth: the odds of each kind, learnt from what became of them (pure).
 
 A *kind* is a small number for all that is known of a candidate when it is considered: how far it
-is, in which direction, whether it was ever written (`record/nearby.py` gives the numbers).  Its
+is, in which direction, whether it was ever written (`predict/nearby.py` gives the numbers).  Its
 odds are the share of such candidates that were written within `LIFE_S`.
 
 1. Candidates are watched whether or not they were predicted, so a kind that is never predicted is

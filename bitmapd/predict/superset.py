@@ -1,14 +1,14 @@
 """The policy `superset`: what is likely to be written next is recorded together with a miss (pure).
 
 A miss makes other extents likely: its neighbours on the disk, and what was used at the same time
-when it was used before (`record/nearby.py`).  Each belongs to a kind, and how often candidates of a
-kind come true is learnt on line (`record/odds.py`).  The best of them ride along.
+when it was used before (`predict/nearby.py`).  Each belongs to a kind, and how often candidates of
+a kind come true is learnt on line (`predict/odds.py`).  The best of them ride along.
 
 Most predictions come true within seconds or never, so they are guests: fresh for a while, in which
 they keep their place as long as all guests together have no more than their share of the record;
 then stale, the first to go.  The share follows what is missed: an evicted guest that is written
 after all raises it, an evicted extent that was written and is again lowers it.  Extents that were
-written go by last use, and cool as `record/stays.py` says: one that comes back is kept for three
+written go by last use, and cool as `predict/stays.py` says: one that comes back is kept for three
 times the interval it came back after.
 
 Invariants:

@@ -1,4 +1,4 @@
-"""Every claim of the pair and each crash of a point has a test, and the tests are there."""
+"""Every claim of the pair and each crash of a point has a test; what texts name is there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.property.test_points_crashes import ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
+TEXTS = ("bitmapd", "dmctl", "docs", "examples", "tests", "tools")
 PAGE = ROOT / "tests" / "claims.md"
 CRASHES = ROOT / "tests" / "crashes.md"
 # Claims of one appliance with a record of its own are those before 16 and their twins.
@@ -48,3 +49,16 @@ def test_every_test_is_there() -> None:
             text = (ROOT / path).read_text()
             if test:
                 assert re.search(rf"^def {test}\(", text, re.MULTILINE), name
+
+
+def test_every_module_that_a_text_names_is_there() -> None:
+    modules = [f"/{path.relative_to(ROOT)}" for top in TEXTS for path in (ROOT / top).rglob("*.py")]
+    missing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for top in TEXTS
+        for path in [*(ROOT / top).rglob("*"), *ROOT.glob("*.md")]
+        if path.suffix in {".py", ".md"}
+        for name in re.findall(r"\b(?:\w+/)+\w+\.py\b", path.read_text())
+        if not any(module.endswith(f"/{name}") for module in modules)
+    }
+    assert missing == set()
