@@ -65,7 +65,7 @@ coverage: setup  ## unit and property tests, coverage report, gate on the pure m
 test-walks: setup  ## property tests of many simulated steps, which coverage would slow down 2.4 times
 	$(PYTEST) -n $(JOBS) -m walk tests/property
 
-test-fast: setup  ## unit and property tests with a tenth of the examples and without walks; with lint about a minute
+test-fast: setup  ## unit and property tests with a tenth of the examples and without walks; with lint about two minutes
 	EXAMPLES_PART=10 $(PYTEST) -n $(JOBS) -m 'not walk' $(PURE_TESTS)
 
 test-real: setup  ## foreign clients and servers, faults, fuzzing, demo and benchmark smoke

@@ -33,6 +33,7 @@ from bitmapd.receiver.keeping import NO_KEEPER, Keeping
 from bitmapd.receiver.promotion import Obstacle, Ready, finish, prepare, successor
 from bitmapd.receiver.steps import Steps, run
 from tests.support import simpoints
+from tests.support.machines import sim_seeds
 from tests.support.policies import KeepNothing
 from tests.support.sim import SECTOR, SimDisk
 from tests.support.simpoints import EXTENT, SIZE, World, Wrong
@@ -142,7 +143,7 @@ class AwayKeeping(Away):
     machine_made = staticmethod(lambda: made(Machine))
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 @pytest.mark.parametrize("kind", [AwayCloning, AwayInPlace])
 def test_whatever_happens_the_last_point_is_there_or_was_given_up_by_choice(
     kind: type[Away], seed: int

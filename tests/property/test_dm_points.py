@@ -11,6 +11,7 @@ import pytest
 
 from tests.support import simpoints
 from tests.support.dmpointmistakes import MISTAKES
+from tests.support.machines import sim_seeds
 from tests.support.simdmpoints import CutWorld, DmWorld
 from tests.support.simpoints import EXTENT, SECTOR, Wrong
 
@@ -39,14 +40,14 @@ def begin() -> Iterator[Begin]:
         world.end()
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_whatever_happens_the_receiver_has_the_last_point(seed: int, begin: Begin) -> None:
     world = begin(seed)
     world.run(STEPS)
     assert world.count["points"]
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_a_point_has_what_hosts_write_while_its_barriers_pass(seed: int) -> None:
     world = CutWorld(seed)
     try:
@@ -57,6 +58,7 @@ def test_a_point_has_what_hosts_write_while_its_barriers_pass(seed: int) -> None
     assert world.count["direct"]
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("swap", [False, True], ids=["broken off", "with the new table"])
 def test_a_helper_that_dies_at_a_call_of_a_cuts_barriers_costs_no_point(swap: bool) -> None:
     """`points/25`.  `swap`: what was held had been let go on, and nobody was told."""

@@ -24,6 +24,7 @@ from bitmapd.points.messages import NIL, Feature
 from bitmapd.receiver import receiver
 from bitmapd.receiver.summing import Summing
 from bitmapd.receiver.superblock import Line
+from tests.support.machines import sim_seeds
 from tests.support.pointmistakes import read_before_landed
 from tests.support.records import blank_image, load_image
 from tests.support.sim import SECTOR, SimDisk
@@ -95,7 +96,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver, "CREDIT_BYTES", BLOCK)
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_an_old_primary_becomes_equal_whatever_happens(seed: int) -> None:
     world = Failback(seed)
     world.run(STEPS)
@@ -184,7 +185,7 @@ def bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("bit_by_bit")
 @pytest.mark.parametrize("world", [Scattered, Forgotten])
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_pieces_that_differ_are_found_whatever_happens(seed: int, world: type[Scattered]) -> None:
     world(seed).run(STEPS)
 

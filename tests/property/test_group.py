@@ -26,6 +26,7 @@ from bitmapd.points.group import FIRST, Act, Member, Order, decide
 from bitmapd.receiver import applier
 from bitmapd.receiver.commit import CommitPage
 from tests.support import simpoints
+from tests.support.machines import sim_seeds
 from tests.support.simdmpoints import DmWorld
 from tests.support.simpoints import SECTOR, PrimaryDisk, World, Wrong
 from tests.support.simreceiver import BLOCK
@@ -247,7 +248,7 @@ class Group:
         raise Wrong(f"no point of the group came any more: {self.worlds[0].member.seen()}")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", sim_seeds(8))
 def test_the_newest_point_that_both_have_has_one_instant(seed: int) -> None:
     found = Group(seed)
     found.run(1500)
@@ -256,7 +257,7 @@ def test_the_newest_point_that_both_have_has_one_instant(seed: int) -> None:
     assert found.worlds[0].machine.receiver.journal.page.applied
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", sim_seeds(3))
 @pytest.mark.parametrize("other", [Direct, Gated])
 def test_so_it_has_where_hosts_write_past_the_gate(other: type[Gated], seed: int) -> None:
     found = Group(seed, (Direct, other))
@@ -265,6 +266,7 @@ def test_so_it_has_where_hosts_write_past_the_gate(other: type[Gated], seed: int
     assert found.worlds[0].count["direct"]
 
 
+@pytest.mark.walk
 @pytest.mark.parametrize("power", [False, True], ids=["killed", "power cut"])
 @pytest.mark.parametrize("dying", ["a", "b", "leader"])
 def test_who_dies_between_cut_and_release_costs_that_point_only(dying: str, power: bool) -> None:

@@ -43,6 +43,7 @@ from bitmapd.receiver.steps import Steps, run
 from bitmapd.receiver.superblock import Line
 from bitmapd.record.extents import bits_of, zeros
 from tests.property.test_failback import Failback, OldPrimary
+from tests.support.machines import sim_seeds
 from tests.support.records import blank_image
 from tests.support.sim import SECTOR, SimDisk, SimLoop, drain
 from tests.support.simpoints import Wrong
@@ -145,7 +146,7 @@ def check(machine: Machine, script: Script, labels: dict[int, str], dropped: set
     assert set(there) == needed(keeping.points, machine.rules), "K4"
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_what_is_kept_is_right_whatever_dies(seed: int) -> None:
     rng = random.Random(seed)
     machine: Machine = keeping_machine()

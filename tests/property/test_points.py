@@ -16,6 +16,7 @@ from bitmapd.points.uplink import Uplink
 from bitmapd.receiver.receiver import Receiver, State
 from bitmapd.record.geometry import PIECE_BYTES
 from tests.support import simpoints
+from tests.support.machines import sim_seeds
 from tests.support.pointmistakes import (
     MISTAKES,
     pieces_of_what_is_unknown,
@@ -35,14 +36,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     simpoints.small(monkeypatch)
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_whatever_happens_the_receiver_has_the_last_point(seed: int) -> None:
     world = World(seed)
     world.run(STEPS)
     assert world.count["points"]
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_a_point_has_the_size_that_the_volume_had_at_its_cut(seed: int) -> None:
     """While it grows, and whoever dies meanwhile."""
     world = Growing(seed)
@@ -50,7 +51,7 @@ def test_a_point_has_the_size_that_the_volume_had_at_its_cut(seed: int) -> None:
     assert world.count["points"]
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_so_it_has_when_the_journal_has_to_be_arranged_anew(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

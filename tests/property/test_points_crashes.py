@@ -22,6 +22,7 @@ from bitmapd.points.sender import Phase
 from bitmapd.receiver.places import COMMIT_OFFSETS
 from bitmapd.receiver.receiver import State
 from tests.support import simpoints
+from tests.support.machines import sim_seeds
 from tests.support.policies import KeepNothing
 from tests.support.simpoints import World
 from tests.support.simreceiver import BLOCK
@@ -245,19 +246,19 @@ def named() -> list[object]:
     return [pytest.param(number, id=f"points/{number} {row.name}") for number, row in ROWS.items()]
 
 
+@pytest.mark.parametrize("seed", sim_seeds(CUTS))
 @pytest.mark.parametrize("number", named())
-def test_who_dies_in_the_course_of_a_point_loses_nothing(number: str) -> None:
+def test_who_dies_in_the_course_of_a_point_loses_nothing(number: str, seed: int) -> None:
     row = ROWS[number]
     steps = steps_of(row)
     assert steps, "the schedule has no such step"
     for step in steps:
-        for seed in range(CUTS):
-            world = played_to(seed, step)
-            assert row.when(world)
-            row.dies(world)
-            world.check()
-            world.rest()
-            world.check()
+        world = played_to(seed, step)
+        assert row.when(world)
+        row.dies(world)
+        world.check()
+        world.rest()
+        world.check()
 
 
 @pytest.mark.parametrize("number", ["08", "16"])

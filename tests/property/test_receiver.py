@@ -16,6 +16,7 @@ import random
 import pytest
 
 from bitmapd.receiver.commit import NEVER
+from tests.support.machines import sim_seeds
 from tests.support.simreceiver import (
     GEOMETRY,
     Machine,
@@ -100,7 +101,7 @@ class World:
         assert image in wanted, f"I1 the image is not point {page.committed}"
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_whatever_happens_the_receiver_has_the_last_point(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ import random
 import pytest
 
 from bitmapd.receiver.view import PATIENCE_S, View
+from tests.support.machines import sim_seeds
 from tests.support.sim import SECTOR, SimDisk, drain
 from tests.support.simreceiver import (
     BLOCK,
@@ -132,7 +133,7 @@ def open_view(machine: Machine, overlay: SimDisk, limit_bytes: int, ends: list[O
     return view
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_a_view_stays_at_its_point_and_points_go_on(seed: int) -> None:
     world = World(seed)
     for _ in range(STEPS):
@@ -160,7 +161,7 @@ def test_a_view_stays_at_its_point_and_points_go_on(seed: int) -> None:
     assert whole == world.model  # V1
 
 
-@pytest.mark.parametrize("seed", range(RUNS))
+@pytest.mark.parametrize("seed", sim_seeds(RUNS))
 def test_a_view_that_is_full_ends_and_the_point_is_applied(seed: int) -> None:
     world = World(seed, limit_bytes=2 * BLOCK)
     for _ in range(STEPS):

@@ -36,7 +36,7 @@ from bitmapd.record import tool
 from bitmapd.record.updates import SuperblockUpdates
 from bitmapd.volume.resize import new_page_states
 from tests.property.test_mirror import BLOCK, EXTENT, GEOMETRY, SIZE, Clock, MirrorMachine, seeds
-from tests.support.machines import machine_settings
+from tests.support.machines import machine_settings, sim_seeds
 from tests.support.policies import MischievousPolicy
 from tests.support.records import SimMedium, blank_image, load_image
 from tests.support.sim import LATE_S, SECTOR, SimDisk
@@ -391,7 +391,7 @@ ACTIONS: dict[Callable[[WideMachine, Random], None], float] = {
 }
 
 
-@pytest.mark.parametrize("seed", range(int(os.environ.get("WALKS", "40"))))
+@pytest.mark.parametrize("seed", sim_seeds(int(os.environ.get("WALKS", "40"))))
 def test_walk(seed: int) -> None:
     walk(seed, 400)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 from hypothesis import Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
@@ -22,6 +23,11 @@ KEPT = Path(__file__).resolve().parents[2] / ".hypothesis" / "examples"
 def examples(full: int) -> int:
     """So many, or the part of them that is asked for."""
     return max(1, full // int(os.environ.get("EXAMPLES_PART", "1")))
+
+
+def sim_seeds(full: int) -> list[object]:
+    """Of a simulation: the first is a test among others, the rest are walks."""
+    return [pytest.param(seed, marks=[pytest.mark.walk] * bool(seed)) for seed in range(full)]
 
 
 def machine_settings(full: int, steps: int) -> settings:
