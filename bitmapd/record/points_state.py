@@ -60,6 +60,10 @@ class PointsState:
             if not 0 <= number <= most:
                 raise UsageError(f"{label} {number} is outside 0..{most}")
 
+    @property
+    def demoted(self) -> bool:
+        return PointsFlag.DEMOTED in self.flags
+
     def to_json(self) -> dict[str, Any]:
         return {
             "term": self.term,

@@ -153,6 +153,11 @@ class Superblock:
         return bool(self.incompatible & Incompatible.PAUSED)
 
     @property
+    def demoted(self) -> bool:
+        """Whether the volume gave its role away, and lets no host in."""
+        return self.points is not None and self.points.demoted
+
+    @property
     def page_count(self) -> int:
         return page_count(self.geometry.extents)
 

@@ -47,7 +47,7 @@ from bitmapd.points.messages import Hello2, Message, Role
 from bitmapd.points.sender import Sender, Settings
 from bitmapd.points.uplink import Identity
 from bitmapd.points.wire import TIMEOUT_S, MessageWire, PointTransport
-from bitmapd.record.points_state import PointsFlag, PointsState
+from bitmapd.record.points_state import PointsState
 from bitmapd.record.superblock import as_ids
 from bitmapd.volume.session import RecordSession
 
@@ -139,7 +139,7 @@ class ReceiverLink:
                 self._failure = f"it did not answer within {FIRST_WORD_S:g} s"
         if self.verdict is not None and not (self.is_forced and self.is_split):
             self.refuse()
-        if PointsFlag.DEMOTED in points.flags:
+        if points.demoted:
             raise WrongStateError(
                 f"volume '{name}' has given its role away, and lets no host in",
                 hint=f"'dmctl switchover {name}' hands it over to {self._config.secondary}, 'dmctl"

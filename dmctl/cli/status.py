@@ -157,6 +157,7 @@ def _stopped(config: VolumeConfig, error: dict[str, str] | None) -> dict[str, An
     geometry = loaded.superblock.geometry
     extents = loaded.bits.count()
     result |= {
+        "state": "demoted" if loaded.superblock.demoted else "stopped",
         "size_bytes": geometry.size_bytes,
         "extent_size_bytes": geometry.extent_bytes,
         "block_size_bytes": geometry.block_bytes,
@@ -180,7 +181,8 @@ def _show(context: Context, volumes: list[dict[str, Any]]) -> None:
             output.line()
             _details(output, volume)
         elif volume["last_error"] is not None:
-            output.say(f"{volume['name']}: {volume['last_error']['message']}")
+            error = volume["last_error"]
+            output.say(f"{volume['name']}: last error, {error['at']}: {error['message']}")
         todo = hint(volume["state"], volume["name"])
         if todo is not None and not output.verbose:
             output.say(f"hint: {todo}")

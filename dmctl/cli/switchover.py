@@ -13,7 +13,6 @@ from argparse import Namespace
 from bitmapd.config import Paths, VolumeConfig
 from bitmapd.errors import SplitBrainError, UnreachableError, WrongStateError
 from bitmapd.points.switchover import Outlook
-from bitmapd.record.points_state import PointsFlag
 from bitmapd.record.superblock import Superblock
 from bitmapd.units import human_size
 from bitmapd.volume.demoting import mark
@@ -39,7 +38,7 @@ def switchover(context: Context, args: Namespace) -> int:
         if is_running(paths, name):
             give_away(context, name, args.timeout, force=True)
             superblock, _ = recorded_runs(config.record, config.uuid)
-        elif not is_demoted(superblock):
+        elif not superblock.demoted:
             raise WrongStateError(
                 f"volume '{name}' is not running, and has not given everything to its receiver",
                 hint=f"dmctl start {name}",
@@ -134,14 +133,9 @@ def give_away(context: Context, name: str, timeout_s: float, *, force: bool) -> 
     stop_now(context, name, timeout_s, now=False)
 
 
-def is_demoted(superblock: Superblock) -> bool:
-    points = superblock.points
-    return points is not None and PointsFlag.DEMOTED in points.flags
-
-
 def stands_demoted(paths: Paths, config: VolumeConfig) -> bool:
     """Whether the volume is stopped, and lets no host in since it was demoted."""
     if is_running(paths, config.name):
         return False
     superblock, _ = recorded_runs(config.record, config.uuid)
-    return is_demoted(superblock)
+    return superblock.demoted

@@ -84,6 +84,7 @@ def test_between_demoted_and_taken_neither_serves_until_somebody_is_asked(sites:
     with sites.near.host():
         assert sites.near.refused("demote", "vol0")["code"] == "busy"
     assert json.loads(sites.near.dmctl("--json", "demote", "vol0"))["demoted"]
+    assert sites.near.status()["state"] == "demoted"
     refused = sites.near.refused("start", "vol0")
     assert refused["code"] == "wrong-state"
     assert "switchover" in refused["hint"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import socket
@@ -162,6 +163,15 @@ def test_an_error_file_of_somebody_else_is_not_an_error(cli: Cli, content: str) 
     cli.create()
     cli.paths.error_file("vol0").write_text(content)
     assert cli.status()["last_error"] is None
+
+
+def test_status_says_when_it_was_that_something_failed(cli: Cli) -> None:
+    cli.create()
+    file = cli.paths.error_file("vol0")
+    file.write_text(json.dumps({"code": "io-error", "message": "a disk is gone"}))
+    os.utime(file, (1_772_359_200, 1_772_359_200))
+    last = "vol0: last error, 2026-03-01T10:00:00.000+00:00: a disk is gone"
+    assert last in cli.ok("status").err.splitlines()
 
 
 def test_where_the_process_cannot_be_seen_the_end_of_the_connection_counts(

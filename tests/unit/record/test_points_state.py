@@ -139,6 +139,12 @@ def test_a_program_that_knows_of_no_points_refuses_the_record(
         decode_superblock(POINTS)
 
 
+def test_who_has_given_its_role_away() -> None:
+    assert make().with_points(FULL).demoted
+    assert not make().with_points(PointsState()).demoted
+    assert not make().demoted
+
+
 def test_a_state_for_programs() -> None:
     assert FULL.to_json() == {
         "term": 0x1122334455667788,
