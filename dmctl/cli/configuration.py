@@ -35,11 +35,17 @@ def check(context: Context, _args: Namespace) -> int:
     ]
     if problems:
         raise ConfigError(problems)
-    count = f"{len(configs)} volume{'' if len(configs) == 1 else 's'}"
-    context.output.say(f"no errors in {context.paths.config_dir}; {count}")
+    receivers = sorted(set(volume_names(context.paths)) - set(configs))
+    counts = f"{_count(len(configs), 'volume')}, {_count(len(receivers), 'receiver')}"
+    context.output.say(f"no errors in {context.paths.config_dir}; {counts}")
     if context.output.as_json:
-        context.output.json("config check", {"volumes": sorted(configs), "errors": []})
+        body = {"volumes": sorted(configs), "receivers": receivers, "errors": []}
+        context.output.json("config check", body)
     return 0
+
+
+def _count(number: int, kind: str) -> str:
+    return f"{number} {kind}{'' if number == 1 else 's'}"
 
 
 def show(context: Context, args: Namespace) -> int:

@@ -181,8 +181,15 @@ def change(context: Context, args: Namespace) -> int:
     try:
         return _simple(context, args.name, "set", dict(changes), said)
     except WrongStateError:
+        config = load_any(context.paths, args.name)
+        if isinstance(config, ReceiverConfig):
+            raise WrongStateError(
+                f"'{args.name}' is a receiver, which reads its settings when it starts",
+                hint=f"change them in {context.paths.volume_file(args.name)}, then 'dmctl stop"
+                f" {args.name}' and 'dmctl start {args.name}'",
+            ) from None
         # A mistake in what was asked for is there whether or not the volume runs.
-        changed(load_volume(context.paths, args.name), changes)
+        changed(config, changes)
         raise
 
 

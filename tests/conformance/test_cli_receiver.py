@@ -373,7 +373,9 @@ def test_verbs_of_volumes_are_refused_with_a_word_of_what_there_is(started: Cli)
     refusal(started.call("point", "vol0"), 14, "receiver")
     refusal(started.call("wait", "vol0", "--for", "in-sync", "--timeout", "5s"), 14, "receiver")
     assert cli_keys(started) == {"role", "image", "journal", "listen"}
-    started.ok("config", "check")
+    refusal(started.call("set", "vol0", "retain=3 x 1h"), 14, "when it starts", "vol0.toml")
+    assert "0 volumes, 1 receiver" in started.ok("config", "check").err
+    assert started.ok("config", "check", "--json").json["receivers"] == ["vol0"]
     started.create("vol1")
     refusal(started.call("points", "vol1"), 14, "volume")
 

@@ -21,7 +21,7 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
 def test_check_counts_or_lists_everything(cli: Cli) -> None:
     assert "0 volumes" in cli.ok("config", "check").err
     cli.create("a")
-    assert cli.ok("config", "check").err.endswith("; 1 volume\n")
+    assert cli.ok("config", "check").err.endswith("; 1 volume, 0 receivers\n")
     cli.create("b")
     assert cli.ok("config", "check", "--json").json["volumes"] == ["a", "b"]
     cli.paths.defaults_file.write_text("[default]\n")
