@@ -134,7 +134,12 @@ def promote_group(context: Context, args: Namespace) -> int:
     receivers = [config for config in found if isinstance(config, ReceiverConfig)]
     names = [config.name for config in found]
     if not receivers:
-        raise WrongStateError(f"there is no receiver of group '{group}' here to promote")
+        promoted = (
+            f"{', '.join(names)} may have been promoted already: dmctl status" if names else None
+        )
+        raise WrongStateError(
+            f"there is no receiver of group '{group}' here to promote", hint=promoted
+        )
     if args.names and set(args.names) != set(names):
         raise WrongStateError(
             f"group '{group}' has {', '.join(names)}: its members are promoted together",

@@ -91,4 +91,5 @@ def test_a_label_is_that_of_the_whole_group(sites: GroupSites) -> None:
     assert first["at"] == second["at"]
     assert sites.found("b") <= sites.found("a") <= sites.found("b") + 1
     again = sites.far["a"].refused("promote", "--group", "db")
+    assert "a, b may have been promoted already" in again["hint"]
     assert again["code"] == "wrong-state"
