@@ -10,7 +10,7 @@ The volumes of a group are processes of one host.  One of them, whichever holds 
 | (all have been cut) | RELEASE | gives them |
 | all have sent everything | END | says END to its receiver |
 | all have committed it | APPLY | has its receiver apply up to that point, and no further |
-| one is cut, and another is not | VOID | gives its cut up; what was sent is not lost |
+| one is cut; another is not, or lost its receiver | VOID | gives up its cut; nothing is resent |
 
 Invariants:
 1. A point of a group is whole only if every member gave its answers at RELEASE, or at END, which
@@ -53,6 +53,7 @@ NUMBER_BITS: Final = 52  # what JSON carries everywhere
 REMEMBERED: Final = 16  # as many as a receiver has waiting
 LAGS: Final = REMEMBERED // 2
 HEARD_S: Final = 3.0  # the leader's last word counts for so long
+AWAY_S: Final = 3.0  # so long a point that is cut waits for a receiver that went away
 UNHEARD: Final = "its leader does not answer"
 
 
@@ -79,7 +80,7 @@ class Seen:
     """What a member says.  `is_ready`: it can be cut now, or once it `is_still`: no host writes
     past its gate.  `obstacle`: why it cannot, if that may last, or empty.  `applies`: the number up
     to which its receiver was told to apply; `committed`: the newest that its receiver has;
-    `unapplied`: how many points wait there."""
+    `unapplied`: how many points wait there; `away_s`: how long nothing has been sent there."""
 
     name: str
     is_ready: bool
@@ -92,6 +93,7 @@ class Seen:
     applies: int
     unapplied: int = 0
     is_still: bool = True
+    away_s: float = 0.0
 
     @classmethod
     def of(cls, name: str, said: dict[str, Any]) -> Seen:
@@ -108,6 +110,7 @@ class Seen:
             int(said["applies"]),
             int(said.get("unapplied", 0)),
             bool(said.get("is_still", True)),
+            float(said.get("away_s", 0.0)),
         )
 
 
@@ -158,11 +161,18 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
             still = all(seen.is_still for seen in members)
             orders.append(Order(Act.CUT, 0, label) if still else Order(Act.STILL))
         return Decision(tuple(orders), waits_for, bool(due))
+    away = [seen for seen in members if seen.away_s >= AWAY_S]
+    waits_for = ", ".join(
+        [f"{name} does not answer" for name in absent]
+        + [f"{seen.name}: {seen.obstacle}" for seen in away]
+    )
     numbers = {seen.number for seen in open_ones}
     for number in sorted(numbers):
         alike = [seen for seen in open_ones if seen.number == number]
         has = [seen for seen in members if seen in alike or number in seen.committed]
-        if absent or len(has) < len(members):
+        begun = all(seen.stage in (Stage.CUT, Stage.SENT) for seen in has)
+        lost = begun and any(seen in away for seen in alike)
+        if absent or lost or len(has) < len(members):
             if any(seen.stage in (Stage.CUT, Stage.SENT) for seen in alike):
                 orders.append(Order(Act.VOID, number))
         elif all(seen.stage is not Stage.CUT for seen in alike) and any(
@@ -174,7 +184,7 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
             later = () if have_it else tuple(seen.name for seen in lag)
             if any(seen.stage is Stage.SENT and seen not in lag for seen in alike) or not later:
                 orders.append(Order(Act.END, number, later=later))
-    return Decision(tuple(orders), "", True)
+    return Decision(tuple(orders), waits_for, True)
 
 
 class Cuttable(Protocol):
@@ -206,6 +216,10 @@ class Cuttable(Protocol):
     @property
     def unapplied(self) -> int:
         """How many committed points its receiver has not applied."""
+
+    @property
+    def away_s(self) -> float:
+        """How long its receiver has been away, or it was paused; 0: not."""
 
     def cut_now(self, number: int, wall_ns: int, label: str) -> None: ...
 
@@ -269,6 +283,7 @@ class Member:
             self.applies,
             sender.unapplied,
             sender.is_still,
+            sender.away_s,
         )
 
     @property

@@ -170,6 +170,7 @@ class Sender:
         gate.reader = self
         gate.on_flush_error = self._primary_not_flushed
         self.state = CopyState.STOPPED
+        self._away_since_s = scheduler.time()
         self.phase = Phase.OPEN
         self.on_change: Callable[[], None] | None = None
         self.on_other: Callable[[Message], None] | None = None
@@ -187,8 +188,10 @@ class Sender:
         self._point_wall_ns = 0
         self.label = ""
         self.member: Member | None = None  # of a group
+        self.is_leaving = False  # no point is cut any more: the receiver takes the volume's place
         self._wanted = False  # a point, changed or not
         self._barrier = False
+        self._compares: Callable[[], None] | None = None  # waits for a barrier to pass
         self._told_slow = False
         self._told_in_place = False
         self._ask_again_s = float("-inf")
@@ -243,6 +246,12 @@ class Sender:
         self._wanted, self.label = True, label
         self.wake()
 
+    def withdraw(self) -> None:
+        """The point that was asked for is not wanted any more, unless it is cut already: its label
+        was of that moment."""
+        if self.phase is Phase.OPEN:
+            self._wanted, self.label = False, ""
+
     def limit_spool(self, limit_bytes: int) -> None:
         """Memory that it may take from now on."""
         self.spool.limit_bytes = limit_bytes
@@ -277,6 +286,8 @@ class Sender:
 
     def _set_state(self, state: CopyState) -> None:
         if state is not self.state:
+            if self.state is CopyState.RUNNING:
+                self._away_since_s = self.now_s
             self.state = state
             self._changed()
 
@@ -397,6 +408,11 @@ class Sender:
             self._go_on(now)
         elif self.phase is Phase.READING:
             self._read_cut(now)
+        elif self._compares is not None:
+            if not self._in_barrier:  # one for the table's sake; comparing begins with another
+                done, self._compares = self._compares, None
+                self.differences.begin(done)
+                self._soon()
         elif wait_s := self.differences.go_on(now):
             self._wake_in(wait_s)
         if not self._only_reads:
@@ -494,6 +510,8 @@ class Sender:
 
     @property
     def cut_obstacle(self) -> str:
+        if self.is_leaving:
+            return "it gives its role away"
         if self.state is not CopyState.RUNNING or not self.uplink.can_group:
             return "its receiver is away, or of a version without groups"
         if self.reading.is_blocked:
@@ -526,6 +544,10 @@ class Sender:
     @property
     def unapplied(self) -> int:
         return max(0, self.uplink.known_committed - self.uplink.applied)
+
+    @property
+    def away_s(self) -> float:
+        return 0.0 if self.state is CopyState.RUNNING else self.now_s - self._away_since_s
 
     def cut_now(self, number: int, wall_ns: int, label: str) -> None:
         self.uplink.group, self.label = number, label
@@ -597,8 +619,9 @@ class Sender:
             self.member.gave_up()
         self.voids[reason] += 1
         self.schedule.gave_up(self._scheduler.time())
-        if reason is not Void.ASKED:
-            self._emit("point-void", point=self.uplink.point, reason=reason.value)
+        label, self.label = self.label, ""  # the next cut is of another moment
+        if reason is not Void.ASKED or label:
+            self._emit("point-void", point=self.uplink.point, reason=reason.value, label=label)
         self._changed()
         self._soon()
 
@@ -763,7 +786,7 @@ class Sender:
 
     def compare(self, done: Callable[[], None]) -> None:
         if self.phase is Phase.OPEN and self.reading.idle and not self._barrier:
-            self.differences.begin(done)
+            self._compares = done
             self._soon()
         else:
             self._scheduler.call_soon(done)
@@ -788,6 +811,7 @@ class Sender:
 
     def unlinked(self, reason: str) -> None:
         self.sums.lost()
+        self._compares = None
         self.differences.lost()
         if self.state is CopyState.RUNNING:
             self._reports.link_down(OSError(reason))

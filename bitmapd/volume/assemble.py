@@ -36,7 +36,7 @@ from bitmapd.config import (
 )
 from bitmapd.copier.engine import Copier
 from bitmapd.copier.throttle import Backoff, Throttle
-from bitmapd.errors import WrongStateError
+from bitmapd.errors import BitmapdError, WrongStateError
 from bitmapd.gate.cycle import CutGate
 from bitmapd.gate.gate import Gate
 from bitmapd.media.aio import AioEngine
@@ -359,10 +359,13 @@ async def _make(base: _Base, paths: Paths, owner: Owner) -> Parts:
         from bitmapd.volume.sending import ReceiverLink, make_sender  # noqa: PLC0415  (`mirror`)
 
         if config.spool is not None:
-            spool_file = await engine.call(
-                partial(open_spool, config.spool, config.spool_file_limit_bytes, engine)
-            )
-            opened.append(spool_file.close)
+            try:
+                spool_file = await engine.call(
+                    partial(open_spool, config.spool, config.spool_file_limit_bytes, engine)
+                )
+                opened.append(spool_file.close)
+            except BitmapdError as error:  # no host waits for what only spares the link
+                emit("spool-error", blocks=0, message=error.message)
         copier = make_sender(config, session, gate, primary, loop, aside, pool, owner, spool_file)
         receiver = ReceiverLink(config, loop, copier, session, owner)
         opened.append(receiver.close)

@@ -25,6 +25,7 @@ from bitmapd.errors import (
     explain,
 )
 from bitmapd.points.messages import Role
+from bitmapd.points.sender import Phase
 from bitmapd.points.switchover import ASKED, Stage, after
 from bitmapd.record.points_state import NO_POINTS_FLAGS, PointsFlag
 from bitmapd.volume.assemble import Parts
@@ -87,6 +88,7 @@ class Demoting:
             except BitmapdError as error:
                 failure, well = failure or error, False
             self.stage = after(self.stage, well=well) or self.stage
+        self._sender.is_leaving = self.stage is not Stage.SERVING
         if failure is not None:
             raise failure
 
@@ -116,7 +118,7 @@ class Demoting:
 
     async def _send_all(self) -> None:
         def sent() -> bool:
-            if self._gone or self._parts.gate.in_sync:
+            if self._gone or (self._parts.gate.in_sync and self._is_closed):
                 return True
             self._sender.wake()
             return False
@@ -126,7 +128,14 @@ class Demoting:
 
     async def _see_it_applied(self) -> None:
         uplink = self._sender.uplink
-        await self._volume.until(lambda: self._gone or uplink.applied >= uplink.known_committed)
+
+        def applied() -> bool:
+            if self._is_closed and uplink.applied >= uplink.known_committed:
+                self._sender.is_leaving = True
+                return True
+            return self._gone
+
+        await self._volume.until(applied)
         self._refuse_if_gone()
 
     async def _demote(self) -> None:
@@ -137,6 +146,11 @@ class Demoting:
         except OSError as error:
             raise explain(error, f"record {self._parts.config.record}") from error
         self._volume.emit("demoted", term=points.term)
+
+    @property
+    def _is_closed(self) -> bool:
+        """No point is open, not even an empty one, which the receiver would have alone."""
+        return self._sender.phase is Phase.OPEN and self._sender.closing.idle
 
     @property
     def _gone(self) -> bool:

@@ -40,6 +40,7 @@ from bitmapd.points.group import (
 )
 
 LOOK_S: Final = 0.25
+CONFIGURED_S: Final = 1.0  # between two looks for members that came or went
 BUSY_S: Final = 0.02  # while a point of the group is on its way
 ANSWER_S: Final = 1.0  # for what holds up no host
 
@@ -95,7 +96,8 @@ class Grouping:
         self.member = member
         self._emit, self._changed = emit, changed
         self._others: dict[str, _Other] = {}
-        self._read_ns = 0  # when the folder of configurations had changed last
+        self._files: frozenset[tuple[object, ...]] = frozenset()  # as they were read last
+        self._look_s = float("-inf")
         self._lock: int | None = None
         self._told = ""
         self._since_s = time.monotonic()
@@ -187,12 +189,16 @@ class Grouping:
         return {other.name: answer for other, answer in zip(others, answers, strict=True)}
 
     async def _look_for_members(self) -> None:
-        changed_ns = os.stat(self._paths.volumes_dir).st_mtime_ns
-        if changed_ns == self._read_ns:
+        now_s = time.monotonic()
+        if now_s < self._look_s:
             return
-        self._read_ns = changed_ns
+        self._look_s = now_s + CONFIGURED_S
         loop = asyncio.get_running_loop()
+        files = await loop.run_in_executor(None, _files, self._paths)
+        if files == self._files:
+            return
         names = await loop.run_in_executor(None, _members, self._paths, str(self._group))
+        self._files = files
         for name in set(self._others) - names:
             self._others.pop(name).close()
         for name in names - {self._name} - set(self._others):
@@ -216,6 +222,7 @@ class Grouping:
                 "applies": seen.applies,
                 "unapplied": seen.unapplied,
                 "is_still": seen.is_still,
+                "away_s": seen.away_s,
             }
         try:
             act, number, wall_ns = Act(word), int(args["number"]), int(args.get("wall_ns", 0))
@@ -226,6 +233,17 @@ class Grouping:
     def figures(self) -> dict[str, Any]:
         """`points.group` of the status."""
         return {"name": self._group, "leads": self.leads} | self.member.figures()
+
+
+def _files(paths: Paths) -> frozenset[tuple[object, ...]]:
+    """What changes when a configuration does, also one that is written in place."""
+    found: list[tuple[object, ...]] = []
+    with os.scandir(paths.volumes_dir) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                seen = entry.stat()
+                found.append((entry.name, seen.st_ino, seen.st_mtime_ns, seen.st_size))
+    return frozenset(found)
 
 
 def _members(paths: Paths, group: str) -> set[str]:

@@ -117,6 +117,8 @@ class WithReceiver:
         if self._asked:
             raise BusyError(f"another point of volume '{self._name}' is being cut on demand")
         self._parts.pausing.refuse("no point is cut")
+        if self.demoting.stage is not Stage.SERVING:
+            raise WrongStateError(f"volume '{self._name}' gives its role away: no point is cut")
         self._refuse_if_alone()
         self._asked = True
         try:
@@ -135,18 +137,27 @@ class WithReceiver:
             )
         finally:
             self._asked = False
+            sender.withdraw()
         if sender.uplink.point == number and sender.phase not in _READ:
             self._refuse_if_gone()
             self._refuse_if_alone()
-            raise BitmapdError(
-                f"the point of volume '{self._name}' was given up; the last one stays",
-                hint=f"'dmctl events {self._name} --now' says why; try again",
-            )
+            raise self._was_given_up()
         if wait:
-            await self._volume.until(lambda: self._gone or sender.uplink.point > number)
+            await self._volume.until(
+                lambda: (
+                    self._gone or sender.uplink.point > number or sum(sender.voids.values()) > voids
+                )
+            )
             if sender.uplink.point == number:
                 self._refuse_if_gone()
+                raise self._was_given_up()
         return {"point": number, "label": label, "committed": sender.uplink.point > number}
+
+    def _was_given_up(self) -> BitmapdError:
+        return BitmapdError(
+            f"the point of volume '{self._name}' was given up; the last one stays",
+            hint=f"'dmctl events {self._name} --now' says why; try again",
+        )
 
     @property
     def _waits_for(self) -> str:

@@ -77,6 +77,36 @@ def test_a_leader_that_hangs_keeps_the_group_from_being_cut_and_that_is_said(
     assert near[other].status()["points"]["group"]["waits_for"] is None
 
 
+def test_who_stops_does_not_wait_for_a_receiver_that_went_away(sites: GroupSites) -> None:
+    sites.start()
+    near, far = sites.near, sites.far
+    os.kill(far["a"].pid, signal.SIGSTOP)
+    near["a"].write(0, os.urandom(2 << 20))
+    near["b"].write(0, os.urandom(4096))
+    near["a"].until(lambda status: status["points"]["state"] in ("sending", "ended"), 30)
+    far["a"].kill()
+    near["b"].write(1 << 20, os.urandom(4096))
+    told = "a: its receiver is away"
+    near["b"].until(lambda status: told in (status["points"]["group"]["waits_for"] or ""), 30)
+    near["b"].stop()
+    assert near["b"].status()["dirty_bytes"] == 0
+
+
+def test_a_member_that_leaves_by_an_editor_is_waited_for_no_more(sites: GroupSites) -> None:
+    sites.start()
+    near = sites.near
+    leader, other = ("a", "b") if near["a"].status()["points"]["group"]["leads"] else ("b", "a")
+    near[other].stop()
+    near[leader].until(
+        lambda status: f"{other} does not" in (status["points"]["group"]["waits_for"] or "")
+    )
+    (file,) = near[other].folder.rglob(f"volumes/{other}.toml")
+    text = file.read_text()
+    assert 'group = "db"\n' in text
+    file.write_text(text.replace('group = "db"\n', ""))  # in place, as editors do
+    near[leader].until(lambda status: status["points"]["group"]["waits_for"] is None)
+
+
 def test_a_label_is_that_of_the_whole_group(sites: GroupSites) -> None:
     sites.start()
     host = Pair(sites)

@@ -175,6 +175,18 @@ def test_a_point_larger_than_memory_waits_for_the_link_in_a_file(short_path: Pat
         assert sites.image.read_bytes()[: len(content)] == content
 
 
+def test_a_spool_that_is_gone_keeps_no_volume_from_starting(short_path: Path) -> None:
+    spool = short_path / "spool"
+    spool.mkdir()
+    with Sites(short_path, near_options=("--spool", str(spool))) as sites:
+        sites.create()
+        spool.rmdir()
+        sites.start()
+        assert sites.near.status()["last_error"]["code"] == "spool-error"
+        assert str(spool) in sites.near.status()["last_error"]["message"]
+        assert sites.points()["spool_file_limit_bytes"] is None
+
+
 def test_what_is_said_of_points(sites: Sites) -> None:
     sites.start()
     status = sites.near.status()

@@ -16,11 +16,12 @@ ROWS = (
     EventKind(
         "point-void",
         Level.WARNING,
-        ("point", "reason"),
+        ("point", "reason", "label"),
         "the cut of this point was given up, and nothing that was sent is lost: `slow`: a host had"
         " waited for `cut_patience`; `spool`: it was full; `read-error`, `flush-error`: of the"
         " primary; `link`: the receiver had lost some of it; `journal`: it has no room for"
-        " the rest, so the point is sent anew; `group`: another volume of its group was not cut",
+        " the rest, so the point is sent anew; `group`: another volume of its group was not cut;"
+        " `asked`: by a pause or a stop. The next point does not have its `label`",
         "nothing, if it is rare; else see why the primary is slow, or give the spool more room",
         limited=True,
     ),
@@ -29,7 +30,8 @@ ROWS = (
         Level.ERROR,
         ("blocks", "message"),
         "the spool's file cannot be read or written, or is full; memory alone has to do for a"
-        " minute. `blocks` were in it and are read anew; if a cut was open it is given up",
+        " minute, and until the next start if the file could not be made. `blocks` were in it and"
+        " are read anew; if a cut was open it is given up",
         "see to the disk of the folder that `spool` names",
         is_error=True,
         limited=True,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from bitmapd.gate.direct import Landed
 from bitmapd.peer.frames import ErrorCode
 from bitmapd.points import differences
 from bitmapd.points.messages import NIL, Compare, Data, Feature, Have, Map, Pieces
 from bitmapd.points.sums import piece_sums
 from tests.support.mirror import BLOCK, EXTENT
-from tests.unit.points.homes import GENERATION, IDENTITY, OURS, Home, hello
+from tests.unit.points.homes import GENERATION, IDENTITY, OURS, Home, IdleKernel, hello
 
 OLD = b"o" * 16
 PROMOTED = replace(IDENTITY, generations=(GENERATION, OLD, NIL, NIL), promoted=True)
@@ -150,6 +152,27 @@ def test_a_connection_lost_while_the_era_ends_is_no_reason_to_end_another() -> N
     greet(home)
     assert asked(home) == []
     home.run()
+    assert [question.runs for question in asked(home)] == [((0, 4),)]
+
+
+def test_a_barrier_for_the_sake_of_the_table_passes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(identity=PROMOTED, past_gate=True)
+    home.sender.start()
+    home.run()
+    barriers: list[Callable[..., None]] = []
+    with monkeypatch.context() as held:
+        held.setattr(IdleKernel, "barrier", lambda *arguments: barriers.append(arguments[-1]))
+        following = home.sender.following
+        assert following is not None
+        following._begin(home.loop.time())
+        greet(home)
+        home.say(Map(((0, 1),)))
+        home.run()
+        assert following.under_way
+        assert not home.sender.differences.is_under_way
+    barriers.pop()(None, Landed((), 1, 0.0))
+    home.run()
+    assert not following.under_way
     assert [question.runs for question in asked(home)] == [((0, 4),)]
 
 

@@ -12,6 +12,7 @@ import pytest
 from bitmapd.gate.cycle import Void
 from bitmapd.gate.withheld import Withheld
 from bitmapd.points.group import (
+    AWAY_S,
     FIRST,
     HEARD_S,
     LAGS,
@@ -64,6 +65,10 @@ def states() -> Iterator[tuple[Seen, Seen]]:
         for committed in ((), (OLD,))
     ]
     ones += [replace(IDLE, committed=(OLD, G)), replace(IDLE, committed=(G,), applies=G)]
+    ones += [
+        replace(IDLE, stage=stage, number=G, is_ready=False, obstacle="away", away_s=AWAY_S)
+        for stage in (Stage.CUT, Stage.SENT, Stage.ENDED)
+    ]
     yield from product(ones, [replace(one, name="b") for one in ones])
 
 
@@ -92,7 +97,8 @@ def test_whatever_the_members_say_no_order_breaks_the_promise(absent: tuple[str,
                 assert all(order.number in seen.committed for seen in pair)
             else:
                 assert order.act is Act.VOID
-                assert absent or not all(order.number in numbers for numbers in has)
+                away = any(seen.away_s for seen in holders)
+                assert absent or away or not all(order.number in numbers for numbers in has)
                 assert any(seen.stage in (Stage.CUT, Stage.SENT) for seen in holders)
     assert acts == ({Act.VOID} if absent else set(Act) - {Act.RELEASE})
 
@@ -124,6 +130,20 @@ def test_who_has_many_that_others_may_lack_says_end_last() -> None:
     assert decide([sent, few], ()).orders == (Order(Act.END, G),)
 
 
+def test_a_point_does_not_wait_for_a_receiver_that_went_away() -> None:
+    sent = replace(IDLE, stage=Stage.SENT, number=G, is_ready=False)
+    away = replace(sent, name="b", stage=Stage.CUT, obstacle="its receiver is away")
+    assert decide([sent, replace(away, away_s=AWAY_S - 0.1)], ()) == Decision((), "", True)
+    away = replace(away, away_s=AWAY_S)
+    told = "b: its receiver is away"
+    assert decide([sent, away], ()) == Decision((Order(Act.VOID, G),), told, True)
+    ended = replace(away, stage=Stage.ENDED)
+    done = replace(IDLE, committed=(G,))
+    assert decide([done, ended], ()) == Decision((), told, True)
+    behind = replace(away, stage=Stage.SENT, unapplied=LAGS)
+    assert Act.VOID not in [order.act for order in decide([done, behind], ()).orders]
+
+
 def test_a_leader_that_hangs_is_said_to(volume: Volume) -> None:
     member = volume.member
     assert member.waits_for == UNHEARD
@@ -147,6 +167,7 @@ class Volume:
         self.patience_s = 0.05
         self.cut_obstacle, self.may_be_cut, self.is_due, self.label = "", True, False, ""
         self.unapplied = 0
+        self.away_s = 0.0
         self.is_still = True
         self.done: list[object] = []
         self.member = Member("a", self, self, self.loop)

@@ -280,6 +280,71 @@ def test_a_cut_that_the_spool_cannot_hold_is_sent_while_it_is_read() -> None:
     assert sorted(home.blocks()) == list(range(8))
 
 
+# -- labels -----------------------------------------------------------------------------------
+
+
+def labels(home: Home) -> list[str]:
+    """Of the points that were ended, as END repeats them; see `Uplink.end`."""
+    told = home.told()
+    ends = [at for at, message in enumerate(told) if isinstance(message, End)]
+    return [begin.label for at in ends if isinstance(begin := told[at - 1], Begin)]
+
+
+def test_a_label_is_that_of_its_cut_and_of_no_later_one() -> None:
+    home = begun()
+    home.put(0, 4)
+    home.sender.cut("L")
+    home.run()
+    assert labels(home) == ["L"]
+    home.lose()
+    home.greet()  # the receiver has nothing of it
+    assert ("point-void", {"point": 1, "reason": "link", "label": "L"}) in home.events
+    home.run(2.0)
+    assert labels(home) == [""]
+
+
+def test_a_pause_takes_the_label_of_an_open_cut_and_that_is_said() -> None:
+    home = begun()
+    home.put(0, 4)
+    home.sender.cut("L")
+    home.turn()
+    home.sender.pause()
+    assert ("point-void", {"point": 1, "reason": "asked", "label": "L"}) in home.events
+
+
+def test_what_nobody_waits_for_any_more_has_no_label_unless_it_is_cut() -> None:
+    home = begun()
+    home.put(1)
+    home.sender.cut("L")
+    home.sender.withdraw()
+    home.run(2.0)
+    assert labels(home) == [""]
+    home.commit(1)
+    home.put(1, fill=2)
+    home.sender.cut("M")
+    home.turn()
+    home.sender.withdraw()
+    home.run()
+    assert labels(home) == ["M"]
+
+
+def test_how_long_nothing_could_be_sent() -> None:
+    home = begun()
+    assert home.sender.away_s == 0.0
+    home.lose()
+    home.loop.advance(2.0)
+    assert home.sender.away_s == 2.0
+    home.greet()
+    assert home.sender.away_s == 0.0
+
+
+def test_who_gives_its_role_away_is_not_cut() -> None:
+    home = begun()
+    assert home.sender.cut_obstacle == "its receiver is away, or of a version without groups"
+    home.sender.is_leaving = True
+    assert home.sender.cut_obstacle == "it gives its role away"
+
+
 # -- copy before write ----------------------------------------------------------------------------
 
 
@@ -358,7 +423,7 @@ def test_more_than_the_spool_can_take_gives_the_cut_up(blocks: int) -> None:
     assert home.sender.voids[Void.SPOOL] == 1
     home.run()
     assert answers == [None]
-    assert ("point-void", {"point": 1, "reason": "spool"}) in home.events
+    assert ("point-void", {"point": 1, "reason": "spool", "label": ""}) in home.events
 
 
 def test_a_host_that_waits_too_long_gives_the_cut_up_and_nothing_is_lost() -> None:
