@@ -143,16 +143,21 @@ def newest_of_all(histories: Sequence[Sequence[int]]) -> int:
     )
 
 
+def _told(absent: Sequence[str], members: Sequence[Seen]) -> str:
+    """Why these keep the group from going on, or empty."""
+    silent = [f"{name} does not answer" for name in absent]
+    return ", ".join(
+        silent + [f"{seen.name}: {seen.obstacle}" for seen in members if seen.obstacle]
+    )
+
+
 def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
     """What follows.  `absent`: those that did not answer."""
     orders: list[Order] = []
     newest = 0 if absent else newest_of_all([seen.committed for seen in members])
     if newest and any(seen.applies != newest for seen in members):
         orders.append(Order(Act.APPLY, newest))
-    waits_for = ", ".join(
-        [f"{name} does not answer" for name in absent]
-        + [f"{seen.name}: {seen.obstacle}" for seen in members if seen.obstacle]
-    )
+    waits_for = _told(absent, members)
     open_ones = [seen for seen in members if seen.stage is not Stage.NONE]
     if not open_ones:
         due = [seen for seen in members if seen.is_due]
@@ -162,10 +167,7 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
             orders.append(Order(Act.CUT, 0, label) if still else Order(Act.STILL))
         return Decision(tuple(orders), waits_for, bool(due))
     away = [seen for seen in members if seen.away_s >= AWAY_S]
-    waits_for = ", ".join(
-        [f"{name} does not answer" for name in absent]
-        + [f"{seen.name}: {seen.obstacle}" for seen in away]
-    )
+    waits_for = _told(absent, away)
     numbers = {seen.number for seen in open_ones}
     for number in sorted(numbers):
         alike = [seen for seen in open_ones if seen.number == number]
