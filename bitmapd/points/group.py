@@ -157,9 +157,9 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
     newest = 0 if absent else newest_of_all([seen.committed for seen in members])
     if newest and any(seen.applies != newest for seen in members):
         orders.append(Order(Act.APPLY, newest))
-    waits_for = _told(absent, members)
     open_ones = [seen for seen in members if seen.stage is not Stage.NONE]
     if not open_ones:
+        waits_for = _told(absent, members)
         due = [seen for seen in members if seen.is_due]
         if due and not waits_for and all(seen.is_ready for seen in members):
             label = next((seen.label for seen in due if seen.label), "")
@@ -167,7 +167,6 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
             orders.append(Order(Act.CUT, 0, label) if still else Order(Act.STILL))
         return Decision(tuple(orders), waits_for, bool(due))
     away = [seen for seen in members if seen.away_s >= AWAY_S]
-    waits_for = _told(absent, away)
     numbers = {seen.number for seen in open_ones}
     for number in sorted(numbers):
         alike = [seen for seen in open_ones if seen.number == number]
@@ -186,7 +185,7 @@ def decide(members: Sequence[Seen], absent: Sequence[str]) -> Decision:
             later = () if have_it else tuple(seen.name for seen in lag)
             if any(seen.stage is Stage.SENT and seen not in lag for seen in alike) or not later:
                 orders.append(Order(Act.END, number, later=later))
-    return Decision(tuple(orders), waits_for, True)
+    return Decision(tuple(orders), _told(absent, away), True)
 
 
 class Cuttable(Protocol):

@@ -97,7 +97,7 @@ class Grouping:
         self._emit, self._changed = emit, changed
         self._others: dict[str, _Other] = {}
         self._files: frozenset[tuple[object, ...]] = frozenset()  # as they were read last
-        self._look_s = float("-inf")
+        self._next_look_s = float("-inf")
         self._lock: int | None = None
         self._told = ""
         self._since_s = time.monotonic()
@@ -190,9 +190,9 @@ class Grouping:
 
     async def _look_for_members(self) -> None:
         now_s = time.monotonic()
-        if now_s < self._look_s:
+        if now_s < self._next_look_s:
             return
-        self._look_s = now_s + CONFIGURED_S
+        self._next_look_s = now_s + CONFIGURED_S
         loop = asyncio.get_running_loop()
         files = await loop.run_in_executor(None, _files, self._paths)
         if files == self._files:

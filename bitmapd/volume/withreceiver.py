@@ -124,7 +124,7 @@ class WithReceiver:
         try:
             await self._volume.until(lambda: self._gone or sender.phase is Phase.OPEN)
             self._refuse_if_gone()
-            number, voids = sender.uplink.point, sum(sender.voids.values())
+            number, voids = sender.uplink.point, self._voids
             sender.cut(label)
             await self._volume.until(
                 lambda: (
@@ -132,7 +132,7 @@ class WithReceiver:
                     or bool(self._waits_for)
                     or sender.uplink.point > number
                     or sender.phase in _READ
-                    or sum(sender.voids.values()) > voids
+                    or self._voids > voids
                 )
             )
         finally:
@@ -144,14 +144,17 @@ class WithReceiver:
             raise self._was_given_up()
         if wait:
             await self._volume.until(
-                lambda: (
-                    self._gone or sender.uplink.point > number or sum(sender.voids.values()) > voids
-                )
+                lambda: self._gone or sender.uplink.point > number or self._voids > voids
             )
             if sender.uplink.point == number:
                 self._refuse_if_gone()
                 raise self._was_given_up()
         return {"point": number, "label": label, "committed": sender.uplink.point > number}
+
+    @property
+    def _voids(self) -> int:
+        """How many cuts were given up so far."""
+        return sum(self.sender.voids.values())
 
     def _was_given_up(self) -> BitmapdError:
         return BitmapdError(

@@ -27,7 +27,7 @@ def examples(full: int) -> int:
 
 def sim_seeds(full: int) -> list[object]:
     """Of a simulation: the first is a test among others, the rest are walks."""
-    return [pytest.param(seed, marks=[pytest.mark.walk] * bool(seed)) for seed in range(full)]
+    return [pytest.param(seed, marks=[pytest.mark.walk] if seed else []) for seed in range(full)]
 
 
 def machine_settings(full: int, steps: int) -> settings:
