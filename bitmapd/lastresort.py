@@ -16,6 +16,9 @@ What is answered, and ends nothing:
    descriptor or a thread for an operation on a medium: its OSError.  Room in the kernel's queue:
    the operation waits.  A descriptor for a client: accepting pauses for a second.
 4. An OSError of the connection of one control or metrics client: asyncio has closed it.
+5. A second end of a connection, of which asyncio has told its protocol once (CPython issue 156512):
+   its own TLS writes where a transport may end, so whoever cuts the link at the wrong moment would
+   end this process.
 
 The exit status is that of the error; the error is in the log and in `RUN_DIR/NAME.err`.  If saying
 so takes longer than `LAST_WORDS_S`, SIGALRM ends the process.
@@ -76,12 +79,21 @@ class LastResort:
             loop.default_exception_handler(context)
         elif isinstance(error, OSError) and "socket" in context:
             self._accepting_pauses(error)  # asyncio: BaseSelectorEventLoop._accept_connection
-        elif not (isinstance(error, OSError) and "transport" in context):
+        elif isinstance(error, OSError) and "transport" in context:
+            pass
+        elif not _is_second_end(error):
             self.end_by(error)
 
     def on_thread(self, args: threading.ExceptHookArgs) -> None:
         """For `threading.excepthook`."""
         self.end_by(args.exc_value or RuntimeError("a thread ended"))
+
+
+def _is_second_end(error: BaseException) -> bool:
+    """Raised in asyncio itself: the first time has taken the socket and the protocol away."""
+    last = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    ends = asyncio.selector_events._SelectorTransport._call_connection_lost  # type: ignore[attr-defined]
+    return isinstance(error, AttributeError) and last == [ends.__code__]
 
 
 def _trace(error: BaseException) -> str:

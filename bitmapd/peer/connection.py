@@ -100,9 +100,7 @@ class Connection(asyncio.BufferedProtocol):
         """Returns the sequence of the last frame."""
         number = self.link.send(parts)
         self._was_full |= not self.link.has_room
-        if not self._flush_due:
-            self._flush_due = True
-            self._soon(self.flush)
+        self._flush_soon()
         return number
 
     def read(self, on: bool) -> None:
@@ -188,8 +186,15 @@ class Connection(asyncio.BufferedProtocol):
         self._paused = True
 
     def resume_writing(self) -> None:
+        """Not the place to write or close: a transport that ends in here is ended twice by asyncio
+        (CPython issue 156512)."""
         self._paused = False
-        self.flush()
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self._soon(self.flush)
 
     def flush(self) -> None:
         """What was sent leaves, as far as the socket takes it; else that comes by itself."""

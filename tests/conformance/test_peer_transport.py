@@ -19,6 +19,7 @@ from bitmapd.errors import BusyError, NotFoundError, UsageError
 from bitmapd.net.tls import fingerprint, node_context
 from bitmapd.net.uri import PartnerUri
 from bitmapd.peer import frames
+from bitmapd.peer.connection import Connection
 from bitmapd.peer.frames import ErrorCode, Kind, Part, PeerError, Reader
 from bitmapd.peer.link import MAX_OUTPUT_BYTES
 from bitmapd.peer.transport import MOST_ARRIVING, PeerTransport, Settings
@@ -114,6 +115,36 @@ def test_much_output_waits_in_order_and_its_owner_hears_when_there_is_room(
             await other.until(lambda: len(other.got) == 13)
             assert [frame.request for frame in other.got[1:]] == list(range(12))
             assert one.drains == 1
+
+    run(scenario)
+
+
+def test_a_peer_that_goes_while_output_waits_is_lost_once(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the moment in which the transport has room again: what is written there ends it, and
+    asyncio ends it once more (CPython issue 156512)."""
+
+    async def scenario() -> None:
+        listens, _ = unix_pair(short_path)
+        with nodes(listens) as (one,), Raw(listens) as client:
+            resumes = Connection.resume_writing
+
+            def goes(connection: Connection) -> None:
+                client.sock.close()
+                resumes(connection)
+
+            monkeypatch.setattr(Connection, "resume_writing", goes)
+            await client.greet()
+            here = await one.greeted()
+            here.send([data(number, 1 << 20) for number in range(8)])
+            while client.sock.fileno() >= 0:
+                with suppress(BlockingIOError):
+                    client.sock.recv(1 << 20)
+                await asyncio.sleep(0)
+            await one.until(lambda: one.losses)
+            await asyncio.sleep(0.01)  # the second end would come in the next turn
+            assert len(one.losses) == 1
 
     run(scenario)
 

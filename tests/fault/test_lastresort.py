@@ -128,6 +128,50 @@ def test_the_loss_of_a_clients_connection_ends_nothing() -> None:
     assert program.ended() == (0, "went on\n")
 
 
+@pytest.mark.parametrize("ends", ["transport.abort()", "theirs.close(); transport.write(b'x')"])
+def test_a_connection_that_asyncio_ends_twice_ends_nothing(ends: str) -> None:
+    """As its own TLS does: it writes in `resume_writing`, to somebody who has gone."""
+    program = on_a_loop(
+        f"""
+        import socket
+        ours, theirs = socket.socketpair()
+
+        class Ends(asyncio.Protocol):
+            def resume_writing(self):
+                {ends}
+            def connection_lost(self, error):
+                print("lost", flush=True)
+
+        transport, _ = await loop.create_connection(Ends, sock=ours)
+        transport.set_write_buffer_limits(high=0)
+        while not transport.get_write_buffer_size():
+            transport.write(bytes(1 << 10))
+        theirs.recv(1 << 20)
+        await asyncio.sleep(0.1)
+        print("went on", flush=True)
+        """
+    )
+    assert program.ended() == (0, "lost\nwent on\n")
+
+
+def test_an_error_of_a_protocol_that_hears_of_its_end_is_not_taken_for_that() -> None:
+    program = on_a_loop(
+        """
+        import socket
+
+        class Fails(asyncio.Protocol):
+            def connection_lost(self, error):
+                None.close()
+
+        transport, _ = await loop.create_connection(Fails, sock=socket.socketpair()[0])
+        await asyncio.sleep(60)
+        """
+    )
+    status, said = program.ended()
+    assert status == 1
+    assert "'NoneType' object has no attribute 'close'" in said
+
+
 def test_last_words_that_take_too_long_are_cut_short() -> None:
     program = Program(
         """

@@ -283,6 +283,11 @@ class Volume:
         with self.control() as control:
             yield Events(control)
 
+    def last_words(self) -> str:
+        """What the last process said when it ended by a mistake."""
+        path = self.folder / "run" / f"{self.name}.err"
+        return path.read_text() if path.exists() else ""
+
     def until(
         self, reached: Callable[[dict[str, Any]], bool], timeout_s: float = WAIT_S
     ) -> dict[str, Any]:
@@ -300,7 +305,9 @@ class Volume:
                     if time.monotonic() > deadline_s:
                         raise AssertionError(f"not reached in {timeout_s} s: {figures}")
                     if poll.poll(POLL_MS):
-                        raise AssertionError("the daemon has ended")
+                        raise ConnectionError
+        except ConnectionError:
+            raise AssertionError(f"the daemon has ended: {self.last_words()}") from None
         finally:
             os.close(pidfd)
 
