@@ -128,13 +128,17 @@ class PromotedDm:
         self._covers = store.covers
         self._mark: Mark = lambda *blocks: completion(partial(gate.mark, *blocks))
 
+    @property
+    def _present_geometry(self) -> Geometry:
+        """The volume may have grown since `prepare`."""
+        gate, first = self._gate, self._geometry
+        return first if gate is None else present_geometry(first, gate)
+
     # -- hosts come and go --------------------------------------------------------------------
     async def admit(self) -> None:
         if self._kernel is None:
             await self._primary.lend()
-            geometry = self._geometry
-            if self._gate is not None:
-                geometry = present_geometry(geometry, self._gate)
+            geometry = self._present_geometry
             self._kernel = kernel = self._attachment(geometry)
             try:
                 await kernel.close_hosts()  # whoever has it open since they were cut off keeps it
@@ -182,7 +186,8 @@ class PromotedDm:
         unknown = self.path.end()
         if self._gate is None:
             return
-        blocks = (self._geometry.extent_blocks(*run) for run in unknown)
+        geometry = self._present_geometry
+        blocks = (geometry.extent_blocks(*run) for run in unknown)
         self._gate.take_over(blocks, ())
         await self.server.drain(DRAIN_TIMEOUT_S)
         try:

@@ -329,6 +329,32 @@ def test_hosts_see_a_larger_size_once_every_write_passes_the_gate(
     run(test)
 
 
+@pytest.mark.parametrize("while_served", [False, True])
+def test_what_is_open_in_the_new_part_when_it_goes_counts_as_written(
+    run: Callable[[Test], None], while_served: bool
+) -> None:
+    async def test(it: Bench) -> None:
+        await it.prepare()
+        await it.begin()
+        if while_served:
+            await it.mode.admit()
+        per = it.mirror.geometry.blocks_per_extent
+        old = grow(it) // it.mirror.geometry.extent_bytes
+        if while_served:
+            await it.mode.follow_size(eras(it))
+        else:
+            await it.mode.admit()
+        gate = it.mirror.gate
+        gate.current.discard(0, it.mirror.geometry.blocks + per)
+        path = it.mode.path.path
+        assert path is not None
+        path.routes.adopt([(old - 1, old + 1)])
+        await it.mode.cut_off()
+        assert list(gate.current.runs()) == [((old - 1) * per, (old + 1) * per)]
+
+    run(test)
+
+
 def test_hosts_go_on_with_the_old_size_while_no_barrier_passes(run: Callable[[Test], None]) -> None:
     async def test(it: Bench) -> None:
         path = await it.serving_directly()
