@@ -228,6 +228,27 @@ def test_drain_of_a_server_without_clients(make: Any) -> None:
     assert make().thread.drain(5.0)
 
 
+def test_whoever_is_adopted_after_a_drain_is_missed_when_gone(make: Any) -> None:
+    """As the kernel's connection is, which is made anew when a volume has grown."""
+    thread = make().thread
+    missed: list[str] = []
+
+    def adopted(name: str) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        thread.call(lambda: thread.server.adopt(ours, name, lambda: missed.append(name)))
+        return theirs
+
+    drained = adopted("drained")
+    assert thread.drain(5.0)
+    assert drained.recv(1 << 10)  # the greeting
+    assert drained.recv(1) == b""
+    gone = adopted("gone")
+    assert gone.recv(1 << 10)
+    gone.close()
+    thread.until(lambda: missed)
+    assert missed == ["gone"]
+
+
 # -- listening ---------------------------------------------------------------------------------
 
 

@@ -132,7 +132,6 @@ class NbdServer:
         return self._listeners.tcp(host, port, tls=self._tls is not None)
 
     def _prepare(self, tls: bool) -> None:
-        self._quiet = None  # after `drain`
         if tls and (self._tls_worker is None or self._tls_worker.closed):
             self._tls_worker = TlsWorker(self.loop)
 
@@ -154,7 +153,7 @@ class NbdServer:
     def adopt(self, sock: socket.socket, peer: str, on_closed: Callable[[], None]) -> None:
         """Serve a local client whose connected socket is handed in; it begins with a handshake.
 
-        `on_closed`: called when this connection has ended, unless the server is stopping.
+        `on_closed`: called when this connection has ended, unless `drain` ends it.
         """
         connection = self._welcome(sock, Peer(peer, peer, is_trusted=True), tls=False)
         if connection is None:
@@ -403,21 +402,22 @@ class NbdServer:
     async def drain(self, timeout_s: float) -> bool:
         """Accept nobody, finish the requests that were received, answer them, close.  False if
         requests were still at the disk, or answers not taken, when the time was up.  Afterwards it
-        may be listened again."""
+        may listen and adopt again."""
         self.close_listeners()
-        self._quiet = self.loop.create_future()
+        self._quiet = quiet = self.loop.create_future()
         for connection in list(self._connections):
             connection.drain()
         self.flush_replies()
         self._check_quiet()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._quiet
+                await quiet
             finished = True
         except TimeoutError:
             finished = False
         for connection in list(self._connections):
             connection.close()
+        self._quiet = None
         if self._sweeper is not None:
             self._sweeper.cancel()
             self._sweeper = None
