@@ -337,7 +337,10 @@ class Transfers:
             return
 
         def written(error: OSError | None) -> None:
-            transfer.error = transfer.error or error
+            if error is not None and (
+                transfer.error is None or self._secondary.lands_late(error)
+            ):  # one that leaves open what becomes of its part goes before the others
+                transfer.error = error
             transfer.parts -= 1
             if not transfer.parts:
                 self._was_sent(transfer)

@@ -227,6 +227,11 @@ class Mirror:
         self.loop.run_soon()
 
     def fail(self, disk: SimDisk, number: int, index: int = 0) -> None:
+        """A disk answers that it failed; one that writes late does not answer."""
+        if disk.writes_late:
+            disk.leave_unanswered(index, number)
+            self.turn()
+            return
         disk.fail_next = {disk.pending[index].kind: [number]}
         self.finish(disk, index)
         disk.fail_next = {}

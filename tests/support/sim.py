@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from bitmapd.errors import Unanswered
 from bitmapd.media.base import AllocationDone, Done
 
 SECTOR = 512
@@ -164,7 +165,7 @@ class SimDisk:
         )
 
     def lands_late(self, error: OSError) -> bool:
-        return self.writes_late
+        return self.writes_late and isinstance(error, Unanswered)
 
     def open(self, done: Done) -> None:
         self._submit("open", 0, b"", 0, None, done)
@@ -219,6 +220,13 @@ class SimDisk:
         elif op.kind == "open":
             self.connected = True
         op.done(None)
+
+    def leave_unanswered(self, index: int, number: int) -> None:
+        """A server may carry it out yet."""
+        op = self.pending.pop(index)
+        if op.kind == "write":
+            self.ghosts.append(op)
+        op.done(Unanswered(number, "it was not answered"))
 
     def carry_out(self, offset: int, data: bytes, fua: bool) -> None:
         end = offset + len(data)
@@ -281,7 +289,7 @@ class SimDisk:
         self.abandon()
         self.connected = False
         for op in pending:
-            op.done(OSError(errno.ENOTCONN, "the connection was lost"))
+            op.done(Unanswered(errno.ENOTCONN, "the connection was lost"))
 
     def greet(self, loop: SimLoop, luck: Chooser) -> None:
         """A new connection: every ghost lands within `LATE_S`, or never."""

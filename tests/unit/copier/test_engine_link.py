@@ -258,8 +258,7 @@ def late() -> Mirror:
     mirror.put(0)
     until_reads(mirror)
     mirror.finish(mirror.primary)
-    mirror.secondary.connected = False
-    mirror.finish(mirror.secondary)
+    mirror.secondary.lose_connection()
     mirror.run(0.5)
     mirror.run()
     return mirror

@@ -8,6 +8,7 @@ import pytest
 
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.late import QUIET_S
+from bitmapd.errors import Unanswered
 from tests.support.mirror import BLOCK, EXTENT, LATE_S, Mirror, begun, equal, until_reads
 from tests.support.sim import SimOp, drain
 
@@ -23,7 +24,7 @@ def lost_on_its_way(*, late: bool = True) -> tuple[Mirror, SimOp]:
     (stuck,) = mirror.secondary.pending
     mirror.secondary.pending.clear()
     mirror.secondary.connected = False
-    stuck.done(OSError(errno.ENOTCONN, "the connection was lost"))
+    stuck.done(Unanswered(errno.ENOTCONN, "the connection was lost"))
     assert mirror.copier.state is CopyState.LINK_DOWN
     mirror.put(2, fill=2)
     return mirror, stuck
@@ -186,8 +187,7 @@ def test_a_second_loss_has_a_time_of_its_own() -> None:
     until_reads(mirror)
     mirror.finish(mirror.primary)
     (stuck,) = mirror.secondary.pending
-    mirror.secondary.connected = False
-    mirror.finish(mirror.secondary)
+    mirror.secondary.lose_connection()
     mirror.put(20, fill=4)
     seconds(mirror, LATE_S - 5)
     assert mirror.stored() == {5}, "the first is over"

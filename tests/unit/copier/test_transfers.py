@@ -212,6 +212,24 @@ def test_what_a_secondary_may_still_carry_out_is_not_tried_in_another_form() -> 
     assert rig.told[0] == ("not written", 0, 1, errno.EIO, Refusal.GONE)
 
 
+@pytest.mark.parametrize("first", ["answered", "unanswered"])
+def test_one_part_that_may_land_late_goes_before_others_that_failed(first: str) -> None:
+    rig = Rig(3)
+    rig.primary.visible[BLOCK : 2 * BLOCK] = bytes(BLOCK)  # so there are three parts
+    rig.secondary.writes_late = True
+    rig.begin()
+    rig.mirror.finish(rig.primary)
+    rig.secondary.finish(1)
+    rig.secondary.fail_next = {"write": [errno.ENOSPC]}
+    if first == "answered":
+        rig.secondary.finish(0)
+    rig.secondary.leave_unanswered(0, errno.EIO)
+    if first == "unanswered":
+        rig.secondary.finish(0)
+    rig.mirror.turn()
+    assert rig.told[0] == ("not written", 0, 3, errno.EIO, Refusal.GONE)
+
+
 def test_what_cannot_be_compared_is_sent() -> None:
     rig = Rig(2)
     rig.transfers.compare = True
