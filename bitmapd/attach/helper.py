@@ -183,6 +183,9 @@ class Wiring:
     def _let_go(self) -> None:
         """End the helper; it resumes what it may have suspended unless it has to be killed."""
         if self._sock is not None:
+            # A call may wait for it: the loop would keep its number, and refuse the next with it.
+            self._loop.remove_reader(self._sock)
+            self._loop.remove_writer(self._sock)
             self._sock.close()
             self._sock = None
         process, self._process = self._process, None

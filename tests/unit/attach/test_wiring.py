@@ -167,3 +167,29 @@ def test_after_close_none_is_replaced(run: Any, monkeypatch: pytest.MonkeyPatch)
         assert bench.events == []
 
     run(work)
+
+
+def test_a_call_that_waits_when_it_is_closed_leaves_nothing_in_the_loop(run: Any) -> None:
+    """A socket with the same number comes next."""
+
+    async def work(bench: Bench) -> None:
+        first = await bench.started()
+        call = asyncio.create_task(bench.wiring.call("hang"))
+        assert await bench.said() == ("hang", first)
+        assert bench.wiring._sock is not None
+        number = bench.wiring._sock.fileno()
+        bench.wiring.close()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            assert number in (ours.fileno(), theirs.fileno())
+            for sock in (ours, theirs):
+                sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            heard = [asyncio.ensure_future(loop.sock_recv(sock, 1)) for sock in (ours, theirs)]
+            await asyncio.sleep(0)
+            for sock in (ours, theirs):
+                sock.send(b"x")
+            assert await asyncio.gather(*heard) == [b"x", b"x"]
+        call.cancel()
+
+    run(work)
