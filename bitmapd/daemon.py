@@ -138,6 +138,7 @@ class Daemon(Process[Volume]):
         make_policy(config.predictor, self.volume.geometry)  # refuses an unknown name
         if config.trace is not None and config.trace != self.volume.config.trace:
             await asyncio.get_running_loop().run_in_executor(None, check_log, config.trace)
+            config = changed(self.volume.config, changes)  # somebody else may have set something
         change_volume(self._paths, config, changes)
         self.volume.reconfigure(config)
         return {"changed": sorted(changes)}

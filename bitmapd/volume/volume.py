@@ -78,6 +78,7 @@ class Volume:
         self._verifying: Verifying | None = None
         self._stopping = False
         self._hurried = False
+        self._hosts_gone = False  # a stop can no longer be refused
         self.serving = False  # it works; hosts are let in, unless that needs a takeover
         self._ending: asyncio.Task[None] | None = None  # of a process that is outdated
         self.on_outdated: Callable[[], None] | None = None
@@ -202,22 +203,18 @@ class Volume:
         """Stop; true `clean` in the answer if nothing is left to copy."""
         if self._stopping:
             raise WrongStateError(f"volume '{self.config.name}' is stopping already")
-        self._stopping = True
+        self._stopping, self._hurried = True, self._hurried or now
+        await self._close_hosts()
         if not self.serving:
             return await self._stop_waiting()
-        try:
-            await self._parts.mode.close_hosts()
-        except BusyError:
-            self._stopping = False
-            raise
         if self._verifying is not None:
             self._verifying.cancel(errno.ECANCELED, "the volume is being stopped")
-        if now:
+        if self._hurried:
             self.hurry()
         await self._parts.mode.last_writes(self.end_eras)
         if self._paired is not None and not self._hurried and await self._paired.pair.leave():
             self._parts.forget_everything()
-        elif not now:
+        else:
             await self._drain()
         await self._parts.pausing.close()
         await self._end_copying()
@@ -238,15 +235,20 @@ class Volume:
             raise failure
         return {"clean": clean, "record_extents": extents, "paused": paused}
 
+    async def _close_hosts(self) -> None:
+        """BusyError if they have the device open: they are served as if nobody had asked."""
+        try:
+            await self._parts.mode.close_hosts()
+        except BusyError:
+            self._stopping = self._hurried = False
+            raise
+        self._hosts_gone = True
+
     async def _stop_waiting(self) -> dict[str, Any]:
         """Of a node of a pair that has not been served: nothing of it has changed, unless its
         kernel has served hosts all the time."""
-        mode = self._parts.mode
-        try:
-            await mode.close_hosts()
-        except BusyError:
-            self._stopping = False
-            raise
+        if self._hurried:
+            self.hurry()
         self.changed()
         if self._paired is not None:
             await self._paired.entered()
@@ -255,7 +257,7 @@ class Volume:
         paused = self._parts.pausing.stored
         self.emit("stopped", clean=False, record_extents=extents, paused=paused)
         await self._finish()
-        await mode.detach()
+        await self._parts.mode.detach()
         await self._parts.close()
         return {"clean": False, "record_extents": extents, "paused": paused}
 
@@ -285,15 +287,17 @@ class Volume:
         await self.until(enough)
 
     def hurry(self) -> None:
-        """Let a stop that is copying what is left end without it.
+        """Let a stop that is copying what is left end without it.  One that may be refused yet, by
+        hosts, goes on copying until it may not.
 
         Eras end only while no copy is in flight, so the last ones would wait for a secondary that
         hangs as long as that does.
         """
         self._hurried = True
-        self.copier.pause()
-        leave_at_once(self._parts.secondary)
-        self.changed()
+        if self._hosts_gone:
+            self.copier.pause()
+            leave_at_once(self._parts.secondary)
+            self.changed()
 
     async def _drain(self) -> None:
         """Copy what is left, as long as there is a secondary and something that can be copied."""

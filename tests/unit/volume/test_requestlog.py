@@ -11,11 +11,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
-from bitmapd.config import changed
+from bitmapd import daemon
+from bitmapd.config import changed, load_volume
+from bitmapd.control.events import EventLog
+from bitmapd.daemon import Daemon
 from bitmapd.errors import ExistsError, UsageError
+from bitmapd.lastresort import LastResort
 from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB
 from bitmapd.volume.requestlog import (
@@ -179,6 +184,29 @@ def test_a_log_that_cannot_be_begun_keeps_nobody_from_working(
             await served.write(0, b"a" * 512)
             served.volume.reconfigure(changed(served.volume.config, {"trace": "/dev/null"}))
             assert "not a regular file" in served.named("trace-error")[1]["message"]
+
+    run(test())
+
+
+def test_what_is_set_while_a_file_is_looked_at_stays(
+    local: LocalVolume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with serving(local) as served:
+            log = EventLog("vol0", wall_clock=time.time, clock=time.monotonic)
+            process = Daemon(local.paths, "vol0", log, LastResort(Mock(), Mock()))
+            process.volume = served.volume
+            loop, progress = asyncio.get_running_loop(), AsyncMock()
+
+            def look(_path: str) -> None:
+                other = process._set({"copy-rate": "1MiB"}, progress)
+                asyncio.run_coroutine_threadsafe(other, loop).result()
+
+            monkeypatch.setattr(daemon, "check_log", look)
+            await process._set({"trace": str(tmp_path / "log")}, progress)
+            config = served.volume.config
+            assert (config.trace, config.copy_rate_bytes_per_s) == (str(tmp_path / "log"), 1 << 20)
+            assert load_volume(local.paths, "vol0") == config
 
     run(test())
 

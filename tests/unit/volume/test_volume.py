@@ -425,6 +425,34 @@ def test_a_stop_that_copies_can_be_hurried(local: LocalVolume) -> None:
     assert local.recorded()
 
 
+def test_a_stop_that_hosts_refuse_while_it_is_hurried_goes_on_copying(
+    local: LocalVolume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with serving(local) as served:
+            asked, answer = asyncio.Event(), asyncio.Event()
+
+            async def close_hosts() -> None:
+                asked.set()
+                await answer.wait()
+                raise BusyError("/dev/mapper/vol0 is in use")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(served.volume._parts.mode, "close_hosts", close_hosts)
+                stop = asyncio.ensure_future(served.volume.stop(False))
+                await asked.wait()
+                served.volume.hurry()
+                answer.set()
+                with pytest.raises(BusyError):
+                    await stop
+            await served.write(0, b"q" * MIB)
+            await served.in_sync()
+            await served.write(0, b"r" * MIB)
+            assert (await served.volume.stop(False))["clean"] is True, "nobody has said 'now'"
+
+    run(test())
+
+
 def test_a_stop_does_not_wait_for_a_secondary_that_is_away(local: LocalVolume) -> None:
     away = local.secondary.with_suffix(".away")
     local.secondary.rename(away)
