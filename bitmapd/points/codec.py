@@ -71,7 +71,7 @@ from bitmapd.record.geometry import MIN_BLOCK_BYTES, Geometry
 
 MAX_ENTRIES: Final = 62  # as many as a page of the journal describes
 MAX_RAW_BYTES: Final = 4 << 20
-MAX_RUNS: Final = 50_000
+MAX_HAVE_BLOCKS: Final = 16_384  # in one HAVE: 10 to 20 ms of the loop at either end
 PAGE_BYTES: Final = 4096
 
 _LAST: Final = int(Flag.LAST)
@@ -147,18 +147,24 @@ def cost_of(payload_bytes: int) -> int:
     return PAGE_BYTES + -(-payload_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def haves(point: int, incarnation: bytes, stamps: Iterable[tuple[int, int]]) -> Iterator[Have]:
-    """What says that these (block, stamp), in ascending order, are here: one or more."""
+def haves(
+    point: int,
+    incarnation: bytes,
+    stamps: Iterable[tuple[int, int]],
+    most_blocks: int = MAX_HAVE_BLOCKS,
+) -> Iterator[Have]:
+    """What says that these (block, stamp), in ascending order, are here: one or more, each of at
+    most so many."""
     runs: list[tuple[int, int, int]] = []
-    for block, stamp in stamps:
+    for number, (block, stamp) in enumerate(stamps):
+        if number and not number % most_blocks:
+            yield Have(point, incarnation, tuple(runs), False)
+            runs = []
         if runs:
             first, count, first_stamp = runs[-1]
-            if (block, stamp) == (first + count, first_stamp + count) and count < MAX_RUNS:
+            if (block, stamp) == (first + count, first_stamp + count):
                 runs[-1] = (first, count + 1, first_stamp)
                 continue
-            if len(runs) == MAX_RUNS:
-                yield Have(point, incarnation, tuple(runs), False)
-                runs = []
         runs.append((block, 1, stamp))
     yield Have(point, incarnation, tuple(runs), True)
 
@@ -289,14 +295,17 @@ class Decoder(ShapeReader[Message]):
             raise wrong("HAVE is cut short")
         point, incarnation = _HAVE.unpack_from(payload)
         (count,) = COUNT.unpack_from(payload, _HAVE.size)
-        if count > MAX_RUNS or len(payload) != at + count * _HAVE_RUN.size:
+        if count > MAX_HAVE_BLOCKS or len(payload) != at + count * _HAVE_RUN.size:
             raise wrong(f"HAVE says {count} runs in {len(payload)} bytes")
-        end = 0
+        end = blocks = 0
         runs = tuple(_HAVE_RUN.iter_unpack(payload[at:]))
         for first, length, stamp in runs:
+            blocks += length
             if first < end or not length or not 1 <= stamp <= _U64 - length:
                 raise wrong(f"HAVE has a run of {length} at {first} with stamp {stamp}")
             end = first + length
+        if blocks > MAX_HAVE_BLOCKS:
+            raise wrong(f"HAVE names {blocks} blocks at once")
         if end > self.blocks:
             raise wrong(f"HAVE ends at block {end} of {self.blocks}")
         return Have(point, incarnation, runs, bool(frame.flags))

@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, Final
 
 from bitmapd.copier.engine import CopyState
@@ -137,6 +138,7 @@ class Sender:
             throttle,
             self.meter,
             self,
+            partial(scheduler.call_soon, self._work_of_uplink),
             compress=settings.compress,
         )
         self.sums = ImageSums(self.uplink.send)
@@ -381,6 +383,10 @@ class Sender:
     def _step(self) -> None:
         self._stepping = False
         self.proceed()
+
+    def _work_of_uplink(self, work: Callable[[], None]) -> None:
+        work()
+        self._soon()
 
     def _wake_in(self, delay_s: float) -> None:
         if self._wake is not None:
@@ -637,6 +643,14 @@ class Sender:
 
     # -- sending, and the end of a point ----------------------------------------------------
     def _send(self, now: float) -> None:
+        if (
+            self.phase is Phase.OPEN
+            and self.uplink.may_send
+            and len(self.spool)
+            and self.room.refuses(now)
+        ):  # what a cut that was given up has left in the spool would begin the point
+            self._make_room(now)
+            return
         sent_bytes = self.uplink.sent_bytes
         wait_s = self.uplink.step(now)
         if self.phase is Phase.OPEN:

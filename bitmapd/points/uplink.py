@@ -24,15 +24,19 @@ Invariants:
    (MAP); one that has no data, or nobody knows which, differs in all of them.
 7. What is not known to differ is compared only before anything of the point was sent, and nothing
    is sent meanwhile (`differences`).
+8. An open point may have millions of blocks: what both have is found a slice at a time, each in a
+   turn of the loop, 1.5 us a block.  Nothing is sent meanwhile, and what comes waits.
 
 A crash ends the incarnation: the receiver drops what it has of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Final, Protocol
 
 from bitmapd.copier.throttle import SpeedMeter, Throttle
@@ -41,7 +45,7 @@ from bitmapd.media.base import Done
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.words import Bye, Error, Pong
-from bitmapd.points.codec import MAX_ENTRIES, cost_bytes, cost_of
+from bitmapd.points.codec import MAX_ENTRIES, MAX_HAVE_BLOCKS, cost_bytes, cost_of
 from bitmapd.points.lineage import FOLLOWED, Generations, Verdict, judge
 from bitmapd.points.messages import (
     NIL,
@@ -83,6 +87,9 @@ class Wire(Protocol):
 
     def greeted(self, geometry: Geometry) -> None:
         """The other's HELLO2 fits: blocks are those of this volume from now on."""
+
+    def read(self, on: bool) -> None:
+        """Whether more is to be received."""
 
     def close(self, error: PeerError | None = None) -> None:
         """Nothing of it is heard any more."""
@@ -150,9 +157,11 @@ class Uplink:
         throttle: Throttle,
         meter: SpeedMeter,
         owner: UplinkOwner,
+        soon: Callable[[Callable[[], None]], object],
         *,
         compress: bool,
     ) -> None:
+        """`soon`: call this in the next turn of the loop."""
         self._geometry = geometry
         self._identity = identity
         self._spool = spool
@@ -160,6 +169,10 @@ class Uplink:
         self._meter = meter
         self._resting = True  # nothing was left to send, or nobody was there
         self._owner = owner
+        self._soon = soon
+        self._work: Iterator[None] | None = None  # of this connection, a slice at a time
+        self._later: deque[Message] = deque()  # that came meanwhile
+        self.slice_blocks = MAX_HAVE_BLOCKS
         self.compress = compress
         self._state = _State.AWAY
         self._wire: Wire | None = None
@@ -191,8 +204,13 @@ class Uplink:
 
     @property
     def is_ready(self) -> bool:
-        """Whether entries may be sent."""
+        """Whether the receiver is there, and follows."""
         return self._state is _State.READY
+
+    @property
+    def may_send(self) -> bool:
+        """Not while it is found what of the open point the receiver has."""
+        return self.is_ready and self._work is None
 
     @property
     def can_group(self) -> bool:
@@ -261,6 +279,7 @@ class Uplink:
         """A new connection; an older one is given up."""
         if self._wire is not None:
             self._wire.close()
+        self._drop_work()
         self._wire, self._state = wire, _State.GREETING
         self._begun_bytes, self.credit_bytes, self._resting = 0, 0, True
         wire.send(self.hello())
@@ -290,6 +309,7 @@ class Uplink:
     def lost(self, wire: Wire, reason: str) -> None:
         """The connection is gone."""
         if wire is self._wire:
+            self._drop_work()
             self._wire, self._state = None, _State.AWAY
             self._owner.unlinked(reason)
 
@@ -303,10 +323,43 @@ class Uplink:
     def received(self, wire: Wire, message: Message) -> None:
         if wire is not self._wire:
             return
+        if self._work is not None and not isinstance(message, Ping):
+            self._later.append(message)
+            return
         try:
             self._take(wire, message)
         except PeerError as error:
             self.close(error)
+
+    def _work_on(self, work: Iterator[None]) -> None:
+        """Go on with it in the next turn, as often as it yields."""
+        self._work = work
+        self._go_on(work)
+
+    def _go_on(self, work: Iterator[None]) -> None:
+        wire = self._wire
+        if wire is None or work is not self._work:
+            return  # of a connection that is gone
+        try:
+            has_ended = next(work, self) is self
+        except PeerError as error:
+            self.close(error)
+            return
+        if work is not self._work:
+            return  # it has begun another one, or ended the connection
+        if not has_ended:
+            wire.read(False)
+            self._soon(partial(self._go_on, work))
+            return
+        self._work = None
+        while self._later and self._work is None:
+            self.received(wire, self._later.popleft())
+        if self._work is None:
+            wire.read(True)
+
+    def _drop_work(self) -> None:
+        self._work = None
+        self._later.clear()
 
     def _take(self, wire: Wire, message: Message) -> None:
         state = self._state
@@ -317,7 +370,7 @@ class Uplink:
         elif isinstance(message, Hello2) and state is _State.GREETING:
             self._greeted(wire, message)
         elif isinstance(message, Have) and state in (_State.COMPARING, _State.READY):
-            self._have(message)
+            self._work_on(self._have(message))
         elif isinstance(message, Pieces) and state is _State.COMPARING:
             self._owner.other(message)
         elif isinstance(message, Map) and state is not _State.GREETING and self.receiver:
@@ -399,7 +452,7 @@ class Uplink:
 
         self._owner.differs(extents, marked)
 
-    def _have(self, have: Have) -> None:
+    def _have(self, have: Have) -> Iterator[None]:
         if (have.point, have.incarnation) == (self.point, self._identity.incarnation):
             for first, count, stamp in have.runs:
                 for at in range(count):
@@ -409,14 +462,16 @@ class Uplink:
         elif have.runs:
             raise PeerError(ErrorCode.ANSWER, f"the receiver has point {have.point} open")
         theirs = self.receiver
-        if have.last and self._joins and theirs is not None:
+        if not have.last:
+            yield  # one for each turn
+        elif self._joins and theirs is not None:
             if theirs.generations[0] in (NIL, self._identity.generations[0]):
                 everything = ((0, self._geometry.extents),)
                 self._join(everything, {NIL, *self._identity.generations})
-        elif have.last and self._state is _State.COMPARING:
+        elif self._state is _State.COMPARING:
             self._compare()
-        elif have.last:
-            self._compared()
+        else:
+            self._work_on(self._compared())
 
     def _compare(self) -> None:
         """Before anything is sent to an old primary."""
@@ -424,25 +479,29 @@ class Uplink:
 
         def compared() -> None:
             if wire is self._wire:
-                self._compared()
+                self._work_on(self._compared())
 
         may_differ = theirs is not None and bool(theirs.features & Feature.PIECES)
         if may_differ and self._is_old and not self.has_leftovers:
             self._owner.compare(compared)
         else:
-            self._compared()
+            compared()
 
-    def _compared(self) -> None:
+    def _compared(self) -> Iterator[None]:
         greeted = self._state is _State.COMPARING
-        self._state = _State.READY
         if greeted and self.receiver is not None and self.receiver.committed == self.point:
+            self._state = _State.READY
             self._committed = True
             self._owner.committed()
             return
         lost, kept, self._kept = BlockSet(), self._kept, BlockSet()
-        for block, *_ in self._sent.lines():
+        for number, (block, *_) in enumerate(self._sent.lines(), 1):
             if not kept.any(block, block + 1):
                 lost.add(block, block + 1)
+            if not number % self.slice_blocks:
+                yield
+        # At once: what is no longer among what was sent has to be sent again, whatever comes.
+        self._state = _State.READY
         for run in lost.runs():
             for block in range(*run):
                 self._sent.drop(block)
@@ -460,7 +519,7 @@ class Uplink:
         after which more can be, 0: in the next turn of the loop."""
         wire = self._wire
         self._resting |= not len(self._spool)
-        if wire is None or not self.is_ready or not len(self._spool) or not wire.has_room:
+        if wire is None or not self.may_send or not len(self._spool) or not wire.has_room:
             return None
         spooled = sorted(self._spool.first(FRAME_BYTES, MAX_ENTRIES), key=lambda entry: entry.block)
         if not spooled:

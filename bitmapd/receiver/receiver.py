@@ -3,13 +3,14 @@
 | state | message | next | does |
 | --- | --- | --- | --- |
 | waiting | HELLO2 that fits | greeting | leftovers of another incarnation are dropped, durably |
-| greeting | (done) | receiving | HELLO2, HAVE, and NEED if something rots |
+| greeting | (done) | saying | HELLO2, and HAVE by HAVE |
+| saying | (all is said) | receiving | NEED if something rots |
 | greeting | (does not follow) | refused | HELLO2, from which the sender concludes the same |
 | receiving | BEGIN, DATA | receiving | into the journal, or at once into the image (`catchup`) |
 | receiving | END, sets equal | committing | flush, commit page, COMMITTED |
-| receiving | END, not equal | receiving | HAVE |
-| receiving, committing | APPLY-UP-TO | | what all of the group have may be applied (`held`) |
-| receiving, committing | VERIFY | | SUMS, when the image has what was committed then |
+| receiving | END, not equal | saying | HAVE by HAVE |
+| saying to committing | APPLY-UP-TO | | what all of the group have may be applied (`held`) |
+| saying to committing | VERIFY | | SUMS, when the image has what was committed then |
 | receiving | COMPARE | | PIECES, likewise |
 | receiving | HANDOVER that fits (`switchover`) | handing | the owner promotes it |
 | any | PING | | PONG |
@@ -25,6 +26,8 @@ Invariants:
 3. What is wrong ends the connection.  Whoever is refused changes nothing.
 4. A sender may send as much as there is room for in the journal: `credit`.  What is received and
    not yet written is bounded besides, by not reading.
+5. An open point may have millions of blocks: what is here is said a HAVE in each turn of the loop,
+   as far as the link takes it.  Nothing that the sender does not expect comes in between.
 
 A crash loses what was said, never what was promised; see `journal` and `applier`.
 """
@@ -33,7 +36,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Protocol, cast
@@ -44,7 +47,7 @@ from bitmapd.media.base import Device, Scheduler
 from bitmapd.peer.frames import ErrorCode, PeerError
 from bitmapd.peer.payloads import Runs
 from bitmapd.peer.words import Bye, Error, Goodbye, Pong
-from bitmapd.points.codec import cost_bytes, haves
+from bitmapd.points.codec import MAX_HAVE_BLOCKS, cost_bytes, haves
 from bitmapd.points.lineage import FOLLOWED, Verdict, judge
 from bitmapd.points.messages import (
     NIL,
@@ -58,6 +61,7 @@ from bitmapd.points.messages import (
     End,
     Feature,
     Handover,
+    Have,
     Hello2,
     Map,
     Message,
@@ -94,6 +98,7 @@ RECEIVED_BYTES: Final = 8 * MIB  # between two RECEIVED
 class State(enum.Enum):
     WAITING = "waiting"
     GREETING = "greeting"
+    SAYING = "saying what is here"
     REFUSED = "refused"
     RECEIVING = "receiving"
     COMMITTING = "committing"
@@ -110,6 +115,10 @@ class Wire(Protocol):
     @property
     def peer(self) -> str:
         """Its other end, for messages."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be sent; `Receiver.drained` when there is again."""
 
     def send(self, message: Message) -> int: ...
 
@@ -182,6 +191,10 @@ class Receiver:
         self._in_place_bytes = 0  # of these, on their way to the image
         self._unsaid_bytes = 0  # since the last RECEIVED
         self._reading = True
+        self.have_blocks = MAX_HAVE_BLOCKS
+        self._saying: Iterator[Have] = iter(())
+        self._say_due = False
+        self._told_applied = 0  # to this sender
         self._differs = differs
         self._followed: Hello2 | None = None  # of the newest sender that was followed
         self._scheduler = scheduler
@@ -199,6 +212,8 @@ class Receiver:
             (State.RECEIVING, Handover): self._take_handover,
             (State.RECEIVING, ApplyUpTo): self._take_group,
             (State.COMMITTING, ApplyUpTo): self._take_group,
+            (State.SAYING, Verify): self._take_verify,
+            (State.SAYING, ApplyUpTo): self._take_group,
         }
 
     # -- its life -------------------------------------------------------------------------------
@@ -275,6 +290,11 @@ class Receiver:
             self._wire, self._hello = None, None
             if self.state is not State.HANDING:
                 self.state = State.WAITING
+
+    def drained(self, wire: Wire) -> None:
+        """There is room again for what is to be sent."""
+        if self.state is State.SAYING:
+            self._say_soon()
 
     def received(self, wire: Wire, message: Message) -> None:
         if wire is not self._wire:
@@ -380,7 +400,6 @@ class Receiver:
         if fault is not None:
             self._refuse(wire, fault)
             return
-        self.state = State.RECEIVING
         self._followed = hello
         self._credit_bytes = self._room_bytes
         self._unsaid_bytes = 0
@@ -389,11 +408,8 @@ class Receiver:
         self._known.summing.greeted(geometry)
         self._emit("sender-connected", peer=wire.peer)
         self._send(self._greeting())
+        self._told_applied = self.journal.page.applied
         self._say_what_is_here()
-        line = self.journal.superblock.line
-        if self._differs is not None and line and line.generations[0].bytes != hello.generations[0]:
-            self._send(Map(growing.within(self._differs, geometry)))
-        self._ask_again()
 
     def _greeting(self) -> Hello2:
         page, line = self.journal.page, self.journal.superblock.line
@@ -425,8 +441,39 @@ class Receiver:
     def _say_what_is_here(self) -> None:
         journal = self.journal
         point = journal.open_point if journal.open.count else 0
-        for have in haves(point, journal.page.incarnation, journal.open.stamps()):
-            self._send(have)
+        self.state = State.SAYING
+        stamps = journal.open.stamps()
+        self._saying = haves(point, journal.page.incarnation, stamps, self.have_blocks)
+        self._say()
+
+    def _say_soon(self) -> None:
+        if not self._say_due:
+            self._say_due = True
+            self._scheduler.call_soon(self._say)
+
+    def _say(self) -> None:
+        self._say_due = False
+        wire = self._wire
+        if self.state is not State.SAYING or wire is None or not wire.has_room:
+            return
+        have = next(self._saying)
+        wire.send(have)
+        if not have.last:
+            self._say_soon()
+            return
+        self.state = State.RECEIVING
+        self._say_where_it_differs()
+        if self._told_applied != self.journal.page.applied:
+            self.applied(self.journal.page.applied)
+        self._grant()
+        self._ask_again()
+
+    def _say_where_it_differs(self) -> None:
+        line, hello = self.journal.superblock.line, self._followed
+        if self._differs is None or line is None or hello is None:
+            return
+        if line.generations[0].bytes != hello.generations[0]:
+            self._send(Map(growing.within(self._differs, growing.geometry_of(hello))))
 
     # -- the open point -------------------------------------------------------------------------
     def _take_begin(self, begin: Begin) -> None:
@@ -567,6 +614,7 @@ class Receiver:
             self.state = State.RECEIVING
             self._send(Committed(queued.point, queued.incarnation))
             if self.journal.page.applied == queued.point:
+                self._told_applied = queued.point
                 self._send(Applied(queued.point))
             self._grant()
         self._known.applier.go_on()
@@ -607,6 +655,7 @@ class Receiver:
 
     def applied(self, point: int) -> None:
         if self.state in _GREETED:
+            self._told_applied = point
             self._send(Applied(point))
         self._known.summing.go_on()
         self._grant()
@@ -628,7 +677,7 @@ class Receiver:
         """The keys of `receiver` in the status."""
         journal = self.journal
         return page_figures(journal.page) | {
-            "connected": self.state in _GREETED,
+            "connected": self.state in (*_GREETED, State.SAYING),
             "catch_up": self._catch_up.value,
             "kept": [kept.point for kept in journal.directory.kept],
             "queued_bytes": journal.queued_bytes,

@@ -238,7 +238,7 @@ class Receiving:
         self.receiver.received(wire, message)
 
     def drained(self, wire: MessageWire) -> None:
-        """Little is said to a sender: nothing waits for this."""
+        self.receiver.drained(wire)
 
     def lost(self, wire: MessageWire, reason: str) -> None:
         self.receiver.lost(wire)

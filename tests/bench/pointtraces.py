@@ -181,6 +181,9 @@ class Link:
     def greeted(self, geometry: Geometry) -> None:
         """Nothing is decoded."""
 
+    def read(self, on: bool) -> None:
+        """What is said is little."""
+
     def close(self, error: PeerError | None = None) -> None:
         raise AssertionError(f"the sender gives the link up: {error}")
 

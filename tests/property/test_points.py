@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import pytest
@@ -188,13 +188,13 @@ def test_blocks_alone_do_not_tell_one_sending_from_another(
 ) -> None:
     """The same with a sender and a receiver that compare blocks and not stamps."""
 
-    def have(self: Uplink, message: Have) -> None:
+    def have(self: Uplink, message: Have) -> Iterator[None]:
         here = {first + at for first, count, _ in message.runs for at in range(count)}
         for line in self._sent.lines():
             if line[0] in here:
                 self._kept.add(line[0], line[0] + 1)
         if message.last:
-            self._compared()
+            yield from self._compared()
 
     def add(self: Digest, block: int, stamp: int, mask: int, sum64: int) -> None:
         self._sum += 1 << block

@@ -136,12 +136,29 @@ def cleared_with_other_dirt(patch: Patch) -> None:
 def have_ignored(patch: Patch) -> None:
     """What the receiver lacks is not sent again."""
 
-    def have(self: Uplink, message: Have) -> None:
+    def have(self: Uplink, message: Have) -> Iterator[None]:
         self._kept = BlockSet([(line[0], line[0] + 1) for line in self._sent.lines()])
         if message.last:
-            self._compared()
+            yield from self._compared()
 
     patch.setattr(Uplink, "_have", have)
+
+
+def lost_slice_by_slice(patch: Patch) -> None:
+    """What the receiver lacks is forgotten while the rest is compared yet."""
+    compared = Uplink._compared
+
+    def forgets(self: Uplink) -> Iterator[None]:
+        kept = self._kept
+        gone = [line for line in self._sent.lines() if not kept.any(line[0], line[0] + 1)]
+        for line in gone:
+            self._sent.drop(line[0])
+            yield
+        for line in gone:
+            self._sent.put(*line)
+        yield from compared(self)
+
+    patch.setattr(Uplink, "_compared", forgets)
 
 
 def late_read_counts(patch: Patch) -> None:
@@ -245,6 +262,7 @@ MISTAKES: dict[str, Callable[[Patch], None]] = {
         not_flushed,
         cleared_with_other_dirt,
         have_ignored,
+        lost_slice_by_slice,
         late_read_counts,
         pieces_since_the_cut,
         pieces_of_what_is_unknown,

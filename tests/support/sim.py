@@ -75,6 +75,12 @@ class SimLoop:
             callback, args = self._soon.popleft()
             callback(*args)
 
+    def run_soon_once(self) -> None:
+        """One turn: what is ready now."""
+        for _ in range(len(self._soon)):
+            callback, args = self._soon.popleft()
+            callback(*args)
+
     def advance(self, seconds: float) -> None:
         """Move time, running timers as they come due."""
         end = self.now_s + seconds

@@ -152,6 +152,9 @@ class Link:
     def greeted(self, geometry: Geometry) -> None:
         self.wire.sender_greeted(geometry)
 
+    def read(self, on: bool) -> None:
+        self.wire.sender_reads = on
+
     def close(self, error: PeerError | None = None) -> None:
         self.is_open = False
         if self.wire.is_open:
@@ -212,6 +215,7 @@ class Site:
             piece_bytes=2 * BLOCK,
             spool_file=self.spool_file,
         )
+        self.sender.uplink.slice_blocks = 2
         primary.submitted = world.submitted
         begin_cut = self.gate.begin_cut
 
@@ -455,6 +459,19 @@ class World:
         self.site.loop.run_soon()
         self.machine.loop.run_soon()
 
+    @property
+    def compares(self) -> bool:
+        """The sender finds, turn by turn, what the receiver has of the open point."""
+        return self.site.sender.uplink._work is not None
+
+    def run_some(self) -> None:
+        """As a rule everything that is ready; or so few turns that something else comes between."""
+        if not self.compares and self.rng.random() < 0.8:
+            self.run_soon()
+            return
+        for loop in (self.site.loop, self.machine.loop):
+            loop.run_soon_once()
+
     def step(self, *, faults: bool = True) -> None:
         """One of the things that can happen now."""
         rng, link = self.rng, self.link
@@ -474,12 +491,14 @@ class World:
                 may.append((2.0, self.to_receiver))
             if link.wire.to_sender or not link.wire.is_open:
                 may.append((1.0, self.to_sender))
+            if faults and self.compares:
+                may.append((0.7, self.cut_link))
         may += self.beside(faults=faults)
         weights = [weight for weight, _ in may]
         ((_, action),) = rng.choices(may, weights)
         action()
         self.site.look()
-        self.run_soon()
+        self.run_some()
 
     def beside(self, *, faults: bool) -> list[tuple[float, Callable[[], object]]]:
         """What else can happen, and how likely it is."""

@@ -108,6 +108,7 @@ class SimWire:
         self.error: PeerError | None = None
         self.is_open = True
         self.reads = True
+        self.sender_reads = True
         self._receiver_decoder = codec.Decoder()
         self._sender_decoder = codec.Decoder(GEOMETRY)
 
@@ -122,6 +123,10 @@ class SimWire:
 
     def greeted(self, geometry: Geometry) -> None:
         self._receiver_decoder.set_geometry(geometry)
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.to_sender) < self.machine.most_answers
 
     def read(self, on: bool) -> None:
         self.reads = on
@@ -145,9 +150,13 @@ class SimWire:
 
     def answer(self) -> Message | None:
         """The next message for the sender."""
-        if not self.to_sender:
+        if not self.to_sender or not self.sender_reads:
             return None
-        return self._sender_decoder.feed(self.to_sender.popleft())
+        had_room = self.has_room
+        frame = self.to_sender.popleft()
+        if self.has_room and not had_room:
+            self.machine.receiver.drained(self)
+        return self._sender_decoder.feed(frame)
 
     def cut(self) -> None:
         self.is_open = False
@@ -167,6 +176,7 @@ class Machine:
     rules: Rules = ()
     most_bytes = 1 << 40  # that the image can have
     catch_up = CatchUp.KEEP
+    most_answers = 8  # frames that the link takes before the sender has read one
 
     def __init__(self, image: SimDisk, journal: SimDisk, store: SimDisk | None = None) -> None:
         """`store`: where copies of points are kept, if they are."""
@@ -191,6 +201,7 @@ class Machine:
             enlarge=self._enlarge,
             catch_up=self.catch_up,
         )
+        self.receiver.have_blocks = 3
         self.receiver.start()
 
     def _scan(self) -> Scanned:

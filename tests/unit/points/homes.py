@@ -75,6 +75,7 @@ class FakeWire:
 
     def __init__(self) -> None:
         self.has_room = True
+        self.reads = True
         self.sent: list[Message] = []
         self.geometry: Geometry | None = None
         self.is_open = True
@@ -86,6 +87,9 @@ class FakeWire:
 
     def greeted(self, geometry: Geometry) -> None:
         self.geometry = geometry
+
+    def read(self, on: bool) -> None:
+        self.reads = on
 
     def close(self, error: PeerError | None = None) -> None:
         self.is_open = False

@@ -36,6 +36,8 @@ class Wire:
 
     def greeted(self, geometry: Geometry) -> None: ...
 
+    def read(self, on: bool) -> None: ...
+
     def close(self, error: PeerError | None = None) -> None:
         self.error, self.is_open = error, False
 
@@ -73,7 +75,7 @@ class Ends:
         self.owner = Owner()
         self.uplink = Uplink(
             GEOMETRY, PROMOTED, Spool(1 << 20), Throttle(None), SpeedMeter(), self.owner,
-            compress=False,
+            soon=lambda work: work(), compress=False,
         )  # fmt: skip
 
     def greet(self, generation: bytes, features: Feature = Feature.ZSTD) -> Wire:

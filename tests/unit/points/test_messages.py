@@ -23,7 +23,7 @@ from bitmapd.peer.words import Error
 from bitmapd.points.codec import (
     ENTRY,
     MAX_ENTRIES,
-    MAX_RUNS,
+    MAX_HAVE_BLOCKS,
     Decoder,
     PointKind,
     cost_bytes,
@@ -161,7 +161,8 @@ RUNS, HEADER, TOO_LONG = ErrorCode.RUNS, ErrorCode.HEADER, ErrorCode.TOO_LONG
         (HAVE, 0, have()[:-1], RUNS, "HAVE is cut short"),
         (HAVE, 0, have((1, 1, 1), count=2), RUNS, "2 runs"),
         (HAVE, 0, have((1, 1, 1), count=0), RUNS, "0 runs"),
-        (HAVE, 0, have(count=MAX_RUNS + 1), RUNS, "50001 runs"),
+        (HAVE, 0, have(count=MAX_HAVE_BLOCKS + 1), RUNS, "16385 runs"),
+        (HAVE, 0, have((0, 1, 1), (1, MAX_HAVE_BLOCKS, 9)), RUNS, "16385 blocks at once"),
         (HAVE, 0, have((1, 0, 1)), RUNS, "run of 0 at 1"),
         (HAVE, 0, have((1, 2, 1), (2, 1, 9)), RUNS, "run of 1 at 2"),
         (HAVE, 0, have((1, 2, 0)), RUNS, "with stamp 0"),
@@ -291,9 +292,10 @@ def test_what_one_has_is_said_in_runs(steps: list[tuple[int, int]]) -> None:
 
 
 def test_what_one_has_is_said_in_several_messages_if_it_is_much() -> None:
-    stamps = [(2 * number, 1 + number) for number in range(MAX_RUNS + 3)]
+    stamps = [(2 * number, 1 + number) for number in range(MAX_HAVE_BLOCKS + 3)]
     said = list(haves(18, INCARNATION, stamps))
-    assert [(len(message.runs), message.last) for message in said] == [(MAX_RUNS, False), (3, True)]
+    found = [(len(message.runs), message.last) for message in said]
+    assert found == [(MAX_HAVE_BLOCKS, False), (3, True)]
     receiver = Receiver(Geometry(400_000 * 4096, 4096, 4096))
     receiver.feed(stream_of(list[Message](said)))
     assert receiver.got == said

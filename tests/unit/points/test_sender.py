@@ -12,7 +12,7 @@ from bitmapd.copier import transfers
 from bitmapd.copier.engine import CopyState
 from bitmapd.copier.throttle import Throttle
 from bitmapd.gate.cycle import PATIENCE_S, Void
-from bitmapd.points import sender
+from bitmapd.points import sender, uplink
 from bitmapd.points.messages import (
     Applied,
     ApplyUpTo,
@@ -22,6 +22,7 @@ from bitmapd.points.messages import (
     Data,
     End,
     Feature,
+    Hello2,
     Need,
 )
 from bitmapd.points.overflow import BATCH_BYTES
@@ -674,6 +675,34 @@ def test_what_does_not_fit_the_journal_is_not_begun() -> None:
     assert sorted(home.blocks()) == [0, 1, 2, 3]
     home.commit(2)
     assert not home.sender.room.is_full
+
+
+def test_what_a_cut_has_left_in_the_spool_begins_no_point_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part of it would be sent, have no room for the rest, and be dropped, for ever."""
+    monkeypatch.setattr(uplink, "FRAME_BYTES", 4 * BLOCK)
+    home = after_point_1(spool_blocks=16)
+    home.greet(committed=1, applied=1, credit_bytes=99 * BLOCK)
+    home.wire.has_room = False
+    home.put(0, 8)
+    cutting(home)
+    home.gate.give_up_cut(Void.ASKED)
+    home.run()
+    assert len(home.sender.spool) == 8
+    home.lose()
+    room = {"committed": 1, "applied": 1, "credit_bytes": 6 * BLOCK}
+    home.greet(**room, features=Feature.CATCH_UP)
+    for _ in range(5):
+        home.run(1.0)
+    assert home.blocks() == []
+    assert home.wire.is_open
+    for _ in range(10):
+        home.run(1.0)
+    assert not home.wire.is_open
+    home.connect()
+    (said,) = (message for message in home.told() if isinstance(message, Hello2))
+    assert Feature.IN_PLACE in said.features
 
 
 def test_nothing_is_copied_ahead_that_would_keep_the_point_from_ending() -> None:

@@ -144,6 +144,82 @@ def test_have_may_come_in_several_parts() -> None:
     assert not home.gate.current
 
 
+def lost_in_slices(count: int, has: int) -> Home:
+    """Connected again, and about to find which of so many blocks are lost: all but these."""
+    home = begun()
+    home.put(0, count)
+    home.run(1.0)
+    home.told()
+    home.lose()
+    home.sender.uplink.slice_blocks = 2
+    home.connect()
+    home.sender.received(home.wire, hello())
+    home.sender.received(home.wire, Have(1, OURS, ((0, has, 1),), True))
+    return home
+
+
+def test_what_is_lost_is_found_a_slice_in_a_turn_and_what_comes_waits() -> None:
+    home = lost_in_slices(7, has=2)
+    uplink, turns = home.sender.uplink, 0
+    home.sender.received(home.wire, Credit(5))
+    home.sender.received(home.wire, Ping(77))
+    assert [m for m in home.told() if isinstance(m, Pong)] == [Pong(77)]
+    before = uplink.credit_bytes
+    while not uplink.is_ready:
+        assert not home.wire.reads
+        assert (uplink.entries, uplink.credit_bytes) == (7, before)
+        home.loop.run_soon_once()
+        turns += 1
+    assert turns == 3
+    assert home.wire.reads
+    assert (uplink.entries, uplink.credit_bytes) == (2, before + 5)
+    home.run(1.0)
+    assert home.blocks() == [2, 3, 4, 5, 6]
+
+
+def test_one_have_is_taken_in_a_turn() -> None:
+    home = begun()
+    home.put(0, 3)
+    home.run(1.0)
+    home.lose()
+    home.connect()
+    home.sender.received(home.wire, hello())
+    for block in range(3):
+        home.sender.received(home.wire, Have(1, OURS, ((block, 1, 1 + block),), block == 2))
+    turns = 0
+    while not home.sender.uplink.is_ready:
+        home.loop.run_soon_once()
+        turns += 1
+    assert turns == 2
+    assert home.sender.uplink.entries == 3
+
+
+def test_a_link_that_is_lost_meanwhile_leaves_what_was_sent_for_the_next() -> None:
+    home = lost_in_slices(7, has=2)
+    home.loop.run_soon_once()
+    home.lose()
+    home.turn()
+    assert home.sender.uplink.entries == 7
+    home.greet(point=1, runs=((0, 6, 1),))
+    assert home.sender.uplink.entries == 6
+    assert list(home.gate.current.runs()) == [(6, 7)]
+
+
+def test_nothing_is_sent_while_it_is_found_what_an_end_lacks() -> None:
+    home = begun()
+    home.put(0, 7)
+    home.run(1.0)
+    home.told()
+    uplink = home.sender.uplink
+    uplink.slice_blocks = 2
+    home.sender.received(home.wire, Have(1, OURS, ((0, 2, 1),), True))
+    home.sender.spool.put(9, 1, b"x" * 4096)
+    assert uplink.step(home.loop.time()) is None
+    home.sender.spool.drop(9)
+    home.run(1.0)
+    assert home.blocks() == [2, 3, 4, 5, 6]
+
+
 def test_a_have_that_refuses_an_end_though_nothing_is_lost_ends_the_connection() -> None:
     home = begun()
     home.put(1)

@@ -219,6 +219,109 @@ def test_what_a_process_that_was_killed_has_written_is_durable_before_it_is_said
     assert Machine(image, journal).receiver.journal.page.committed == 2
 
 
+def seven_are_here(machine: Machine, script: Script) -> SimWire:
+    """Point 2 is there; of point 3, which is open, seven blocks are here,
+    and its sender has come again.  Nothing has been read of what it is told."""
+    second_point(machine, script)
+    assert script.end()
+    exchange(script, machine)
+    script.dirty = set(range(7))
+    for block in script.dirty:
+        script.changed[block] = whole_mask(GEOMETRY, block)
+    while script.dirty:
+        script.send(1)
+        exchange(script, machine)
+    script.wire.cut()  # type: ignore[union-attr]
+    machine.receiver.have_blocks = 2
+    script.connect(machine)
+    wire = script.wire
+    assert wire is not None
+    while machine.receiver.state is not State.SAYING:
+        wire.deliver()
+        machine.loop.run_soon_once()
+    return wire
+
+
+def test_what_is_here_is_said_a_have_in_each_turn(machine: Machine, script: Script) -> None:
+    wire = seven_are_here(machine, script)
+    said = len(wire.to_sender)
+    turns = 0
+    while machine.receiver.state is State.SAYING:
+        machine.loop.run_soon_once()
+        turns += 1
+        assert len(wire.to_sender) == said + turns
+    hello, *haves = answers(wire)
+    assert isinstance(hello, Hello2)
+    assert [(sum(n for _, n, _ in h.runs), h.last) for h in haves if isinstance(h, Have)] == [
+        (2, False),
+        (2, False),
+        (2, False),
+        (1, True),
+    ]
+    assert len(haves) == 4
+
+
+def test_what_is_here_is_said_as_far_as_the_link_takes_it(machine: Machine, script: Script) -> None:
+    machine.most_answers = 2
+    wire = seven_are_here(machine, script)
+    for _ in range(9):
+        machine.loop.run_soon()
+    assert len(wire.to_sender) == 2
+    receiver = machine.receiver
+    receiver.drained(wire)  # somebody is too early
+    machine.loop.run_soon()
+    said: list[Message] = []
+    while receiver.state is State.SAYING:
+        message = wire.answer()
+        assert message is not None
+        said.append(message)
+        machine.loop.run_soon()
+        assert len(wire.to_sender) <= 2
+    assert len(said + answers(wire)) == 5
+
+
+def test_nothing_comes_between_what_is_here(machine: Machine, script: Script) -> None:
+    machine.most_answers = 2
+    wire = seven_are_here(machine, script)
+    receiver = machine.receiver
+    receiver._told_applied = 1  # and it was applied since
+    receiver.applied(2)
+    receiver.damaged(((0, 1),))
+    receiver._credit_bytes -= 2 << 20
+    receiver._written(0)
+    said: list[Message] = []
+    while (message := wire.answer()) is not None:
+        said.append(message)
+        machine.loop.run_soon()
+    kinds = [type(message) for message in said]
+    assert kinds == [Hello2, Have, Have, Have, Have, Applied, Credit]
+
+
+@pytest.mark.parametrize("what", ["begin", "data", "end"])
+def test_who_sends_before_all_is_said_is_refused(
+    machine: Machine, script: Script, what: str
+) -> None:
+    machine.most_answers = 2
+    wire = seven_are_here(machine, script)
+    entry = next(iter(script.sent.values()))
+    message = {"begin": script.begin(), "data": Data((entry,)), "end": script.end_message()}[what]
+    wire.say(message)
+    wire.deliver()
+    assert not wire.is_open
+    assert wire.error is not None
+    assert "came while saying what is here" in wire.error.text
+    machine.loop.run_soon()
+    assert receiver_says_nothing(wire)
+
+
+def receiver_says_nothing(wire: SimWire) -> bool:
+    """After what it had said."""
+    before = len(wire.to_sender)
+    wire.machine.receiver.drained(wire)
+    wire.machine.loop.run_soon()
+    return len(wire.to_sender) == before
+
+
 def test_an_end_that_does_not_fit_is_answered_with_what_is_here(
     machine: Machine, script: Script
 ) -> None:
