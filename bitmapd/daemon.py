@@ -186,8 +186,8 @@ class Daemon(Process[Volume]):
         async with self._turn:
             volume = self.volume
             volume.paired.refuse_unless_complete()
-            await volume.stop(now=True)
             try:
+                await self._unless_stalled(volume.stop(now=True))
                 loop = asyncio.get_running_loop()
 
                 def emit(event: str, **fields: Any) -> None:
@@ -199,7 +199,8 @@ class Daemon(Process[Volume]):
                 await loop.run_in_executor(None, make)
                 await self._exchange()
             except BaseException as error:
-                self._fail(error)
+                if volume.stopping:  # else the stop was refused, and hosts are served as before
+                    self._fail(error)
                 raise
         return {"state": self.volume.state}
 

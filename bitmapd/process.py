@@ -116,13 +116,15 @@ class Process(ABC, Generic[S]):
         if self._metrics is not None:
             await self._metrics.close()
         await control.close()
+        if isinstance(self._failure, StalledError):
+            self._last_resort.end(self._failure)  # any other end would wait for the medium, too
         if self._failure is not None:
             raise self._failure
         if self._stop_task is not None:
             try:
                 await self._stop_task  # its failure is the process's failure
             except StalledError as error:
-                self._last_resort.end(error)  # any other end would wait for the medium, too
+                self._last_resort.end(error)
 
     def _figures(self) -> dict[str, Any]:
         return self.volume.status()
@@ -152,15 +154,16 @@ class Process(ABC, Generic[S]):
     def _begin_stop(self, now: bool) -> asyncio.Task[dict[str, Any]]:
         """One stop for everybody who asks; a stop with `now` hurries one that copies."""
         if self._stop_task is None:
-            self._stop_task = asyncio.ensure_future(self._stop_volume(now))
+            self._stop_task = asyncio.ensure_future(self._unless_stalled(self._stop_in_turn(now)))
             self._stop_task.add_done_callback(self._stopped)
         elif now:
             self.volume.hurry()
         return self._stop_task
 
-    async def _stop_volume(self, now: bool) -> dict[str, Any]:
-        """StalledError if a medium does not answer: it will not be waited for any longer."""
-        stop = asyncio.ensure_future(self._stop_in_turn(now))
+    async def _unless_stalled(self, work: Coroutine[Any, Any, T]) -> T:
+        """What a stop gives; StalledError if a medium does not answer: it will not be waited for
+        any longer."""
+        stop = asyncio.ensure_future(work)
         stall = Stall(STOP_TIMEOUT_S)
         while not (await asyncio.wait([stop], timeout=ALIVE_S))[0]:
             if stall.seen(asyncio.get_running_loop().time(), self.volume.asked()):

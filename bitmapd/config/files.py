@@ -292,6 +292,7 @@ def create_volume(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
         atomic_write(paths.volume_file(name), head + _dumps(table), new=True)
     except FileExistsError:
         raise ExistsError(f"volume '{name}' exists already") from None
+    _forget_former(paths, name)  # of another one of this name
 
 
 def exchange_role(paths: Paths, name: str, table: Mapping[str, Any]) -> None:
@@ -319,6 +320,11 @@ def _former_table(path: Path, of_receiver: bool) -> dict[str, Any]:
 
 def _former(path: Path, of_receiver: bool) -> Path:
     return path.with_suffix(".was-receiver" if of_receiver else ".was-volume")
+
+
+def _forget_former(paths: Paths, name: str) -> None:
+    for of_receiver in (False, True):
+        _former(paths.volume_file(name), of_receiver).unlink(missing_ok=True)
 
 
 def change_volume(paths: Paths, config: VolumeConfig, names: Iterable[str]) -> None:
@@ -349,6 +355,7 @@ def change_volume(paths: Paths, config: VolumeConfig, names: Iterable[str]) -> N
 def remove_volume(paths: Paths, name: str, uuid: UUID | None) -> None:
     """Forget a volume: its file first, then what this host knows of its record."""
     paths.volume_file(name).unlink()
+    _forget_former(paths, name)
     _sync_folder(paths.volumes_dir)
     if uuid is not None:
         paths.state_file(uuid).unlink(missing_ok=True)

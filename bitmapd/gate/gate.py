@@ -16,7 +16,7 @@ Invariants:
    it as a hit, its blocks are copied, both sides have been flushed since.
 2. A write that waits for one extent holds no other: where extents change hands, one that is not
    covered whole is cut at their borders (`piecewise`).  Each piece goes its own way, and the host
-   is answered after the last.
+   is answered after the last; of many, `MOST_PIECES` begin in a turn of the loop.
 3. Trim and zeroing are writes.  Whatever a discard leaves on the primary is copied like data.
 4. Errors of the primary go to the host and leave the blocks dirty.  That cached writes were lost
    goes to all hosts and to the copier, whoever met it (`not_durable`).
@@ -25,17 +25,21 @@ Invariants:
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
+from typing import Final
 
 from bitmapd.gate.elsewhere import Asks, Elsewhere
 from bitmapd.gate.eras import Eras
+from bitmapd.gate.inturns import InTurns
 from bitmapd.media.base import AllocationDone, Device, Done, Scheduler, after_all
 from bitmapd.media.lost import LostWrites
 from bitmapd.predict.policy import Policy
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.holder import Record
+
+MOST_PIECES: Final = 64  # 10 ms: a miss with its prediction takes 170 us
 
 # Starts a change of the primary, or a piece of it: offset and length in bytes, the completion.
 Submit = Callable[[int, int, Done], None]
@@ -89,6 +93,7 @@ class Gate(Eras):
         self.primary_failed_s = float("-inf")  # loop time of the latest of them
         self.watch: Watch | None = None  # is told of every change that a host asks for
         self._before_write: Before | None = None  # nearly always
+        self._large = InTurns(scheduler, MOST_PIECES)
         self.writes = 0
         self.hits = 0
         self.misses = 0
@@ -297,14 +302,24 @@ class Gate(Eras):
         """A change that is not covered whole, counted already."""
         self.misses += 1
         first, stop = self._geometry.extent_span(offset_bytes, length_bytes)
-        pieces = [(offset_bytes, length_bytes)]
-        if self._shared and stop - first > 1:
-            per, end = self._geometry.extent_bytes, offset_bytes + length_bytes
-            borders = [offset_bytes, *range((first + 1) * per, end, per), end]
-            pieces = [(at, border - at) for at, border in pairwise(borders)]
-            done = after_all(len(pieces), done)
-        for at, count in pieces:
-            self._bring(verb, at, count, submit, done, fua)
+        if not self._shared or stop - first == 1:
+            self._bring(verb, offset_bytes, length_bytes, submit, done, fua)
+            return
+        per, end = self._geometry.extent_bytes, offset_bytes + length_bytes
+        borders = chain([offset_bytes], range((first + 1) * per, end, per), [end])
+        pieces = self._bring_pieces(verb, borders, submit, after_all(stop - first, done), fua)
+        if stop - first > MOST_PIECES:
+            self._large.add(pieces)
+        else:
+            for _ in pieces:
+                pass
+
+    def _bring_pieces(
+        self, verb: str, borders: Iterable[int], submit: Submit, done: Done, fua: bool
+    ) -> Iterator[None]:
+        for at, border in pairwise(borders):
+            self._bring(verb, at, border - at, submit, done, fua)
+            yield
 
     def _bring(
         self,

@@ -36,6 +36,8 @@ from bitmapd.peer.payloads import Runs
 from bitmapd.record.extents import each, joined
 
 MOST_REQUESTS = 64  # of the other's that are taken at a time
+MOST_GIVEN = 4096  # extents at once, unasked: 50 ms, and each may take its dirt along
+MOST_GRANTS = 8  # that the other has not processed, while there is more to be given
 MOST_CHANGES, CHANGES_S = 8, 1.0
 KEEP_S = 0.010
 
@@ -245,6 +247,11 @@ class Giving:
         for extent in extents:
             if extent in self._wants.waiters:
                 self._wants.seek(extent)
+
+    @property
+    def has_enough(self) -> bool:
+        """Whether so much is being given that the rest has to wait."""
+        return len(self._draining) >= MOST_GIVEN or len(self._grants) >= MOST_GRANTS
 
     def is_asked_for(self, extent: int) -> bool:
         """Whether the other waits for it."""

@@ -29,12 +29,13 @@ import errno
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import islice
 
 from bitarray import bitarray
 
 from bitmapd.media.base import Done, Scheduler
 from bitmapd.partner.claims import Claims, Home, Stance
-from bitmapd.partner.giving import MOST_REQUESTS, Giving
+from bitmapd.partner.giving import MOST_GIVEN, MOST_REQUESTS, Giving
 from bitmapd.partner.messages import Add, Ask, Free, Got, Grant, Remove, Status
 from bitmapd.partner.outbox import Outbox
 from bitmapd.partner.reads import AT_REST, NEVER_HERE, Read, Reads
@@ -227,14 +228,18 @@ class Rights:
             self._reads.wait(Read(first, stop, go, self._scheduler.time()))
 
     def give_all(self, call: Callable[[], None]) -> None:
-        """Give what is ours, and whatever may yet come.  Call back once nothing is ours, owed or
+        """Give what is ours, and whatever may yet come, `MOST_GIVEN` extents at a time, so that the
+        link and hosts do not wait for the next million.  Call back once nothing is ours, owed or
         asked for, and no copy of ours is under way; never, if the link goes first."""
         self._on_given = call
         self._give_on()
 
     def _give_on(self) -> None:
         if self._on_given is not None:
-            self.hand_over(each(runs_of(self.held)))
+            if not self._giving.has_enough:
+                reserved = self._wants.reserved
+                ready = (extent for extent in each(runs_of(self.held)) if extent not in reserved)
+                self.hand_over(islice(ready, MOST_GIVEN))
             self._look_whether_given()
 
     def _look_whether_given(self) -> None:
@@ -381,7 +386,7 @@ class Rights:
     def got(self, message: Got) -> None:
         """The other has processed our GRANTs up to a sequence."""
         self._giving.got(message.sequence)
-        self._look_whether_given()
+        self._give_on()
 
     def removed(self, message: Remove) -> None:
         self._claims.check_removal(message.runs)

@@ -3,7 +3,8 @@
 With `serve = on-promote` they are let in by a takeover at this node only, or go on where their
 kernel has outlived the process that served them.  They are cut off when the partner takes over as
 planned, or when this node is demoted, once what they had asked for is answered.  If a takeover of
-the partner comes to nothing they are let in again where they were.
+the partner comes to nothing they are let in again where they were; not by a node that stops, which
+ends its link, too.
 
 One thing after the other: whoever lets hosts in waits until those of before have been sent away.
 """
@@ -26,9 +27,11 @@ class VolumeHosts:
         loop: asyncio.AbstractEventLoop,
         on_change: Callable[[bool], None],
         end_eras: EndEras,
+        is_stopping: Callable[[], bool],
         *,
         are_served: bool,
     ) -> None:
+        self._is_stopping = is_stopping
         self._door = door
         self._loop = loop
         self._on_change = on_change
@@ -42,10 +45,13 @@ class VolumeHosts:
     async def admit(self) -> None:
         """Let them in.  A BitmapdError if it cannot be listened for them."""
         async with self._turn:
-            if not self.are_served:
-                await self._door.admit()
-                self._become(True)
+            await self._admit()
             self._taken_from = False
+
+    async def _admit(self) -> None:
+        if not self.are_served and not self._is_stopping():
+            await self._door.admit()
+            self._become(True)
 
     async def dismiss(self, *, force: bool) -> None:
         """Send them away, once they are answered.  BusyError if some are connected, without
@@ -91,9 +97,8 @@ class VolumeHosts:
     async def _go_on(self) -> None:
         async with self._turn:
             taken_from, self._taken_from = self._taken_from, False
-            if taken_from and not self.are_served:
-                await self._door.admit()
-                self._become(True)
+            if taken_from:
+                await self._admit()
 
     # -- a split brain --------------------------------------------------------------------------
     def cut_off(self) -> None:

@@ -112,6 +112,7 @@ class Paired:
             parts.loop,
             self.pair.let_hosts_in,
             self._volume.end_eras,
+            lambda: self._volume.stopping,
             are_served=are_served,
         )
         self.pair.node.serve(self._hosts)
@@ -254,7 +255,7 @@ class Paired:
             if not pair.is_alone:
                 raise BitmapdError("that this node goes on alone could not be recorded")
             await self._volume.until(lambda: self._volume.serving)
-        if self._hosts is not None and not self._volume.stopping:
+        if self._hosts is not None:
             await self._hosts.admit()
         return {"state": self._volume.state, "partner": pair.status()}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -204,10 +204,12 @@ def _check_distinct(
 def check_others(
     context: Context,
     found: Findings,
-    media: dict[str, str],
-    known: dict[str, Identity | None],
+    media: Mapping[str, str],
+    known: Mapping[str, Identity | None],
+    but: tuple[str, str] | None = None,
 ) -> None:
-    """What other volumes use; `config check` reports one that cannot be read, not this."""
+    """What volumes use, `but` for one role of one of them; `config check` reports one that cannot
+    be read, not this."""
     for name in volume_names(context.paths):
         try:
             other = load_any(context.paths, name)
@@ -217,7 +219,7 @@ def check_others(
         for key, value in media.items():
             receives = isinstance(other, ReceiverConfig)
             for role in ("image", "journal") if receives else ("primary", "secondary", "record"):
-                used = getattr(other, role)
+                used = None if (name, role) == but else getattr(other, role)
                 try:
                     same = known[key] is not None and used and same_medium(value, used)
                 except BitmapdError:

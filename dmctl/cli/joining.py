@@ -40,9 +40,9 @@ def become_pair(context: Context, name: str, changes: Mapping[str, Any]) -> list
     def emit(event: str, **fields: Any) -> None:
         context.output.say(str(fields.get("message", event)))
 
+    notes = [*_block(paired), *_unstable(paired)]  # an error of these changes nothing
     with start_lock(context.paths, name):
         become_first(config, paired, changes, context.paths, emit)
-    notes = [*_block(paired), *_unstable(paired)]
     for note in notes:
         context.output.say(f"note: {note}")
     return notes

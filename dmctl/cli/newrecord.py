@@ -25,7 +25,7 @@ from bitmapd.record import tool
 from bitmapd.record.geometry import Geometry
 from bitmapd.record.layout import Superblock
 from bitmapd.record.pair_state import PairFlag, PairState, PartnerAck, RecordOn
-from dmctl.cli.checks import Findings, check_free, check_record, identified
+from dmctl.cli.checks import Findings, check_free, check_others, check_record, identified
 from dmctl.cli.context import Context, combine
 from dmctl.cli.processes import is_running, start_lock
 
@@ -55,6 +55,8 @@ def replace(context: Context, args: Namespace) -> int:
         if identity is not None:
             check_free(found, "record", config.record, identity, config)
             check_record(context, found, config, identity, superblock.geometry)
+        media, known = {"record": config.record}, {"record": identity}
+        check_others(context, found, media, known, but=(name, "record"))
         if found.errors:
             raise combine(found.errors, f"cannot replace the record of '{name}'")
         tool.format_record(config.record, superblock, ones=False, force=True)

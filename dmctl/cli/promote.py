@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,7 +20,8 @@ from bitmapd.errors import BitmapdError, UsageError, WrongStateError
 from bitmapd.points.group import newest_of_all
 from bitmapd.receiver.format import examine_directory, examine_journal
 from bitmapd.volume.promoting import Media, Which, default_record, exchange, promote_now
-from dmctl.cli.context import Context
+from dmctl.cli.checks import Findings, check_others, identified
+from dmctl.cli.context import Context, combine
 from dmctl.cli.copying import ask
 from dmctl.cli.failover import demotable
 from dmctl.cli.lifecycle import stop_now
@@ -46,12 +48,23 @@ def promote(context: Context, args: Namespace) -> int:
     with start_lock(paths, name):
         if not args.force:
             refuse_alone(context, config)
+        if args.record is not None and os.path.exists(args.record):
+            refuse_used(context, args.record)
         running = [name] if is_running(paths, name) else []
         with stopped(context, args, running):
             body = carry_out(context, args, config, Which(args.point, args.label))
     if context.output.as_json:
         context.output.json("promote", body)
     return 0
+
+
+def refuse_used(context: Context, record: str) -> None:
+    """BusyError if the record that is to be made would be made on what a volume has."""
+    found = Findings(force=False)
+    media, known = {"record": record}, {"record": identified("record", record)}
+    check_others(context, found, media, known)
+    if found.errors:
+        raise combine(found.errors, f"cannot make a record on {record}")
 
 
 @contextmanager

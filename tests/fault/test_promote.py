@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.sites import Sites, Writer, newest
-from tests.support.volumes import MIB, Volume
+from tests.support.volumes import MIB, Volume, make_file
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -168,6 +168,26 @@ def test_promote_is_refused_while_the_sender_is_there_and_forced_it_is_a_split_b
     assert sites.near.primary.read_bytes()[:4096] == b"n" * 4096
     assert sites.image.read_bytes()[:4096] == b"f" * 4096
     assert before[4096:] == sites.near.primary.read_bytes()[4096:]
+
+
+@pytest.mark.parametrize("whose", ["image", "journal", "other"])
+def test_the_record_is_not_made_on_what_another_one_has(sites: Sites, whose: str) -> None:
+    """Nothing tells a volume's primary, or an image, from a medium that is free."""
+    sites.start()
+    sites.point(0)
+    sites.near.kill()
+    path = {"image": sites.image, "journal": sites.journal}.get(whose)
+    if path is None:
+        path = make_file(sites.folder / "far" / "other", 8 * MIB)
+        path.write_bytes(os.urandom(8 * MIB))
+        other = [make_file(sites.folder / "far" / name, 8 * MIB) for name in ("s", "r")]
+        words = zip(("primary", "secondary", "record"), (path, *other), strict=True)
+        sites.far.dmctl("create", "other", *(f"--{key}={value}" for key, value in words))
+    before = path.read_bytes()
+    refused = sites.far.refused("promote", "vol0", "--record", str(path))
+    assert refused["code"] == "busy"
+    assert path.read_bytes() == before
+    sites.far.dmctl("promote", "vol0")
 
 
 def test_what_has_never_had_a_point_is_not_promoted(sites: Sites) -> None:

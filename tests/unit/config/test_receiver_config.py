@@ -19,7 +19,7 @@ from bitmapd.config import (
     receiver_keys,
     render_receiver,
 )
-from bitmapd.config.files import exchange_role
+from bitmapd.config.files import exchange_role, former_volume, remove_volume
 from bitmapd.errors import BitmapdError, WrongStateError
 from dmctl.model.assembly import NEEDED, local_media
 
@@ -154,3 +154,23 @@ def test_what_was_chosen_for_a_receiver_is_there_when_it_is_one_again(tmp_path: 
     assert isinstance(again, ReceiverConfig)
     assert again.retain == ((24, 3600.0), (14, 86400.0), (3, 90.0))
     assert again.point_hook == "/other"
+
+
+@pytest.mark.parametrize("left_by", ["removal", "an earlier version"])
+def test_a_new_site_has_nothing_of_one_that_was_removed(tmp_path: Path, left_by: str) -> None:
+    paths = Paths(tmp_path / "etc", tmp_path / "run")
+    create_volume(paths, "vol0", {"primary": "/dev/image", "listen": "nbd://there/vol0"})
+    exchange_role(paths, "vol0", KEEPS)
+    exchange_role(paths, "vol0", {"primary": "/dev/image"})
+    if left_by == "removal":
+        remove_volume(paths, "vol0", None)
+        assert list(paths.volumes_dir.iterdir()) == []
+    else:
+        paths.volume_file("vol0").unlink()
+    create_volume(paths, "vol0", PLAIN)
+    assert former_volume(paths, "vol0") == {}
+    exchange_role(paths, "vol0", {"primary": "/dev/image"})
+    exchange_role(paths, "vol0", PLAIN)
+    again = load_any(paths, "vol0")
+    assert isinstance(again, ReceiverConfig)
+    assert again.retain is None

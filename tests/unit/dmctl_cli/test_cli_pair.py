@@ -68,12 +68,46 @@ def test_a_new_record_names_nothing_and_says_that_this_is_not_all(
     assert load_volume(cli.paths, "vol0").record == config.record
 
 
+@pytest.mark.parametrize("whose", ["p", "s", "other/p"])
+def test_a_new_record_is_not_made_on_what_a_volume_has(nodes: dict[int, Cli], whose: str) -> None:
+    cli = nodes[1]
+    cli.ok(*words(nodes, 1))
+    (cli.folder / "other").mkdir()
+    media = []
+    for key in ("primary", "secondary", "record"):
+        cli.medium(f"other/{key[0]}", 4 * MIB)
+        media.append(f"--{key}={cli.folder}/other/{key[0]}")
+    cli.ok("create", "other", *media)
+    path = cli.folder / whose
+    before = path.read_bytes()
+    told = cli.call("record", "replace", "vol0", str(path))
+    assert told.status == 12, told.err
+    assert "is the primary of" in told.err or "is the secondary of" in told.err
+    assert path.read_bytes() == before
+    assert load_volume(cli.paths, "vol0").record == f"{cli.folder}/r"
+    cli.ok("record", "replace", "vol0", f"{cli.folder}/r", "--force")
+
+
 def test_a_volume_without_a_partner_gets_no_new_record(nodes: dict[int, Cli]) -> None:
     cli = nodes[1]
     media = [f"--{key}={cli.folder}/{key[0]}" for key in ("primary", "secondary", "record")]
     cli.ok("create", "vol0", *media)
     told = cli.call("record", "replace", "vol0", f"{cli.folder}/r")
     assert (told.status, "no partner" in told.err) == (2, True)
+
+
+def test_what_cannot_be_told_of_its_media_leaves_a_volume_single(nodes: dict[int, Cli]) -> None:
+    cli = nodes[1]
+    media = [f"--{key}={nodes[1].folder}/{key[0]}" for key in ("primary", "secondary", "record")]
+    cli.ok("create", "vol0", *media)
+    before = cli.paths.volume_file("vol0").read_bytes(), (cli.folder / "r").read_bytes()
+    (cli.folder / "s").rename(cli.folder / "away")
+    change = ["set", "vol0", "node=1", "partner=unix:///run/2", "partner-listen=unix:///run/1"]
+    assert cli.call(*change).status == 10
+    assert (cli.paths.volume_file("vol0").read_bytes(), (cli.folder / "r").read_bytes()) == before
+    (cli.folder / "away").rename(cli.folder / "s")
+    cli.ok(*change)
+    assert load_volume(cli.paths, "vol0").node == 1
 
 
 def test_node_1_is_the_volume_and_everything_is_to_be_copied(nodes: dict[int, Cli]) -> None:

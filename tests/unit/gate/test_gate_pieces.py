@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
+from bitmapd.gate import gate
+from bitmapd.gate.inturns import InTurns
 from bitmapd.media.base import Done
 from bitmapd.media.buffers import aligned
 from tests.support.mirror import BLOCK, EXTENT, PER_EXTENT, Answers, Mirror, number
@@ -113,6 +117,38 @@ def test_a_miss_over_several_extents_goes_in_pieces(mirror: Mirror, kind: str) -
         assert mirror.primary.visible[EXTENT - BLOCK : 2 * EXTENT + 2 * BLOCK] == b"".join(
             bytes([block]) * BLOCK for block in range(3, 10)
         )
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+def test_of_many_pieces_some_begin_in_a_turn(
+    mirror: Mirror, monkeypatch: pytest.MonkeyPatch, requests: int
+) -> None:
+    """However many requests they are of; small ones need not wait for them."""
+    mirror.gate._large = InTurns(mirror.loop, 3)
+    monkeypatch.setattr(gate, "MOST_PIECES", 3)
+    added: list[int] = []
+    add = mirror.store.add
+
+    def noted(wanted: Sequence[tuple[int, int]], *more: Any) -> bool:
+        added.append(wanted[0][0])
+        return add(wanted, *more)
+
+    monkeypatch.setattr(mirror.store, "add", noted)
+    answers: Answers = []
+    for _ in range(requests):
+        mirror.gate.trim(BLOCK, 7 * EXTENT, answers.append)
+    assert added == [0, 1, 2]
+    mirror.gate.write(7 * EXTENT + BLOCK, aligned(BLOCK), answers.append)
+    assert added == [0, 1, 2, 7]
+    turns = 0
+    while len(added) < 1 + 8 * requests and turns < 100:
+        before = len(added)
+        mirror.loop.run_soon_once()
+        assert len(added) <= before + 3
+        turns += 1
+    assert answers == []
+    mirror.run()
+    assert answers == [None] * (requests + 1)
 
 
 def test_a_piece_that_is_covered_does_not_wait_for_the_others(mirror: Mirror) -> None:

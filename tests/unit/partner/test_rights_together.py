@@ -6,6 +6,7 @@ import errno
 
 import pytest
 
+from bitmapd.partner import giving, rights
 from bitmapd.partner.giving import CHANGES_S, KEEP_S, MOST_CHANGES
 from bitmapd.partner.messages import Add, Ask, Free, Got, Grant, Remove, Status
 from bitmapd.partner.rights import Stance
@@ -427,6 +428,28 @@ def test_all_is_given_when_nothing_is_ours_owed_asked_for_or_copied() -> None:
     assert given == []
     it.rights.freed([2])
     assert it.turn() == [Free(((2, 3),))]
+    assert given == [1]
+
+
+def test_all_is_given_so_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rights, "MOST_GIVEN", 2)
+    monkeypatch.setattr(giving, "MOST_GIVEN", 2)
+    it = Bench()
+    given: list[int] = []
+    it.own(*range(7))
+    assert it.rights.reserve(0)  # a write that waits for our own record keeps one here
+    it.rights.give_all(lambda: given.append(1))
+    for first in (1, 3, 5):
+        it.rights.tick()
+        assert it.land() == [Grant(0, ((first, first + 2),), (), (), (), False)]
+        assert not given
+        it.rights.got(Got(99))
+        assert it.turn() == []
+    it.rights.release(0)
+    it.rights.tick()
+    assert it.land() == [Grant(0, ((0, 1),), (), (), (), False)]
+    it.rights.got(Got(99))
+    it.turn()
     assert given == [1]
 
 

@@ -23,6 +23,7 @@ class FakeMode:
         self.opened = 0
         self.answered = loop.create_future()  # the requests of hosts
         self.error: Exception | None = None
+        self.is_stopping = False
 
     async def admit(self) -> None:
         if self.error is not None:
@@ -53,7 +54,9 @@ def run(test: Test, *, are_served: bool = True) -> None:
         mode, told = FakeMode(loop), list[bool]()
         mode.open = are_served
         door: Any = mode
-        hosts = VolumeHosts(door, loop, told.append, no_eras, are_served=are_served)
+        hosts = VolumeHosts(
+            door, loop, told.append, no_eras, lambda: mode.is_stopping, are_served=are_served
+        )
         await test(hosts, mode, told)
 
     asyncio.run(main())
@@ -81,6 +84,21 @@ def test_a_void_takeover_lets_them_in_again_once_they_are_out() -> None:
         assert await ended is None
         await turns()
         assert (mode.open, mode.opened, told) == (True, 1, [True, False, True])
+
+    run(test)
+
+
+def test_nobody_is_let_in_again_by_a_node_that_stops() -> None:
+    """Whose link ends with it, in the middle of a takeover by the partner."""
+
+    async def test(hosts: VolumeHosts, mode: FakeMode, told: list[bool]) -> None:
+        mode.answered.set_result(None)
+        assert await stopped(hosts) is None
+        mode.is_stopping = True
+        hosts.go_on()
+        await turns()
+        await hosts.admit()
+        assert (mode.open, mode.opened, told) == (False, 0, [True, False])
 
     run(test)
 
