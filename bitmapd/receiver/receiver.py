@@ -469,11 +469,12 @@ class Receiver:
         self._ask_again()
 
     def _say_where_it_differs(self) -> None:
-        line, hello = self.journal.superblock.line, self._followed
-        if self._differs is None or line is None or hello is None:
+        """Also if that is nowhere: the sender waits to hear it."""
+        line, hello, differs = self.journal.superblock.line, self._followed, self._differs
+        if differs is None or line is None or hello is None:
             return
         if line.generations[0].bytes != hello.generations[0]:
-            self._send(Map(growing.within(self._differs, growing.geometry_of(hello))))
+            self._send(Map(growing.within(differs, growing.geometry_of(hello))))
 
     # -- the open point -------------------------------------------------------------------------
     def _take_begin(self, begin: Begin) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from bitmapd.errors import WrongStateError
 from bitmapd.peer.frames import ErrorCode
+from bitmapd.peer.payloads import Runs
 from bitmapd.peer.words import Bye, Error, Goodbye, Pong
 from bitmapd.points.codec import cost_bytes
 from bitmapd.points.messages import (
@@ -25,6 +26,7 @@ from bitmapd.points.messages import (
     Entry,
     Have,
     Hello2,
+    Map,
     Message,
     Need,
     Ping,
@@ -36,18 +38,24 @@ from bitmapd.receiver import places
 from bitmapd.receiver import receiver as module
 from bitmapd.receiver.commit import MOST_QUEUED, NEVER, PageFlag, encode_page, slot_offset
 from bitmapd.receiver.receiver import State
+from bitmapd.receiver.superblock import Line
 from tests.support.sim import SimDisk
 from tests.support.simreceiver import (
+    GENERATION,
     GEOMETRY,
     IMAGE_BYTES,
+    JOURNAL_BYTES,
     SEGMENT,
+    VOLUME,
     Machine,
     Script,
     SimWire,
     exchange,
+    formatted,
     fresh,
     point,
     small,
+    superblock,
 )
 
 
@@ -247,6 +255,7 @@ def test_what_is_here_is_said_a_have_in_each_turn(machine: Machine, script: Scri
     said = len(wire.to_sender)
     turns = 0
     while machine.receiver.state is State.SAYING:
+        machine.receiver.drained(wire)  # which the link may say at any time
         machine.loop.run_soon_once()
         turns += 1
         assert len(wire.to_sender) == said + turns
@@ -312,6 +321,30 @@ def test_who_sends_before_all_is_said_is_refused(
     assert "came while saying what is here" in wire.error.text
     machine.loop.run_soon()
     assert receiver_says_nothing(wire)
+
+
+@pytest.mark.parametrize("differs", [(), ((0, 1),)])
+@pytest.mark.parametrize("is_new", [False, True])
+def test_an_old_primary_says_where_it_differs_also_if_that_is_nowhere(
+    script: Script, differs: Runs, is_new: bool
+) -> None:
+    """The sender of a newer generation waits for it; to one of the same it means nothing."""
+
+    class OldPrimary(Machine):
+        pass
+
+    OldPrimary.differs = differs
+    line = Line(VOLUME, GEOMETRY, (GENERATION,), 0)
+    journal = bytes(formatted(superblock(line=line)))
+    machine = OldPrimary(SimDisk("image", IMAGE_BYTES), SimDisk("journal", JOURNAL_BYTES, journal))
+    wire = SimWire(machine)
+    machine.receiver.connected(wire)
+    new = (bytes([7] * 16), GENERATION.bytes, NIL, NIL)
+    wire.say(script.hello(generations=new if is_new else (GENERATION.bytes, NIL, NIL, NIL)))
+    wire.deliver()
+    machine.settle()
+    said = [type(message) for message in answers(wire)]
+    assert said == [Hello2, Have, *([Map] if is_new else [])]
 
 
 def receiver_says_nothing(wire: SimWire) -> bool:
