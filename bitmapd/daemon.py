@@ -90,6 +90,9 @@ class Daemon(Process[Volume]):
         volume.on_outdated = start_anew
         return volume
 
+    def _make_way(self) -> None:
+        self.volume.make_way()
+
     def _metrics_listen(self) -> str | None:
         return self.volume.config.metrics_listen
 

@@ -154,11 +154,15 @@ class Process(ABC, Generic[S]):
     def _begin_stop(self, now: bool) -> asyncio.Task[dict[str, Any]]:
         """One stop for everybody who asks; a stop with `now` hurries one that copies."""
         if self._stop_task is None:
+            self._make_way()
             self._stop_task = asyncio.ensure_future(self._unless_stalled(self._stop_in_turn(now)))
             self._stop_task.add_done_callback(self._stopped)
         elif now:
             self.volume.hurry()
         return self._stop_task
+
+    def _make_way(self) -> None:
+        """End what has the turn and waits for somebody else."""
 
     async def _unless_stalled(self, work: Coroutine[Any, Any, T]) -> T:
         """What a stop gives; StalledError if a medium does not answer: it will not be waited for

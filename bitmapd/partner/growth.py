@@ -14,7 +14,8 @@ Invariants:
 2. A node is larger only after that is durable there, and shows it only after the first is.
 3. The first does not go on with a partner that has not made that size durable: it ends the
    connection before it grows, and the other grows on the next HELLO.
-4. A link that is lost ends the command, or not: it may be given again, and finds what is done.
+4. A link that is lost ends the command, or not: it may be given again, and finds what is done.  So
+   does whoever gives it up because the other does not answer (`give_up`).
 
 A crash leaves each node with its old or its new size.  A new size that was never shown comes with a
 record that names all of the new part, and the extent of the old end, also if the superblock's write
@@ -73,6 +74,7 @@ class Growth:
         self.media: Media | None = None  # None: this volume cannot grow
         self._outcome: Outcome = _nobody  # of the command that is under way
         self._then: Callable[[], None] | None = None  # what follows when the other has answered
+        self._holds: object | None = None  # the old end is being recorded, by this command
         self._last: int | None = None  # extent that is held for its new part
         self._connection = object()
         self._prepared = 0  # size that the other has had made durable here, by this connection
@@ -85,7 +87,7 @@ class Growth:
         media = self.media
         if media is None:
             raise WrongStateError("this volume cannot be resized while it is one of a pair")
-        if self._is_first or self._catching_up:
+        if self._is_first or self._catching_up or self._then is not None:
             raise BusyError("the volume is growing already")
         if self._rights.stance not in (Stance.UP, Stance.ALONE):
             raise UnreachableError(
@@ -95,15 +97,21 @@ class Growth:
         self._outcome = done
         paired = self._rights.stance is Stance.UP
         connection = self._connection if paired else None
+        command = object()
 
         def hold() -> None:
+            self._holds = command
             media.record_end(held)
 
         def held(error: OSError | None) -> None:
+            if self._holds is not command:
+                return  # it was given up
+            if error is None and not self._hold():
+                media.record_end(held)  # it was asked for, and given, meanwhile
+                return
+            self._holds = None
             if error is not None:
                 self._end(BitmapdError(f"cannot write the record: {error.strerror or error}"))
-            elif not self._hold():
-                media.record_end(held)  # it was asked for, and given, meanwhile
             else:
                 self._ask(size_bytes, DO, connection, enlarge)
 
@@ -142,10 +150,20 @@ class Growth:
         then, self._then = self._then, None
         if then is None:
             raise PeerError(ErrorCode.ANSWER, "RESIZED without RESIZE")
-        if message.code:
+        if message.code and then is not _given_up:
             self._end(WrongStateError(f"the partner cannot grow: {message.text}"))
         else:
             then()
+
+    def give_up(self, error: BitmapdError) -> None:
+        """End a command that waits for the other, whose answer means nothing any more.  One that is
+        carried out here ends by itself."""
+        if self._holds is not None:
+            self._holds = None
+            self._end(error)
+        elif self._is_first and self._then is not None:
+            then, self._then = self._then, _given_up
+            self._end(None if then == self._has_grown else error)
 
     def _hold(self) -> bool:
         last = self._rights.short_extent
@@ -240,10 +258,14 @@ class Growth:
         then, self._then = self._then, None
         if then == self._has_grown:  # the other does so on the next HELLO
             self._scheduler.call_soon(then)
-        elif then is not None:
+        elif then is not None and then is not _given_up:
             error = UnreachableError("the link was lost while the nodes were growing")
             self._scheduler.call_soon(self._end, error)
 
 
 def _nobody(error: BitmapdError | None) -> None:
     """No command is under way."""
+
+
+def _given_up() -> None:
+    """Follows when the other answers after all."""

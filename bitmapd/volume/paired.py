@@ -203,6 +203,12 @@ class Paired:
         """Have both nodes take up that size."""
         await completion(partial(self.pair.node.growth.begin, size_bytes))
 
+    def give_up_resize(self) -> None:
+        """A stop does not wait for a partner that does not answer."""
+        self.pair.node.growth.give_up(
+            WrongStateError(f"volume '{self._name}' is being stopped", hint="resize it again")
+        )
+
     async def follow_size(self) -> None:
         """Have hosts see the volume's size.  UnreachableError if they go on with the old one."""
         if self._hosts is not None:

@@ -235,6 +235,11 @@ class Volume:
             raise failure
         return {"clean": clean, "record_extents": extents, "paused": paused}
 
+    def make_way(self) -> None:
+        """For a stop, which waits for its turn: end what waits for somebody else."""
+        if self._paired is not None:
+            self._paired.give_up_resize()
+
     async def _close_hosts(self) -> None:
         """BusyError if they have the device open: they are served as if nobody had asked."""
         try:

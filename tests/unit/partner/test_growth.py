@@ -307,6 +307,60 @@ def test_nobody_grows_without_the_other_unless_alone() -> None:
         it.one.node.growth.begin(LARGER, it.ended.append)
 
 
+STOPS = WrongStateError("the volume is being stopped")
+
+
+@pytest.mark.parametrize("step", range(len(STEPS)))
+def test_a_command_that_waits_for_the_other_can_be_given_up(step: int) -> None:
+    """In each step; the one that is carried out here ends by itself."""
+    it = Pair()
+    it.begin(it.one)
+    it.until(*STEPS[:step])
+    here = STEPS[step] == (1, "enlarge")
+    it.one.node.growth.give_up(STOPS)
+    assert it.ended == ([] if here else [STOPS])
+    it.until(*STEPS[step : step + 1])  # the answer comes after all
+    assert it.ended == ([None] if here else [STOPS])
+    assert it.one.node.state is it.two.node.state is State.PAIRED
+    assert it.media[1].size_bytes == it.media[2].size_bytes
+    assert (it.media[1].size_bytes == LARGER) is here
+    it.one.node.growth.give_up(STOPS)  # there is none
+    if not here:
+        it.begin(it.one)
+        it.until(*STEPS)
+        assert it.ended == [STOPS, None]
+
+
+def test_nothing_is_asked_before_what_was_given_up_is_answered() -> None:
+    it = Pair()
+    it.begin(it.one)
+    it.one.node.growth.give_up(STOPS)
+    with pytest.raises(BusyError):
+        it.begin(it.one)
+    it.media[2].answer("look", "it has no room")
+    it.carry()
+    assert it.ended == [STOPS]
+    it.begin(it.one)
+    it.one.node.growth.give_up(STOPS)
+    it.cut()
+    it.pair()
+    it.begin(it.one)
+    it.media[2].open.popleft()  # of the old link
+    it.until(*STEPS)
+    assert it.ended == [STOPS, STOPS, None]
+
+
+def test_what_has_grown_is_not_given_up() -> None:
+    it = Pair()
+    it.begin(it.one)
+    it.until(*STEPS[:3])
+    it.media[1].answer("enlarge")  # and RESIZE 3 is on its way
+    it.one.node.growth.give_up(STOPS)
+    assert it.ended == [None]
+    it.carry()
+    assert it.media[2].size_bytes == LARGER
+
+
 def test_resized_without_resize() -> None:
     it = Pair()
     it.one.receive(Resized(0, ""))
