@@ -35,7 +35,7 @@ class Ledger(Protocol):
 
 class Closing:
     """See the module docstring.  `closed(error)` is called when it is over: with the error of the
-    superblock, if there was one."""
+    superblock, if there was one; `flushed` when the primary was flushed, or could not be."""
 
     def __init__(
         self,
@@ -44,12 +44,14 @@ class Closing:
         ledger: Ledger,
         passes: Passes,
         closed: Callable[[OSError | None], None],
+        flushed: Callable[[], None],
     ) -> None:
         self._gate = gate
         self._primary = primary
         self._ledger = ledger
         self._passes = passes
         self._closed = closed
+        self._flushed = flushed
         self._point = 0
         self._cut_ns = 0
         self._committed = False
@@ -89,6 +91,7 @@ class Closing:
         if error is not None:
             self._gate.not_durable(error)
         self._store()
+        self._flushed()
 
     def _store(self) -> None:
         if self._committed and self._point and not self._flushing and not self.storing:

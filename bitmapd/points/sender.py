@@ -164,7 +164,7 @@ class Sender:
             piece_bytes=piece_bytes,
         )
         self.room = Room(gate, self.spool, self.uplink, geometry.block_bytes, emit)
-        self.closing = Closing(gate, primary, ledger, self.passes, self._closed)
+        self.closing = Closing(gate, primary, ledger, self.passes, self._closed, self._soon)
         self.following: Following | None = None
         if gate.direct is not None:
             self.following = Following(gate, gate.direct, scheduler, self._soon)
@@ -848,7 +848,7 @@ class Sender:
             phase = "comparing"
         in_sync = self.in_sync
         return {
-            "number": max(0, self.uplink.point - 1),
+            "number": self.uplink.closed_point,
             "state": "blocked" if self.reading.is_blocked else phase,
             "age_seconds": 0.0 if in_sync else self._age.seconds,
             "age_from_clock": self._age.is_from_clock and not in_sync,

@@ -229,6 +229,11 @@ class Uplink:
         return max(self._identity.committed, newest)
 
     @property
+    def closed_point(self) -> int:
+        """The newest one that is over, as far as is known before the receiver is there."""
+        return max(self._identity.committed, self.point - 1)
+
+    @property
     def lacks_first(self) -> bool:
         """Whether there has to be a point although nothing may have changed: a receiver of a volume
         that was promoted can be promoted in its turn only when it has one."""

@@ -1002,6 +1002,24 @@ def test_a_stop_waits_for_what_is_in_flight() -> None:
     assert home.sender.state is CopyState.STOPPED
 
 
+def test_a_stop_waits_for_the_flush_of_a_point_and_not_for_its_receiver() -> None:
+    home = begun()
+    home.put(1)
+    cutting(home)
+    home.finish("read")
+    home.turn()
+    assert home.ended() is not None
+    assert home.primary.pending[0].kind == "flush"
+    home.lose()
+    stopped: list[int] = []
+    home.sender.stop(lambda: stopped.append(1))
+    home.turn()
+    assert stopped == []
+    home.finish("flush")
+    home.turn()
+    assert stopped == [1]
+
+
 def test_a_stop_ends_the_timers() -> None:
     home = begun(interval_s=3.0)
     home.put(1)
@@ -1091,6 +1109,7 @@ def test_points_of_a_process_follow_those_of_the_one_before() -> None:
     assert first.sender.figures()["number"] == 0
     second = Home(identity=replace(first.sender.uplink._identity, committed=6))
     assert second.sender.uplink.known_committed == 6
+    assert second.sender.figures()["number"] == 6
 
 
 # -- the spool's file -----------------------------------------------------------------------------
