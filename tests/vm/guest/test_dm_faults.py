@@ -331,8 +331,15 @@ def test_case_21_a_primary_that_shrank(volume: DmVolume) -> None:
     equal(volume)
 
 
-def test_case_22_a_gate_that_stands_still(volume: DmVolume) -> None:
-    """Longer than the kernel waits for it; what it is late with never lands upon newer data."""
+@pytest.mark.parametrize("has_grown", [False, True])
+def test_case_22_a_gate_that_stands_still(volume: DmVolume, has_grown: bool) -> None:
+    """Longer than the kernel waits for it; what it is late with never lands upon newer data.  The
+    connection that comes after a growth is made anew as the first one is."""
+    if has_grown:
+        volume.size_bytes += 32 * MIB
+        volume.primary.grow(volume.size_bytes)
+        volume.secondary.grow(volume.size_bytes)
+        volume.dmctl("resize", volume.name)
     put_directly(volume, 0)
     log, far, pid = sh("dmesg"), elsewhere(volume), volume.pid
     os.kill(pid, signal.SIGSTOP)
