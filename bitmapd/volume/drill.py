@@ -211,8 +211,9 @@ class Drill:
             self._emit("view-full", point=self.point, limit_bytes=limit, message=error.strerror)
         else:
             self._emit("view-error", point=self.point, message=error.strerror or str(error))
-        self._ending = asyncio.ensure_future(self._close())
-        self._ending.add_done_callback(lambda _: self._on_ended())
+        if self._ending is None:  # else somebody ends it already
+            self._ending = asyncio.ensure_future(self._close())
+            self._ending.add_done_callback(lambda _: self._on_ended())
 
     async def _close(self) -> None:
         if self._server is not None:

@@ -43,7 +43,7 @@ from bitmapd.record import tool
 from bitmapd.record.layout import InitialSync, RecordFlag, Superblock, record_size_bytes
 from bitmapd.record.points_state import PointsState
 from bitmapd.volume.copies import keeper_of
-from bitmapd.volume.receiving import Receiving, carried_out
+from bitmapd.volume.receiving import Receiving, carried_out, check_owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,8 @@ async def promote(
             device = await engine.call(partial(KernelDevice, path, engine, claim=Claim()))
             opened.append(device)
         keeper = await engine.call(partial(keeper_of, config, engine))
-        return await _promote(media, opened[0], opened[1], keeper, force=force, which=which)
+        image, journal = opened
+        return await _promote(media, config, image, journal, keeper, force=force, which=which)
     except OSError as error:
         raise explain(error, f"receiver '{media.name}'") from error
     finally:
@@ -134,6 +135,7 @@ async def promote(
 
 async def _promote(
     media: Media,
+    config: ReceiverConfig,
     image: KernelDevice,
     device: KernelDevice,
     keeper: Keeper,
@@ -142,6 +144,9 @@ async def _promote(
     which: Which,
 ) -> Promoted:
     scanned = await carried_out(scan(device))
+    # What is queued would be written into whatever disk has the image's name now.
+    there = await asyncio.to_thread(identify, media.image)
+    check_owner(config, there, scanned.choice.superblock)
     journal = Journal(device, scanned, lambda error: None)
     line = journal.superblock.line
     if line is None:

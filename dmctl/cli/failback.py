@@ -12,7 +12,7 @@ from uuid import uuid4
 from bitmapd.config import ReceiverConfig, VolumeConfig, has_receiver, load_any
 from bitmapd.config.files import exchange_role
 from bitmapd.config.roles import receiver_table
-from bitmapd.errors import ExistsError, UsageError, WrongStateError
+from bitmapd.errors import ExistsError, ForeignRecordError, UsageError, WrongStateError
 from bitmapd.media.identity import identify
 from bitmapd.receiver.format import format_journal, probe_journal
 from bitmapd.receiver.places import Places
@@ -26,6 +26,7 @@ from bitmapd.volume.rejoining import (
     refuse_unless_old,
     save,
 )
+from bitmapd.volume.session import RecordSession
 from dmctl.cli.checks import Findings, check_free, check_others, identified
 from dmctl.cli.context import Context, combine
 from dmctl.cli.plan import refuse_layers
@@ -43,6 +44,7 @@ def failback(context: Context, args: Namespace) -> int:
             raise WrongStateError(
                 f"volume '{name}' is running", hint=f"first: dmctl stop {name} --now"
             )
+        refuse_foreign(context, config)
         superblock, runs = recorded_runs(config.record, config.uuid)
         refuse_layers(config, superblock.geometry)
         begin = journal_of(context, config, journal, superblock, force=args.force)
@@ -68,6 +70,19 @@ def failback(context: Context, args: Namespace) -> int:
         " first point makes it consistent"
     )
     return 0
+
+
+def refuse_foreign(context: Context, config: VolumeConfig) -> None:
+    """ForeignRecordError where a start would be refused: the record does not name what differs, or
+    the primary is another disk."""
+    try:
+        RecordSession(config, context.paths, lambda event, **fields: None, node=config.node).close()
+    except ForeignRecordError as error:
+        raise type(error)(
+            error.message,
+            f"if {config.primary} is the right disk: 'dmctl start {config.name} --resync-all' has"
+            " all of it compared; that start is refused, and then this is not",
+        ) from error
 
 
 def volume_of(context: Context, name: str) -> VolumeConfig:

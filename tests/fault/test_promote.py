@@ -190,6 +190,42 @@ def test_the_record_is_not_made_on_what_another_one_has(sites: Sites, whose: str
     sites.far.dmctl("promote", "vol0")
 
 
+def test_no_other_disk_is_promoted(sites: Sites) -> None:
+    """What the journal has would be written upon it."""
+    sites.start()
+    sites.point(0)
+    sites.near.kill()
+    sites.far.stop("--now")
+    image = sites.image.with_suffix(".away")
+    sites.image.rename(image)
+    other = os.urandom(sites.far.size_bytes)
+    sites.image.write_bytes(other)
+    for more in ((), ("--force",)):
+        assert sites.far.refused("promote", "vol0", *more)["exit_status"] == 22
+    assert sites.image.read_bytes() == other
+    image.rename(sites.image)
+    sites.far.dmctl("promote", "vol0")
+
+
+def test_what_was_written_past_a_stopped_old_primary_is_not_taken_for_equal(sites: Sites) -> None:
+    sites.start()
+    sites.point(0)
+    sites.near.stop("--now")
+    sites.far.dmctl("promote", "vol0")
+    with sites.near.primary.open("r+b") as primary:
+        primary.write(os.urandom(MIB))  # as a mount does; the fingerprint has this place
+    journal = ("failback", "vol0", "--journal", str(sites.near_journal), "--yes")
+    refused = sites.near.refused(*journal)
+    assert refused["exit_status"] == 22
+    assert "--resync-all" in refused["hint"]
+    sites.near.refused("start", "vol0", "--resync-all")
+    failback(sites)
+    sites.far.wait_in_sync()
+    sites.far.stop()
+    sites.near.stop()
+    assert sites.equal()
+
+
 def test_what_has_never_had_a_point_is_not_promoted(sites: Sites) -> None:
     sites.far.start()
     assert sites.far.refused("promote", "vol0")["code"] == "wrong-state"
