@@ -119,6 +119,7 @@ def test_a_miss_over_several_extents_goes_in_pieces(mirror: Mirror, kind: str) -
         )
 
 
+@pytest.mark.interpreted  # it looks into what is compiled
 @pytest.mark.parametrize("requests", [1, 3])
 def test_of_many_pieces_some_begin_in_a_turn(
     mirror: Mirror, monkeypatch: pytest.MonkeyPatch, requests: int
