@@ -116,15 +116,13 @@ class Process(ABC, Generic[S]):
         if self._metrics is not None:
             await self._metrics.close()
         await control.close()
-        if isinstance(self._failure, StalledError):
-            self._last_resort.end(self._failure)  # any other end would wait for the medium, too
-        if self._failure is not None:
-            raise self._failure
-        if self._stop_task is not None:
-            try:
+        try:
+            if self._failure is not None:
+                raise self._failure
+            if self._stop_task is not None:
                 await self._stop_task  # its failure is the process's failure
-            except StalledError as error:
-                self._last_resort.end(error)
+        except StalledError as error:
+            self._last_resort.end(error)  # any other end would wait for the medium, too
 
     def _figures(self) -> dict[str, Any]:
         return self.volume.status()

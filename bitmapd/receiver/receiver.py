@@ -464,7 +464,7 @@ class Receiver:
         self.state = State.RECEIVING
         self._say_where_it_differs()
         if self._told_applied != self.journal.page.applied:
-            self.applied(self.journal.page.applied)
+            self._tell_applied(self.journal.page.applied)
         self._grant()
         self._ask_again()
 
@@ -615,8 +615,7 @@ class Receiver:
             self.state = State.RECEIVING
             self._send(Committed(queued.point, queued.incarnation))
             if self.journal.page.applied == queued.point:
-                self._told_applied = queued.point
-                self._send(Applied(queued.point))
+                self._tell_applied(queued.point)
             self._grant()
         self._known.applier.go_on()
         self._known.summing.go_on()
@@ -656,10 +655,13 @@ class Receiver:
 
     def applied(self, point: int) -> None:
         if self.state in _GREETED:
-            self._told_applied = point
-            self._send(Applied(point))
+            self._tell_applied(point)
         self._known.summing.go_on()
         self._grant()
+
+    def _tell_applied(self, point: int) -> None:
+        self._told_applied = point
+        self._send(Applied(point))
 
     def damaged(self, missing: Runs) -> None:
         self._emit("point-damaged", blocks=sum(stop - first for first, stop in missing))

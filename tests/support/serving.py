@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import Mock
 
+from bitmapd.config import Paths
+from bitmapd.control.events import EventLog
+from bitmapd.daemon import Daemon
+from bitmapd.lastresort import LastResort
 from bitmapd.media.buffers import aligned
 from bitmapd.media.waiting import completion
 from bitmapd.volume.volume import Volume
@@ -86,3 +92,11 @@ class BrokenRecord:
     def mend(self) -> None:
         os.dup2(self._kept, self._fd)
         os.close(self._kept)
+
+
+def process_of(paths: Paths, volume: Any) -> Daemon:
+    """Of a volume that is there; it does not run, its verbs can be called."""
+    log = EventLog("vol0", wall_clock=time.time, clock=time.monotonic)
+    process = Daemon(paths, "vol0", log, LastResort(Mock(), Mock()))
+    process.volume = volume
+    return process

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock
 
 import pytest
 
 from bitmapd.config import Paths
-from bitmapd.control.events import EventLog
-from bitmapd.daemon import Daemon
 from bitmapd.errors import BitmapdError, BusyError, WrongStateError
-from bitmapd.lastresort import LastResort
-
-
-def process(folder: Path, volume: Mock) -> Daemon:
-    log = EventLog("vol0", wall_clock=time.time, clock=time.monotonic)
-    made = Daemon(Paths(folder, folder), "vol0", log, LastResort(Mock(), Mock()))
-    made.volume = volume
-    return made
+from tests.support.serving import process_of
 
 
 @pytest.mark.parametrize("refused", [True, False])
@@ -31,7 +21,8 @@ def test_a_stop_that_fails_ends_the_process_and_one_that_is_refused_does_not(
     error = BusyError("in use") if refused else BitmapdError("the superblock cannot be written")
 
     async def dissolve() -> None:
-        it = process(tmp_path, Mock(stop=AsyncMock(side_effect=error), stopping=not refused))
+        volume = Mock(stop=AsyncMock(side_effect=error), stopping=not refused)
+        it = process_of(Paths(tmp_path, tmp_path), volume)
         with pytest.raises(BitmapdError) as raised:
             await it._become_single()
         assert raised.value is error
@@ -51,7 +42,7 @@ def test_a_stop_does_not_wait_for_a_resize_that_nobody_answers(tmp_path: Path) -
             stop=AsyncMock(return_value={"clean": True}),
         )
         volume.resize.return_value = answer
-        it = process(tmp_path, volume)
+        it = process_of(Paths(tmp_path, tmp_path), volume)
         growing = asyncio.ensure_future(it._take_up_size())
         await asyncio.sleep(0)
         assert it._turn.locked()

@@ -11,16 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import AsyncMock
 
 import pytest
 
 from bitmapd import daemon
 from bitmapd.config import changed, load_volume
-from bitmapd.control.events import EventLog
-from bitmapd.daemon import Daemon
 from bitmapd.errors import ExistsError, UsageError
-from bitmapd.lastresort import LastResort
 from bitmapd.media.waiting import completion
 from bitmapd.record.geometry import KIB
 from bitmapd.volume.requestlog import (
@@ -35,7 +32,7 @@ from bitmapd.volume.requestlog import (
 from dmctl.simulate.files import load_trace
 from tests.support.cli import Cli, new_cli
 from tests.support.local import LocalVolume
-from tests.support.serving import run, serving
+from tests.support.serving import process_of, run, serving
 
 
 def no_error(error: OSError) -> None:
@@ -193,9 +190,7 @@ def test_what_is_set_while_a_file_is_looked_at_stays(
 ) -> None:
     async def test() -> None:
         async with serving(local) as served:
-            log = EventLog("vol0", wall_clock=time.time, clock=time.monotonic)
-            process = Daemon(local.paths, "vol0", log, LastResort(Mock(), Mock()))
-            process.volume = served.volume
+            process = process_of(local.paths, served.volume)
             loop, progress = asyncio.get_running_loop(), AsyncMock()
 
             def look(_path: str) -> None:
